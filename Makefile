@@ -1,0 +1,48 @@
+# make study | test | lint | lab | clean     STUDY=digits PROFILE= ARGS='--set train.steps=200'
+PYTHON ?= python3
+STUDY ?= digits
+PROFILE ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SHELL := /bin/bash
+
+.PHONY: study test lint lab lock clean help
+
+help:
+	@echo "make study   set up and run the study $(STUDY); ends with the path of its report"
+	@echo "make test    set up and run the test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make lab     JupyterLab on notebooks/"
+	@echo "make clean   remove .venv and runs/ (reports/ stay)"
+
+study: $(READY)
+	@$(BIN)/haste study $(STUDY) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+lab: $(READY)
+	@$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
+
+# Set up once, and again when the pinned versions or the package's own needs change.
+$(READY): requirements.lock pyproject.toml
+	@begun=$$(date +%s); \
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "haste needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; possible: make PYTHON=python3.12")' && \
+	$(PYTHON) -m venv $(VENV) && \
+	echo "installing pinned dependencies into $(VENV) ..." && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
+	$(PYTHON) -c "print(round(($$(date +%s) - $$begun) / 60, 2))" > $(VENV)/install_minutes
+	@touch $(READY)
+
+# Pin what is installed now; run it after changing versions in pyproject.toml, then commit the file.
+lock: $(READY)
+	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -iv "^haste\|^pip==\|^wheel==" | sed 's/+cpu$$//' > requirements.lock
+
+clean:
+	rm -rf $(VENV) runs .snakemake

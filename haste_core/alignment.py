@@ -1,0 +1,143 @@
+"""Phase I: feature and attention alignment with a frozen teacher (Eqs. 1 and 4, Sec. 2.3, arXiv 2505.16792).
+
+`Alignment` owns the teacher and the projector and lives in phase I only; the generator knows neither. Both losses
+are computed in float32 whatever the precision of the run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from haste_core import config
+from haste_core.errors import HasteError, unknown
+from haste_core.models.layers import QK
+from haste_core.models.sit import SiT, Tapped, Taps
+from haste_core.teacher import Teacher
+
+
+def feature_loss(projected: Tensor, teacher_tokens: Tensor) -> Tensor:
+    """Minus the mean cosine between projected student tokens and teacher tokens, in [-1, 1].
+
+    Eq. 1, arXiv 2505.16792. Both (B, N, D).
+    """
+    return -F.cosine_similarity(projected.float(), teacher_tokens.float(), dim=-1).mean()
+
+
+def attention_loss(student: QK, teacher: QK) -> Tensor:
+    """The cross-entropy H(teacher attention, student attention) in nats, mean over batch, heads and queries.
+
+    Sec. 2.3, arXiv 2505.16792. Each q and k is (B, H, N, d), the widths d of student and teacher may differ; logits
+    are scaled by 1 / sqrt(d). Dense: it holds one (B, H, N, N) map of each side.
+    """
+    target = attention_logits(*teacher).softmax(-1)
+    return -(target * attention_logits(*student).log_softmax(-1)).sum(-1).mean()
+
+
+def attention_logits(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T / sqrt(d) in float32, (B, H, N, N)."""
+    with torch.autocast(q.device.type, enabled=False):
+        return q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+class AlignmentLosses(NamedTuple):
+    """The weighted sum lambda_R L_REPA + lambda_A L_ATTA with its two unweighted parts (None when not used)."""
+
+    total: Tensor
+    feature: Tensor | None
+    attention: Tensor | None
+
+
+def projector(width: int, hidden: int, teacher_width: int, seed: int) -> nn.Sequential:
+    """g_phi: a 3-layer MLP with SiLU from student to teacher width, drawn from `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_width)
+        )
+
+
+class Alignment:
+    """Everything that exists in phase I and nowhere else: teacher, projector, and which layers and heads pair up.
+
+    Args:
+        alignment: weights, depth, layer pairs and heads.
+        student: the generator, asked for its width, heads and token grid only.
+        teacher: the frozen encoder.
+        seed: of the projector's initialisation.
+
+    Raises:
+        HasteError: a teacher layer or head does not exist, or the token grids differ.
+    """
+
+    def __init__(self, alignment: config.Alignment, student: SiT, teacher: Teacher, seed: int) -> None:
+        self.config, self.teacher = alignment, teacher
+        self.heads = _paired_heads(alignment, student, teacher)
+        _check_layers(alignment, student, teacher)
+        pairs = alignment.layer_pairs if alignment.lambda_attention > 0 else []
+        self.pairs = [(int(s), int(t)) for s, t in pairs]
+        with_features = alignment.lambda_feature > 0
+        self.taps = Taps(
+            depths=(alignment.depth,) if with_features else (), blocks=tuple(sorted({s for s, _ in self.pairs}))
+        )
+        self.teacher_blocks = tuple(sorted({t for _, t in self.pairs}))
+        width = student.x_embedder.proj.out_channels
+        self.projector: nn.Module | None = (
+            projector(width, alignment.projector_width, teacher.width, seed) if with_features else None
+        )
+
+    def losses(self, tapped: Tapped, images: Tensor) -> AlignmentLosses:
+        """Alignment of what the student handed out with the teacher's view of the clean images.
+
+        Args:
+            tapped: from a forward pass with `self.taps`.
+            images: (B, C, S, S) in [-1, 1], the teacher's input.
+        """
+        seen = self.teacher(images, self.teacher_blocks)
+        feature = attention = None
+        total = torch.zeros((), device=images.device)
+        if self.projector is not None:
+            feature = feature_loss(self.projector(tapped.tokens[self.config.depth]), seen.tokens)
+            total = total + self.config.lambda_feature * feature
+        if self.pairs:
+            losses = [
+                attention_loss(self._pick_heads(tapped.qk[s]), self._pick_heads(seen.qk[t])) for s, t in self.pairs
+            ]
+            attention = torch.stack(losses).mean()
+            total = total + self.config.lambda_attention * attention
+        return AlignmentLosses(total, feature, attention)
+
+    def _pick_heads(self, qk: QK) -> QK:
+        # A slice, not an index, where the heads are a prefix: no copy.
+        if self.heads == list(range(len(self.heads))):
+            return qk[0][:, : len(self.heads)], qk[1][:, : len(self.heads)]
+        return qk[0][:, self.heads], qk[1][:, self.heads]
+
+
+def _paired_heads(alignment: config.Alignment, student: SiT, teacher: Teacher) -> list[int]:
+    possible = range(min(student.heads, teacher.heads))
+    for head in alignment.heads or []:
+        if head not in possible:
+            raise HasteError(
+                f"alignment.heads names head {head}; possible: 0 to {possible[-1]} "
+                f"(student {student.heads} heads, teacher {teacher.heads})"
+            )
+    return list(alignment.heads or possible)
+
+
+def _check_layers(alignment: config.Alignment, student: SiT, teacher: Teacher) -> None:
+    for student_block, teacher_block in alignment.layer_pairs:
+        if student_block >= len(student.blocks):
+            raise unknown("student block in alignment.layer_pairs", student_block, range(len(student.blocks)))
+        if teacher_block >= teacher.blocks:
+            raise unknown("teacher block in alignment.layer_pairs", teacher_block, range(teacher.blocks))
+    if not 1 <= alignment.depth <= len(student.blocks):
+        raise unknown("alignment.depth (counted from 1)", alignment.depth, range(1, len(student.blocks) + 1))
+    if student.grid != teacher.grid:
+        raise HasteError(
+            f"token grids do not match: student {student.grid[0]}x{student.grid[1]}, teacher {teacher.grid[0]}x"
+            f"{teacher.grid[1]}; possible: another model.patch, or a teacher img_size or patch_size with that grid"
+        )

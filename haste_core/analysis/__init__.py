@@ -1,0 +1,1 @@
+"""Measurements on runs: each takes runs and returns a tidy table."""

@@ -1,0 +1,97 @@
+"""Attention of teacher and student: maps of single tokens, and how far apart the two are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from haste_core.alignment import attention_logits
+from haste_core.data import Dataset, open_dataset
+from haste_core.evaluation import generator_at
+from haste_core.interpolant import interpolate
+from haste_core.models.sit import Taps
+from haste_core.runs import Run
+from haste_core.teacher import Teacher
+
+
+def student_attention(
+    run: Run, step: int, block: int, images: Tensor, labels: Tensor, t: float, seed: int = 0
+) -> Tensor:
+    """Attention probabilities (B, H, N, N) float32 of one block of the EMA generator on noised images.
+
+    Args:
+        run, step: which checkpoint. block: from 0.
+        images: (B, C, S, S) in [-1, 1]; labels: (B,). t: noise level in [0, 1]. seed: of the noise.
+    """
+    model, _ = generator_at(run, step)
+    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    at = torch.full((len(images),), t)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        inputs = (part.to(device) for part in (interpolate(images, eps, at), at, labels))
+        q, k = model(*inputs, Taps(blocks=(block,))).qk[block]
+    return attention_logits(q, k).softmax(-1).cpu()
+
+
+def divergence(teacher: Tensor, student: Tensor) -> float:
+    """The mean Kullback-Leibler divergence from student to teacher attention in nats, over all heads and queries.
+
+    Both (B, H, N, N), rows summing to one. It is the attention loss minus the teacher's own entropy.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    return float((teacher * (teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log())).sum(-1).mean())
+
+
+def teacher_maps(teacher: Teacher, dataset: Dataset, queries: list[int], index: int = 0) -> pd.DataFrame:
+    """Where chosen tokens of one held-out image look in every block of the teacher, averaged over heads.
+
+    Returns:
+        Columns: source ("block 0", ...), query, key, probability, divergence (0: there is nothing to compare with).
+    """
+    images = dataset.images("test")[0][index : index + 1].to(teacher.mean.device)
+    found = teacher(images, tuple(range(teacher.blocks))).qk
+    probabilities = {block: attention_logits(*qk).softmax(-1)[0].mean(0).cpu() for block, qk in found.items()}
+    return pd.DataFrame(
+        {"source": f"block {block}", "query": query, "key": key, "probability": float(value), "divergence": 0.0}
+        for block, rows in sorted(probabilities.items())
+        for query in queries
+        for key, value in enumerate(rows[query])
+    )
+
+
+def token_maps(
+    runs: list[Run], teacher: Teacher, queries: list[int], t: float = 0.5, count: int = 200
+) -> list[dict[str, Any]]:
+    """Where chosen tokens look, in the teacher and in each run's final generator, for the last aligned layer pair.
+
+    The maps are those of the first held-out image, averaged over aligned heads. `divergence` is the mean KL to the
+    teacher over `count` held-out images, all queries and aligned heads, in nats (0 for the teacher itself).
+
+    Returns:
+        Rows: source ("teacher" or the arm), seed, step, block (from 0), t, query, key, probability, divergence, n.
+    """
+    study = runs[0].study
+    images, labels = (part[:count] for part in open_dataset(study.data).images("test"))
+    # Arms without pairs of their own are looked at where the study's last pair is, or in the last blocks.
+    last = (study.model.depth - 1, teacher.blocks - 1)
+    pairs = [(run.config.alignment.layer_pairs or study.alignment.layer_pairs or [last])[-1] for run in runs]
+    found = teacher(images.to(teacher.mean.device), tuple(sorted({t for _, t in pairs}))).qk
+    targets = {block: attention_logits(*qk).softmax(-1).cpu() for block, qk in found.items()}
+    shown = pairs[0][1]
+    sources = [("teacher", 0, 0, shown, targets[shown], targets[shown])]
+    for run, (student_block, teacher_block) in zip(runs, pairs, strict=True):
+        step, heads = run.config.train.steps, min(run.config.model.heads, teacher.heads)
+        probabilities = student_attention(run, step, student_block, images, labels, t)[:, :heads]
+        sources.append((run.arm, run.seed, step, student_block, probabilities, targets[teacher_block][:, :heads]))
+    return [
+        {
+            "source": source, "seed": seed, "step": step, "block": block, "t": t, "query": query, "key": key,
+            "probability": float(value), "divergence": divergence(target, probabilities), "n": len(images),
+        }
+        for source, seed, step, block, probabilities, target in sources
+        for query in queries
+        for key, value in enumerate(probabilities[0, :, query].mean(0))
+    ]  # fmt: skip

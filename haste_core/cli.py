@@ -1,0 +1,249 @@
+"""The command line: haste train | sample | evaluate | study | teacher | cost | notebook."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from haste_core import __version__, config
+from haste_core.errors import HasteError, Interrupted, is_disk_full
+
+_EXAMPLES = """examples:
+  haste study digits                                    the whole default study, ending in reports/digits/report.html
+  haste train digits haste --seed 1                     one run; stop it with Ctrl-C, the same command goes on
+  haste train digits haste --set train.steps=200        with another setting
+  haste sample digits haste --n 64 --out digits.png     images from a trained run
+  haste evaluate digits haste                           FID, KID, precision and recall of its checkpoints
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, status 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    top = _Parser(
+        prog="haste",
+        description="Study early-stopped representation alignment (HASTE, arXiv 2505.16792) of diffusion transformers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"haste {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, action: Callable[[argparse.Namespace], None], text: str, arm: bool = False) -> Any:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        names = ", ".join(config.studies())
+        sub.add_argument("study", help=f"a study's name ({names}) or the path of a .yaml file")
+        if arm:
+            sub.add_argument("arm", help="an arm of the study, for instance vanilla, repa, atta, holistic or haste")
+            sub.add_argument("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
+        sub.add_argument("--profile", help="a named set of overrides in the study file, for instance smoke")
+        sub.add_argument(
+            "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+            help="override a setting, for instance train.steps=200; may be repeated",
+        )  # fmt: skip
+        sub.set_defaults(action=action)
+        return sub
+
+    add("train", train, "train one arm with one seed, or go on where it stopped", arm=True)
+    sample = add("sample", draw, "draw images from a trained run's averaged weights", arm=True)
+    sample.add_argument("--step", type=int, help="which checkpoint (default: the last)")
+    sample.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
+    sample.add_argument(
+        "--first-seed",
+        type=int,
+        default=0,
+        help="seed of the first image; the i-th has the next and the i-th label (default: %(default)s)",
+    )
+    sample.add_argument(
+        "--out", type=Path, default=Path("samples.png"),
+        help="a .png sheet or a .npz of uint8 images arr_0 (n, S, S, C) (default: %(default)s)",
+    )  # fmt: skip
+    add("evaluate", score, "score every kept checkpoint of a trained run", arm=True)
+    study = add("study", whole, "run a whole study: teacher, every arm and seed, scores and report")
+    study.add_argument("--cores", type=int, help="jobs at a time (default: all cores)")
+    study.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and run none")
+    add("teacher", teacher, "prepare a study's teacher and feature extractor, and print their facts")
+    cost = add("cost", measure_cost, "measure the time of a training step in every arm and phase")
+    cost.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default: %(default)s)")
+
+    notebook = commands.add_parser(
+        "notebook", help="run one of the notebooks by papermill, with parameters",
+        description="Run one of the notebooks by papermill, with parameters.",
+    )  # fmt: skip
+    notebook.add_argument("name", help="a notebook's name, for instance 01_train, or its path")
+    notebook.add_argument("out", type=Path, help="where the executed notebook goes")
+    notebook.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                          help="a parameter of the notebook, read as YAML; may be repeated")  # fmt: skip
+    notebook.set_defaults(action=run_notebook)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 an error the user can mend, 143 stopped and saved."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.action(arguments)
+    except HasteError as error:
+        print(f"haste: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"haste: {stop}", file=sys.stderr)
+        return 143
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"haste: error: no room left ({error}); what was saved before is intact", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> config.Study:
+    return config.load(arguments.study, arguments.profile, arguments.overrides)
+
+
+def _settings(arguments: argparse.Namespace) -> str:
+    """The words that name the same profile and overrides again."""
+    profile = ["--profile", arguments.profile] if arguments.profile else []
+    chosen = [*profile, *(word for override in arguments.overrides for word in ("--set", override))]
+    return f" {shlex.join(chosen)}" if chosen else ""
+
+
+def _run(arguments: argparse.Namespace) -> Any:
+    from haste_core.runs import Run
+
+    study = _study(arguments)
+    return Run(study, arguments.arm, arguments.seed)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """haste train."""
+    from haste_core import preparation, training
+
+    run = _run(arguments)
+    if run.config.alignment.active and run.missing_steps():
+        preparation.prepare_teacher(run.study, run.config.teacher)
+    training.fit(run)
+    last = run.metrics()[-1]
+    print(f"{run.dir}: step {last['step']}, denoising loss {last['denoising']:.4f}")
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """haste sample."""
+    import io
+
+    import numpy as np
+
+    from haste_core import evaluation, images, sampling
+    from haste_core.files import write_bytes
+
+    if arguments.out.suffix not in (".png", ".npz"):
+        raise HasteError(f"--out {arguments.out}; possible: a name ending in .png or .npz")
+    if arguments.n < 1:
+        raise HasteError(f"--n {arguments.n}; possible: 1 and above")
+    if arguments.first_seed < 0:
+        raise HasteError(f"--first-seed {arguments.first_seed}; possible: 0 and above")
+    run = _run(arguments)
+    step = arguments.step if arguments.step is not None else max(run.steps(), default=run.config.train.steps)
+    model, _ = evaluation.generator_at(run, step)
+    labels = sampling.sample_labels(arguments.n, model.classes, run.study.evaluate.labels, arguments.first_seed)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.n)
+    drawn = sampling.to_uint8(sampling.draw(model, labels, seeds, run.study.sample, "sampling"))
+    if arguments.out.suffix == ".png":
+        images.save_grid(drawn, arguments.out, columns=min(10, arguments.n))
+    else:
+        stream = io.BytesIO()
+        np.savez(stream, arr_0=drawn.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        write_bytes(arguments.out, stream.getvalue())
+    print(arguments.out)
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """haste evaluate."""
+    from haste_core import evaluation, preparation
+
+    run = _run(arguments)
+    if run.missing_steps():
+        raise HasteError(
+            f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {run.missing_steps()}; possible: "
+            f"haste train {arguments.study} {run.arm} --seed {run.seed}{_settings(arguments)}"
+        )
+    preparation.prepare_extractor(run.study)
+    rows = evaluation.evaluate_run(run)
+    shown = ("step", *evaluation.METRICS, "fid_heldout", "nearest", "copies", "n", "card")
+    print("  ".join(f"{name:>11}" for name in shown))
+    for row in rows:
+        print("  ".join(f"{row[k]:>11.4f}" if isinstance(row[k], float) else f"{row[k]:>11}" for k in shown))
+
+
+def teacher(arguments: argparse.Namespace) -> None:
+    """haste teacher."""
+    from haste_core import preparation
+    from haste_core.runs import study_dir
+
+    study = _study(arguments)
+    facts = preparation.write_facts(study, study_dir(study) / "prepared.json")
+    print(yaml.safe_dump(facts, sort_keys=False), end="")
+
+
+def measure_cost(arguments: argparse.Namespace) -> None:
+    """haste cost."""
+    from haste_core import cost, preparation
+
+    study = _study(arguments)
+    if arguments.rounds < 1:
+        raise HasteError(f"--rounds {arguments.rounds}; possible: 1 and above")
+    for teacher in study.teachers():
+        preparation.prepare_teacher(study, teacher)
+    for row in cost.write(study, arguments.rounds):
+        print(
+            f"{row['arm']:>10} phase {row['phase']}  {1000 * row['median_step_s']:7.1f} ms  "
+            f"{row['ratio_to_vanilla']:.3f} of vanilla ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+        )
+
+
+def whole(arguments: argparse.Namespace) -> None:
+    """haste study."""
+    from haste_core import workflow
+
+    study = _study(arguments)
+    print(
+        workflow.run_study(
+            study, arguments.study, arguments.profile, arguments.overrides, arguments.cores, arguments.dry_run
+        )
+    )
+
+
+def run_notebook(arguments: argparse.Namespace) -> None:
+    """haste notebook."""
+    from haste_core import notebook
+
+    parameters = {}
+    for text in arguments.parameters:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise HasteError(f"parameter {text!r} is not of the form name=value")
+        try:
+            parameters[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise HasteError(f"parameter {text!r}: the value is not valid YAML, for instance name=[1, 2]") from error
+    notebook.execute(arguments.name, arguments.out, parameters)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

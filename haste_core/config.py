@@ -1,0 +1,270 @@
+"""What a study is: one YAML file resolved to runs, with overrides, profiles and the hashes that name directories.
+
+A study file describes a base (data, teacher, model, train, sample, evaluate) and arms, each a set of overrides on
+that base. `Study.run(arm)` resolves one arm to a `RunConfig`, the complete description of one training run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from haste_core.errors import HasteError, unknown
+from haste_core.sections import (
+    TRAIN_BOOKKEEPING,
+    Alignment,
+    Augment,
+    Claims,
+    Data,
+    Evaluate,
+    Fitting,
+    Model,
+    NonNegative,
+    Sample,
+    Section,
+    Teacher,
+    Termination,
+    Train,
+)
+from haste_core.validation import digest, merge, section_type, validate
+
+__all__ = [
+    "Alignment", "Augment", "Claims", "Data", "Evaluate", "Fitting", "Model", "RunConfig", "Sample", "Section", "Study",
+    "Teacher", "Termination", "Train", "digest", "load", "merge", "studies",
+]  # fmt: skip
+
+STUDIES = Path(__file__).parent / "studies"
+
+
+class RunConfig(Section):
+    """Everything that decides one training run, bar its seed."""
+
+    data: Data
+    teacher: Teacher
+    model: Model
+    alignment: Alignment = Alignment()
+    termination: Termination = Termination()
+    train: Train
+
+    @model_validator(mode="after")
+    def _check_student_side(self) -> RunConfig:
+        if not self.alignment.active:
+            return self
+        if self.alignment.lambda_feature > 0 and self.alignment.depth > self.model.depth:
+            raise ValueError(
+                f"alignment.depth {self.alignment.depth} does not exist: the student has {self.model.depth} blocks, "
+                f"counted from 1"
+            )
+        for student, _ in self.alignment.layer_pairs:
+            if student >= self.model.depth:
+                raise ValueError(
+                    f"alignment.layer_pairs names student block {student}; possible: 0 to {self.model.depth - 1}"
+                )
+        for head in self.alignment.heads or []:
+            if head >= self.model.heads:
+                raise ValueError(f"alignment.heads names student head {head}; possible: 0 to {self.model.heads - 1}")
+        return self
+
+    @property
+    def tau(self) -> float:
+        """The step at which phase II begins: 0 for a vanilla run, infinity where alignment never ends."""
+        if not self.alignment.active:
+            return 0
+        return float("inf") if self.termination.at is None else self.termination.at
+
+    @property
+    def lineage(self) -> str:
+        """Hash of what decides the run up to the switch: equal for runs that share their first part."""
+        content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
+        content["train"] = self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)
+        if self.alignment.active:
+            content["teacher"] = self.teacher.model_dump(mode="json")
+            content["alignment"] = self.alignment.model_dump(mode="json")
+        return digest(content)
+
+    @property
+    def hash(self) -> str:
+        """Hash of everything that changes a number of the run; names its directory."""
+        ending = self.termination.model_dump(mode="json") if self.alignment.active else None
+        return digest([self.lineage, ending])
+
+
+class Study(Section):
+    """A base, its arms and its seeds, as read from a study file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    title: str = ""
+    data: Data
+    teacher: Teacher
+    model: Model
+    alignment: Alignment = Alignment()
+    train: Train
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    claims: Claims = Claims()
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")], dict[str, Any]]
+    seeds: Annotated[list[NonNegative], Field(min_length=1)]
+    profiles: dict[str, dict[str, Any]] = {}
+
+    def run(self, arm: str) -> RunConfig:
+        """The complete configuration of one arm.
+
+        Raises:
+            HasteError: the arm does not exist, or its overrides do not fit.
+        """
+        if arm not in self.arms:
+            raise unknown("arm", arm, self.arms)
+        sections = set(RunConfig.model_fields)
+        base = {k: v for k, v in self.model_dump(mode="json").items() if k in sections}
+        # All arms learn from the same images, so that their scores can be compared.
+        possible = sorted(sections - {"data"})
+        for key in self.arms[arm]:
+            if key not in possible:
+                raise unknown(f"section in arm {arm!r}", key, possible)
+        return validate(RunConfig, merge(base, self.arms[arm]), f"arm {arm!r}")
+
+    def donor(self, arm: str) -> str | None:
+        """The arm from whose checkpoint at the switch this arm can start, or None.
+
+        A donor shares everything up to the switch, stays in phase I until then and keeps its checkpoint there.
+        """
+        own = self.run(arm)
+        for other in self.arms:
+            candidate = self.run(other)
+            shares = other != arm and candidate.lineage == own.lineage and candidate.tau > own.tau
+            if shares and own.tau in candidate.train.kept_steps:
+                return other
+        return None
+
+    def teacher_hash(self, teacher: Teacher) -> str:
+        """Hash of what decides a teacher's weights in this study."""
+        return digest([self.data.model_dump(mode="json"), teacher.model_dump(mode="json")])
+
+    def teachers(self) -> list[Teacher]:
+        """The study's own teacher, then those that aligned arms bring."""
+        runs = [self.run(arm) for arm in self.arms]
+        brought = [run.teacher for run in runs if run.alignment.active and run.teacher != self.teacher]
+        return [self.teacher, *(t for i, t in enumerate(brought) if t not in brought[:i])]
+
+    def check_claims(self) -> None:
+        """Raise HasteError where the step at which early gains are read is not a kept one of every arm."""
+        for arm in self.arms:
+            kept = self.run(arm).train.kept_steps
+            if self.claims.early not in kept:
+                raise HasteError(
+                    f"claims.early {self.claims.early} is no kept step of arm {arm!r}; possible: {kept}, or another "
+                    f"train.keep"
+                )
+
+    @property
+    def extractor_hash(self) -> str:
+        """Hash of what decides the weights of the feature extractor behind FID."""
+        evaluate = self.evaluate
+        return digest([self.data.model_dump(mode="json"), evaluate.extractor.model_dump(), evaluate.extractor_width])
+
+    @property
+    def evaluation_hash(self) -> str:
+        """Hash of everything that moves a score except the weights that are scored."""
+        return digest([self.sample.model_dump(), self.evaluate.model_dump(), self.extractor_hash])
+
+
+def studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(p.stem for p in STUDIES.glob("*.yaml"))
+
+
+def load(study: str | Path, profile: str | None = None, overrides: Iterable[str] = ()) -> Study:
+    """A study by name or by the path of a YAML file, after its profile and then the overrides.
+
+    Args:
+        study: a name from `studies()` or a path ending in .yaml.
+        profile: a named set of overrides in the file itself, for instance "smoke".
+        overrides: texts such as "train.steps=200"; the value is read as YAML. Keys address the study's base, or an
+            arm with "arms.haste.termination.at=100".
+
+    Raises:
+        HasteError: the study, profile, key or type does not exist or does not fit.
+    """
+    path = Path(study) if str(study).endswith((".yaml", ".yml")) else STUDIES / f"{study}.yaml"
+    if not path.is_file() or not (path.parent != STUDIES or path.stem in studies()):
+        raise unknown("study", study, [*studies(), "or the path of a .yaml file"])
+    content = _read(path)
+    if profile:
+        profiles = content.get("profiles") or {}
+        if profile not in profiles:
+            raise unknown(f"profile of study {content.get('name')!r}", profile, profiles)
+        content = merge(content, profiles[profile])
+    for override in overrides:
+        content = _apply(content, override)
+    loaded = validate(Study, content, f"study {path.stem!r}")
+    for arm in loaded.arms:
+        loaded.run(arm)
+    return loaded
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A study file as plain mappings."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except UnicodeDecodeError as error:
+        raise HasteError(f"{path} is not valid YAML: not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        raise HasteError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise HasteError(f"{path} holds {type(content).__name__}; a study is a mapping of sections")
+    for key in {"profiles", "arms"} & set(content):
+        entries = content[key] if isinstance(content[key], dict) else {}
+        wrong = {f"{key}.{name}": entry for name, entry in entries.items() if not isinstance(entry, dict)}
+        if not isinstance(content[key], dict):
+            wrong = {key: content[key]}
+        for where, given in wrong.items():
+            raise HasteError(f"study {path.stem!r}: {where} is {given!r}; possible: a dictionary, for instance {{}}")
+    return content
+
+
+def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise HasteError(f"override {override!r} is not of the form key=value, for instance train.steps=200")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HasteError(f"override {override!r}: the value is not valid YAML") from error
+    # YAML 1.1 reads 1e-3 (no dot) as text; a number is what everybody means.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    parts = key.split(".")
+    _check_key(parts, content)
+    nested: Any = value
+    for part in reversed(parts):
+        nested = {part: nested}
+    return merge(content, nested)
+
+
+def _check_key(parts: list[str], content: Mapping[str, Any]) -> None:
+    """Name the possible keys before pydantic sees the override, level by level."""
+    section: Any = Study
+    for i, part in enumerate(parts):
+        where = ".".join(parts[:i]) or "study"
+        if parts[0] == "arms" and i == 1:
+            arms = content.get("arms") or {}
+            if part not in arms:
+                raise unknown("arm", part, arms)
+            section = RunConfig
+            continue
+        if section is None:
+            return
+        if part not in section.model_fields:
+            raise unknown(f"override key in {where}", part, section.model_fields)
+        below = section_type(section.model_fields[part].annotation)
+        is_section = below is not None
+        if not is_section and i + 1 < len(parts) and parts[i : i + 1] != ["arms"] and part != "kwargs":
+            raise HasteError(f"override key {'.'.join(parts)!r}: {part!r} is a value, it has no keys below it")
+        section = below

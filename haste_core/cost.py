@@ -1,0 +1,83 @@
+"""What a step costs in each phase, measured interleaved in one process."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from haste_core import config, training
+from haste_core.errors import HasteError
+from haste_core.files import write_json
+from haste_core.runs import study_dir
+from haste_core.state import TrainState, create
+
+COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
+
+
+def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
+    """A training state for each arm and phase; a phase II state really went through its switch."""
+    found: dict[tuple[str, int], TrainState] = {}
+    for arm in study.arms:
+        run = study.run(arm)
+        if not run.alignment.active:
+            found[arm, 2] = create(run, 0, None)
+            continue
+        teacher = training.find_teacher(study, run.teacher)
+        found[arm, 1] = create(run, 0, teacher, training.Termination(run))
+        if run.tau != float("inf"):
+            switched = create(run, 0, teacher, training.Termination(run))
+            training.train_step(switched)
+            switched.step = int(run.tau)
+            training.train_step(switched)
+            found[arm, 2] = switched
+    return found
+
+
+def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str = "vanilla") -> list[dict[str, Any]]:
+    """Median seconds per training step of every arm and phase, and the ratio to a vanilla step with its spread.
+
+    Every round times each state once, in a new order; ratios are taken within a round, so that a machine whose speed
+    drifts does not tilt them. `ratio_low` and `ratio_high` are a 95 % bootstrap interval of the median ratio.
+    """
+    if vanilla not in study.arms or study.run(vanilla).alignment.active:
+        raise HasteError(f"step times are ratios to a run without alignment; {vanilla!r} is none of {list(study.arms)}")
+    running = states(study)
+    device = next(iter(running.values())).accelerator.device
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in running}
+    order, rng = list(running), np.random.default_rng(0)
+    for warmup in tqdm(range(-2, rounds), desc="step time", unit="round", mininterval=1.0):
+        rng.shuffle(order)
+        for key in order:
+            begun = _now(device)
+            for _ in range(steps):
+                training.train_step(running[key])
+            if warmup >= 0:
+                times[key].append((_now(device) - begun) / steps)
+    base = np.array(times[vanilla, 2])
+    rows = []
+    for (arm, phase), taken in times.items():
+        ratios = np.array(taken) / base
+        medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+        low, high = np.quantile(medians, [0.025, 0.975])
+        rows.append(
+            dict(zip(COLUMNS, (arm, phase, float(np.median(taken)), float(np.median(ratios)), float(low), float(high),
+                               rounds), strict=True))
+        )  # fmt: skip
+    return rows
+
+
+def write(study: config.Study, rounds: int = 30) -> list[dict[str, Any]]:
+    """Measure, and keep the rows in runs/<study>/step_time.json."""
+    rows = measure(study, rounds)
+    write_json(study_dir(study) / "step_time.json", rows)
+    return rows
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

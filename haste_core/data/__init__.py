@@ -1,0 +1,14 @@
+"""Data sets behind one interface (`base.Dataset`)."""
+
+from __future__ import annotations
+
+from haste_core import config
+from haste_core.data.base import Batch, Batches, Dataset
+from haste_core.data.digits import Digits
+
+__all__ = ["Batch", "Batches", "Dataset", "open_dataset"]
+
+
+def open_dataset(data: config.Data) -> Dataset:
+    """The data set a study names."""
+    return {"digits": Digits}[data.kind](data)

@@ -1,0 +1,322 @@
+"""Tables to matplotlib figures, in one style. Nothing is measured here.
+
+Every function takes rows of a table (pandas) and returns a Figure; `save` writes it as PNG and SVG.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure as PlainFigure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from haste_core.files import atomic
+
+# Okabe-Ito: told apart by people who see colours differently, and in grey by the line style.
+ARM_STYLE = {
+    "vanilla": ("#555555", ":"),
+    "repa": ("#0072B2", "--"),
+    "atta": ("#E69F00", "-."),
+    "holistic": ("#CC79A7", "--"),
+    "haste": ("#009E73", "-"),
+}
+_SPARE = ("#D55E00", "#56B4E9", "#F0E442", "#000000")
+VERDICT_COLOUR = {"supported": "#009E73", "contradicted": "#D55E00", "not decided": "#888888"}
+
+mpl.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "savefig.dpi": 110,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "legend.frameon": False,
+        "svg.hashsalt": "haste",
+        "svg.fonttype": "none",
+    }
+)
+
+
+class Figure(PlainFigure):
+    """A matplotlib figure that notebooks show as a picture, without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", bbox_inches="tight")
+        return stream.getvalue()
+
+
+def style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
+    """Colour and line style of an arm, the same in every figure."""
+    if arm in ARM_STYLE:
+        colour, line = ARM_STYLE[arm]
+    else:
+        others = [a for a in arms if a not in ARM_STYLE]
+        colour, line = _SPARE[others.index(arm) % len(_SPARE)], "-"
+    return {"color": colour, "linestyle": line}
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write folder/name.png and folder/name.svg atomically, the same bytes for the same figure."""
+    # Automatic layouts move things a little with every drawing; one drawing settles them.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for kind in ("png", "svg"):
+        with atomic(folder / f"{name}.{kind}") as temporary:
+            metadata = {"Date": None} if kind == "svg" else {"Software": None}
+            figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
+
+
+def one_card(fid: pd.DataFrame) -> str:
+    """The card all rows share.
+
+    Raises:
+        ValueError: rows carry different cards; such scores are not drawn on one axis.
+    """
+    cards = sorted(fid["card"].unique())
+    if len(cards) != 1:
+        raise ValueError(f"scores with different cards cannot share an axis: {', '.join(cards)}")
+    return cards[0]
+
+
+def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = None) -> Figure:
+    """FID over training steps, a line per arm (geometric mean over seeds) and a band from lowest to highest seed."""
+    card = one_card(fid)
+    figure = Figure(figsize=(7.2, 4.4))
+    axis = figure.subplots()
+    arms = list(fid["arm"].unique())
+    for arm in arms:
+        per_step = np.log(fid[fid["arm"] == arm].pivot(index="step", columns="seed", values="fid"))
+        look = style(arm, arms)
+        axis.plot(per_step.index, np.exp(per_step.mean(axis=1)), label=arm, marker="o", markersize=3.5, **look)
+        low, high = np.exp(per_step.min(axis=1)), np.exp(per_step.max(axis=1))
+        axis.fill_between(per_step.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axis.set_yscale("log")
+    _plain_numbers(axis.yaxis)
+    _mark_switch(axis, tau)
+    if floor is not None:
+        axis.axhline(floor, color="#999999", linewidth=0.8)
+        axis.annotate("real against real", (fid["step"].min(), floor), xytext=(0, 3), textcoords="offset points",
+                      fontsize=8, color="#666666")  # fmt: skip
+    seeds = fid["seed"].nunique()
+    axis.set(xlabel="training steps", ylabel="FID (lower is better)")
+    axis.set_title(f"{fid['n'].iloc[0]} samples, {seeds} seed{'s' * (seeds > 1)}, card {card}", fontsize=9, loc="left")
+    axis.legend()
+    return figure
+
+
+def gain_over_vanilla(fid: pd.DataFrame, tau: int | None, vanilla: str = "vanilla") -> Figure:
+    """How much each arm's FID is below vanilla's at the same step and seed, in percent; below zero it hurts."""
+    one_card(fid)
+    figure = Figure(figsize=(7.2, 4.0))
+    axis = figure.subplots()
+    base = fid[fid["arm"] == vanilla].set_index(["seed", "step"])["fid"]
+    arms = list(fid["arm"].unique())
+    for arm in (a for a in arms if a != vanilla):
+        own = fid[fid["arm"] == arm].set_index(["seed", "step"])["fid"]
+        gain = (np.log(base) - np.log(own)).unstack("seed").dropna()
+        look = style(arm, arms)
+        axis.plot(gain.index, gain.mean(axis=1), label=arm, marker="o", markersize=3.5, **look)
+        for seed in gain.columns:
+            axis.plot(gain.index, gain[seed], color=look["color"], alpha=0.3, linewidth=0.8)
+    axis.axhline(0, color="#555555", linewidth=1)
+    _mark_switch(axis, tau)
+    axis.set(xlabel="training steps", ylabel="log FID below vanilla's\n(above 0: helps, below 0: hurts)")
+    axis.legend()
+    return figure
+
+
+def training_curves(metrics: pd.DataFrame, tau: int | None) -> Figure:
+    """Denoising, feature and attention loss over steps, a line per arm and seed."""
+    names = {
+        "denoising": "denoising loss",
+        "feature": "feature loss (minus cosine)",
+        "attention": "attention loss (nats)",
+    }
+    present = [name for name in names if name in metrics and metrics[name].notna().any()]
+    figure = Figure(figsize=(4.0 * len(present), 3.2), layout="constrained")
+    arms = list(metrics["arm"].unique())
+    for axis, name in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
+        for (arm, seed), rows in metrics.dropna(subset=[name]).groupby(["arm", "seed"], sort=False):
+            label = str(arm) if seed == metrics["seed"].min() else None
+            axis.plot(rows["step"], rows[name], linewidth=1, label=label, **style(str(arm), arms))
+        _mark_switch(axis, tau)
+        axis.set(xlabel="training steps", title=names[name])
+        axis.legend(fontsize=8)
+    return figure
+
+
+def image_rows(rows: dict[str, np.ndarray]) -> Figure:
+    """Labelled rows of images: uint8 (n, C, S, S) by label, n the same for all."""
+    count = len(next(iter(rows.values())))
+    figure = Figure(figsize=(0.48 * count + 1, 0.55 * len(rows) + 0.1))
+    for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        axis.imshow(_tile(np.asarray(images), count), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    return figure
+
+
+def sample_sheet(samples: dict[tuple[str, int], np.ndarray], per_cell: int = 10) -> Figure:
+    """Images by arm (rows) and step (columns), all from the same noise; each cell shows `per_cell` images.
+
+    Args:
+        samples: uint8 images (n, C, S, S) by (arm, step).
+        per_cell: a multiple of 5.
+    """
+    arms = list(dict.fromkeys(arm for arm, _ in samples))
+    steps = sorted({step for _, step in samples})
+    figure = Figure(figsize=(2.1 * len(steps), 1.0 * len(arms) + 0.4))
+    axes = figure.subplots(len(arms), len(steps), squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    for i, arm in enumerate(arms):
+        for j, step in enumerate(steps):
+            axis = axes[i][j]
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+            if (arm, step) in samples:
+                axis.imshow(
+                    _tile(samples[arm, step][:per_cell], 5), interpolation="nearest", cmap="gray", vmin=0, vmax=255
+                )
+            if i == 0:
+                axis.set_title(f"step {step}", fontsize=9)
+            if j == 0:
+                axis.set_ylabel(arm, fontsize=10)
+    return figure
+
+
+def attention_maps(maps: pd.DataFrame, image: np.ndarray) -> Figure:
+    """Where chosen tokens (rows) look: the image, the teacher, then each arm; red marks the query token.
+
+    Args:
+        maps: rows of `analysis.attention.token_maps` for one seed.
+        image: (S, S), the image the maps belong to.
+    """
+    queries, sources = sorted(maps["query"].unique()), list(maps["source"].unique())
+    side = int(np.sqrt(maps["key"].max() + 1))
+    figure = Figure(figsize=(1.55 * (len(sources) + 1), 1.6 * len(queries) + 0.5))
+    axes = figure.subplots(len(queries), len(sources) + 1, squeeze=False)
+    for i, query in enumerate(queries):
+        row, column = divmod(int(query), side)
+        axes[i][0].imshow(image, cmap="gray", extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
+        for j, source in enumerate(sources):
+            chosen = maps[(maps["source"] == source) & (maps["query"] == query)].sort_values("key")
+            values = chosen["probability"].to_numpy().reshape(side, side)
+            axes[i][j + 1].imshow(values, cmap="viridis", vmin=0, vmax=maps["probability"].max())
+            if i == 0:
+                apart = chosen["divergence"].iloc[0]
+                title = f"{source}\nKL {apart:.2f}" if apart > 0 else source
+                axes[i][j + 1].set_title(title, fontsize=9)
+        for axis in axes[i]:
+            axis.add_patch(
+                mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#ff3030", lw=1.6)
+            )
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+    axes[0][0].set_title("image", fontsize=9)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def step_cost(times: pd.DataFrame) -> Figure:
+    """The time of a training step relative to a vanilla one, per arm and phase, with its interval."""
+    figure = Figure(figsize=(6.4, 0.42 * len(times) + 1.0))
+    axis = figure.subplots()
+    arms = list(times["arm"])
+    labels = [
+        f"{r.arm}, {'phase I' if r.phase == 1 else 'phase II' if r.arm != 'vanilla' else 'plain'}"
+        for r in times.itertuples()
+    ]
+    errors = [times["ratio_to_vanilla"] - times["ratio_low"], times["ratio_high"] - times["ratio_to_vanilla"]]
+    positions = np.arange(len(times))
+    axis.barh(positions, times["ratio_to_vanilla"], xerr=np.clip(errors, 0, None), height=0.6,
+              color=[style(arm, arms)["color"] for arm in arms], alpha=0.85, error_kw={"lw": 1})  # fmt: skip
+    for y, ratio, high in zip(positions, times["ratio_to_vanilla"], times["ratio_high"], strict=True):
+        axis.annotate(
+            f"{ratio:.2f}", (max(ratio, high), y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    axis.axvline(1, color="#555555", linewidth=1)
+    axis.set_yticks(positions, labels)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set(xlabel="step time over a vanilla step", xlim=(0, times["ratio_high"].max() * 1.15))
+    return figure
+
+
+def claims_forest(claims: pd.DataFrame) -> Figure:
+    """Effect and interval of every claim on its own axis, coloured by verdict; dotted: the bounds of its rule."""
+    figure = Figure(figsize=(8.2, 0.95 * len(claims) + 0.2))
+    axes = figure.subplots(len(claims), 1, squeeze=False)[:, 0]
+    for axis, row in zip(axes, claims.to_dict("records"), strict=True):
+        colour = VERDICT_COLOUR[str(row["verdict"])]
+        for bound in (row["region_low"], row["region_high"]):
+            if np.isfinite(bound):
+                axis.axvline(bound, color="#555555", linewidth=1, linestyle=":")
+        if np.isfinite(row["low"]) and np.isfinite(row["high"]):
+            axis.plot([row["low"], row["high"]], [0, 0], color=colour, linewidth=2.5)
+        axis.plot(row["effect"], 0, "o", color=colour, markersize=7)
+        axis.set(yticks=[], ylim=(-1, 1))
+        axis.spines["left"].set_visible(False)
+        axis.tick_params(axis="x", labelsize=8)
+        title = f"{row['id']}  {row['claim']}: {row['verdict']}   [{row['unit']}]"
+        axis.set_title(title, fontsize=8.5, loc="left", color=colour)
+    figure.tight_layout(pad=0.3)
+    return figure
+
+
+def summary(fid: pd.DataFrame, samples: dict[tuple[str, int], np.ndarray], tau: int | None) -> Figure:
+    """The one picture of the study: gain over vanilla on the left, the same digits by every arm on the right."""
+    one_card(fid)
+    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1], squeeze=False)[0]
+    axis = left.subplots()
+    arms = list(fid["arm"].unique())
+    base = fid[fid["arm"] == "vanilla"].set_index(["seed", "step"])["fid"]
+    for arm in arms:
+        own = fid[fid["arm"] == arm].set_index(["seed", "step"])["fid"]
+        ratio = np.exp((np.log(own) - np.log(base)).unstack("seed").mean(axis=1))
+        axis.plot(ratio.index, ratio, label=arm, marker="o", markersize=3.5, **style(arm, arms))
+    _mark_switch(axis, tau)
+    axis.set(xlabel="training steps", ylabel="FID over vanilla's FID", title="below 1: better than vanilla")
+    axis.legend(fontsize=8)
+    step = min((s for _, s in samples if tau is None or s >= tau), default=max(s for _, s in samples))
+    chosen = [arm for arm in arms if (arm, step) in samples]
+    for axis, arm in zip(right.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen, strict=True):
+        axis.imshow(_tile(samples[arm, step][:10], 10), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.set_ylabel(arm, fontsize=9, rotation=0, ha="right", va="center")
+    right.suptitle(f"the same noise at step {step}", fontsize=10)
+    return figure
+
+
+def _tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images (n, C, S, S) as one array (rows * (S + 1), columns * (S + 1)[, 3]) with light gaps."""
+    missing = -len(images) % columns
+    padded = np.pad(images, ((0, missing), (0, 0), (0, 1), (0, 1)), constant_values=255)
+    n, channels, height, width = padded.shape
+    sheet = padded.reshape(n // columns, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(n // columns * height, columns * width, channels)
+    return sheet[..., 0] if channels == 1 else sheet[..., :3]
+
+
+def _mark_switch(axis: Any, tau: int | None) -> None:
+    if tau is not None:
+        axis.axvline(tau, color="#009E73", linewidth=0.9, linestyle=":")
+        axis.annotate(r"switch $\tau$", (tau, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                      textcoords="offset points", fontsize=8, color="#007a5a")  # fmt: skip
+
+
+def _plain_numbers(axis: Any) -> None:
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))

@@ -1,0 +1,105 @@
+"""Writing without ever leaving half a file, and where things lie."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from haste_core.errors import HasteError, is_disk_full
+
+
+def project_root() -> Path:
+    """The folder with Snakefile and notebooks: found upwards from here, else beside the package."""
+    here = Path.cwd()
+    for folder in [here, *here.parents, Path(__file__).parents[1]]:
+        if (folder / "Snakefile").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    raise HasteError(f"no project (a folder with Snakefile and notebooks/) at or above {here}")
+
+
+def output_root() -> Path:
+    """Where runs/ and reports/ go: the environment variable HASTE_OUTPUT, else the project's root."""
+    given = os.environ.get("HASTE_OUTPUT")
+    if given and Path(given).exists() and not Path(given).is_dir():
+        raise HasteError(f"HASTE_OUTPUT is {given}, which is no folder; possible: a folder, or a path that is free")
+    return Path(given).resolve() if given else project_root()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there replaces `path` when the block ends well.
+
+    Raises:
+        HasteError: there is no room; the temporary file is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise HasteError(
+                f"no room to write {path} ({error}); everything saved before is intact, free some space and run again"
+            ) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` atomically as indented JSON."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows atomically as CSV with exactly these columns; floats keep six significant digits."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_text(path, stream.getvalue())
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Holds an exclusive lock on the file `path`; it vanishes with the process, however that ends.
+
+    Raises:
+        HasteError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "unknown"
+            raise HasteError(
+                f"{what} is in use by process {holder} ({path}); possible: wait for it, or stop it first"
+            ) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield

@@ -1,0 +1,136 @@
+"""Images -> features -> statistics -> numbers through torch-fidelity, and a check for copied training images.
+
+input1 is always the generated set, input2 the real one: precision and recall swap when the inputs do. torch-fidelity's
+file cache stays off: it is keyed by name alone, so it goes stale, and it unpickles what it finds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from haste_core import _torchvision_guard, config  # noqa: F401  (the guard comes first)
+from haste_core.classifier import DigitCNN
+from haste_core.errors import HasteError
+
+import torch_fidelity  # isort: skip
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # isort: skip
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # isort: skip
+
+METRICS = ("fid", "kid", "precision", "recall")
+_KEYS = {
+    "fid": torch_fidelity.KEY_METRIC_FID,
+    "kid": torch_fidelity.KEY_METRIC_KID_MEAN,
+    "precision": torch_fidelity.KEY_METRIC_PRECISION,
+    "recall": torch_fidelity.KEY_METRIC_RECALL,
+}
+
+
+class ImageSet(TorchDataset[Tensor]):
+    """uint8 images (n, C, S, S) as torch-fidelity wants them: tensors of 3 channels, one by one."""
+
+    def __init__(self, images: Tensor) -> None:
+        if images.dtype != torch.uint8:
+            raise HasteError(f"images to score are {images.dtype}; possible: torch.uint8")
+        self.images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].contiguous()
+
+
+def register_extractor(network: DigitCNN, fingerprint: str) -> str:
+    """Make `network` known to torch-fidelity under a name that holds its fingerprint; returns the name.
+
+    Features are (n, width) float64, taken from grey images in [-1, 1].
+    """
+    name = f"digit-cnn-{fingerprint}"
+    if name in FEATURE_EXTRACTORS_REGISTRY:
+        return name
+
+    class Extractor(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+            super().__init__(name, features_list)
+            self.network = network
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return ("embedding",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "embedding"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile() -> Tensor:
+            return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            grey = images.float().mean(1, keepdim=True) / 127.5 - 1
+            return (self.network.features(grey).double(),)
+
+    torch_fidelity.register_feature_extractor(name, Extractor)
+    return name
+
+
+def score(generated: Tensor, real: Tensor, extractor: str, evaluate: config.Evaluate) -> dict[str, float]:
+    """FID, KID, precision and recall of generated against real images.
+
+    Args:
+        generated, real: uint8 (n, C, S, S).
+        extractor: a name from `register_extractor`, or one of torch-fidelity's own.
+        evaluate: sizes of KID subsets and of the precision and recall neighbourhood.
+
+    Returns:
+        `fid` and `kid` (both 0 for equal distributions, KID can be slightly negative), `precision` and `recall` in
+        [0, 1].
+    """
+    smaller = min(len(generated), len(real))
+    measured = torch_fidelity.calculate_metrics(
+        input1=ImageSet(generated),
+        input2=ImageSet(real),
+        cuda=torch.cuda.is_available(),
+        batch_size=500,
+        fid=True,
+        kid=True,
+        prc=True,
+        feature_extractor=extractor,
+        kid_subsets=evaluate.kid_subsets,
+        kid_subset_size=min(evaluate.kid_subset_size, smaller),
+        prc_neighborhood=evaluate.neighborhood,
+        samples_shuffle=False,
+        save_cpu_ram=True,
+        cache=False,
+        verbose=False,
+    )
+    return {name: float(measured[key]) for name, key in _KEYS.items()}
+
+
+def nearest_distances(images: Tensor, training: Tensor) -> Tensor:
+    """The Euclidean distance (n,) of each uint8 image to its nearest training image, on the scale of [-1, 1] pixels."""
+    made, known = (x.flatten(1).double() / 127.5 for x in (images, training))
+    return torch.cdist(made, known).min(1).values
+
+
+def copy_check(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[str, float]:
+    """Whether generated images sit closer to training images than fresh real ones do.
+
+    Returns:
+        `nearest`: the median nearest-training-image distance of generated images over that of held-out images (below
+        1: closer than real ones). `copies`: the share of generated images closer than 99 % of held-out images are;
+        0.01 is what real images give.
+    """
+    made, real = nearest_distances(generated, training), nearest_distances(held_out, training)
+    return {
+        "nearest": float(made.median() / real.median()),
+        "copies": float((made < real.quantile(0.01)).double().mean()),
+    }

@@ -1,0 +1,1 @@
+"""Generators: plain diffusion transformers that know nothing of teachers."""

@@ -1,0 +1,152 @@
+"""Parts of a diffusion transformer, named and laid out as in the released DiT and SiT checkpoints.
+
+B batch, N tokens, D width, H heads, d head width. Golden values in tests/golden pin every number here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+QK = tuple[Tensor, Tensor]
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sin-cos positions, (grid * grid, width) float32, tokens row by row.
+
+    The first half of the width encodes the column, the second the row, each as [sin, cos] at frequencies
+    10000^(-2j / (width / 2)). Not in the paper: the DiT convention.
+    """
+    quarter = width // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
+    columns = line[None, :, :].expand(grid, grid, -1)
+    rows = line[:, None, :].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(grid * grid, width).float()
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds t (B,), unscaled, to (B, width): [cos(t f), sin(t f)] at 256 values, then a two-layer MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        half = frequencies // 2
+        values = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        self.register_buffer("frequencies", values.float(), persistent=False)
+        self.frequencies: Tensor
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,) to (B, width)."""
+        angles = t.float()[:, None] * self.frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds labels (B,) to (B, width); row `classes` is the null label."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (B,) int64 to (B, width)."""
+        return self.embedding_table(y)
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, S, S) to tokens (B, N, D), row by row, by a strided convolution with bias."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, S, S) to (B, N, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention by torch's fused kernel; hands out q and k (B, H, N, d) when asked.
+
+    The handed-out q and k are those the kernel sees, after any q/k norm and before the scale 1 / sqrt(d).
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm: nn.Module = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, hand_out: bool = False) -> tuple[Tensor, QK | None]:
+        """x (B, N, D) to the same shape, and (q, k) if `hand_out`."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D)), (q, k) if hand_out else None
+
+
+class Mlp(nn.Module):
+    """Two linear layers with tanh-GELU between, (B, N, D) to (B, N, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) to the same shape."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D) scaled by 1 + scale and shifted, both (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """A transformer block under adaLN-Zero: shift, scale and gate of each branch come from the condition c (B, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor, hand_out: bool = False) -> tuple[Tensor, QK | None]:
+        """x (B, N, D) under c (B, D) to the same shape, and (q, k) of its attention if `hand_out`."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        attended, qk = self.attn(modulate(self.norm1(x), shift_a, scale_a), hand_out)
+        x = x + gate_a[:, None] * attended
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m)), qk
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) to patches (B, N, patch * patch * channels), unfolding as (row, column, channel)."""
+
+    def __init__(self, width: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D) under c (B, D) to patches."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:
+    """Patches (B, N, patch * patch * channels) back to images (B, channels, S, S)."""
+    B, N, _ = patches.shape
+    grid = int(N**0.5)
+    x = patches.reshape(B, grid, grid, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, grid * patch, grid * patch)

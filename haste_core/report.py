@@ -1,0 +1,291 @@
+"""From runs to tables, from tables to figures and one HTML file that opens without network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from haste_core import claims, config, cost, evaluation, figures, provenance, runs
+from haste_core.analysis import attention
+from haste_core.data import open_dataset
+from haste_core.errors import HasteError
+from haste_core.files import write_bytes, write_json, write_table, write_text
+from haste_core.runs import Run
+from haste_core.training import find_teacher
+
+FID_COLUMNS = (
+    "arm", "seed", "step", "images_seen", "fid", "kid", "precision", "recall", "n", "card",
+    "fid_heldout", "kid_heldout", "precision_heldout", "recall_heldout", "nearest", "copies",
+)  # fmt: skip
+TEMPLATES = Path(__file__).parent / "templates"
+# Tokens whose attention is shown: a corner, and two in the middle where the strokes are.
+QUERIES = (5, 6, 10)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished study's folder, reports/<study>: tables, figures and report.html."""
+
+    study: config.Study
+    dir: Path
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table by name, such as "fid".
+
+        Raises:
+            HasteError: it has not been written yet.
+        """
+        path = self.dir / "tables" / f"{name}.csv"
+        if not path.is_file():
+            raise HasteError(f"no table {path}; possible: haste study {self.study.name}")
+        return pd.read_csv(path)
+
+    @property
+    def tau(self) -> int | None:
+        """The switch of the study's first arm that has one."""
+        taus = [self.study.run(arm).tau for arm in self.study.arms]
+        return next((int(t) for t in taus if 0 < t < float("inf")), None)
+
+    def all_runs(self) -> list[Run]:
+        """Every arm with every seed."""
+        return [Run(self.study, arm, seed) for arm in self.study.arms for seed in self.study.seeds]
+
+    def shown_runs(self) -> list[Run]:
+        """Every arm with the first seed, for pictures."""
+        return [Run(self.study, arm, self.study.seeds[0]) for arm in self.study.arms]
+
+    def samples(self) -> dict[tuple[str, int], np.ndarray]:
+        """The first evaluation images by arm and step, first seed, uint8 (n, C, S, S), from tables/samples.npz."""
+        with np.load(self.dir / "tables" / "samples.npz", allow_pickle=False) as stored:
+            keys = {tuple(name.rsplit("@", 1)): name for name in stored.files}
+            return {(arm, int(step)): stored[name] for (arm, step), name in keys.items()}
+
+    def test_image(self) -> np.ndarray:
+        """The held-out image that attention is shown on, (S, S) or (S, S, 3)."""
+        image = open_dataset(self.study.data).images("test")[0][0].permute(1, 2, 0).numpy()
+        return image[..., 0] if image.shape[-1] == 1 else (image + 1) / 2
+
+
+def open_report(study: config.Study, profile: str | None = None) -> Report:
+    """The report of a study, finished or not."""
+    return Report(study, runs.report_dir(study, profile))
+
+
+def refresh(report: Report) -> str:
+    """Write the tables anew if every run of the study is scored; says in a sentence which tables there are now.
+
+    Raises:
+        HasteError: runs are missing and there are no tables from before.
+    """
+    waiting = [f"{r.arm} seed {r.seed}" for r in report.all_runs() if not evaluation.is_scored(r)]
+    if not waiting:
+        write_tables(report)
+        return f"Tables in {report.dir / 'tables'} written from {len(report.all_runs())} runs."
+    facts = report.dir / "tables" / "provenance.json"
+    if not facts.is_file():
+        raise HasteError(f"not scored yet: {', '.join(waiting)}; possible: haste study {report.study.name}")
+    known = json.loads(facts.read_text())
+    return (
+        f"{len(waiting)} runs of this study are not here, so these are the tables that came with the project: study "
+        f"{known['study_hash']}, commit {', '.join(known['commits'])}, written {known['written']}."
+    )
+
+
+def collect_samples(report: Report, count: int = 10) -> dict[str, np.ndarray]:
+    """The first evaluation images of each arm and kept step, first seed, uint8 (count, C, S, S), by "arm@step"."""
+    found = {}
+    for run in report.shown_runs():
+        for step in run.config.train.kept_steps:
+            found[f"{run.arm}@{step}"] = np.load(evaluation.find_samples(run, step), allow_pickle=False)[:count]
+    return found
+
+
+def write_tables(report: Report) -> None:
+    """Write every table of the study from what lies in runs/.
+
+    Raises:
+        HasteError: a run is not trained or not scored yet.
+    """
+    study, folder = report.study, report.dir / "tables"
+    fid = [row for run in report.all_runs() for row in evaluation.rows(run)]
+    write_table(folder / "fid.csv", fid, FID_COLUMNS)
+    scorer = evaluation.Scorer(study)
+    write_table(folder / "floor.csv", scorer.floor(), ("pair", "n", "n_reference", *evaluation.METRICS))
+    write_json(folder / "cards" / f"{scorer.card['card_id']}.json", scorer.card)
+    times = json.loads((runs.study_dir(study) / "step_time.json").read_text())
+    write_table(folder / "step_time.csv", times, cost.COLUMNS)
+    study.check_claims()
+    judged = claims.judge_all(claims.curves_of(pd.DataFrame(fid)), study.claims, study.train.steps)
+    write_table(folder / "claims.csv", judged, claims.COLUMNS)
+    maps = attention.token_maps(report.shown_runs(), find_teacher(study, study.teacher), list(QUERIES))
+    write_table(folder / "attention.csv", maps, tuple(maps[0]))
+    names = ("arm", "seed", "step", "phase", "loss", "denoising", "feature", "attention", "grad_norm")
+    curves = [
+        {"arm": run.arm, "seed": run.seed, **{k: line.get(k) for k in names[2:]}}
+        for run in report.all_runs()
+        for line in run.metrics()
+    ]
+    write_table(folder / "metrics.csv", curves, names)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **collect_samples(report))  # type: ignore[arg-type]
+    write_bytes(folder / "samples.npz", stream.getvalue())
+    write_json(folder / "provenance.json", study_provenance(report))
+
+
+def study_provenance(report: Report) -> dict[str, Any]:
+    """Where the report's numbers come from: commits, hashes, versions, machine, minutes and memory."""
+    study = report.study
+    teachers = [runs.teacher_path(study, teacher).parent for teacher in study.teachers()]
+    folders = [*teachers, runs.extractor_path(study).parent, *(r.dir for r in report.all_runs())]
+    sessions = [s for folder in folders for s in provenance.read(folder).get("sessions", [])]
+    facts = json.loads((runs.study_dir(study) / "prepared.json").read_text())
+    invocation = runs.study_dir(study) / "invocation.json"
+    return {
+        "study": study.name,
+        "study_hash": config.digest(study.model_dump(mode="json")),
+        "commits": sorted({s["commit"] for s in sessions}),
+        "environment": provenance.environment(),
+        "machine": provenance.machine(),
+        "written": provenance.now(),
+        "compute_minutes": round(sum(s["seconds"] for s in sessions) / 60, 2),
+        "largest_process_gib": max(s["peak_memory_gib"] for s in sessions),
+        "invocation": json.loads(invocation.read_text()) if invocation.is_file() else None,
+        "runs": {
+            f"{r.arm} seed {r.seed}": {
+                "hash": r.config.hash,
+                "minutes": round(provenance.seconds(r.dir) / 60, 2),
+                **{k: v for k, v in provenance.read(r.dir).items() if k.startswith("shared")},
+            }
+            for r in report.all_runs()
+        },
+        **facts,
+    }
+
+
+def draw_figures(report: Report) -> dict[str, Any]:
+    """Every figure of the report by name, drawn from its tables (and the sample images)."""
+    fid, samples = report.table("fid"), report.samples()
+    floor = report.table("floor").set_index("pair")["fid"]["augmented held-in against held-in"]
+    return {
+        "summary": figures.summary(fid, samples, report.tau),
+        "fid": figures.fid_against_steps(fid, report.tau, float(floor)),
+        "gain": figures.gain_over_vanilla(fid, report.tau),
+        "samples": figures.sample_sheet(samples),
+        "attention": figures.attention_maps(report.table("attention"), report.test_image()),
+        "curves": figures.training_curves(report.table("metrics"), report.tau),
+        "step_time": figures.step_cost(report.table("step_time")),
+        "claims": figures.claims_forest(report.table("claims")),
+    }
+
+
+def write_report(report: Report) -> Path:
+    """Write figures and report.html from the tables; returns the path of report.html."""
+    for name, figure in draw_figures(report).items():
+        figures.save(figure, report.dir / "figures", name)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    facts = json.loads((report.dir / "tables" / "provenance.json").read_text())
+    fid = report.table("fid")
+    card = json.loads((report.dir / "tables" / "cards" / f"{figures.one_card(fid)}.json").read_text())
+    html = environment.get_template("report.html").render(
+        study=report.study,
+        tau=report.tau,
+        facts=facts,
+        card=card,
+        claims=report.table("claims").to_dict("records"),
+        final=score_table(fid, report.study.train.steps),
+        early=score_table(fid, report.study.claims.early),
+        floor=report.table("floor").to_dict("records"),
+        times=report.table("step_time").to_dict("records"),
+        answer=answer(report),
+        picture=lambda name: _picture(report.dir / "figures" / f"{name}.png"),
+    )
+    path = report.dir / "report.html"
+    write_text(path, html)
+    return path
+
+
+def score_table(fid: pd.DataFrame, step: int) -> list[dict[str, Any]]:
+    """One row per arm at a step: mean, lowest and highest FID over seeds, and means of the other scores."""
+    chosen = fid[fid["step"] == step]
+    rows = []
+    for arm, group in chosen.groupby("arm", sort=False):
+        means = {k: float(group[k].mean()) for k in (*evaluation.METRICS, "fid_heldout", "nearest", "copies")}
+        rows.append({"arm": arm, "low": group["fid"].min(), "high": group["fid"].max(), "seeds": len(group), **means})
+    return rows
+
+
+def answer(report: Report) -> list[str]:
+    """The study's outcome in plain sentences, put together from the tables alone."""
+    fid = report.table("fid")
+    curves = claims.curves_of(fid)
+    sentences = []
+    for row in report.table("claims").to_dict("records"):
+        number = f"{row['effect']:.2f}" if np.isfinite(row["effect"]) else "not measured"
+        span = f", interval {row['low']:.2f} to {row['high']:.2f}" if np.isfinite(row["low"]) else ""
+        sentences.append(f"{row['id']}, “{row['claim']}”: {row['verdict']} ({row['unit']}: {number}{span}).")
+    for arm in curves if "vanilla" in curves else ():
+        if arm != "vanilla":
+            sentences.append(f"{arm}: {_course(curves, arm)}.")
+    return sentences
+
+
+def _course(curves: claims.Curves, arm: str) -> str:
+    """One arm against vanilla over training, in words: its best step and its end."""
+    steps = sorted(set.intersection(*(set(by_step) for by_step in curves[arm].values())))
+    gains = {s: [np.log(curves["vanilla"][k][s] / curves[arm][k][s]) for k in curves[arm]] for s in steps}
+    mean = {s: float(np.mean(v)) for s, v in gains.items()}
+    best, last = max(mean, key=lambda s: mean[s]), steps[-1]
+    if mean[best] <= 0:
+        return f"FID is above vanilla's at every step ({np.exp(-mean[last]) - 1:.0%} at the end)"
+    seeds = f"{sum(g > 0 for g in gains[last])} of {len(gains[last])} seeds better than vanilla"
+    end = f"{abs(1 - np.exp(-mean[last])):.0%} {'lower' if mean[last] > 0 else 'higher'} at step {last} ({seeds})"
+    return f"FID is {1 - np.exp(-mean[best]):.0%} lower than vanilla's at step {best}, its best, and {end}"
+
+
+def readme_block(folder: Path) -> str:
+    """The results as README shows them, from the tables in `folder` alone (markdown)."""
+    fid, judged = pd.read_csv(folder / "fid.csv"), pd.read_csv(folder / "claims.csv")
+    facts, times = json.loads((folder / "provenance.json").read_text()), pd.read_csv(folder / "step_time.csv")
+    steps = sorted(fid["step"].unique())
+    lines = ["| FID, mean over seeds | " + " | ".join(f"step {s}" for s in steps) + " |"]
+    lines.append("|---|" + "---:|" * len(steps))
+    for arm, group in fid.groupby("arm", sort=False):
+        means = group.groupby("step")["fid"].mean()
+        lines.append(f"| {arm} | " + " | ".join(f"{means[s]:.2f}" for s in steps) + " |")
+    lines += ["", "| claim | effect (interval) | seeds | verdict |", "|---|---|---:|---|"]
+    for row in judged.to_dict("records"):
+        effect = f"{row['effect']:.2f} ({row['low']:.2f} to {row['high']:.2f}) {row['unit']}"
+        lines.append(f"| {row['id']}: {row['claim']} | {effect} | {row['seeds']} | **{row['verdict']}** |")
+    ratios = [
+        f"{row['arm']} phase {'I' if row['phase'] == 1 else 'II'} {row['ratio_to_vanilla']:.2f}"
+        for row in times.to_dict("records")
+        if row["arm"] != "vanilla"
+    ]
+    lines += ["", f"Step time over a vanilla step: {', '.join(ratios)}."]
+    run, machine = facts["invocation"], facts["machine"]
+    if run and not run["resumed"]:
+        installing = f" after {run['install_minutes']:.1f} minutes of installing" if "install_minutes" in run else ""
+        lines.append(
+            f"From nothing to this report: {run['minutes']:.1f} minutes{installing}, {run['peak_memory_gib']:.1f} GiB "
+            f"of memory at most, on {machine['cores']} cores ({machine['cpu']})."
+        )
+    lines.append(
+        f"Teacher {facts['teacher']['test_accuracy']:.1%} and extractor {facts['extractor']['test_accuracy']:.1%} "
+        f"correct on held-out digits. Commit {', '.join(facts['commits'])}, study {facts['study_hash']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _picture(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,167 @@
+"""Samplers: one pure function each, integrated in float64 from noise (t=1) to data (t=0).
+
+The formulas and time grids are those of Table 16 and Sec. 4, arXiv 2505.16792. The model is called in its own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from haste_core import config, interpolant
+from haste_core.errors import HasteError
+
+# velocity(x, t): x (B, ...) float64, t a number in [0, 1]; returns (B, ...) float64.
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+class NoiseSource(Protocol):
+    """The increments of an SDE sampler; replaceable, so that a reference trajectory can be replayed."""
+
+    def __call__(self, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise of solver step `step`, shaped like `like`."""
+        ...
+
+
+class SeededNoise:
+    """Noise with one seed per sample: sample i gets the same draws whatever the batch it is in.
+
+    Args:
+        seeds: one per sample.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [Generator().manual_seed(int(seed)) for seed in seeds]
+
+    def start(self, shape: Sequence[int]) -> Tensor:
+        """The initial noise (n, *shape), float32 on the CPU. Call it once, first."""
+        return torch.stack([torch.randn(*shape, generator=g) for g in self.generators])
+
+    def __call__(self, step: int, like: Tensor) -> Tensor:
+        """The next increment of every sample."""
+        return self.start(like.shape[1:]).to(like)
+
+
+def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+    """The probability-flow ODE dx = v dt by Euler's method on `steps` equal steps."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    x = x.double()
+    for t, following in zip(times, times[1:], strict=False):
+        x = x + (following - t) * velocity(x, t)
+    return x
+
+
+def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+    """The same ODE by Heun's method, without the correction on the last step."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    x = x.double()
+    for i, (t, following) in enumerate(zip(times, times[1:], strict=False)):
+        v = velocity(x, t)
+        predicted = x + (following - t) * v
+        if i < steps - 1:
+            v = (v + velocity(predicted, following)) / 2
+            predicted = x + (following - t) * v
+        x = predicted
+    return x
+
+
+def sde(velocity: Velocity, x: Tensor, steps: int, noise: NoiseSource, last: float = 0.04) -> Tensor:
+    """dx = (v - sigma_t score) dt + sqrt(2 sigma_t) dW by Euler-Maruyama, then one step without noise.
+
+    The grid is linspace(1, last, steps); the final step goes from `last` to 0 with the same drift.
+    """
+    times = torch.linspace(1, last, steps, dtype=torch.float64).tolist()
+    x = x.double()
+
+    def drift(x: Tensor, t: float) -> Tensor:
+        v, at = velocity(x, t), x.new_full((len(x),), t)
+        return v - t * interpolant.score_from_velocity(v, x, at)
+
+    for i, (t, following) in enumerate(zip(times, times[1:], strict=False)):
+        dt = following - t
+        x = x + dt * drift(x, t) + (2 * t) ** 0.5 * abs(dt) ** 0.5 * noise(i, x).double()
+    return x - times[-1] * drift(x, times[-1])
+
+
+def guided(
+    model: nn.Module, y: Tensor, null_label: int, scale: float = 1.0, low: float = 0.0, high: float = 1.0
+) -> Velocity:
+    """The model's velocity under classifier-free guidance, uncond + scale (cond - uncond) for low <= t <= high.
+
+    Outside the interval, and with scale 1, the model is called once and unguided.
+    """
+    dtype = next(model.parameters()).dtype
+    null = torch.full_like(y, null_label)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        x_in = x.to(dtype)
+        if scale == 1.0 or not low <= t <= high:
+            return model(x_in, x_in.new_full((len(x),), t), y).double()
+        both = model(torch.cat([x_in, x_in]), x_in.new_full((2 * len(x),), t), torch.cat([y, null])).double()
+        conditional, unconditional = both.chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return velocity
+
+
+def integrate(velocity: Velocity, x: Tensor, sample: config.Sample, noise: NoiseSource) -> Tensor:
+    """x taken from t=1 to t=0 by the sampler that `sample` names; float64."""
+    if sample.sampler == "euler":
+        return euler(velocity, x, sample.solver_steps)
+    if sample.sampler == "heun":
+        return heun(velocity, x, sample.solver_steps)
+    return sde(velocity, x, sample.solver_steps, noise)
+
+
+@torch.no_grad()
+def draw(
+    model: nn.Module,
+    labels: Tensor,
+    seeds: Sequence[int],
+    sample: config.Sample,
+    progress: str | None = None,
+) -> Tensor:
+    """Samples (n, C, S, S) float32 on the CPU, in the range of the training data.
+
+    Args:
+        model: a generator such as `SiT`, in eval mode.
+        labels: (n,) int64. seeds: n numbers; sample i depends on labels[i] and seeds[i] alone.
+        sample: sampler, steps, guidance and batch size.
+        progress: the progress bar's label; None shows none.
+    """
+    if len(labels) != len(seeds):
+        raise HasteError(f"{len(labels)} labels for {len(seeds)} seeds; possible: one seed per sample")
+    device = next(model.parameters()).device
+    shape = (model.channels, model.image_size, model.image_size)
+    drawn = []
+    starts = range(0, len(labels), sample.batch_size)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None, mininterval=1.0):
+        chosen = slice(start, start + sample.batch_size)
+        noise = SeededNoise(seeds[chosen])
+        velocity = guided(
+            model,
+            labels[chosen].to(device),
+            int(model.null_label),  # type: ignore[arg-type]
+            sample.guidance,
+            sample.guidance_low,
+            sample.guidance_high,
+        )
+        x = noise.start(shape).to(device)  # type: ignore[arg-type]
+        drawn.append(integrate(velocity, x, sample, noise).float().cpu())
+    return torch.cat(drawn)
+
+
+def sample_labels(n: int, classes: int, how: str, seed: int) -> Tensor:
+    """n labels (n,) int64: "balanced" repeats 0, 1, ..., classes - 1; "random" draws them from `seed`."""
+    if how == "balanced":
+        return torch.arange(n) % classes
+    return torch.randint(classes, (n,), generator=Generator().manual_seed(seed))
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 by the rule 127.5 x + 128, clipped and truncated (the rule is on the card)."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,183 @@
+"""The complete state of a training run: what a checkpoint holds, and how it is taken and restored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Generator, Tensor, nn
+
+from haste_core import checkpoint
+from haste_core.alignment import Alignment
+from haste_core.config import RunConfig
+from haste_core.data import Batches, open_dataset
+from haste_core.errors import HasteError
+from haste_core.models import sit
+from haste_core.teacher import Teacher
+from haste_core.termination import Termination
+
+
+@dataclass
+class TrainState:
+    """A run between two steps. `alignment` and its optimizer exist in phase I only."""
+
+    config: RunConfig
+    seed: int
+    accelerator: Accelerator
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    alignment: Alignment | None
+    alignment_optimizer: torch.optim.Optimizer | None
+    termination: Termination
+    batches: Batches
+    noise: Generator
+    step: int = 0
+    window: dict[str, Tensor] = field(default_factory=dict)  # sums since the last logged step
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The student's optimizer and, in phase I, the projector's."""
+        return [o for o in (self.optimizer, self.alignment_optimizer) if o is not None]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained now: the student, and in phase I the projector."""
+        projector = self.alignment.projector if self.alignment else None
+        return [*self.model.parameters(), *(projector.parameters() if projector else ())]
+
+    def enter_phase_two(self) -> None:
+        """Drop teacher, projector and their optimizer state for good."""
+        self.alignment = self.alignment_optimizer = None
+
+
+def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: Termination | None = None) -> TrainState:
+    """A run before its first step; every initial value comes from `seed`.
+
+    Args:
+        config: the run.
+        seed: of weights, projector, data order and noise, each of which gets a stream of its own.
+        teacher: the frozen encoder; needed in phase I and never used otherwise.
+        termination: the phase to begin in; by default that of step 0.
+    """
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    if accelerator.num_processes > 1:
+        raise HasteError(f"{accelerator.num_processes} processes were launched; possible: one")
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(config.train.threads)
+    streams = range(1000 * seed, 1000 * seed + 5)
+    torch.manual_seed(streams[4])  # nothing draws from it; set so that it is the same in every run
+    dataset = open_dataset(config.data)
+    if dataset.image_size % config.model.patch:
+        raise HasteError(f"model.patch {config.model.patch} does not divide the image size {dataset.image_size}")
+    sizes = {"image_size": dataset.image_size, "channels": dataset.channels, "classes": dataset.classes}
+    student = sit.build(config.model, seed=streams[0], **sizes).to(accelerator.device)
+    if termination is None:
+        termination = Termination(config)
+        termination.update(0)
+    alignment = None
+    if termination.phase == 1:
+        if teacher is None:
+            raise HasteError("an aligned run needs its teacher; possible: haste teacher <study> prepares it")
+        alignment = Alignment(config.alignment, student, teacher.to(accelerator.device), streams[1])
+    ema = copy.deepcopy(student).requires_grad_(False).eval()
+    model, optimizer = accelerator.prepare(student, adamw(student, config))
+    alignment_optimizer = None
+    if alignment is not None and alignment.projector is not None:
+        alignment.projector, alignment_optimizer = accelerator.prepare(
+            alignment.projector, adamw(alignment.projector, config)
+        )
+    return TrainState(
+        config, seed, accelerator, model, ema, optimizer, alignment, alignment_optimizer, termination,
+        batches=Batches(dataset, config.train.batch_size, streams[2]), noise=Generator().manual_seed(streams[3]),
+    )  # fmt: skip
+
+
+def adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW over a module with the run's settings (Table 16, arXiv 2505.16792), as one fused kernel."""
+    train = config.train
+    return torch.optim.AdamW(
+        module.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+    )
+
+
+def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything `restore` needs: tensors by dotted name, and a JSON-like rest."""
+    tensors: dict[str, Tensor] = {}
+    model, ema = state.accelerator.unwrap_model(state.model), state.ema.state_dict()
+    _put(tensors, "model.", model.state_dict())
+    _put(tensors, "ema.", ema)
+    _put(tensors, "optimizer.", _optimizer_tensors(state.optimizer, model))
+    if state.alignment is not None and state.alignment.projector is not None:
+        projector = state.accelerator.unwrap_model(state.alignment.projector)
+        _put(tensors, "alignment.projector.", projector.state_dict())
+        assert state.alignment_optimizer is not None
+        _put(tensors, "alignment.optimizer.", _optimizer_tensors(state.alignment_optimizer, projector))
+    _put(tensors, "data.", state.batches.state_dict())
+    _put(tensors, "window.", state.window)
+    tensors["noise.generator"] = state.noise.get_state()
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    scaler = state.accelerator.scaler
+    rest = {
+        "step": state.step,
+        "seed": state.seed,
+        "lineage": state.config.lineage,
+        "run": state.config.hash,
+        "termination": state.termination.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "ema_fingerprint": checkpoint.fingerprint(ema),
+    }
+    return tensors, rest
+
+
+def restore(state: TrainState, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Bring a freshly created run to exactly where `capture` saw it."""
+    model = state.accelerator.unwrap_model(state.model)
+    model.load_state_dict(checkpoint.under(tensors, "model."))
+    state.ema.load_state_dict(checkpoint.under(tensors, "ema."))
+    _load_optimizer(state.optimizer, model, checkpoint.under(tensors, "optimizer."))
+    state.termination.load_state_dict(dict(rest["termination"]))
+    state.termination.update(rest["step"])
+    if state.termination.phase == 2:
+        state.enter_phase_two()
+    elif state.alignment is not None and state.alignment.projector is not None:
+        projector = state.accelerator.unwrap_model(state.alignment.projector)
+        projector.load_state_dict(checkpoint.under(tensors, "alignment.projector."))
+        assert state.alignment_optimizer is not None
+        _load_optimizer(state.alignment_optimizer, projector, checkpoint.under(tensors, "alignment.optimizer."))
+    state.batches.load_state_dict(checkpoint.under(tensors, "data."))
+    state.window = {k: v.to(state.accelerator.device) for k, v in checkpoint.under(tensors, "window.").items()}
+    state.noise.set_state(tensors["noise.generator"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    if rest["scaler"] is not None and state.accelerator.scaler is not None:
+        state.accelerator.scaler.load_state_dict(rest["scaler"])
+    state.step = rest["step"]
+
+
+def _put(into: dict[str, Tensor], prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    into |= {prefix + name: value for name, value in tensors.items()}
+
+
+def _optimizer_tensors(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
+    """AdamW's state by parameter name: <name>.step, <name>.exp_avg, <name>.exp_avg_sq."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return {
+        f"{name}.{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in inner.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(optimizer: Any, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for name, parameter in module.named_parameters():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+        if keys:
+            inner.state[parameter] = {key: tensors[f"{name}.{key}"].clone().to(parameter.device) for key in keys}

@@ -1,0 +1,291 @@
+"""Two-phase training: the step, and the loop around it that saves, logs and resumes.
+
+Phase I minimises L_diff + lambda_R L_REPA + lambda_A L_ATTA, phase II L_diff alone (Eqs. 3, 4, arXiv 2505.16792).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from haste_core import checkpoint, config, images, provenance, runs, sampling
+from haste_core.data import Batch
+from haste_core.errors import HasteError, Interrupted, is_disk_full
+from haste_core.files import locked, write_bytes, write_text
+from haste_core.interpolant import interpolate, velocity
+from haste_core.runs import Run
+from haste_core.state import TrainState, capture, create, restore
+from haste_core.teacher import Teacher, build_teacher, load_pretrained
+from haste_core.termination import Termination
+
+
+class Draws(NamedTuple):
+    """The random part of a step: t (B,) uniform in [0, 1], eps like x, and y with labels dropped to the null label."""
+
+    t: Tensor
+    eps: Tensor
+    y: Tensor
+
+
+def draw_noise(batch: Batch, null_label: int, dropout: float, generator: Generator) -> Draws:
+    """Draws for one step, taken on the CPU so that they are the same on every device."""
+    t = torch.rand(len(batch.x), generator=generator)
+    eps = torch.randn(batch.x.shape, generator=generator)
+    dropped = torch.rand(len(batch.x), generator=generator) < dropout
+    return Draws(t, eps, batch.y.masked_fill(dropped, null_label))
+
+
+def train_step(s: TrainState) -> dict[str, Tensor]:
+    """One optimizer step of the phase `s` is in; returns its losses and gradient norm as scalars on the device.
+
+    In phase I the student hands out what alignment asks for. In phase II nothing of that exists, and the work is
+    that of a vanilla step.
+    """
+    if s.termination.update(s.step):
+        s.enter_phase_two()
+    batch, device = s.batches.next(), s.accelerator.device
+    draws = draw_noise(batch, s.ema.null_label, s.config.train.label_dropout, s.noise)  # type: ignore[arg-type]
+    batch, (t, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
+    x_t = interpolate(batch.x, eps, t)
+
+    measured: dict[str, Tensor] = {}
+    with s.accelerator.autocast():
+        if s.alignment is None:
+            predicted = s.model(x_t, t, y)
+        else:
+            tapped = s.model(x_t, t, y, s.alignment.taps)
+            predicted, aligned = tapped.velocity, s.alignment.losses(tapped, batch.images)
+            measured = {k: v for k, v in aligned._asdict().items() if k != "total" and v is not None}
+    denoising = (predicted.float() - velocity(batch.x, eps)).square().mean()
+    loss = denoising if s.alignment is None else denoising + aligned.total
+
+    s.accelerator.backward(loss)
+    grad_norm = s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm)
+    for optimizer in s.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    update_ema(s)
+    s.step += 1
+    measured = {"loss": loss, "denoising": denoising, **measured, "grad_norm": grad_norm}
+    return {name: value.detach() for name, value in measured.items()}
+
+
+@torch.no_grad()
+def update_ema(s: TrainState) -> None:
+    """ema <- decay ema + (1 - decay) model, for all parameters at once."""
+    torch._foreach_lerp_(list(s.ema.parameters()), list(s.model.parameters()), 1 - s.config.train.ema_decay)
+
+
+def fit(run: Run, on_step: Callable[[TrainState], None] | None = None, progress: bool = True) -> None:
+    """Train a run until every checkpoint its configuration asks for exists; does nothing when they all do.
+
+    It resumes from the latest usable checkpoint of its own, else from a donor's at the switch (`Study.donor`), else
+    starts from scratch; all three end in the same bits on the CPU. SIGTERM and SIGINT save a checkpoint and leave.
+
+    Args:
+        run: the arm, seed and directory.
+        on_step: called after every step; for tests and notebooks.
+        progress: show a progress bar.
+
+    Raises:
+        HasteError: bad configuration, another process on the run, no room, or a loss that is not finite.
+        Interrupted: a signal arrived; the run is saved.
+    """
+    with locked(run.dir / "run.lock", f"run {run.arm} seed {run.seed}"):
+        if not run.missing_steps():
+            return
+        run.describe()
+        if run.resume_step() is None:
+            adopt_shared_part(run)
+        state = open_state(run)
+        run.keep_metrics_until(state.step)
+        with provenance.session(run.dir, first_step=state.step) as record, catch_signals() as stopping:
+            bar = tqdm(
+                total=run.config.train.steps, initial=state.step, disable=not progress, unit="step", mininterval=1.0,
+                desc=f"{run.arm} seed {run.seed}",
+            )  # fmt: skip
+            with bar, run.metrics_path.open("a") as log:
+                _loop(run, state, Meter(log, bar, state), stopping, on_step)
+                record["last_step"] = state.step
+    if stopping.is_set() and run.missing_steps():
+        raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {state.step}, saved; run again to go on")
+
+
+def _loop(
+    run: Run,
+    state: TrainState,
+    meter: Meter,
+    stopping: threading.Event,
+    on_step: Callable[[TrainState], None] | None,
+) -> None:
+    train = run.config.train
+    kept = set(train.kept_steps)
+    while state.step < train.steps and not stopping.is_set():
+        meter.add(train_step(state))
+        due = state.step in kept or state.step % train.checkpoint_every == 0
+        if state.step % train.log_every == 0 or state.step == train.steps:
+            meter.write()
+        if due:
+            save_checkpoint(run, state)
+        if state.step % train.sample_every == 0 or state.step == train.steps:
+            preview(run, state)
+        if on_step is not None:
+            on_step(state)
+    if stopping.is_set():
+        save_checkpoint(run, state)
+
+
+class Meter:
+    """Sums measurements on the device, and writes their means when asked: one line of metrics.jsonl, one bar update.
+
+    Reading a value waits for the device, so nothing is read between two logged steps.
+    """
+
+    def __init__(self, log: TextIO, bar: Any, state: TrainState) -> None:
+        self.log, self.bar, self.state = log, bar, state
+        self.time, self.step = time.perf_counter(), state.step
+
+    def add(self, measured: dict[str, Tensor]) -> None:
+        """Add one step's measurements."""
+        window = self.state.window
+        for name, value in measured.items():
+            for key, amount in ((name, value), (f"count_{name}", torch.ones_like(value))):
+                window[key] = window[key] + amount if key in window else amount
+
+    def write(self) -> None:
+        """Log the means since the last call.
+
+        Raises:
+            HasteError: the loss is not finite, or there is no room for the line.
+        """
+        state, window = self.state, self.state.window
+        means = {k: float(window[k] / window[f"count_{k}"]) for k in window if not k.startswith("count_")}
+        check_finite(means["loss"], state)
+        now = time.perf_counter()
+        rate = (state.step - self.step) / max(now - self.time, 1e-9)
+        phase = state.termination.phase
+        line = {"step": state.step, "images_seen": state.step * state.config.train.batch_size, "phase": phase, **means}
+        try:
+            self.log.write(json.dumps(line | {"steps_per_s": round(rate, 3)}) + "\n")
+            self.log.flush()
+        except OSError as error:
+            if is_disk_full(error):
+                raise HasteError(
+                    f"no room to write metrics ({error}); checkpoints are intact, free some space"
+                ) from error
+            raise
+        self.bar.set_postfix(phase=phase, **{k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
+        self.bar.update(state.step - self.step)
+        window.clear()
+        self.time, self.step = now, state.step
+
+
+def check_finite(loss: float, state: TrainState) -> None:
+    """Raise HasteError when a loss is NaN or infinite."""
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise HasteError(
+            f"the loss is {loss} at or before step {state.step}; possible: a lower train.lr, precision 'no' or "
+            f"'bf16'; the checkpoints before it are intact"
+        )
+
+
+def save_checkpoint(run: Run, state: TrainState) -> None:
+    """Write the checkpoint of the present step and remove the temporary ones before it.
+
+    Raises:
+        HasteError: a weight is not finite (nothing is written), or there is no room.
+    """
+    tensors, rest = capture(state)
+    broken = [name for name, value in tensors.items() if name.startswith("model.") and not value.isfinite().all()]
+    if broken:
+        check_finite(float("nan"), state)
+    kept = run.config.train.kept_steps
+    checkpoint.save(run.checkpoint_path(state.step), tensors, rest | {"temporary": state.step not in kept})
+    for step in run.steps():
+        # Checkpoints say themselves whether they are temporary: `keep` may have been another one before.
+        if step < state.step and step not in kept and run.load(step, prefixes=("none",))[1]["temporary"]:
+            run.checkpoint_path(step).unlink(missing_ok=True)
+
+
+def adopt_shared_part(run: Run) -> bool:
+    """Take over a donor's checkpoints and metrics up to the switch, if it has them; True when it did.
+
+    Files are hard-linked where possible: they are never changed in place, so two runs can share them.
+    """
+    donor_arm = run.study.donor(run.arm)
+    if donor_arm is None:
+        return False
+    donor, tau = Run(run.study, donor_arm, run.seed), int(run.config.tau)
+    wanted = [s for s in {*run.config.train.kept_steps, tau} if s <= tau]
+    if not donor.checkpoint_path(tau).is_file() or not set(wanted) <= set(donor.steps()):
+        return False
+    donor.load(tau, prefixes=("noise.",))  # refuses a damaged or foreign checkpoint before anything is linked
+    lines = [line for line in donor.metrics() if line["step"] <= tau]
+    write_text(run.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+    for step in sorted(wanted):
+        target = run.checkpoint_path(step)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(donor.checkpoint_path(step), target)
+        except OSError:  # a file system without hard links
+            write_bytes(target, donor.checkpoint_path(step).read_bytes())
+    provenance.note(run.dir, shared_with=f"{donor_arm} seed {run.seed}", shared_until_step=tau)
+    return True
+
+
+def open_state(run: Run) -> TrainState:
+    """The run's training state, at its latest usable checkpoint or before the first step."""
+    step = run.resume_step()
+    loaded = run.load(step) if step is not None else None
+    termination = Termination(run.config)
+    if loaded is not None:
+        termination.load_state_dict(loaded[1]["termination"])
+    termination.update(step or 0)
+    # A run that is past its switch never builds a teacher.
+    teacher = find_teacher(run.study, run.config.teacher) if termination.phase == 1 else None
+    state = create(run.config, run.seed, teacher, termination)
+    if loaded is not None:
+        restore(state, *loaded)
+    return state
+
+
+def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> Teacher:
+    """A frozen teacher of a study, by default its own: pretrained in it, or timm's with hub or local weights."""
+    teacher = teacher or study.teacher
+    if teacher.weights == "pretrain":
+        return load_pretrained(teacher, runs.teacher_path(study, teacher))
+    return build_teacher(teacher)
+
+
+def preview(run: Run, state: TrainState) -> None:
+    """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time."""
+    classes = int(state.ema.null_label)  # type: ignore[arg-type]
+    labels = torch.arange(min(classes, 10)).repeat(4)
+    quick = config.Sample(sampler="heun", solver_steps=10)
+    drawn = sampling.draw(state.ema, labels, range(len(labels)), quick)
+    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{state.step:08d}.png", min(classes, 10))
+
+
+@contextmanager
+def catch_signals() -> Iterator[threading.Event]:
+    """While open, SIGTERM and SIGINT set the event instead of ending the process; only in the main thread."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = {s: signal.signal(s, lambda *_: stopping.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,148 @@
+"""`haste study`: runs a study's graph with Snakemake, watches time and memory, and ends with the report's path."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from haste_core import config
+from haste_core.errors import HasteError, Interrupted
+from haste_core.files import locked, output_root, project_root, write_json
+from haste_core.runs import report_dir, study_dir
+
+
+def stamp_hash(run: config.RunConfig) -> str:
+    """Names a training job's stamp: it changes when the run should go further or keep other steps."""
+    return config.digest(run.train.kept_steps)
+
+
+def run_study(
+    study: config.Study,
+    name: str,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    cores: int | None = None,
+    dry_run: bool = False,
+) -> Path:
+    """Do everything of a study that is not done yet; returns the path of its report.
+
+    Args:
+        study: as loaded from `name`, `profile` and `overrides`, which the jobs load again.
+        name: a study's name or the path of its file.
+        profile, overrides: as for `config.load`.
+        cores: jobs at a time; all cores of this process by default.
+        dry_run: print the jobs that would run, and run none.
+
+    Raises:
+        HasteError: a job failed; what the others computed is kept, and the next call goes on from there.
+        Interrupted: a signal arrived; runs in progress saved a checkpoint.
+    """
+    study.check_claims()
+    folder = study_dir(study)
+    if cores is not None and cores < 1:
+        raise HasteError(f"--cores {cores}; possible: 1 and above")
+    cores = cores or len(os.sched_getaffinity(0))
+    # Jobs run in the project's root, wherever this call was made.
+    given = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+    settings = {"study": given, "profile": profile or "", "overrides": json.dumps(list(overrides))}
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile"),
+        "--directory", str(output_root()), "--cores", str(cores), "--rerun-incomplete", "--keep-going", "--nolock",
+        "--rerun-triggers", "input", "mtime", "params", "--quiet", "rules",
+        "--config", *(f"{key}={value}" for key, value in settings.items()),
+    ]  # fmt: skip
+    if dry_run:
+        if subprocess.run([*command, "--dry-run"]).returncode:
+            raise HasteError(f"study {study.name}: the graph could not be built; the lines above say why")
+        return report_dir(study, profile) / "report.html"
+    with locked(folder / "study.lock", f"study {study.name}"), watch(folder, _done_before(study)) as watched:
+        process = subprocess.Popen(command)
+        with stop_gently(process) as stopping:
+            status = process.wait()
+    if stopping.is_set():
+        raise Interrupted(f"study {study.name} stopped, runs in progress are saved; run again to go on")
+    if status:
+        raise HasteError(
+            f"study {study.name}: a job failed (the lines above say which and why; executed notebooks lie in "
+            f"{report_dir(study, profile) / 'notebooks'}); what was computed is kept, run again to go on"
+        )
+    print(f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes")
+    return report_dir(study, profile) / "report.html"
+
+
+def _done_before(study: config.Study) -> bool:
+    return any(study_dir(study).glob("*/seed*/checkpoints/*.safetensors"))
+
+
+@contextmanager
+def watch(folder: Path, resumed: bool, interval: float = 1.0) -> Iterator[dict[str, Any]]:
+    """While open, folder/invocation.json holds the minutes so far and the peak memory of all processes below this one.
+
+    Memory is the sum of proportional set sizes (shared pages counted once), in GiB, where the system tells them.
+    """
+    begun, ended = time.monotonic(), threading.Event()
+    facts: dict[str, Any] = {"minutes": 0.0, "peak_memory_gib": 0.0, "resumed": resumed}
+    install = Path(sys.prefix) / "install_minutes"
+    if install.is_file():
+        facts["install_minutes"] = float(install.read_text())
+
+    def look() -> None:
+        while not ended.is_set():
+            facts["minutes"] = round((time.monotonic() - begun) / 60, 3)
+            facts["peak_memory_gib"] = round(max(facts["peak_memory_gib"], memory_gib()), 3)
+            write_json(folder / "invocation.json", facts)
+            ended.wait(interval)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield facts
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def memory_gib() -> float:
+    """Memory in GiB of this process and all below it, shared pages counted once where the system tells."""
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            full = process.memory_full_info()
+            total += getattr(full, "pss", 0) or full.rss
+        except psutil.Error:
+            continue  # it ended while we looked
+    return total / 2**30
+
+
+@contextmanager
+def stop_gently(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """While open, SIGTERM and SIGINT stop the graph from starting jobs and let running ones save and leave."""
+    stopping = threading.Event()
+
+    def handler(*_: object) -> None:
+        stopping.set()
+        process.send_signal(signal.SIGTERM)  # Snakemake: no new jobs, wait for the running ones
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                if "haste_core.cli" in child.cmdline() and "notebook" in child.cmdline():
+                    child.send_signal(signal.SIGTERM)
+            except psutil.Error:
+                continue
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,97 @@
+"""Fixtures: a place to write, a study that trains in a second, and runs of it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from haste_core import config
+
+torch.set_num_threads(1)
+
+TINY = [
+    "teacher.weights=random",
+    "teacher.kwargs={img_size: 8, patch_size: 2, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 4}",
+    "teacher.fitting.steps=20",
+    "teacher.fitting.min_accuracy=0",
+    "model.depth=3",
+    "model.width=32",
+    "model.heads=4",
+    "alignment.depth=2",
+    "alignment.layer_pairs=[[1, 1], [2, 2]]",
+    "alignment.projector_width=16",
+    "train.steps=12",
+    "train.batch_size=16",
+    "train.keep=[4, 8]",
+    "train.log_every=2",
+    "train.checkpoint_every=3",
+    "train.sample_every=100",
+    "sample.solver_steps=2",
+    "sample.batch_size=20",
+    "evaluate.n=40",
+    "evaluate.kid_subsets=2",
+    "evaluate.kid_subset_size=20",
+    "evaluate.extractor.steps=20",
+    "evaluate.extractor.min_accuracy=0",
+    "claims.early=8",
+    "arms.haste.termination.at=8",
+    "seeds=[0]",
+]
+
+
+@pytest.fixture(scope="session")
+def forget_accelerator():
+    """A function that drops what accelerate keeps per process, so that each test chooses its precision and device."""
+
+    def forget():
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    return forget
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides():
+    return list(TINY)
+
+
+@pytest.fixture
+def make_study(tiny_overrides):
+    """A function from further overrides to the tiny study with them."""
+    return lambda *more: config.load("digits", overrides=[*tiny_overrides, *more])
+
+
+@pytest.fixture
+def tiny(make_study):
+    return make_study()
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch, forget_accelerator):
+    """The folder HASTE_OUTPUT names in this test; training in it runs on the CPU from a fixed global random state."""
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    forget_accelerator()
+    torch.manual_seed(0)
+    yield tmp_path
+    forget_accelerator()
+
+
+@pytest.fixture
+def randomise():
+    """A function that fills all parameters from a seed, for models whose initial weights are zero where it matters."""
+
+    def fill(module, seed=0, std=0.1):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        return module
+
+    return fill

@@ -1,0 +1,529 @@
+"""What a user can get wrong ends in one line that says what was given and what is possible, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from haste_core import config
+from haste_core.cli import main
+from haste_core.runs import Run
+
+ROOT = Path(__file__).parents[1]
+HASTE = str(Path(sys.executable).with_name("haste"))
+
+
+def lines(text):
+    """What was said, without blank lines and progress bars."""
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip() and not re.search(r"\d+%\|.*\|", line)]
+
+
+def refused(capture, *argv):
+    """The one line on stderr that a command ends with; its status is 2."""
+    capture.readouterr()
+    try:
+        status = main(list(argv))
+    except SystemExit as stop:
+        status = stop.code
+    said = capture.readouterr()
+    assert status == 2, said
+    assert said.out == ""
+    (line,) = lines(said.err)
+    assert re.match(r"haste( \w+)?: error: ", line)
+    return line
+
+
+def check(line, *words):
+    missing = [word for word in words if word not in line]
+    assert not missing, line
+
+
+def files(folder):
+    """Every file below `folder` with its bytes, apart from locks."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+
+def assert_kept(before, folder):
+    """Everything that was there is there still, with the same bytes."""
+    after = files(folder)
+    changed = [str(name) for name in before if after.get(name) != before[name]]
+    assert not changed
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_overrides):
+    return [word for override in tiny_overrides for word in ("--set", override)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, settings):
+    """An output folder with a run of haste, trained to step 8 and scored."""
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASTE_OUTPUT", str(place))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for command in ("train", "evaluate"):
+            assert main([command, "digits", "haste", *settings, "--set", "train.steps=8"]) == 0
+    return place
+
+
+@pytest.fixture
+def place(finished, output, monkeypatch):
+    """The test's own copy of that folder, where HASTE_OUTPUT points to."""
+    copy = output / "out"
+    shutil.copytree(finished, copy)
+    monkeypatch.setenv("HASTE_OUTPUT", str(copy))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    return copy
+
+
+@pytest.fixture
+def run(place, tiny):
+    return Run(tiny, "haste", 0)
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("study", "arm", "more", "words"),
+    [
+        ("digitz", "haste", [], ["unknown study 'digitz'", "did you mean 'digits'", "possible: digits"]),
+        ("no/such.yaml", "haste", [], ["unknown study 'no/such.yaml'", "possible: digits", ".yaml"]),
+        ("digits", "hast", [], ["unknown arm 'hast'", "did you mean 'haste'", "vanilla, repa, atta, holistic, haste"]),
+        ("digits", "haste", ["--profile", "smoky"], ["unknown profile", "'smoky'", "did you mean 'smoke'"]),
+        ("digits", "haste", ["--seed", "-1"], ["seed -1", "0 and above"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+def test_an_unknown_name_is_refused_naming_the_known_ones(place, capsys, command, study, arm, more, words):
+    before = files(place)
+    check(refused(capsys, command, study, arm, *more), *words)
+    assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ["'stepz'", "did you mean 'steps'", "batch_size"]),
+        ("trian.steps=3", ["'trian'", "did you mean 'train'", "alignment"]),
+        ("arms.hast.train.steps=3", ["unknown arm 'hast'", "haste"]),
+        ("arms.haste.sample.solver_steps=3", ["'sample'", "termination"]),
+        ("train.steps.more=3", ["train.steps.more", "no keys below"]),
+        ("train.steps=many", ["train.steps", "valid integer", "'many'"]),
+        ("train.steps=0", ["train.steps", "greater than 0", "given 0"]),
+        ("train.lr=[1]", ["train.lr", "valid number", "[1]"]),
+        ("train.precision=fp8", ["train.precision", "'no', 'fp16' or 'bf16'", "'fp8'"]),
+        ("sample.sampler=ddim", ["sample.sampler", "'euler', 'heun' or 'sde'", "'ddim'"]),
+        ("seeds=[0, -3]", ["seeds.1", "greater than or equal to 0", "-3"]),
+        ("train.steps", ["'train.steps'", "key=value", "train.steps=200"]),
+        ("=3", ["'=3'", "key=value"]),
+        ("train.keep=[4", ["'train.keep=[4'", "not valid YAML"]),
+    ],
+)
+def test_a_bad_override_is_refused_saying_what_is_possible(place, capsys, settings, override, words):
+    before = files(place)
+    check(refused(capsys, "train", "digits", "haste", *settings, "--set", override), *words)
+    assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("alignment.depth=9", ["alignment.depth 9", "3 blocks", "counted from 1"]),
+        ("alignment.layer_pairs=[[7, 1]]", ["student block 7", "0 to 2"]),
+        ("alignment.layer_pairs=[[1, 9]]", ["teacher block", "'9'", "0, 1, 2, 3"]),
+        ("alignment.layer_pairs=[[1, -1]]", ["alignment.layer_pairs", "-1"]),
+        ("alignment.heads=[4]", ["head 4", "0 to 3"]),
+        ("alignment.heads=[]", ["heads []", "at least one head"]),
+        ("model.patch=4", ["grids do not match", "student 2x2", "teacher 4x4", "model.patch"]),
+        ("model.patch=3", ["model.patch 3", "image size 8"]),
+        ("model.heads=5", ["width 32", "heads 5"]),
+        ("teacher.model=vit_tinny", ["'vit_tinny'", "timm.list_models()"]),
+        ("teacher.weights=/no/such.safetensors", ["'/no/such.safetensors'", "hub, pretrain, random"]),
+        ("teacher.kwargs.depht=3", ["depht", "teacher"]),
+        ("train.batch_size=5000", ["train.batch_size 5000", "training images"]),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_the_first_step(place, capsys, settings, override, words):
+    before = files(place)
+    check(refused(capsys, "train", "digits", "haste", *settings, "--set", override), *words)
+    assert_kept(before, place)
+    assert len(list(place.rglob("*.safetensors"))) == sum(name.suffix == ".safetensors" for name in before)
+
+
+def test_a_head_that_only_the_teacher_lacks_is_refused(place, capsys, settings):
+    more = ["--set", "teacher.kwargs.num_heads=2", "--set", "alignment.heads=[0, 3]"]
+    line = refused(capsys, "train", "digits", "haste", *settings, *more)
+    check(line, "head 3", "possible: 0 to 1", "teacher 2")
+
+
+@pytest.mark.parametrize("names", [["mean"], ["mean", "std"]])
+def test_teacher_statistics_of_the_wrong_length_are_refused(place, capsys, settings, names):
+    more = [word for name in names for word in ("--set", f"teacher.{name}=[0.5, 0.5, 0.5]")]
+    check(refused(capsys, "train", "digits", "haste", *settings, *more), "channel")
+
+
+def test_a_loss_that_is_not_finite_is_refused_naming_the_learning_rate(place, capsys, settings):
+    before = files(place)
+    line = refused(capsys, "train", "digits", "haste", *settings, "--set", "train.lr=1e12")
+    check(line, "the loss is", "step", "train.lr", "intact")
+    assert_kept(before, place)
+
+
+# -- argparse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["COMMAND", "required"]),
+        (["trian"], ["'trian'", "train", "evaluate", "notebook"]),
+        (["train"], ["study, arm", "required", "haste train --help"]),
+        (["train", "digits"], ["arm", "required", "haste train --help"]),
+        (["train", "digits", "haste", "--seed", "one"], ["--seed", "int", "'one'"]),
+        (["train", "digits", "haste", "--nonsense"], ["--nonsense"]),
+        (["notebook", "01_train"], ["out", "required", "haste notebook --help"]),
+    ],
+)
+def test_a_bad_command_line_is_one_line(output, capsys, argv, words):
+    check(refused(capsys, *argv), *words, "--help")
+    assert files(output) == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--out", "images.jpg"], ["images.jpg", ".png or .npz"]),
+        (["--n", "0"], ["--n 0", "1 and above"]),
+        (["--step", "5"], ["step_00000005", "possible: step_00000004.safetensors, step_00000008.safetensors"]),
+        (["--first-seed", "-1"], ["-1", "0 and above"]),
+    ],
+)
+def test_a_bad_wish_for_samples_is_refused(place, tmp_path, monkeypatch, capsys, settings, more, words):
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    check(refused(capsys, "sample", "digits", "haste", *settings, *more), *words)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("cores", ["0", "-2"])
+def test_cores_below_one_are_refused(output, capfd, settings, cores):
+    check(refused(capfd, "study", "digits", *settings, "--cores", cores, "--dry-run"), cores, "1 and above")
+
+
+@pytest.mark.parametrize("rounds", ["0", "-2"])
+def test_rounds_below_one_are_refused_and_measured_times_stay(output, capsys, settings, rounds):
+    times = output / "runs" / "digits" / "step_time.json"
+    times.parent.mkdir(parents=True)
+    times.write_text("[]")
+    check(refused(capsys, "cost", "digits", *settings, "--rounds", rounds), rounds, "1 and above")
+    assert times.read_text() == "[]"
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path, monkeypatch, capsys, settings):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path / "file"))
+    check(refused(capsys, "train", "digits", "vanilla", *settings), str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# -- study files ------------------------------------------------------------------------------------------------------
+
+
+def study_text(**changes):
+    content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text())
+    return yaml.safe_dump(content | changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"name: [digits", ["mine.yaml", "not valid YAML"]),
+        (b"name: a\x00b", ["mine.yaml", "not valid YAML"]),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", ["mine.yaml", "not valid YAML"]),
+        (b"- digits\n", ["mine.yaml", "list", "mapping"]),
+        (b"digits", ["mine.yaml", "str", "mapping"]),
+        (b"", ["mine.yaml", "mapping"]),
+        (b"name: mine\n", ["'mine'", "data", "required"]),
+        (study_text(arms={"haste": {"alignmet": {}}}).encode(), ["'haste'", "'alignmet'", "did you mean 'alignment'"]),
+        (study_text(arms={"haste": {"alignment": {"dept": 2}}}).encode(), ["'haste'", "dept", "depth"]),
+        (study_text(arms={"haste": 3}).encode(), ["arms.haste", "dictionary", "3"]),
+        (study_text(arms={"haste": {"alignment": 3}}).encode(), ["'haste'", "alignment", "3"]),
+        (study_text(arms=3).encode(), ["arms", "3"]),
+        (study_text(arms={}).encode(), ["arm"]),
+        (study_text(trian={}).encode(), ["'trian'", "did you mean 'train'"]),
+        (study_text(name="../elsewhere").encode(), ["name", "../elsewhere"]),
+        (study_text(seeds=[]).encode(), ["seeds", "at least 1"]),
+    ],
+)
+def test_a_bad_study_file_is_refused(output, capsys, content, words):
+    (output / "mine.yaml").write_bytes(content)
+    check(refused(capsys, "train", str(output / "mine.yaml"), "haste"), *words)
+    assert list(files(output)) == [Path("mine.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({"profiles": 3}, ["--profile", "smoke"]),
+        ({"profiles": {"smoke": 3}}, ["--profile", "smoke"]),
+        ({"arms": 3}, ["--set", "arms.haste.termination.at=3"]),
+        ({"arms": None}, ["--set", "arms.haste.termination.at=3"]),
+    ],
+)
+def test_profiles_and_arms_that_are_no_mapping_are_refused(output, capsys, changes, more):
+    (output / "mine.yaml").write_text(study_text(**changes))
+    check(refused(capsys, "train", str(output / "mine.yaml"), "haste", *more), *changes)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_an_untrained_run_is_refused_naming_what_makes_one(place, capsys, settings, command):
+    before = files(place)
+    line = refused(capsys, command, "digits", "vanilla", *settings)
+    check(line, "no checkpoint", "vanilla", "train")
+    assert_kept(before, place)
+    assert not list(place.glob("runs/digits/vanilla-*"))
+
+
+def test_the_command_that_evaluate_proposes_makes_the_run_it_misses(place, capsys):
+    more = ["--profile", "smoke", "--set", "train.steps=2"]
+    line = refused(capsys, "evaluate", "digits", "vanilla", *more)
+    proposed = line.split("possible: haste ")[1]
+    for word in more:
+        assert word in proposed
+
+
+def cut(path, keep=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0, 0.999])
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("train", []), ("sample", ["--set", "train.steps=8"]), ("evaluate", ["--set", "train.steps=8"])],
+)
+def test_a_truncated_checkpoint_is_refused_by_name(run, place, capsys, settings, command, more, keep):
+    cut(run.checkpoint_path(8), keep)
+    before = files(place)
+    line = refused(capsys, command, "digits", "haste", *settings, *more)
+    check(line, str(run.checkpoint_path(8)), "truncated or damaged", "possible: delete it")
+    notes = ("provenance.json", "config.yaml")  # they follow what was asked for last
+    assert_kept({name: content for name, content in before.items() if name.name not in notes}, place)
+
+
+def test_training_goes_on_when_the_truncated_checkpoint_is_deleted(run, place, settings):
+    cut(run.checkpoint_path(8))
+    earlier = run.checkpoint_path(4).read_bytes()
+    run.checkpoint_path(8).unlink()
+    assert main(["train", "digits", "haste", *settings]) == 0
+    assert run.steps() == [4, 8, 12]
+    assert run.checkpoint_path(4).read_bytes() == earlier
+
+
+def test_a_truncated_extractor_is_refused_by_name(run, place, capsys, settings):
+    (path,) = place.glob("runs/digits/extractor-*/extractor.safetensors")
+    cut(path)
+    line = refused(capsys, "evaluate", "digits", "haste", *settings, "--set", "train.steps=8")
+    check(line, str(path), "truncated or damaged", "possible: delete it")
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+HOLDER = (
+    "import fcntl, os, sys\n"
+    "stream = open(sys.argv[1], 'a+')\n"
+    "fcntl.flock(stream, fcntl.LOCK_EX)\n"
+    "stream.truncate(0)\n"
+    "stream.write(str(os.getpid()))\n"
+    "stream.flush()\n"
+    "print('held', flush=True)\n"
+    "sys.stdin.read()\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("lock", "what", "command"),
+    [
+        ("run.lock", "run haste seed 0", ["train", "digits", "haste"]),
+        (
+            "evaluation.lock",
+            "the evaluation of haste seed 0",
+            ["evaluate", "digits", "haste", "--set", "train.steps=8"],
+        ),
+        ("study.lock", "study digits", ["study", "digits"]),
+    ],
+)
+def test_a_second_process_is_refused_naming_the_first(run, place, capfd, settings, lock, what, command):
+    path = (place / "runs" / "digits" if lock == "study.lock" else run.dir) / lock
+    before = files(place)
+    argv = [*command[:3], *settings, *command[3:]]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout.readline() == "held\n"
+            line = refused(capfd, *argv)
+            check(line, what, f"in use by process {child.pid}", str(path), "wait for it, or stop it")
+        finally:
+            child.stdin.close()
+            child.wait(timeout=20)
+    assert files(place) == before
+
+
+def test_the_lock_of_a_process_that_died_does_not_count(run, place, settings):
+    (run.dir / "run.lock").write_text("1")
+    assert main(["train", "digits", "haste", *settings]) == 0
+    assert run.missing_steps() == []
+
+
+# -- no room ----------------------------------------------------------------------------------------------------------
+
+
+def haste(*argv, **options):
+    return subprocess.run([HASTE, *argv], capture_output=True, text=True, cwd=ROOT, timeout=200, **options)
+
+
+def assert_no_room(done):
+    assert done.returncode == 2, done.stderr
+    (line,) = lines(done.stderr)
+    check(line, "haste: error: no room", "free some space")
+
+
+def finishes(run, settings):
+    assert main(["train", "digits", "haste", *settings]) == 0
+    return run.steps() == [4, 8, 12] and [line["step"] for line in run.metrics()] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_checkpoint_over_the_file_size_limit_is_refused_and_a_later_call_finishes(run, place, settings):
+    limit = run.checkpoint_path(8).stat().st_size // 2
+    before = files(run.dir / "checkpoints")
+    done = haste(
+        "train", "digits", "haste", *settings,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert_no_room(done)
+    assert files(run.dir / "checkpoints") == before
+    assert finishes(run, settings)
+    assert_kept(before, run.dir / "checkpoints")
+
+
+@pytest.fixture
+def small_disk(finished, output, monkeypatch):
+    """A function that leaves so many bytes of room on the disk of the finished folder, to which HASTE_OUTPUT points."""
+    disk = output / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+
+    def resize(room):
+        usage = os.statvfs(disk)
+        used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+        size = used + room
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True, capture_output=True)
+
+    try:
+        shutil.copytree(finished, disk / "out")
+        monkeypatch.setenv("HASTE_OUTPUT", str(disk / "out"))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        yield resize
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_with_less_room_than_a_checkpoint_is_refused_and_a_later_call_finishes(small_disk, tiny, settings):
+    run = Run(tiny, "haste", 0)
+    before = files(run.dir / "checkpoints")
+    assert run.checkpoint_path(8).stat().st_size > 100_000
+    small_disk(40_960)
+    assert_no_room(haste("train", "digits", "haste", *settings))
+    assert files(run.dir / "checkpoints") == before
+    small_disk(2**25)
+    assert finishes(run, settings)
+    assert_kept(before, run.dir / "checkpoints")
+
+
+def test_a_disk_without_a_byte_of_room_is_refused_and_a_later_call_finishes(small_disk, tiny, capsys, settings):
+    run = Run(tiny, "haste", 0)
+    before = files(run.dir)
+    small_disk(0)
+    check(refused(capsys, "train", "digits", "haste", *settings), "no room", "intact")
+    assert files(run.dir) == before
+    small_disk(2**25)
+    assert finishes(run, settings)
+
+
+def test_a_full_disk_for_samples_is_refused(small_disk, output, capsys, settings):
+    small_disk(0)
+    path = output / "disk" / "images.npz"
+    line = refused(capsys, "sample", "digits", "haste", *settings, "--set", "train.steps=8", "--out", str(path))
+    check(line, "no room", str(path))
+    assert not path.exists()
+    assert not list(path.parent.glob(".images*"))
+
+
+# -- notebooks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["01_trian"], ["unknown notebook '01_trian'", "did you mean '01_train'", "00_data_and_teacher", "10_report"]),
+        (["no/such.ipynb"], ["unknown notebook 'no/such.ipynb'", "01_train"]),
+        (["01_train", "-p", "amr=haste"], ["'amr'", "did you mean 'arm'", "study, profile, overrides, arm, seed"]),
+        (["01_train", "-p", "arm"], ["'arm'", "name=value"]),
+        (["01_train", "-p", "overrides=[a"], ["overrides=[a", "YAML"]),
+    ],
+)
+def test_a_bad_notebook_or_parameter_is_refused_before_it_runs(place, tmp_path, capfd, argv, words):
+    before = files(place)
+    name, *rest = argv
+    check(refused(capfd, "notebook", name, str(tmp_path / "out.ipynb"), *rest), *words)
+    assert files(place) == before
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "words"),
+    [
+        ("arm=hast", ["01_train", "unknown arm 'hast'", "did you mean 'haste'"]),
+        ("seed=-1", ["01_train", "seed -1", "0 and above"]),
+    ],
+)
+def test_an_error_in_a_cell_is_passed_on_in_one_line(place, tmp_path, capfd, parameter, words):
+    before = files(place)
+    out = tmp_path / "out.ipynb"
+    # Two steps, should it train after all.
+    more = ["-p", "profile=smoke", "-p", "overrides=['train.steps=2', 'teacher.weights=random']"]
+    check(refused(capfd, "notebook", "01_train", str(out), *more, "-p", parameter), *words)
+    assert_kept(before, place)
+    errors = [
+        o for c in nbformat.read(out, as_version=4).cells for o in c.get("outputs", []) if o["output_type"] == "error"
+    ]
+    assert [error["ename"] for error in errors] == ["HasteError"]
+
+
+def test_an_unforeseen_error_in_a_cell_is_one_line_too(place, tmp_path, capfd):
+    cells = [
+        nbformat.v4.new_code_cell("text = ''", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("raise ValueError('one\\ntwo')"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "mine.ipynb")
+    line = refused(capfd, "notebook", str(tmp_path / "mine.ipynb"), str(tmp_path / "out.ipynb"))
+    check(line, "mine: ValueError: one", "two")

@@ -1,0 +1,241 @@
+"""The command line as a user types it: what it prints, what it leaves, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from haste_core import __version__, config
+from haste_core.cli import main
+from haste_core.runs import Run
+
+ROOT = Path(__file__).parents[1]
+HASTE = str(Path(sys.executable).with_name("haste"))
+SMOKE = ["--profile", "smoke"]
+SHORT = [*SMOKE, "--set", "train.steps=6", "--set", "train.keep=[4]"]
+
+pytestmark = pytest.mark.xdist_group("cli")
+
+
+def help_of(capsys, *command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def files(folder):
+    """Every file below `folder` with its bytes, apart from locks."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+
+def times(folder):
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The output folder of this file's tests, with the run `haste train digits haste` of six steps."""
+    place = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASTE_OUTPUT", str(place))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert main(["train", "digits", "haste", *SHORT]) == 0
+    return place
+
+
+@pytest.fixture
+def trained(folder, output, monkeypatch):
+    monkeypatch.setenv("HASTE_OUTPUT", str(folder))
+    return Run(config.load("digits", "smoke", ["train.steps=6", "train.keep=[4]"]), "haste", 0)
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_shows_examples(capsys):
+    text = help_of(capsys)
+    for command in ("train", "sample", "evaluate", "study", "teacher", "cost", "notebook"):
+        assert f"\n    {command} " in text
+    assert "examples:" in text
+    assert "haste study digits" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["study", "arm", "--seed", "--profile", "--set KEY=VALUE"]),
+        ("sample", ["study", "arm", "--seed", "--profile", "--set", "--step", "--n", "--first-seed", "--out"]),
+        ("evaluate", ["study", "arm", "--seed", "--profile", "--set"]),
+        ("study", ["study", "--profile", "--set", "--cores", "--dry-run"]),
+        ("teacher", ["study", "--profile", "--set"]),
+        ("cost", ["study", "--profile", "--set", "--rounds"]),
+        ("notebook", ["name", "out", "-p NAME=VALUE"]),
+    ],
+)
+def test_help_of_a_command_names_its_arguments(capsys, command, arguments):
+    text = help_of(capsys, command)
+    assert text.startswith(f"usage: haste {command} ")
+    missing = [argument for argument in arguments if argument not in text]
+    assert not missing
+    if "study" in arguments:
+        assert "digits" in text
+
+
+def test_the_installed_command_tells_its_version():
+    done = subprocess.run([HASTE, "--version"], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"haste {__version__}\n", "")
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_the_asked_checkpoints_and_a_preview(trained):
+    assert trained.steps() == [4, 6]
+    assert [line["step"] for line in trained.metrics()] == [2, 4, 6]
+    assert (trained.dir / "samples" / "step_00000006.png").is_file()
+    assert yaml.safe_load((trained.dir / "config.yaml").read_text())["train"]["steps"] == 6
+
+
+def test_training_a_finished_run_again_changes_nothing_and_says_where_it_is(trained, folder, capsys):
+    before, moments = files(folder), times(trained.dir / "checkpoints")
+    assert main(["train", "digits", "haste", *SHORT]) == 0
+    assert files(folder) == before
+    assert times(trained.dir / "checkpoints") == moments
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"{trained.dir}: step 6, denoising loss {trained.metrics()[-1]['denoising']:.4f}"
+
+
+def test_sigterm_saves_and_exits_143_and_the_same_command_goes_on(output):
+    settings = ["digits", "vanilla", *SMOKE, "--set", "train.keep=[]", "--set", "train.checkpoint_every=1000000"]
+    settings += ["--set", "train.sample_every=1000000"]
+    child = subprocess.Popen(
+        [HASTE, "train", *settings, "--set", "train.steps=1000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    run = Run(config.load("digits", "smoke"), "vanilla", 0)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run.metrics_path.is_file() and run.metrics_path.read_text().count("\n") > 2):
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=100)
+    finally:
+        child.kill()
+    assert child.returncode == 143
+    (step,) = run.steps()
+    assert f"haste: vanilla seed 0 stopped at step {step}, saved; run again to go on\n" in said
+    assert "Traceback" not in said
+    assert main(["train", *settings, "--set", f"train.steps={step + 2}"]) == 0
+    sessions = json.loads((run.dir / "provenance.json").read_text())["sessions"]
+    assert [(s["first_step"], s["last_step"]) for s in sessions] == [(0, step), (step, step + 2)]
+
+
+# -- sample -----------------------------------------------------------------------------------------------------------
+
+
+def sample(path, *more):
+    assert main(["sample", "digits", "haste", *SHORT, "--out", str(path), *more]) == 0
+    return path
+
+
+def test_sample_writes_one_png_sheet_and_prints_its_path(trained, tmp_path, capsys):
+    path = sample(tmp_path / "sheets" / "twelve.png", "--n", "12")
+    assert capsys.readouterr().out == f"{path}\n"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        # Ten columns and two rows of 8 pixels with gaps of 1 between, four times enlarged.
+        assert picture.size == (4 * (10 * 9 - 1), 4 * (2 * 9 - 1))
+        assert len(np.unique(np.asarray(picture))) > 2
+
+
+def test_sample_writes_uint8_images_and_labels_that_load_without_pickle(trained, tmp_path):
+    with np.load(sample(tmp_path / "a.npz", "--n", "12"), allow_pickle=False) as stored:
+        images, labels = stored["arr_0"], stored["labels"]
+    assert images.dtype == np.uint8
+    assert images.shape == (12, 8, 8, 1)
+    assert labels.tolist() == [*range(10), 0, 1]
+    assert len(np.unique(images.reshape(12, -1), axis=0)) == 12
+
+
+def images_of(path):
+    with np.load(path, allow_pickle=False) as stored:
+        return stored["arr_0"]
+
+
+def test_the_same_seeds_give_the_same_images_whatever_n(trained, tmp_path):
+    many = images_of(sample(tmp_path / "many.npz", "--n", "257"))
+    for n in (1, 5, 30):
+        assert np.array_equal(images_of(sample(tmp_path / f"{n}.npz", "--n", str(n))), many[:n])
+    later = images_of(sample(tmp_path / "later.npz", "--n", "3", "--first-seed", "10"))
+    assert np.array_equal(later, many[10:13])
+
+
+def test_another_seed_or_step_gives_other_images(trained, tmp_path):
+    one = images_of(sample(tmp_path / "a.npz", "--n", "3"))
+    assert not np.array_equal(one, images_of(sample(tmp_path / "b.npz", "--n", "3", "--first-seed", "100")))
+    assert not np.array_equal(one, images_of(sample(tmp_path / "c.npz", "--n", "3", "--step", "4")))
+    assert np.array_equal(one, images_of(sample(tmp_path / "d.npz", "--n", "3", "--step", "6")))
+
+
+# -- evaluate and teacher ---------------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_a_row_per_kept_step_and_scores_nothing_twice(trained, capsys):
+    assert main(["evaluate", "digits", "haste", *SHORT]) == 0
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[:5] == ["step", "fid", "kid", "precision", "recall"]
+    assert [row[0] for row in rows] == ["4", "6"]
+    stored = json.loads(trained.evaluation_path.read_text())
+    for row in rows:
+        values = dict(zip(head, row, strict=True))
+        fid = stored["scores"][stored["steps"][values["step"]]]["fid"]
+        assert values["fid"] == f"{fid:.4f}"
+        assert values["n"] == "50"
+        assert values["card"] == stored["card"]["card_id"]
+    moments = times(trained.dir / "samples")
+    assert main(["evaluate", "digits", "haste", *SHORT]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [head, *rows]
+    assert times(trained.dir / "samples") == moments
+
+
+def test_teacher_prints_the_facts_of_both_networks_as_yaml(trained, folder, capsys):
+    assert main(["teacher", "digits", *SHORT]) == 0
+    facts = yaml.safe_load(capsys.readouterr().out)
+    assert facts["teacher"] | {"grid": [4, 4], "blocks": 4, "heads": 4, "width": 96} == facts["teacher"]
+    assert facts["teacher"]["weights"] == "pretrain"
+    assert len(facts["extractor"]["fingerprint"]) == 16
+    for network in ("teacher", "extractor"):
+        assert 0 <= facts[network]["test_accuracy"] <= 1
+    assert len(list(folder.glob("runs/digits/*/teacher.safetensors"))) == 1
+    assert len(list(folder.glob("runs/digits/*/extractor.safetensors"))) == 1
+
+
+# -- study ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_lists_the_jobs_of_all_arms_and_runs_none(output, capfd):
+    assert main(["study", "digits", *SMOKE, "--dry-run"]) == 0
+    said = capfd.readouterr()
+    words = (said.out + said.err).split()
+    for arm in ("vanilla", "repa", "atta", "holistic", "haste"):
+        for seed in (0, 1):
+            assert f"train_{arm}_{seed}" in words
+            assert f"evaluate_{arm}_{seed}" in words
+    for job in ("prepare", "step_time", "report"):
+        assert job in words
+    assert not [p for p in output.rglob("*") if p.is_file() and ".snakemake" not in p.parts]
+    assert said.out.splitlines()[-1] == str(output / "reports" / "digits-smoke" / "report.html")

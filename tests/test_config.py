@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from haste_core import config
+from haste_core.config import STUDIES, Alignment, RunConfig
+from haste_core.errors import HasteError
+
+
+def refused(*args, **kwargs):
+    with pytest.raises(HasteError) as caught:
+        config.load(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def written(tmp_path, change):
+    """The path of a copy of the digits study, changed by `change` in place."""
+    content = yaml.safe_load((STUDIES / "digits.yaml").read_text())
+    change(content)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_study_of_the_package_loads_with_every_profile():
+    assert "digits" in config.studies()
+    for name in config.studies():
+        study = config.load(name)
+        assert study.name == name
+        for profile in study.profiles:
+            config.load(name, profile)
+
+
+def test_the_default_study_has_the_arms_of_the_paper():
+    study = config.load("digits")
+    weights = {arm: study.run(arm).alignment for arm in ("vanilla", "repa", "atta", "holistic", "haste")}
+    on = {arm: (a.lambda_feature, a.lambda_attention) for arm, a in weights.items()}
+    assert on == {"vanilla": (0, 0), "repa": (0.5, 0), "atta": (0, 0.5), "holistic": (0.5, 0.5), "haste": (0.5, 0.5)}
+    assert study.run("vanilla").tau == 0
+    assert study.run("holistic").tau == float("inf")
+    assert 0 < study.run("haste").tau < study.train.steps
+
+
+def test_a_study_is_found_by_path(tmp_path):
+    path = written(tmp_path, lambda content: content.update(name="mine"))
+    assert config.load(path).name == "mine"
+    assert config.load(str(path)).train == config.load("digits").train
+
+
+def test_arms_change_only_what_they_name(tiny):
+    base = tiny.run("vanilla").model_dump()
+    haste = tiny.run("haste").model_dump()
+    assert {key for key in base if base[key] != haste[key]} == {"alignment", "termination"}
+    assert haste["alignment"] == base["alignment"] | {"lambda_feature": 0.5, "lambda_attention": 0.5}
+
+
+def test_presets_fill_sizes_and_explicit_values_win():
+    assert config.Model(preset="SiT-XL/2").model_dump(include={"depth", "width", "heads", "patch"}) == {
+        "depth": 28, "width": 1152, "heads": 16, "patch": 2,
+    }  # fmt: skip
+    assert config.Model(preset="SiT-B/4").patch == 4
+    assert config.Model(preset="SiT-B/2", depth=3).depth == 3
+
+
+def test_kept_steps_are_sorted_unique_and_end_with_the_last(make_study):
+    train = make_study("train.keep=[8, 4, 8, 40]", "train.steps=12").train
+    assert train.kept_steps == [4, 8, 12]
+    assert make_study("train.keep=[4, 12]").train.kept_steps == [4, 12]
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_study_names_the_known_ones():
+    message = refused("digit")
+    assert "unknown study 'digit'" in message
+    assert "did you mean 'digits'" in message
+    assert ".yaml" in message
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert "none.yaml" in refused(tmp_path / "none.yaml")
+
+
+def test_an_unknown_profile_names_the_known_ones(tmp_path):
+    path = written(tmp_path, lambda content: content.update(profiles={"quick": {"train": {"steps": 5}}}))
+    assert config.load(path, "quick").train.steps == 5
+    message = refused(path, "quik")
+    assert "profile" in message
+    assert "possible: quick" in message
+
+
+def test_an_unknown_arm_names_the_known_ones(tiny):
+    with pytest.raises(HasteError, match=r"unknown arm 'hast' \(did you mean 'haste'\?\); possible: vanilla, repa"):
+        tiny.run("hast")
+    assert "possible: vanilla, repa" in refused("digits", overrides=["arms.hast.termination.at=4"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stpes=4", ["stpes", "did you mean 'steps'", "batch_size"]),
+        ("trian.steps=4", ["trian", "did you mean 'train'", "evaluate"]),
+        ("data.augment.shfit=1", ["shfit", "did you mean 'shift'", "rotation"]),
+        ("arms.haste.terminaton.at=4", ["terminaton", "did you mean 'termination'"]),
+        ("arms.haste.termination.att=4", ["att", "kind"]),
+        ("train.steps.more=4", ["train.steps.more", "value"]),
+        ("train.steps", ["key=value"]),
+        ("=4", ["key=value"]),
+        ("train.keep=[4", ["YAML"]),
+        ("train.steps=many", ["train.steps", "integer", "'many'"]),
+        ("train.steps=1.5", ["train.steps", "integer"]),
+        ("train.steps=0", ["train.steps", "greater than 0"]),
+        ("train.lr=-1", ["train.lr", "greater than 0"]),
+        ("train.precision=fp8", ["train.precision", "'no', 'fp16' or 'bf16'"]),
+        ("train=4", ["train"]),
+        ("train.label_dropout=1.5", ["label_dropout", "less than or equal to 1"]),
+        ("train.keep=4", ["train.keep", "list"]),
+        ("model.preset=SiT-XXL/2", ["SiT-XXL/2", "did you mean 'SiT-XL/2'", "SiT-B/2"]),
+        ("model.heads=5", ["width 64", "heads 5"]),
+        ("alignment.depth=7", ["alignment.depth 7", "6 blocks"]),
+        ("alignment.layer_pairs=[[6, 1]]", ["student block 6", "0 to 5"]),
+        ("alignment.heads=[4]", ["student head 4", "0 to 3"]),
+        ("alignment.heads=[1, 1]", ["heads", "once"]),
+        ("alignment.layer_pairs=[]", ["layer_pairs"]),
+        ("arms.haste.termination.kind=never", ["at=", "iteration"]),
+        ("arms.haste=4", ["haste"]),
+        ("seeds=[]", ["seeds"]),
+        ("sample.sampler=dpm", ["sampler", "euler"]),
+        ("name=a/b", ["name"]),
+    ],
+)
+def test_a_bad_override_is_refused_naming_what_is_possible(override, words):
+    message = refused("digits", overrides=[override])
+    assert all(word in message for word in words), message
+
+
+def test_an_arm_cannot_change_what_is_no_part_of_a_run(tmp_path):
+    path = written(tmp_path, lambda content: content["arms"].update(odd={"evaluate": {"n": 5}}))
+    message = refused(path)
+    assert "'evaluate'" in message
+    assert "termination" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [(["train"], "stpes"), (["data", "augment"], "shfit"), (["teacher", "fitting"], "step")]
+)
+def test_an_unknown_key_in_a_file_names_the_known_ones(tmp_path, section, key):
+    def change(content):
+        for part in section:
+            content = content[part]
+        content[key] = 1
+
+    message = refused(written(tmp_path, change))
+    assert ".".join([*section, key]) in message
+    assert {"train": "batch_size", "augment": "rotation", "fitting": "label_smoothing"}[section[-1]] in message
+
+
+def test_an_unknown_key_in_a_file_brings_the_nearest_match(tmp_path):
+    message = refused(written(tmp_path, lambda content: content["train"].update(stpes=1)))
+    assert "did you mean 'steps'" in message
+
+
+def test_an_unknown_key_in_an_optional_section_of_a_file_is_refused_too(tmp_path):
+    path = written(tmp_path, lambda content: content["teacher"]["fitting"]["augment"].update(shfit=1))
+    assert "shfit" in refused(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just text", ""], ids=repr)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    assert "odd.yaml" in refused(path)
+
+
+# -- overrides --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.lr=1e-3", 0.001),
+        ("train.lr=2.5E-4", 0.00025),
+        ("train.steps=77", 77),
+        ("train.keep=[3, 1]", [1, 3]),
+        ("train.betas=[0.8, 0.95]", (0.8, 0.95)),
+        ("data.augment.shift=0.5", 0.5),
+        ("model.qk_norm=true", True),
+        ("train.precision=no", "no"),
+        ("teacher.weights=some/path.pth", "some/path.pth"),
+        ("teacher.kwargs.embed_dim=48", 48),
+        ("teacher.mean=null", None),
+        ("teacher.fitting.augment.rotation=30", 30.0),
+        ("seeds=[4, 5]", [4, 5]),
+        ("title=a = b", "a = b"),
+    ],
+)
+def test_overrides_are_read_as_yaml_and_numbers_as_everybody_writes_them(override, value):
+    found = config.load("digits", overrides=[override])
+    for part in override.split("=")[0].split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_leaves_everything_else_alone():
+    before = config.load("digits").model_dump()
+    after = config.load("digits", overrides=["teacher.kwargs.depth=3", "arms.repa.train.lr=0.1"]).model_dump()
+    before["teacher"]["kwargs"]["depth"] = 3
+    before["arms"]["repa"]["train"] = {"lr": 0.1}
+    assert after == before
+
+
+def test_an_override_of_an_arm_changes_that_arm_alone(tiny, make_study):
+    changed = make_study("arms.haste.termination.at=4")
+    assert changed.run("haste").tau == 4
+    assert changed.run("haste").hash != tiny.run("haste").hash
+    assert changed.run("holistic").hash == tiny.run("holistic").hash
+
+
+def test_later_overrides_win():
+    assert config.load("digits", overrides=["train.steps=5", "train.steps=6"]).train.steps == 6
+
+
+def test_sections_cannot_be_changed_after_loading(tiny):
+    with pytest.raises(ValueError, match="frozen"):
+        tiny.train.steps = 5
+
+
+# -- hashes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=24",
+        "train.keep=[4]",
+        "train.log_every=7",
+        "train.checkpoint_every=5",
+        "train.sample_every=9",
+        "sample.solver_steps=99",
+        "evaluate.n=10",
+        "claims.early=4",
+        "title=other",
+        "seeds=[3]",
+    ],
+)
+@pytest.mark.parametrize("arm", ["vanilla", "haste"])
+def test_bookkeeping_does_not_change_the_hash(tiny, make_study, arm, override):
+    assert make_study(override).run(arm).hash == tiny.run(arm).hash
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.lr=0.5",
+        "train.batch_size=8",
+        "train.betas=[0.5, 0.9]",
+        "train.weight_decay=0.1",
+        "train.clip_norm=2",
+        "train.ema_decay=0.5",
+        "train.label_dropout=0.5",
+        "train.precision=bf16",
+        "model.depth=4",
+        "model.qk_norm=true",
+        "data.split_seed=1",
+        "data.augment.shift=0.3",
+    ],
+)
+@pytest.mark.parametrize("arm", ["vanilla", "haste"])
+def test_what_changes_numbers_changes_hash_and_lineage(tiny, make_study, arm, override):
+    before, after = tiny.run(arm), make_study(override).run(arm)
+    assert after.hash != before.hash
+    assert after.lineage != before.lineage
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["alignment.depth=1", "alignment.heads=[0]", "alignment.projector_width=8", "alignment.layer_pairs=[[0, 0]]",
+     "teacher.kwargs.depth=5", "teacher.weights=hub", "teacher.resize=reference", "teacher.fitting.seed=1"],
+)  # fmt: skip
+def test_alignment_settings_change_aligned_arms_and_leave_vanilla_alone(tiny, make_study, override):
+    changed = make_study(override)
+    assert changed.run("haste").hash != tiny.run("haste").hash
+    assert changed.run("haste").lineage != tiny.run("haste").lineage
+    assert changed.run("vanilla").hash == tiny.run("vanilla").hash
+
+
+def test_loss_weights_change_the_hash(tiny, make_study):
+    for weight in ("lambda_feature", "lambda_attention"):
+        changed = make_study(f"arms.haste.alignment.{weight}=0.7").run("haste")
+        assert changed.hash != tiny.run("haste").hash
+
+
+def test_the_same_settings_give_the_same_hash_however_they_are_written(tiny, make_study):
+    assert make_study("train.lr=0.001").run("haste").hash == make_study("train.lr=1e-3").run("haste").hash
+    run = tiny.run("haste")
+    assert RunConfig.model_validate(run.model_dump(mode="json")).hash == run.hash
+
+
+def test_lineage_is_shared_by_holistic_and_haste_and_by_no_other_arm(tiny):
+    lineages = {arm: tiny.run(arm).lineage for arm in ("vanilla", "repa", "atta", "holistic", "haste")}
+    assert lineages["holistic"] == lineages["haste"]
+    assert len(set(lineages.values())) == 4
+    hashes = {tiny.run(arm).hash for arm in lineages}
+    assert len(hashes) == 5
+
+
+def test_haste_can_start_from_holistic_and_nobody_else_from_anybody(tiny):
+    donors = {arm: tiny.donor(arm) for arm in ("vanilla", "repa", "atta", "holistic", "haste")}
+    assert donors == {"vanilla": None, "repa": None, "atta": None, "holistic": None, "haste": "holistic"}
+
+
+def test_an_arm_is_no_donor_when_it_keeps_no_checkpoint_at_the_switch(make_study):
+    assert make_study("train.keep=[4]").donor("haste") is None
+    assert make_study("train.keep=[4]", "train.steps=8").donor("haste") == "holistic"
+
+
+def test_an_arm_is_no_donor_when_its_first_part_differs(make_study):
+    assert make_study("arms.holistic.train.lr=0.5").donor("haste") is None
+    assert make_study("arms.holistic.alignment.lambda_feature=1").donor("haste") is None
+
+
+def test_an_arm_that_switches_later_is_a_donor_and_one_that_switches_earlier_is_not(tmp_path):
+    def arms(early, late):
+        weights = {"alignment": {"lambda_feature": 0.5}}
+        made = {
+            "early": weights | {"termination": {"kind": "iteration", "at": early}},
+            "late": weights | {"termination": {"kind": "iteration", "at": late}},
+        }
+
+        def change(content):
+            content["train"] |= {"steps": 2000, "keep": [500, 1000]}
+            content |= {"arms": made, "profiles": {}}
+
+        return config.load(written(tmp_path, change))
+
+    study = arms(500, 1000)
+    assert (study.donor("early"), study.donor("late")) == ("late", None)
+    assert arms(500, 500).donor("early") is None
+
+
+def test_teacher_extractor_and_evaluation_hashes_follow_what_they_depend_on(tiny, make_study):
+    def hashes(*overrides):
+        study = make_study(*overrides)
+        return study.teacher_hash(study.teacher), study.extractor_hash, study.evaluation_hash
+
+    base = hashes()
+    for override, changed in [
+        ("teacher.fitting.steps=21", (True, False, False)),
+        ("evaluate.extractor.steps=21", (False, True, True)),
+        ("evaluate.n=41", (False, False, True)),
+        ("sample.solver_steps=3", (False, False, True)),
+        ("data.split_seed=1", (True, True, True)),
+        ("train.lr=0.5", (False, False, False)),
+    ]:
+        assert tuple(a != b for a, b in zip(hashes(override), base, strict=True)) == changed, override
+
+
+def test_alignment_is_active_when_either_weight_is():
+    pairs = [(0, 0)]
+    assert not Alignment(layer_pairs=pairs).active
+    assert Alignment(lambda_feature=0.1).active
+    assert Alignment(lambda_attention=0.1, layer_pairs=pairs).active

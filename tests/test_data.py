@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from haste_core import config
+from haste_core.data import Batch, Batches, open_dataset
+from haste_core.data.digits import affine
+from haste_core.errors import HasteError
+
+STRONG = config.Augment(shift=1.0, rotation=20, scale=0.2)
+
+
+def digits(**changes):
+    return open_dataset(config.Data(**changes))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(images):
+    return {tuple(row) for row in images.flatten(1).tolist()}
+
+
+def test_split_is_complete_disjoint_and_fixed():
+    first, again, other = digits(), digits(), digits(split_seed=1)
+    sizes = {split: len(first.images(split)[1]) for split in ("train", "test")}
+    assert sizes == {"train": 1347, "test": 450}
+    assert len(first) == 1347
+    assert rows(first.images("train")[0]).isdisjoint(rows(first.images("test")[0]))
+    for split in ("train", "test"):
+        assert torch.equal(first.images(split)[0], again.images(split)[0])
+        assert torch.equal(first.images(split)[1], again.images(split)[1])
+    assert not torch.equal(first.images("test")[0], other.images("test")[0])
+
+
+def test_split_is_stratified():
+    data = digits()
+    counts = {split: torch.bincount(data.images(split)[1], minlength=10) for split in ("train", "test")}
+    expected = (counts["train"] + counts["test"]) * 0.25
+    assert (counts["test"] - expected).abs().max() <= 1
+
+
+def test_images_are_17_grey_levels_from_minus_one_to_one():
+    x, y = digits().images("train")
+    assert x.shape == (1347, 1, 8, 8)
+    assert x.dtype == torch.float32
+    assert y.dtype == torch.int64
+    assert x.unique().tolist() == [level / 8 - 1 for level in range(17)]
+
+
+def test_augmented_batches_stay_in_range_and_carry_their_labels():
+    data = digits(augment=STRONG)
+    indices = torch.arange(200)
+    batch = data.batch(indices, generator())
+    assert torch.equal(batch.y, data.images("train")[1][:200])
+    assert torch.equal(batch.x, batch.images)
+    assert float(batch.x.min()) >= -1 - 1e-6
+    assert float(batch.x.max()) <= 1 + 1e-6
+    assert not torch.allclose(batch.x, data.images("train")[0][:200], atol=0.1)
+
+
+def test_augmentation_is_the_identity_at_zero():
+    x = digits().images("train")[0][:50]
+    assert_close(affine(x, config.Augment(), generator()), x, atol=1e-5, rtol=0)
+
+
+def test_augmentation_comes_from_its_generator_and_differs_per_image():
+    x = digits().images("train")[0][:1].expand(8, -1, -1, -1)
+    first, again, other = (affine(x, STRONG, generator(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(rows(first)) == 8
+
+
+@pytest.mark.parametrize("setting", [{"shift": 2.0}, {"rotation": 40.0}, {"scale": 0.5}], ids=str)
+def test_augmentation_moves_mass_by_what_it_is_asked_for(setting):
+    """A bright blob off the centre: where it lands tells shift (pixels), angle and scale of the map."""
+    lines = torch.arange(33).float() - 16
+    blob = torch.exp(-((lines[None] - 6) ** 2 + lines[:, None] ** 2) / 8)  # six pixels right of the centre
+    x = (2 * blob - 1).expand(400, 1, 33, 33)
+    mass = affine(x, config.Augment(**setting), generator()) + 1
+    total = mass.sum((1, 2, 3))
+    column = (mass * lines).sum((1, 2, 3)) / total
+    row = (mass * lines[:, None]).sum((1, 2, 3)) / total
+    if "shift" in setting:
+        for moved in (column - 6, row):
+            assert float(moved.abs().max()) == pytest.approx(2.0, abs=0.1)
+    elif "rotation" in setting:
+        assert float(torch.atan2(row, column).abs().max()) * 180 / math.pi == pytest.approx(40, abs=1)
+        assert_close(torch.hypot(row, column), torch.full((400,), 6.0), atol=0.1, rtol=0)
+    else:
+        assert float((column / 6).max()) == pytest.approx(1.5, abs=0.05)
+        assert float((column / 6).min()) == pytest.approx(0.5, abs=0.05)
+
+
+class Counting:
+    """Ten images that show their own index."""
+
+    name, image_size, channels, classes = "counting", 1, 1, 10
+
+    def __len__(self):
+        return 10
+
+    def batch(self, indices, generator):
+        noise = torch.rand(len(indices), 1, 1, 1, generator=generator)
+        return Batch(noise, indices, noise)
+
+
+def test_every_image_comes_once_per_pass_in_a_new_order():
+    stream = Batches(Counting(), 5, seed=0)
+    passes = [torch.cat([stream.next().y, stream.next().y]).tolist() for _ in range(3)]
+    assert all(sorted(seen) == list(range(10)) for seen in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_a_short_last_batch_is_left_out():
+    stream = Batches(Counting(), 4, seed=0)
+    for _ in range(5):
+        seen = torch.cat([stream.next().y, stream.next().y]).tolist()
+        assert len(set(seen)) == 8
+
+
+def test_streams_come_from_their_seed():
+    first, again, other = (Batches(Counting(), 4, seed=seed) for seed in (3, 3, 4))
+    drawn = [[stream.next() for _ in range(6)] for stream in (first, again, other)]
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(drawn[0], drawn[1], strict=True))
+    assert not all(torch.equal(a.y, b.y) for a, b in zip(drawn[0], drawn[2], strict=True))
+
+
+@pytest.mark.parametrize("before", [0, 1, 7, 11])
+def test_a_stream_goes_on_from_its_state_to_the_bit(before):
+    """1,347 images in batches of 200: six batches a pass, so 7 and 11 lie in the second pass."""
+    data = digits(augment=STRONG)
+    stream = Batches(data, 200, seed=0)
+    for _ in range(before):
+        stream.next()
+    saved = {name: value.clone() for name, value in stream.state_dict().items()}
+    expected = [stream.next() for _ in range(8)]
+    other = Batches(data, 200, seed=99)
+    other.next()
+    other.load_state_dict(saved)
+    for batch in expected:
+        again = other.next()
+        assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    Batches(Counting(), 10, seed=0)
+    with pytest.raises(HasteError, match="11 exceeds the 10 training images"):
+        Batches(Counting(), 11, seed=0)

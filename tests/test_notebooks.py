@@ -1,0 +1,210 @@
+"""The notebooks run in batch from top to bottom, leave what they promise, and stop when they are told to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from test_study import copy_of, finished_study, once
+
+from haste_core import config, notebook
+from haste_core.runs import Run
+
+ROOT = Path(__file__).parents[1]
+HASTE = str(Path(sys.executable).with_name("haste"))
+IN_ORDER = ("00_data_and_teacher", "01_train", "02_fid")
+
+pytestmark = pytest.mark.timeout(900)
+together = pytest.mark.xdist_group("notebooks")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The output folder after 00, 01 and 02, the executed notebooks beside runs/."""
+
+    def run(place):
+        with pytest.MonkeyPatch.context() as patch:
+            set_up(patch, place)
+            for name in IN_ORDER:
+                arm = {} if name.startswith("00") else {"arm": "haste", "seed": 0}
+                notebook.execute(name, place / f"{name}.ipynb", {"profile": "smoke", **arm})
+                assert kernels() == []
+
+    return once(tmp_path_factory, "notebooks", run)
+
+
+def set_up(patch, place):
+    patch.setenv("HASTE_OUTPUT", str(place))
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    patch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def executed(folder, monkeypatch):
+    monkeypatch.setenv("HASTE_OUTPUT", str(folder))
+    return folder
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source]
+
+
+def outputs(path, kind):
+    """The outputs of a kind ("error", "stream", ...) of an executed notebook."""
+    return [output for cell in code_cells(path) for output in cell.outputs if output.output_type == kind]
+
+
+def pictures(path):
+    return [out for cell in code_cells(path) for out in cell.outputs if "image/png" in out.get("data", {})]
+
+
+def assert_ran_through(path):
+    assert outputs(path, "error") == []
+    assert all(cell.execution_count for cell in code_cells(path))
+
+
+def kernels():
+    """Kernels that this process started and that are still alive."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "ipykernel_launcher" in child.cmdline()]
+
+
+# -- each notebook ----------------------------------------------------------------------------------------------------
+
+
+@together
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_a_notebook_runs_from_top_to_bottom_without_errors(executed, name):
+    assert_ran_through(executed / f"{name}.ipynb")
+
+
+@together
+@pytest.mark.parametrize(("name", "count"), list(zip(IN_ORDER, (2, 2, 1), strict=True)))
+def test_a_notebook_shows_its_pictures(executed, name, count):
+    assert len(pictures(executed / f"{name}.ipynb")) == count
+
+
+@together
+def test_the_first_notebook_leaves_teacher_extractor_and_their_facts(executed):
+    for network in ("teacher", "extractor"):
+        assert len(list(executed.glob(f"runs/digits/{network}-*/{network}.safetensors"))) == 1
+    facts = json.loads((executed / "runs" / "digits" / "prepared.json").read_text())
+    assert facts["teacher"]["grid"] == [4, 4]
+    assert 0 <= facts["extractor"]["test_accuracy"] <= 1
+
+
+@together
+def test_the_training_notebook_leaves_a_finished_run(executed):
+    run = Run(config.load("digits", "smoke"), "haste", 0)
+    assert run.steps() == [4, 8, 12]
+    assert [line["phase"] for line in run.metrics()] == [1, 1, 1, 1, 2, 2]
+    printed = "".join(out["text"] for out in outputs(executed / "01_train.ipynb", "stream"))
+    assert str(run.dir) in printed
+
+
+@together
+def test_the_scoring_notebook_leaves_and_shows_a_score_per_kept_step(executed):
+    run = Run(config.load("digits", "smoke"), "haste", 0)
+    stored = json.loads(run.evaluation_path.read_text())
+    assert sorted(stored["steps"], key=int) == ["4", "8", "12"]
+    shown = "".join(out["data"].get("text/plain", "") for out in outputs(executed / "02_fid.ipynb", "execute_result"))
+    for fingerprint in stored["steps"].values():
+        assert f"{stored['scores'][fingerprint]['fid']:.4f}"[:4] in shown
+
+
+@together
+def test_an_executed_notebook_holds_the_parameters_it_was_given(executed):
+    (cell,) = (
+        c for c in code_cells(executed / "01_train.ipynb") if "injected-parameters" in c.metadata.get("tags", [])
+    )
+    values: dict = {}
+    for line in cell.source.splitlines():
+        name, equals, value = line.partition(" = ")
+        if equals:
+            values[name] = value
+    assert values == {"profile": '"smoke"', "arm": '"haste"', "seed": "0"}
+
+
+@together
+def test_the_notebooks_themselves_stay_without_outputs(executed):
+    for name in notebook.notebooks():
+        cells = code_cells(ROOT / "notebooks" / f"{name}.ipynb")
+        assert [cell.outputs for cell in cells] == [[]] * len(cells)
+        assert {cell.execution_count for cell in cells} == {None}
+
+
+@together
+def test_a_notebook_is_found_by_its_path_too(executed, tmp_path, monkeypatch):
+    set_up(monkeypatch, tmp_path)
+    mine = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("print(size + 1)"),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    nbformat.write(mine, tmp_path / "mine.ipynb")
+    notebook.execute(str(tmp_path / "mine.ipynb"), tmp_path / "deep" / "out.ipynb", {"size": 41})
+    assert [out["text"] for out in outputs(tmp_path / "deep" / "out.ipynb", "stream")] == ["42\n"]
+
+
+@pytest.mark.xdist_group("study")
+def test_the_report_notebook_writes_tables_and_report_of_a_finished_study(tmp_path_factory, tmp_path, monkeypatch):
+    study = copy_of(finished_study(tmp_path_factory), tmp_path / "copy")
+    folder = study.report
+    shutil.rmtree(folder)
+    set_up(monkeypatch, study.dir)
+    notebook.execute("10_report", tmp_path / "10.ipynb", {"profile": "smoke", "overrides": ["seeds=[0]"]})
+    assert_ran_through(tmp_path / "10.ipynb")
+    assert len(pictures(tmp_path / "10.ipynb")) == 7
+    assert len(pd.read_csv(folder / "tables" / "fid.csv")) == 15
+    assert "data:image/png;base64," in (folder / "report.html").read_text()
+    printed = "".join(out["text"] for out in outputs(tmp_path / "10.ipynb", "stream"))
+    assert "written from 5 runs" in printed
+    assert str(folder / "report.html") in printed
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_saves_a_checkpoint_exits_143_and_leaves_no_kernel(tmp_path, monkeypatch):
+    set_up(monkeypatch, tmp_path)
+    overrides = ["train.steps=100000", "train.keep=[]", "train.checkpoint_every=100000", "train.sample_every=100000"]
+    child = subprocess.Popen(
+        [HASTE, "notebook", "01_train", str(tmp_path / "out.ipynb"),
+         "-p", "profile=smoke", "-p", "arm=vanilla", "-p", f"overrides={json.dumps(overrides)}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    run = Run(config.load("digits", "smoke", overrides), "vanilla", 0)
+    below: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 200
+        while not (run.metrics_path.is_file() and run.metrics_path.read_text().count("\n") > 2):
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        below = psutil.Process(child.pid).children(recursive=True)
+        assert any("ipykernel_launcher" in process.cmdline() for process in below)
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=100)
+        _, alive = psutil.wait_procs(below, timeout=10)
+    finally:
+        for process in [child, *below]:
+            if isinstance(process, subprocess.Popen) or process.is_running():
+                process.kill()
+    assert child.returncode == 143
+    assert alive == []
+    (step,) = run.steps()
+    assert 6 <= step < 100_000
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert lines == [f"haste: vanilla seed 0 stopped at step {step}, saved; run again to go on"]
+    assert run.load(step)[1]["step"] == step

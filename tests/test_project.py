@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "haste_core"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK_LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.strip()]
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+# The three files that say what is installed
+
+
+def pins():
+    """Version by canonical name, from requirements.lock."""
+    found = {}
+    for line in LOCK_LINES:
+        name, _, version = line.partition("==")
+        found[canonicalize_name(name)] = version
+    return found
+
+
+def environment():
+    return yaml.safe_load((ROOT / "env.yml").read_text())
+
+
+def conda_python():
+    """The version of Python in env.yml."""
+    entry = next(e for e in environment()["dependencies"] if isinstance(e, str) and re.match(r"python\b", e))
+    return re.fullmatch(r"python=+([\d.]+)", entry)[1]
+
+
+@pytest.mark.parametrize("line", LOCK_LINES)
+def test_every_line_of_the_lock_is_an_exact_pin(line):
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.!]*", line)
+
+
+def test_the_lock_pins_each_package_once():
+    assert len(pins()) == len(LOCK_LINES)
+
+
+@pytest.mark.parametrize(
+    "requirement", [*PYPROJECT["project"]["dependencies"], *PYPROJECT["project"]["optional-dependencies"]["test"]]
+)
+def test_every_dependency_is_pinned_to_a_version_that_fits(requirement):
+    wanted = Requirement(requirement)
+    assert canonicalize_name(wanted.name) in pins()
+    assert pins()[canonicalize_name(wanted.name)] in wanted.specifier
+
+
+def test_the_build_backend_is_pinned_too():
+    # The package itself is installed without build isolation.
+    for requirement in map(Requirement, PYPROJECT["build-system"]["requires"]):
+        assert pins()[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_python_of_the_conda_environment_fits():
+    assert conda_python() in SpecifierSet(PYPROJECT["project"]["requires-python"])
+
+
+def test_pinned_packages_run_on_the_python_of_the_conda_environment():
+    unfit = {}
+    for name, version in pins().items():
+        try:
+            found = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a pin for another platform
+        if found["Version"].split("+")[0] != version:
+            continue  # another version is installed here; it says nothing about the pin
+        if f"{conda_python()}.99" not in SpecifierSet(found["Requires-Python"] or ""):
+            unfit[name] = found["Requires-Python"]
+    assert unfit == {}
+
+
+def test_tests_run_with_the_pinned_versions():
+    # A lock that nobody ever ran is a guess. Builds for a device differ in their local part only.
+    versions = {}
+    for requirement in map(Requirement, PYPROJECT["project"]["dependencies"]):
+        name = canonicalize_name(requirement.name)
+        versions[name] = importlib.metadata.version(name).split("+")[0]
+    assert versions == {name: pins()[name] for name in versions}
+
+
+def test_conda_installs_the_lock_and_the_package():
+    sections = [entry["pip"] for entry in environment()["dependencies"] if isinstance(entry, dict)]
+    assert len(sections) == 1
+    assert "-r requirements.lock" in sections[0]
+    assert "-e ." in sections[0]
+    assert all(entry.startswith("-") for entry in sections[0]), "versions belong into requirements.lock"
+
+
+def test_conda_has_python_and_pip_and_pins_nothing_else():
+    names = {re.split(r"[=<>]", entry)[0] for entry in environment()["dependencies"] if isinstance(entry, str)}
+    assert names == {"python", "pip"}
+
+
+def tracked():
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return done.stdout.splitlines()
+
+
+def test_nothing_that_is_made_here_is_committed():
+    # A committed .venv (a link is enough) stops `python -m venv .venv` in every fresh clone.
+    made = re.compile(r"(^|/)(\.venv|runs|__pycache__|\.snakemake|[^/]*\.egg-info|\.ready)(/|$)")
+    assert [path for path in tracked() if made.search(path)] == []
+
+
+def test_no_report_but_that_of_the_default_study_is_committed():
+    assert [p for p in tracked() if p.startswith("reports/") and not p.startswith("reports/digits/")] == []
+    assert [p for p in tracked() if p.startswith("reports/") and p.endswith(".ipynb")] == []
+
+
+# The package
+
+
+def test_importing_the_package_is_light_and_silent():
+    heavy = ("torch", "matplotlib", "pandas", "numpy", "timm", "torch_fidelity", "snakemake", "papermill")
+    code = f"import sys, haste_core; print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr.strip() == "[]"
+
+
+def test_public_names_of_the_package_exist():
+    import haste_core
+
+    for name in haste_core.__all__:
+        assert getattr(haste_core, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = haste_core.nothing_like_this
+
+
+def imported(path):
+    """Top-level names of everything a module imports, also inside functions."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_figures_plots_and_nobody_imports_the_workflow_engine(path):
+    allowed = {"matplotlib"} if path.name == "figures.py" else set()
+    assert imported(path) & {"matplotlib", "seaborn", "plotly", "snakemake"} <= allowed
+
+
+def test_figures_is_the_module_that_plots():
+    assert "matplotlib" in imported(PACKAGE / "figures.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_are_the_packages_own_or_declared_dependencies(path):
+    modules = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+    # These come with a declared dependency: papermill and ipykernel run on them.
+    implied = {"haste_core", "jupyter_client", "nbclient", "traitlets"}
+    declared = {canonicalize_name(Requirement(r).name) for r in PYPROJECT["project"]["dependencies"]}
+    foreign = imported(path) - set(sys.stdlib_module_names) - implied
+    assert {m for m in foreign if canonicalize_name(modules.get(m, m)) not in declared} == set()
+
+
+def public_parts(path):
+    """(name, node) of the module and of every public function, class and method in it."""
+    module = tree(path)
+    yield path.stem, module
+
+    def inside(node, prefix):
+        for child in node.body:
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                if child.name.startswith("_"):
+                    continue
+                yield f"{prefix}{child.name}", child
+                if isinstance(child, ast.ClassDef):
+                    yield from inside(child, f"{prefix}{child.name}.")
+
+    yield from inside(module, "")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_everything_public_has_a_docstring(path):
+    assert [name for name, node in public_parts(path) if not ast.get_docstring(node)] == []
+
+
+def dotted(node):
+    """The dotted name of a call's function, such as "torch.load", or ""."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else ""
+
+
+UNSAFE = {
+    "eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pickle.load",
+    "pickle.loads", "joblib.load", "marshal.loads", "shelve.open", "os.system", "pd.read_pickle",
+}  # fmt: skip
+
+
+def unsafe_calls(module):
+    """What in a module's syntax tree could execute what it reads."""
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {a.name for a in node.names} | {getattr(node, "module", None)}
+            found += sorted(names & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"})
+        if not isinstance(node, ast.Call):
+            continue
+        name, options = dotted(node.func), {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        reasons = (
+            name in UNSAFE,
+            options.get("shell") is True,
+            name == "torch.load" and options.get("weights_only") is not True,
+            name in ("np.load", "numpy.load") and options.get("allow_pickle", False) is not False,
+        )
+        if any(reasons):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_nothing_that_is_read_can_be_executed(path):
+    assert unsafe_calls(tree(path)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load(p)", "torch.load(p, weights_only=False)", "yaml.load(p)", "eval(x)", "exec(x)", "import pickle",
+        "from pickle import loads", "np.load(p, allow_pickle=True)", "subprocess.run(x, shell=True)",
+    ],
+)  # fmt: skip
+def test_the_check_for_unsafe_calls_would_notice(code):
+    assert unsafe_calls(ast.parse(code))
+
+
+def test_the_check_for_unsafe_calls_lets_safe_ones_pass():
+    assert not unsafe_calls(ast.parse("torch.load(p, weights_only=True); model.eval(); yaml.safe_load(p); np.load(p)"))
+
+
+# Notebooks
+
+
+def cells(path, kind="code"):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def parameter_cells(path):
+    return [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_has_one_parameters_cell_of_literals_and_it_comes_first(path):
+    assert parameter_cells(path) == cells(path)[:1]
+    names = []
+    for statement in ast.parse(source(parameter_cells(path)[0])).body:
+        assert isinstance(statement, ast.Assign)
+        assert len(statement.targets) == 1
+        names.append(statement.targets[0].id)
+        ast.literal_eval(statement.value)
+    assert len(set(names)) == len(names)
+    assert names[:3] == ["study", "profile", "overrides"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_is_committed_without_outputs(path):
+    for cell in cells(path):
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_defines_nothing_and_is_short(path):
+    code = "\n".join(source(cell) for cell in cells(path))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    assert [node for node in ast.walk(ast.parse(code)) if isinstance(node, kinds)] == []
+    assert len([line for line in code.splitlines() if line.strip() and not line.strip().startswith("#")]) < 60
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_begins_with_its_question_and_names_python3(path):
+    content = json.loads(path.read_text())
+    assert content["cells"][0]["cell_type"] == "markdown"
+    assert source(content["cells"][0]).startswith("# ")
+    assert content["metadata"]["kernelspec"]["name"] == "python3"
+    assert len({cell["id"] for cell in content["cells"]}) == len(content["cells"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_builds_no_path_by_hand(path):
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("/", "./", "../", "~", "runs/", "reports/")), node.value

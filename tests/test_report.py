@@ -1,0 +1,514 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from haste_core import claims, config, cost, evaluation, figures, preparation, report, training
+from haste_core.errors import HasteError
+from haste_core.files import write_json, write_table
+from haste_core.runs import Run, study_dir
+
+# One worker builds the finished study once.
+pytestmark = pytest.mark.xdist_group("report")
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "reports" / "digits"
+README_TABLES = ("fid.csv", "claims.csv", "step_time.csv", "provenance.json")
+ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
+STEPS = (250, 1000, 3000)
+FIGURES = ("summary", "fid", "gain", "samples", "attention", "curves", "step_time", "claims")
+
+
+# Small tables with known contents
+
+
+def fid_rows(card="abc"):
+    return [
+        {
+            "arm": arm, "seed": seed, "step": step, "images_seen": 64 * step, "fid": 40.0 / (1 + i) * 250 / step + seed,
+            "kid": 0.1, "precision": 0.8, "recall": 0.7, "n": 1000, "card": card, "fid_heldout": 2.0,
+            "kid_heldout": 0.1, "precision_heldout": 0.8, "recall_heldout": 0.7, "nearest": 1.1, "copies": 0.01,
+        }
+        for i, arm in enumerate(ARMS)
+        for seed in (0, 1)
+        for step in STEPS
+    ]  # fmt: skip
+
+
+def time_rows():
+    keys = [("vanilla", 2), *((arm, 1) for arm in ARMS[1:]), ("haste", 2)]
+    return [
+        dict(zip(cost.COLUMNS, (arm, phase, 0.05, ratio, ratio - 0.02, ratio + 0.02, 30), strict=True))
+        for (arm, phase), ratio in zip(keys, (1.0, 1.31, 1.42, 1.53, 1.54, 1.01), strict=True)
+    ]
+
+
+def metric_rows():
+    return [
+        {
+            "arm": arm, "seed": seed, "step": step, "phase": 1, "loss": 1.0, "denoising": 1 / step, "grad_norm": 1.0,
+            "feature": -0.5 if arm != "vanilla" else None, "attention": 2.0 if arm != "vanilla" else None,
+        }
+        for arm in ARMS
+        for seed in (0, 1)
+        for step in (50, 100, 150)
+    ]  # fmt: skip
+
+
+def attention_rows():
+    return [
+        {
+            "source": source, "seed": 0, "step": 3000, "block": 2, "t": 0.5, "query": query, "key": key,
+            "probability": (key + 1) / 136, "divergence": 0.3 * (source != "teacher"), "n": 200,
+        }
+        for source in ("teacher", *ARMS)
+        for query in (5, 6, 10)
+        for key in range(16)
+    ]  # fmt: skip
+
+
+def sample_images(count=10):
+    rng = np.random.default_rng(0)
+    return {(arm, s): rng.integers(0, 256, (count, 1, 8, 8), dtype=np.uint8) for arm in ARMS for s in STEPS}
+
+
+def claim_rows():
+    curves = claims.curves_of(pd.DataFrame(fid_rows()))
+    return claims.judge_all(curves, config.Claims(early=1000), 3000)
+
+
+PROVENANCE = {
+    "invocation": {"minutes": 12.25, "peak_memory_gib": 1.75, "resumed": False, "install_minutes": 1.5},
+    "machine": {"cores": 2, "cpu": "A processor"},
+    "teacher": {"test_accuracy": 0.9867},
+    "extractor": {"test_accuracy": 0.9933},
+    "commits": ["0123456789ab"],
+    "study_hash": "abcdef0123",
+}
+
+
+def write_synthetic(folder):
+    write_table(folder / "fid.csv", fid_rows(), report.FID_COLUMNS)
+    write_table(folder / "claims.csv", claim_rows(), claims.COLUMNS)
+    write_table(folder / "step_time.csv", time_rows(), cost.COLUMNS)
+    write_json(folder / "provenance.json", PROVENANCE)
+    return folder
+
+
+DRAW = {
+    "summary": lambda: figures.summary(pd.DataFrame(fid_rows()), sample_images(), 1000),
+    "fid": lambda: figures.fid_against_steps(pd.DataFrame(fid_rows()), 1000, 1.2),
+    "fid without switch and floor": lambda: figures.fid_against_steps(pd.DataFrame(fid_rows()), None),
+    "gain": lambda: figures.gain_over_vanilla(pd.DataFrame(fid_rows()), 1000),
+    "samples": lambda: figures.sample_sheet(sample_images()),
+    "attention": lambda: figures.attention_maps(pd.DataFrame(attention_rows()), np.eye(8)),
+    "curves": lambda: figures.training_curves(pd.DataFrame(metric_rows()), 1000),
+    "step_time": lambda: figures.step_cost(pd.DataFrame(time_rows())),
+    "claims": lambda: figures.claims_forest(pd.DataFrame(claim_rows())),
+    "image rows": lambda: figures.image_rows({"a": sample_images()["repa", 250], "b": sample_images()["atta", 250]}),
+}
+
+
+# Figures
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_figure_is_saved_as_png_and_svg_with_the_same_bytes_every_time(name, tmp_path):
+    figure = DRAW[name]()
+    assert isinstance(figure, Figure)
+    figures.save(figure, tmp_path, "one")
+    figures.save(figure, tmp_path, "again")
+    figures.save(DRAW[name](), tmp_path, "redrawn")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        f"{n}.{kind}" for n in ("one", "again", "redrawn") for kind in ("png", "svg")
+    )
+    for kind in ("png", "svg"):
+        one = (tmp_path / f"one.{kind}").read_bytes()
+        assert (tmp_path / f"again.{kind}").read_bytes() == one
+        assert (tmp_path / f"redrawn.{kind}").read_bytes() == one
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 50
+    assert "<svg" in (tmp_path / "one.svg").read_text()
+
+
+def test_drawing_registers_no_figure_with_pyplot():
+    # Figures outside pyplot cannot pile up, and need no display.
+    code = "import sys, haste_core.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda fid: figures.fid_against_steps(fid, 1000),
+        lambda fid: figures.gain_over_vanilla(fid, 1000),
+        lambda fid: figures.summary(fid, sample_images(), 1000),
+    ],
+    ids=["fid", "gain", "summary"],
+)
+def test_scores_with_different_cards_do_not_share_an_axis(draw):
+    rows = fid_rows()
+    mixed = pd.DataFrame([*rows[:10], *(row | {"card": "other"} for row in rows[10:])])
+    with pytest.raises(ValueError, match=r"different cards.*abc, other"):
+        draw(mixed)
+
+
+def test_fid_figure_draws_the_tables_numbers():
+    axis = figures.fid_against_steps(pd.DataFrame(fid_rows()), 1000, 1.2).axes[0]
+    lines = {line.get_label(): line for line in axis.lines}
+    for i, arm in enumerate(ARMS):
+        base = np.array([40.0 / (1 + i) * 250 / step for step in STEPS])
+        assert list(lines[arm].get_xdata()) == list(STEPS)
+        assert lines[arm].get_ydata() == pytest.approx(np.sqrt(base * (base + 1)))
+
+
+def test_fid_figure_says_how_many_samples_and_seeds_and_which_card():
+    title = figures.fid_against_steps(pd.DataFrame(fid_rows()), 1000).axes[0].get_title(loc="left")
+    assert "1000 samples, 2 seeds, card abc" in title
+
+
+def test_gain_is_above_zero_where_alignment_helps():
+    axis = figures.gain_over_vanilla(pd.DataFrame(fid_rows()), None).axes[0]
+    lines = {line.get_label(): line for line in axis.lines}
+    assert "vanilla" not in lines
+    expected = np.mean([np.log(40 + seed) - np.log(20 + seed) for seed in (0, 1)])
+    assert lines["repa"].get_ydata()[0] == pytest.approx(expected)
+
+
+def test_arms_look_the_same_in_every_figure_and_unlike_each_other():
+    arms = [*ARMS, "mine", "yours"]
+    looks = {arm: figures.style(arm, arms) for arm in arms}
+    assert figures.style("haste", ["haste"]) == looks["haste"]
+    assert len({look["color"] for look in looks.values()}) == len(arms)
+
+
+def test_claims_that_were_not_measured_can_be_drawn():
+    rows = claims.judge_all({}, config.Claims(early=1000), 3000)
+    assert isinstance(figures.claims_forest(pd.DataFrame(rows)), Figure)
+
+
+# Tables
+
+
+def test_columns_of_the_tables_others_read():
+    assert report.FID_COLUMNS[:10] == (
+        "arm", "seed", "step", "images_seen", "fid", "kid", "precision", "recall", "n", "card",
+    )  # fmt: skip
+    assert cost.COLUMNS[:4] == ("arm", "phase", "median_step_s", "ratio_to_vanilla")
+    wanted = ("id", "claim", "effect", "low", "high", "seeds", "verdict")
+    assert tuple(name for name in claims.COLUMNS if name in wanted) == wanted
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_overrides, forget_accelerator):
+    """Report of a finished study of two arms and two seeds, from training to report.html."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASTE_OUTPUT", str(folder))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        forget_accelerator()
+        study = config.load("digits", overrides=[*tiny_overrides, "seeds=[0, 1]", "train.keep=[8]"])
+        study = study.model_copy(update={"arms": {arm: study.arms[arm] for arm in ("vanilla", "haste")}})
+        preparation.write_facts(study, study_dir(study) / "prepared.json")
+        result = report.open_report(study)
+        for run in result.all_runs():
+            training.fit(run, progress=False)
+            evaluation.evaluate_run(run, progress=False)
+        cost.write(study, rounds=2)
+        report.write_tables(result)
+        report.write_report(result)
+        forget_accelerator()
+        yield result
+
+
+def test_a_finished_study_has_every_table_and_figure(finished):
+    tables = {p.name for p in (finished.dir / "tables").iterdir()}
+    assert {f"{n}.csv" for n in ("fid", "step_time", "claims", "floor", "attention", "metrics")} <= tables
+    drawn = {p.name for p in (finished.dir / "figures").iterdir()}
+    assert drawn == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+
+
+def header(path):
+    return tuple(path.read_text().splitlines()[0].split(","))
+
+
+def test_written_tables_begin_with_the_agreed_columns(finished):
+    tables = finished.dir / "tables"
+    assert header(tables / "fid.csv") == report.FID_COLUMNS
+    assert header(tables / "step_time.csv") == cost.COLUMNS
+    assert header(tables / "claims.csv") == claims.COLUMNS
+
+
+def test_fid_table_has_every_arm_seed_and_step(finished):
+    fid = finished.table("fid")
+    assert list(zip(fid["arm"], fid["seed"], fid["step"], strict=True)) == [
+        (arm, seed, step) for arm in ("vanilla", "haste") for seed in (0, 1) for step in (8, 12)
+    ]
+    assert fid.notna().all().all()
+    assert (finished.dir / "tables" / "cards" / f"{fid['card'][0]}.json").is_file()
+
+
+def test_fid_table_holds_the_scores_of_the_runs(finished):
+    rows = evaluation.rows(Run(finished.study, "haste", 1))
+    table = finished.table("fid").query("arm == 'haste' and seed == 1")
+    assert list(table["fid"]) == pytest.approx([row["fid"] for row in rows], rel=1e-5)
+
+
+def test_samples_of_the_report_are_those_that_were_scored(finished):
+    run = Run(finished.study, "vanilla", 0)
+    images, _ = evaluation.evaluation_samples(run, 12, 10)
+    assert np.array_equal(finished.samples()["vanilla", 12], images[:10].numpy())
+
+
+def test_writing_the_report_again_changes_no_byte(finished):
+    before = {p: p.read_bytes() for p in finished.dir.rglob("*") if p.is_file()}
+    report.write_report(finished)
+    assert {p: p.read_bytes() for p in finished.dir.rglob("*") if p.is_file()} == before
+
+
+def test_tables_that_came_with_the_project_are_named_as_such(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path))
+    assert "came with the project" in report.refresh(finished)
+
+
+def test_a_report_without_runs_and_tables_is_an_error_that_names_the_command(output, tiny):
+    with pytest.raises(HasteError, match="haste study digits"):
+        report.refresh(report.open_report(tiny))
+    with pytest.raises(HasteError, match="haste study digits"):
+        report.open_report(tiny).table("fid")
+
+
+def test_answer_says_every_claim_and_every_arm(finished):
+    sentences = report.answer(finished)
+    assert [s.split(",")[0] for s in sentences[:5]] == ["C1", "C7", "C9", "C11", "C18"]
+    assert sentences[5].startswith("haste: FID is")
+    assert len(sentences) == 6
+
+
+def test_answer_of_an_arm_that_never_helps_does_not_speak_of_a_lower_fid(tmp_path, tiny):
+    # A higher FID must not read "-25% lower".
+    folder = tmp_path / "tables"
+    write_synthetic(folder)
+    constant = {"vanilla": 10.0, "repa": 12.5}
+    rows = [row | {"fid": constant.get(row["arm"], row["fid"])} for row in fid_rows()]
+    write_table(folder / "fid.csv", rows, report.FID_COLUMNS)
+    sentence = next(s for s in report.answer(report.Report(tiny, tmp_path)) if s.startswith("repa:"))
+    assert "-" not in sentence.split(";")[0]
+
+
+# The HTML file
+
+
+class Links(HTMLParser):
+    """Collects what a page would load, and the tags it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.tags, self.styles, self.handlers = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "poster", "data", "action", "xlink:href", "background"):
+                self.loaded.append(value or "")
+            if name == "style":
+                self.styles.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == "style":
+            self.styles.append(data)
+
+
+def assert_opens_offline(html):
+    page = Links()
+    page.feed(html)
+    assert not {"script", "iframe", "object", "embed", "link", "base"} & set(page.tags)
+    assert page.handlers == []
+    for target in page.loaded:
+        assert target.startswith(("data:", "#")), target[:80]
+    for style in page.styles:
+        assert "@import" not in style
+        assert all(url.strip("'\" ").startswith("data:") for url in re.findall(r"url\(([^)]*)", style))
+    assert page.tags.count("img") >= len(FIGURES) - 1
+
+
+def test_the_report_loads_nothing_and_runs_nothing(finished):
+    assert_opens_offline((finished.dir / "report.html").read_text())
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        '<script src="data:,"></script>',
+        '<img src="https://example.org/a.png">',
+        '<img src="figures/fid.png">',
+        '<link rel="stylesheet" href="data:,">',
+        '<div style="background: url(http://example.org/a.png)"></div>',
+        '<p onclick="x()">',
+    ],
+)
+def test_the_offline_check_would_notice(finished, harm):
+    html = (finished.dir / "report.html").read_text()
+    with pytest.raises(AssertionError):
+        assert_opens_offline(html.replace("</main>", f"{harm}</main>"))
+
+
+def test_the_report_shows_the_numbers_of_its_tables(finished):
+    html = (finished.dir / "report.html").read_text()
+    fid = finished.table("fid")
+    for arm in ("vanilla", "haste"):
+        mean = fid.query(f"arm == '{arm}' and step == 12")["fid"].mean()
+        assert f"{mean:.2f}" in html
+    assert fid["card"][0] in html
+    assert config.digest(finished.study.model_dump(mode="json")) in html
+
+
+def test_text_from_a_study_file_cannot_become_markup(finished, tmp_path, monkeypatch):
+    study = finished.study.model_copy(update={"title": "<script>alert(1)</script>"})
+    copied = report.Report(study, tmp_path)
+    for folder in ("tables", "figures"):
+        (tmp_path / folder).symlink_to(finished.dir / folder)
+    monkeypatch.setattr(report, "draw_figures", lambda _: {})
+    assert_opens_offline(report.write_report(copied).read_text())
+
+
+# The committed report
+
+committed = pytest.mark.skipif(not (DIGITS / "report.html").is_file(), reason="reports/digits is not there yet")
+
+
+@committed
+def test_the_committed_report_is_complete():
+    tables = DIGITS / "tables"
+    for name in ("fid", "step_time", "claims", "floor", "attention", "metrics"):
+        assert (tables / f"{name}.csv").is_file(), name
+    for card in pd.read_csv(tables / "fid.csv", dtype={"card": str})["card"].unique():
+        kept = json.loads((tables / "cards" / f"{card}.json").read_text())
+        assert kept.pop("card_id") == card == config.digest(kept)
+    drawn = {p.name for p in (DIGITS / "figures").iterdir()}
+    assert drawn >= {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+
+
+@committed
+def test_the_committed_tables_begin_with_the_agreed_columns():
+    assert header(DIGITS / "tables" / "fid.csv")[:10] == report.FID_COLUMNS[:10]
+    assert header(DIGITS / "tables" / "step_time.csv")[:4] == cost.COLUMNS[:4]
+    assert header(DIGITS / "tables" / "claims.csv") == claims.COLUMNS
+
+
+@committed
+def test_the_committed_report_is_small():
+    # Executed notebooks are written beside it and never committed.
+    files = [p for p in DIGITS.rglob("*") if p.is_file() and "notebooks" not in p.relative_to(DIGITS).parts]
+    assert sum(p.stat().st_size for p in files) < 5 * 2**20
+
+
+@committed
+def test_the_committed_report_opens_offline():
+    assert_opens_offline((DIGITS / "report.html").read_text())
+
+
+@committed
+def test_the_committed_claims_follow_from_the_committed_scores():
+    tables = DIGITS / "tables"
+    study = config.load("digits")
+    fid = pd.read_csv(tables / "fid.csv", dtype={"card": str})
+    judged = pd.DataFrame(claims.judge_all(claims.curves_of(fid), study.claims, study.train.steps))
+    written = pd.read_csv(tables / "claims.csv")
+    assert list(written["verdict"]) == list(judged["verdict"])
+    for name in ("effect", "low", "high"):
+        assert written[name].to_numpy() == pytest.approx(judged[name].to_numpy(), rel=1e-3, abs=1e-4)
+
+
+# README
+
+
+def results_in(text):
+    """What stands between README's two marks, or None without the marks."""
+    found = re.search(r"<!-- results: begin -->\n(.*?)<!-- results: end -->", text, re.DOTALL)
+    return found[1].strip() if found else None
+
+
+def tables_at_head(folder):
+    """The tables committed at HEAD, written to `folder`; None where there are none."""
+    for name in README_TABLES:
+        command = ["git", "-C", str(ROOT), "show", f"HEAD:reports/digits/tables/{name}"]
+        shown = subprocess.run(command, capture_output=True, check=False)
+        if shown.returncode:
+            return None
+        (folder / name).write_bytes(shown.stdout)
+    return folder
+
+
+def agrees(text, folders):
+    """True when the results in a README are those of the tables in one of the folders."""
+    return any(results_in(text) == report.readme_block(folder).strip() for folder in folders)
+
+
+def test_the_results_in_readme_are_those_of_the_tables(tmp_path):
+    text, here = (ROOT / "README.md").read_text(), DIGITS / "tables"
+    if not results_in(text) and not (here / "fid.csv").is_file():
+        pytest.skip("README has no results yet, and there are none")
+    assert results_in(text), "README.md has no block between its two results marks"
+    # `make study` replaces the tables here; README then still shows those that were committed.
+    folders = [here if all((here / name).is_file() for name in README_TABLES) else None, tables_at_head(tmp_path)]
+    assert agrees(text, [folder for folder in folders if folder])
+
+
+def readme(block):
+    return f"# Title\n\n<!-- results: begin -->\n{block}<!-- results: end -->\n\nmore\n"
+
+
+def test_the_readme_check_accepts_the_block_of_the_tables(tmp_path):
+    block = report.readme_block(write_synthetic(tmp_path))
+    assert agrees(readme(block), [tmp_path])
+    assert not agrees("# Title\n", [tmp_path])
+    assert not agrees(readme(block), [])
+
+
+def test_the_readme_check_notices_every_single_changed_digit(tmp_path):
+    block = report.readme_block(write_synthetic(tmp_path))
+    digits = [i for i, c in enumerate(block) if c.isdigit()]
+    assert len(digits) > 100
+    for i in digits[:: len(digits) // 40]:
+        other = block[:i] + str((int(block[i]) + 1) % 10) + block[i + 1 :]
+        assert not agrees(readme(other), [tmp_path]), block[max(0, i - 20) : i + 20]
+
+
+def test_the_readme_check_notices_a_changed_table(tmp_path):
+    text = readme(report.readme_block(write_synthetic(tmp_path)))
+    rows = fid_rows()
+    rows[3]["fid"] += 1
+    write_table(tmp_path / "fid.csv", rows, report.FID_COLUMNS)
+    assert not agrees(text, [tmp_path])
+
+
+def test_the_readme_block_shows_means_verdicts_and_times(tmp_path):
+    block = report.readme_block(write_synthetic(tmp_path))
+    assert "| vanilla | 40.50 | 10.50 | 3.83 |" in block
+    assert "haste phase II 1.01" in block
+    assert "vanilla phase" not in block
+    assert "12.2 minutes" in block
+    assert "98.7%" in block
+    for row in claim_rows():
+        assert f"**{row['verdict']}**" in block
+
+
+def test_a_resumed_study_claims_no_time_from_nothing(tmp_path):
+    write_synthetic(tmp_path)
+    invocation = PROVENANCE["invocation"] | {"resumed": True}
+    write_json(tmp_path / "provenance.json", PROVENANCE | {"invocation": invocation})
+    assert "From nothing" not in report.readme_block(tmp_path)

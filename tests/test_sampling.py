@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from haste_core import config, sampling
+from haste_core.errors import HasteError
+from haste_core.models.sit import SiT
+from haste_core.sampling import SeededNoise
+
+MEAN, STD = 0.7, 0.4
+
+
+def gaussian(x, t):
+    """The exact velocity E[eps - x_0 | x_t] where the data are N(MEAN, STD^2)."""
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    centred = x - (1 - t) * MEAN
+    return t / variance * centred - (MEAN + (1 - t) * STD**2 / variance * centred)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(sampler, steps):
+    """Largest distance to the exact solution: the flow takes z at t=1 to MEAN + STD z at t=0."""
+    z = noise(200).double()
+    return float((sampler(gaussian, z, steps) - (MEAN + STD * z)).abs().max())
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(sampling.euler, 1), (sampling.heun, 2)])
+def test_ode_samplers_converge_to_the_exact_solution_at_their_order(sampler, order):
+    errors = [error(sampler, steps) for steps in (100, 200, 400)]
+    assert errors[-1] < 0.02
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert np.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_euler_and_heun_are_exact_where_the_path_is_straight():
+    z = noise(5).double()
+    for sampler in (sampling.euler, sampling.heun):
+        assert_close(sampler(lambda x, _: torch.full_like(x, 3.0), z, 4), z - 3)
+
+
+def test_times_run_from_one_to_zero_and_heun_does_not_correct_its_last_step():
+    times = []
+
+    def recording(x, t):
+        times.append(t)
+        return x
+
+    sampling.euler(recording, torch.ones(1), 4)
+    assert times == [1.0, 0.75, 0.5, 0.25]
+    times.clear()
+    sampling.heun(recording, torch.ones(1), 4)
+    assert times == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    times.clear()
+    sampling.sde(recording, torch.ones(1), 5, lambda _, like: torch.zeros_like(like))
+    assert times == pytest.approx([1.0, 0.76, 0.52, 0.28, 0.04])
+
+
+def test_sde_takes_noise_to_the_data_distribution():
+    z = noise(40_000, 1)
+    increments = torch.Generator().manual_seed(1)
+    drawn = sampling.sde(gaussian, z, 250, lambda _, like: torch.randn(like.shape, generator=increments))
+    assert float(drawn.mean()) == pytest.approx(MEAN, abs=0.01)
+    assert float(drawn.std()) == pytest.approx(STD, rel=0.03)
+    # With diffusion 2 sigma_t dt, the standardised process forgets its start at the rate sigma_t / variance.
+    t = np.linspace(0.04, 1, 2000)
+    forgotten = np.trapezoid(t / ((1 - t) ** 2 * STD**2 + t**2), t)
+    correlation = np.corrcoef(z.flatten(), drawn.flatten())[0, 1]
+    assert correlation == pytest.approx(np.exp(-forgotten), abs=0.03)
+
+
+def test_sde_asks_for_the_noise_of_each_step_once_and_for_none_on_the_last():
+    asked = []
+    sampling.sde(gaussian, noise(3), 6, lambda step, like: asked.append(step) or torch.zeros_like(like))
+    assert asked == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_integration_is_in_float64_whatever_the_input(sampler):
+    dtypes = set()
+
+    def recording(x, t):
+        dtypes.add(x.dtype)
+        return gaussian(x, t)
+
+    sample = config.Sample(sampler=sampler, solver_steps=3)
+    drawn = sampling.integrate(recording, noise(4), sample, lambda _, like: torch.zeros_like(like))
+    assert drawn.dtype == torch.float64
+    assert dtypes == {torch.float64}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_integrate_uses_the_named_sampler(sampler):
+    def replay(step, like):
+        return noise(*like.shape, seed=step + 5).to(like)
+
+    by_hand = getattr(sampling, sampler)(gaussian, noise(4), 3, *([replay] if sampler == "sde" else []))
+    sample = config.Sample(sampler=sampler, solver_steps=3)
+    assert torch.equal(sampling.integrate(gaussian, noise(4), sample, replay), by_hand)
+
+
+class LabelVelocity(nn.Module):
+    """A model whose velocity is its label plus t; it records the rows, times and dtype of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.calls = []
+
+    def forward(self, x, t, y):
+        self.calls.append((len(x), t.unique().tolist(), x.dtype))
+        return (torch.zeros_like(x) + y[:, None] + t[:, None]) * self.scale
+
+
+@torch.no_grad()
+def test_guidance_extrapolates_from_the_null_label_inside_its_interval():
+    velocity = sampling.guided(LabelVelocity(), torch.tensor([2, 5]), 10, scale=3.0, low=0.25, high=0.75)
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    for t, factor in [(0.2, 1), (0.25, 3), (0.5, 3), (0.75, 3), (0.8, 1)]:
+        expected = torch.tensor([[10 + factor * (2 - 10) + t], [10 + factor * (5 - 10) + t]], dtype=torch.float64)
+        assert_close(velocity(x, t), expected, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_outside_the_interval_the_model_is_called_once_and_unguided():
+    model = LabelVelocity()
+    velocity = sampling.guided(model, torch.tensor([2, 5]), 10, scale=3.0, low=0.3, high=0.8)
+    sampling.euler(velocity, torch.zeros(2, 1), 4)
+    assert [rows for rows, _, _ in model.calls] == [2, 4, 4, 2]
+    assert [t for _, t, _ in model.calls] == [[1.0], [0.75], [0.5], [0.25]]
+
+
+@torch.no_grad()
+def test_without_guidance_the_model_never_sees_the_null_label():
+    model = LabelVelocity()
+    velocity = sampling.guided(model, torch.tensor([2, 5]), 10)
+    assert_close(velocity(torch.zeros(2, 1, dtype=torch.float64), 0.5), torch.tensor([[2.5], [5.5]]).double())
+    assert [rows for rows, _, _ in model.calls] == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_model_is_called_in_its_own_dtype(dtype):
+    model = LabelVelocity().to(dtype)
+    velocity = sampling.guided(model, torch.tensor([1]), 10, scale=2.0)
+    assert velocity(torch.zeros(1, 1, dtype=torch.float64), 0.5).dtype == torch.float64
+    assert model.calls[0][2] == dtype
+
+
+@pytest.fixture
+def model(randomise):
+    return randomise(SiT(image_size=8, channels=1, classes=10, depth=2, width=16, heads=2, patch=2), std=0.2).eval()
+
+
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_a_sample_depends_on_its_label_and_seed_alone(model, sampler):
+    labels, seeds = torch.tensor([3, 1, 4, 1, 5]), [10, 11, 12, 13, 14]
+    settings = config.Sample(sampler=sampler, solver_steps=4, guidance=1.5, batch_size=5)
+    together = sampling.draw(model, labels, seeds, settings)
+    assert together.shape == (5, 1, 8, 8)
+    assert together.dtype == torch.float32
+    for batch_size in (1, 2, 3):
+        changed = settings.model_copy(update={"batch_size": batch_size})
+        assert_close(sampling.draw(model, labels, seeds, changed), together, atol=1e-5, rtol=1e-4)
+    order = [4, 0, 3, 1, 2]
+    shuffled = sampling.draw(model, labels[order], [seeds[i] for i in order], settings)
+    assert_close(shuffled, together[order], atol=1e-5, rtol=1e-4)
+    assert (together[1] - together[3]).abs().max() > 0.1  # the same label, another seed
+
+
+def test_seeded_noise_is_the_same_to_the_bit_in_any_batch():
+    both, alone = SeededNoise([5, 9]), SeededNoise([9])
+    assert torch.equal(both.start((1, 4, 4))[1:], alone.start((1, 4, 4)))
+    for step in range(3):
+        like = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+        increments = both(step, like)
+        assert increments.dtype == torch.float64
+        assert torch.equal(increments[1:], alone(step, like[:1]))
+
+
+def test_seeded_noise_is_standard_normal_and_new_at_every_step():
+    source = SeededNoise(range(50))
+    first, second = source.start((1, 20, 20)), source(0, torch.zeros(50, 1, 20, 20))
+    for drawn in (first, second):
+        assert float(drawn.mean()) == pytest.approx(0, abs=0.03)
+        assert float(drawn.std()) == pytest.approx(1, abs=0.03)
+    assert abs(np.corrcoef(first.flatten(), second.flatten())[0, 1]) < 0.03
+
+
+def test_labels_and_seeds_must_match_in_number(model):
+    with pytest.raises(HasteError, match="3 labels for 2 seeds"):
+        sampling.draw(model, torch.zeros(3, dtype=torch.int64), [0, 1], config.Sample())
+
+
+def test_labels_are_balanced_or_drawn_from_a_seed():
+    assert sampling.sample_labels(25, 10, "balanced", 0).tolist() == [*range(10), *range(10), *range(5)]
+    drawn = [sampling.sample_labels(1000, 10, "random", seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].unique().tolist() == list(range(10))
+
+
+def test_uint8_rule_gives_every_level_back_and_clips():
+    levels = torch.arange(256)
+    assert torch.equal(sampling.to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
+    assert sampling.to_uint8(torch.tensor([-7.0, -1.0, 0.0, 1.0, 7.0])).tolist() == [0, 0, 128, 255, 255]
