@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from haste_core import config as haste
-from haste_core.files import project_root
 from haste_core.runs import Run, report_dir, study_dir
 from haste_core.workflow import stamp_hash
 
@@ -18,11 +17,9 @@ PROFILE = config.get("profile") or None
 OVERRIDES = config.get("overrides") or []
 OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else OVERRIDES
 STUDY = haste.load(config["study"], PROFILE, OVERRIDES)
-ROOT = project_root()
 RUNS = study_dir(STUDY)
 REPORT = report_dir(STUDY, PROFILE)
 EXECUTED = REPORT / "notebooks"
-ARMS = {f"{arm}-{STUDY.run(arm).hash}": arm for arm in STUDY.arms}
 
 
 def words(*parts):
@@ -79,12 +76,12 @@ rule all:
 rule prepare:
     output: PREPARED
     log: notebook=EXECUTED / "00_data_and_teacher.ipynb"
-    threads: 1
+    threads: STUDY.train.threads
     priority: 100
     retries: 1
     shell: NOTEBOOK + " 00_data_and_teacher {log.notebook:q} " + COMMON + " && cp {RUNS:q}/prepared.json {output:q}"
 
-for key, arm in ARMS.items():
+for arm in STUDY.arms:
     for seed in STUDY.seeds:
         rule:
             name: f"train_{arm}_{seed}"

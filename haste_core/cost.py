@@ -63,10 +63,8 @@ def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str 
         ratios = np.array(taken) / base
         medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
         low, high = np.quantile(medians, [0.025, 0.975])
-        rows.append(
-            dict(zip(COLUMNS, (arm, phase, float(np.median(taken)), float(np.median(ratios)), float(low), float(high),
-                               rounds), strict=True))
-        )  # fmt: skip
+        values = (arm, phase, float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 

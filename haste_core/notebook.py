@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import psutil
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import default
 
+from haste_core import signals
 from haste_core.errors import HasteError, Interrupted, unknown
 from haste_core.files import project_root
 
@@ -63,7 +61,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     path = find(name)
     check_parameters(path, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with pass_on_signals() as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
+    with signals.catch(_stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
         try:
             papermill.execute_notebook(
                 str(path), str(output), parameters=dict(parameters), kernel_name="python3", progress_bar=False,
@@ -100,19 +98,6 @@ def kernel_manager(sockets: str) -> type[AsyncKernelManager]:
     return IpcKernelManager
 
 
-@contextmanager
-def pass_on_signals() -> Iterator[threading.Event]:
-    """While open, SIGTERM and SIGINT reach the kernel as SIGTERM, which makes training save and leave."""
-    stopping = threading.Event()
-
-    def handler(*_: object) -> None:
-        stopping.set()
-        for child in psutil.Process().children(recursive=True):
-            child.send_signal(signal.SIGTERM)
-
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def _stop_kernel() -> None:
+    """A kernel takes SIGINT for itself; SIGTERM makes training in it save and leave."""
+    signals.terminate(psutil.Process().children(recursive=True))

@@ -26,7 +26,7 @@ FID_COLUMNS = (
     "fid_heldout", "kid_heldout", "precision_heldout", "recall_heldout", "nearest", "copies",
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
-# Tokens whose attention is shown: a corner, and two in the middle where the strokes are.
+# Tokens whose attention is shown: three of the inner four of a 4x4 grid, where the strokes are.
 QUERIES = (5, 6, 10)
 
 
@@ -119,7 +119,9 @@ def write_tables(report: Report) -> None:
     write_table(folder / "fid.csv", fid, FID_COLUMNS)
     scorer = evaluation.Scorer(study)
     write_table(folder / "floor.csv", scorer.floor(), ("pair", "n", "n_reference", *evaluation.METRICS))
-    write_json(folder / "cards" / f"{scorer.card['card_id']}.json", scorer.card)
+    for run in report.all_runs():
+        card = json.loads(run.evaluation_path.read_text())["card"]
+        write_json(folder / "cards" / f"{card['card_id']}.json", card)
     times = json.loads((runs.study_dir(study) / "step_time.json").read_text())
     write_table(folder / "step_time.csv", times, cost.COLUMNS)
     study.check_claims()
@@ -207,6 +209,7 @@ def write_report(report: Report) -> Path:
         early=score_table(fid, report.study.claims.early),
         floor=report.table("floor").to_dict("records"),
         times=report.table("step_time").to_dict("records"),
+        attention=report.table("attention"),
         answer=answer(report),
         picture=lambda name: _picture(report.dir / "figures" / f"{name}.png"),
     )

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from haste_core import checkpoint, config, images, provenance, runs, sampling
+from haste_core import checkpoint, config, images, provenance, runs, sampling, signals
 from haste_core.data import Batch
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 from haste_core.files import locked, write_bytes, write_text
@@ -109,7 +107,7 @@ def fit(run: Run, on_step: Callable[[TrainState], None] | None = None, progress:
             adopt_shared_part(run)
         state = open_state(run)
         run.keep_metrics_until(state.step)
-        with provenance.session(run.dir, first_step=state.step) as record, catch_signals() as stopping:
+        with provenance.session(run.dir, first_step=state.step) as record, signals.catch() as stopping:
             bar = tqdm(
                 total=run.config.train.steps, initial=state.step, disable=not progress, unit="step", mininterval=1.0,
                 desc=f"{run.arm} seed {run.seed}",
@@ -274,18 +272,3 @@ def preview(run: Run, state: TrainState) -> None:
     quick = config.Sample(sampler="heun", solver_steps=10)
     drawn = sampling.draw(state.ema, labels, range(len(labels)), quick)
     images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{state.step:08d}.png", min(classes, 10))
-
-
-@contextmanager
-def catch_signals() -> Iterator[threading.Event]:
-    """While open, SIGTERM and SIGINT set the event instead of ending the process; only in the main thread."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = {s: signal.signal(s, lambda *_: stopping.set()) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from haste_core import config
+from haste_core import config, signals
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, output_root, project_root, write_json
 from haste_core.runs import report_dir, study_dir
@@ -68,7 +67,7 @@ def run_study(
         return report_dir(study, profile) / "report.html"
     with locked(folder / "study.lock", f"study {study.name}"), watch(folder, _done_before(study)) as watched:
         process = subprocess.Popen(command)
-        with stop_gently(process) as stopping:
+        with signals.catch(lambda: _stop_graph(process.pid)) as stopping:
             status = process.wait()
     if stopping.is_set():
         raise Interrupted(f"study {study.name} stopped, runs in progress are saved; run again to go on")
@@ -125,24 +124,19 @@ def memory_gib() -> float:
     return total / 2**30
 
 
-@contextmanager
-def stop_gently(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """While open, SIGTERM and SIGINT stop the graph from starting jobs and let running ones save and leave."""
-    stopping = threading.Event()
-
-    def handler(*_: object) -> None:
-        stopping.set()
-        process.send_signal(signal.SIGTERM)  # Snakemake: no new jobs, wait for the running ones
-        for child in psutil.Process(process.pid).children(recursive=True):
-            try:
-                if "haste_core.cli" in child.cmdline() and "notebook" in child.cmdline():
-                    child.send_signal(signal.SIGTERM)
-            except psutil.Error:
-                continue
-
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+def _stop_graph(pid: int) -> None:
+    """Snakemake starts no more jobs and waits for those that run; these save and leave."""
     try:
-        yield stopping
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        scheduler = psutil.Process(pid)
+        jobs = [child for child in scheduler.children(recursive=True) if _is_notebook_job(child)]
+    except psutil.NoSuchProcess:
+        return  # the graph had ended by itself
+    signals.terminate([scheduler, *jobs])
+
+
+def _is_notebook_job(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False  # it ended while we looked
+    return "haste_core.cli" in words and "notebook" in words

@@ -1,0 +1,45 @@
+"""Stopping on request: SIGTERM and SIGINT set an event, and what runs saves and leaves in its own time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import psutil
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def catch(act: Callable[[], None] | None = None) -> Iterator[threading.Event]:
+    """While open, SIGTERM and SIGINT set the event (and call `act`) instead of ending the process.
+
+    Only the main thread can change what signals do; in another one the event simply stays unset.
+    """
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def handler(*_: object) -> None:
+        stopping.set()
+        if act is not None:
+            act()
+
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield stopping
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def terminate(processes: Iterable[psutil.Process]) -> None:
+    """Send SIGTERM to each process that is still there."""
+    for process in processes:
+        try:
+            process.send_signal(signal.SIGTERM)
+        except psutil.NoSuchProcess:
+            continue  # it ended before us, which is what we want of it
