@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from haste_core import config
 from haste_core.errors import HasteError, unknown
-from haste_core.models.layers import QK
-from haste_core.models.sit import SiT, Tapped, Taps
+from haste_core.models import DiffusionTransformer
+from haste_core.models.layers import QK, Tapped, Taps
 from haste_core.teacher import Teacher
 
 
@@ -73,7 +73,7 @@ class Alignment:
         HasteError: a teacher layer or head does not exist, or the token grids differ.
     """
 
-    def __init__(self, alignment: config.Alignment, student: SiT, teacher: Teacher, seed: int) -> None:
+    def __init__(self, alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher, seed: int) -> None:
         self.config, self.teacher = alignment, teacher
         self.heads = _paired_heads(alignment, student, teacher)
         _check_layers(alignment, student, teacher)
@@ -117,7 +117,7 @@ class Alignment:
         return qk[0][:, self.heads], qk[1][:, self.heads]
 
 
-def _paired_heads(alignment: config.Alignment, student: SiT, teacher: Teacher) -> list[int]:
+def _paired_heads(alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher) -> list[int]:
     possible = range(min(student.heads, teacher.heads))
     for head in alignment.heads or []:
         if head not in possible:
@@ -128,7 +128,7 @@ def _paired_heads(alignment: config.Alignment, student: SiT, teacher: Teacher) -
     return list(alignment.heads or possible)
 
 
-def _check_layers(alignment: config.Alignment, student: SiT, teacher: Teacher) -> None:
+def _check_layers(alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher) -> None:
     for student_block, teacher_block in alignment.layer_pairs:
         if student_block >= len(student.blocks):
             raise unknown("student block in alignment.layer_pairs", student_block, range(len(student.blocks)))

@@ -14,23 +14,29 @@ from haste_core.data import Batches, Dataset
 from haste_core.errors import HasteError
 
 
-class DigitCNN(nn.Module):
-    """A convolutional classifier for small grey images; `features` are what FID is computed on.
+class SmallCNN(nn.Module):
+    """A convolutional classifier for small images; `features` are what FID is computed on.
 
-    Input (B, 1, S, S) in [-1, 1]; features (B, width); logits (B, classes).
+    Input (B, channels, S, S) in [-1, 1] with S a multiple of 4; features (B, width); logits (B, classes).
     """
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, classes: int, width: int, channels: int = 1, image_size: int = 8) -> None:
         super().__init__()
+        if image_size % 4:
+            raise HasteError(f"the extractor takes images whose side is a multiple of 4, these have {image_size}")
+        self.channels = channels
+        early = 2 if image_size > 8 else 1  # 8x8 has no resolution to spare
 
         def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
             return nn.Sequential(
                 nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
             )
 
-        self.trunk = nn.Sequential(stage(1, 32, 1), stage(32, 64, 1), stage(64, 64, 2), stage(64, 96, 2))
+        self.trunk = nn.Sequential(stage(channels, 32, 1), stage(32, 64, early), stage(64, 64, 2), stage(64, 96, 2))
         # Standardised features: distances on them are in units of the training data's own spread.
-        self.embed = nn.Sequential(nn.Linear(96 * 4, width), nn.BatchNorm1d(width, affine=False))
+        self.embed = nn.Sequential(
+            nn.Linear(96 * (image_size // (4 * early)) ** 2, width), nn.BatchNorm1d(width, affine=False)
+        )
         self.head = nn.Linear(width, classes)
 
     def features(self, x: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from haste_core import config, provenance, sampling
-from haste_core.data import Batches, open_dataset
+from haste_core.data import Batches, Dataset, open_dataset
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.metrics import METRICS, ImageSet, copy_check, nearest_distances, register_extractor, score
-from haste_core.models import sit
+from haste_core.models import DiffusionTransformer
 from haste_core.preparation import load_extractor
 from haste_core.runs import Run
+from haste_core.state import build_generator
 
 __all__ = [
     "METRICS", "ImageSet", "Scorer", "card", "copy_check", "evaluate_run", "evaluation_samples", "find_samples",
@@ -63,7 +64,7 @@ class Scorer:
         dataset = open_dataset(study.data)
         self.classes = dataset.classes
         self.real = {split: sampling.to_uint8(dataset.images(split)[0]) for split in ("train", "test")}
-        self.augmented = sampling.to_uint8(Batches(dataset, len(dataset), study.evaluate.seed).next().images)
+        self.augmented = _augmented(dataset, study.evaluate.seed)
         self.extractor = register_extractor(*load_extractor(study))
         self.card = card(study, self.extractor)
 
@@ -88,12 +89,15 @@ class Scorer:
         ]
 
 
-def generator_at(run: Run, step: int) -> tuple[sit.SiT, str]:
+def _augmented(dataset: Dataset, seed: int, limit: int = 10000) -> Tensor:
+    """uint8 training images under one draw of the augmentation, at most `limit` of them."""
+    return sampling.to_uint8(Batches(dataset, min(len(dataset), limit), seed).next().images)
+
+
+def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
     """The EMA generator of a checkpoint in eval mode, on the GPU if there is one, and its fingerprint."""
     tensors, state = run.load(step, prefixes=("ema.",))
-    dataset = open_dataset(run.config.data)
-    sizes = {"image_size": dataset.image_size, "channels": dataset.channels, "classes": dataset.classes}
-    model = sit.build(run.config.model, seed=0, **sizes)
+    model = build_generator(run.config, open_dataset(run.config.data), seed=0)
     model.load_state_dict({name.removeprefix("ema."): value for name, value in tensors.items()})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.requires_grad_(False).eval().to(device), state["ema_fingerprint"]

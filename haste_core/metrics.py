@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from haste_core import _torchvision_guard, config  # noqa: F401  (the guard comes first)
-from haste_core.classifier import DigitCNN
+from haste_core.classifier import SmallCNN
 from haste_core.errors import HasteError
 
 import torch_fidelity  # isort: skip
@@ -44,12 +44,12 @@ class ImageSet(TorchDataset[Tensor]):
         return self.images[index].contiguous()
 
 
-def register_extractor(network: DigitCNN, fingerprint: str) -> str:
+def register_extractor(network: SmallCNN, fingerprint: str) -> str:
     """Make `network` known to torch-fidelity under a name that holds its fingerprint; returns the name.
 
-    Features are (n, width) float64, taken from grey images in [-1, 1].
+    Features are (n, width) float64, taken from images in [-1, 1] with the channels that the network takes.
     """
-    name = f"digit-cnn-{fingerprint}"
+    name = f"small-cnn-{fingerprint}"
     if name in FEATURE_EXTRACTORS_REGISTRY:
         return name
 
@@ -75,8 +75,9 @@ def register_extractor(network: DigitCNN, fingerprint: str) -> str:
             return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            grey = images.float().mean(1, keepdim=True) / 127.5 - 1
-            return (self.network.features(grey).double(),)
+            # torch-fidelity hands every image over with three channels.
+            seen = images.float() if network.channels == 3 else images.float().mean(1, keepdim=True)
+            return (self.network.features(seen / 127.5 - 1).double(),)
 
     torch_fidelity.register_feature_extractor(name, Extractor)
     return name
@@ -118,7 +119,8 @@ def score(generated: Tensor, real: Tensor, extractor: str, evaluate: config.Eval
 def nearest_distances(images: Tensor, training: Tensor) -> Tensor:
     """The Euclidean distance (n,) of each uint8 image to its nearest training image, on the scale of [-1, 1] pixels."""
     made, known = (x.flatten(1).double() / 127.5 for x in (images, training))
-    return torch.cdist(made, known).min(1).values
+    # Some hundred rows at a time: the whole table of distances does not fit into memory for large sets.
+    return torch.cat([torch.cdist(part, known).min(1).values for part in made.split(250)])
 
 
 def copy_check(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[str, float]:

@@ -69,11 +69,13 @@ def fitting_data(study: config.Study, fitting: config.Fitting) -> Dataset:
     return open_dataset(study.data.model_copy(update={"augment": fitting.augment or study.data.augment}))
 
 
-def build_extractor(study: config.Study, classes: int) -> classifier.DigitCNN:
-    """The extractor's network, its weights drawn from its own seed."""
+def build_extractor(study: config.Study, dataset: Dataset) -> classifier.SmallCNN:
+    """The extractor's network for the images of `dataset`, its weights drawn from its own seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.evaluate.extractor.seed)
-        return classifier.DigitCNN(classes, study.evaluate.extractor_width)
+        return classifier.SmallCNN(
+            dataset.classes, study.evaluate.extractor_width, dataset.channels, dataset.image_size
+        )
 
 
 def prepare_extractor(study: config.Study) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def prepare_extractor(study: config.Study) -> dict[str, Any]:
             torch.set_num_threads(study.train.threads)
             dataset = fitting_data(study, study.evaluate.extractor)
             with provenance.session(path.parent, what="extractor"):
-                network = build_extractor(study, dataset.classes)
+                network = build_extractor(study, dataset)
                 accuracies = classifier.fit_classifier(network, dataset, study.evaluate.extractor, "extractor")
                 weights = network.state_dict()
                 facts = {"accuracies": accuracies, "fingerprint": checkpoint.fingerprint(weights)}
@@ -96,7 +98,7 @@ def prepare_extractor(study: config.Study) -> dict[str, Any]:
     state = checkpoint.load(path, prefixes=("none",))[1]
     evaluate = study.evaluate
     return {
-        "kind": "DigitCNN",
+        "kind": "SmallCNN",
         "width": evaluate.extractor_width,
         "seed": evaluate.extractor.seed,
         "fingerprint": state["fingerprint"],
@@ -104,10 +106,10 @@ def prepare_extractor(study: config.Study) -> dict[str, Any]:
     }
 
 
-def load_extractor(study: config.Study) -> tuple[classifier.DigitCNN, str]:
+def load_extractor(study: config.Study) -> tuple[classifier.SmallCNN, str]:
     """The trained extractor in eval mode, and the fingerprint of its weights."""
     weights, state = checkpoint.load(runs.extractor_path(study))
-    network = build_extractor(study, open_dataset(study.data).classes)
+    network = build_extractor(study, open_dataset(study.data))
     network.load_state_dict(weights)
     return network.requires_grad_(False).eval(), state["fingerprint"]
 

@@ -26,8 +26,6 @@ FID_COLUMNS = (
     "fid_heldout", "kid_heldout", "precision_heldout", "recall_heldout", "nearest", "copies",
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
-# Tokens whose attention is shown: three of the inner four of a 4x4 grid, where the strokes are.
-QUERIES = (5, 6, 10)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Report:
 
     def test_image(self) -> np.ndarray:
         """The held-out image that attention is shown on, (S, S) or (S, S, 3)."""
-        image = open_dataset(self.study.data).images("test")[0][0].permute(1, 2, 0).numpy()
+        image = open_dataset(self.study.data).images("test", 1)[0][0].permute(1, 2, 0).numpy()
         return image[..., 0] if image.shape[-1] == 1 else (image + 1) / 2
 
 
@@ -127,7 +125,7 @@ def write_tables(report: Report) -> None:
     study.check_claims()
     judged = claims.judge_all(claims.curves_of(pd.DataFrame(fid)), study.claims, study.train.steps)
     write_table(folder / "claims.csv", judged, claims.COLUMNS)
-    maps = attention.token_maps(report.shown_runs(), find_teacher(study, study.teacher), list(QUERIES))
+    maps = attention.token_maps(report.shown_runs(), find_teacher(study, study.teacher))
     write_table(folder / "attention.csv", maps, tuple(maps[0]))
     names = ("arm", "seed", "step", "phase", "loss", "denoising", "feature", "attention", "grad_norm")
     curves = [

@@ -1,6 +1,7 @@
 """Samplers: one pure function each, integrated in float64 from noise (t=1) to data (t=0).
 
 The formulas and time grids are those of Table 16 and Sec. 4, arXiv 2505.16792. The model is called in its own dtype.
+DiT's own sampler is `haste_core.ddpm.ancestral`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from haste_core import config, interpolant
+from haste_core import config, ddpm, interpolant
 from haste_core.errors import HasteError
+from haste_core.models import DiffusionTransformer
 
-# velocity(x, t): x (B, ...) float64, t a number in [0, 1]; returns (B, ...) float64.
+# velocity(x, t): x (B, ...) float64, t a number as the network takes it; returns (B, ...) float64.
 Velocity = Callable[[Tensor, float], Tensor]
 
 
@@ -88,38 +90,78 @@ def sde(velocity: Velocity, x: Tensor, steps: int, noise: NoiseSource, last: flo
 
 
 def guided(
-    model: nn.Module, y: Tensor, null_label: int, scale: float = 1.0, low: float = 0.0, high: float = 1.0
+    model: nn.Module,
+    y: Tensor,
+    null_label: int,
+    scale: float = 1.0,
+    low: float = 0.0,
+    high: float = 1.0,
+    channels: int | None = None,
+    horizon: float = 1.0,
 ) -> Velocity:
-    """The model's velocity under classifier-free guidance, uncond + scale (cond - uncond) for low <= t <= high.
+    """The model's output under classifier-free guidance, uncond + scale (cond - uncond) for low <= t <= high.
 
     Outside the interval, and with scale 1, the model is called once and unguided.
+
+    Args:
+        model: called with (x, t, y). y: (B,) labels, or what stands for them. null_label: the label of "no class".
+        scale, low, high: of guidance; the interval is in noise levels, 0 data, 1 noise.
+        channels: how many leading output channels are guided, the others stay conditional; None guides all.
+        horizon: the timestep of noise level 1.
     """
     dtype = next(model.parameters()).dtype
     null = torch.full_like(y, null_label)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
+    def output(x: Tensor, t: float) -> Tensor:
         x_in = x.to(dtype)
-        if scale == 1.0 or not low <= t <= high:
+        if scale == 1.0 or not low <= t / horizon <= high:
             return model(x_in, x_in.new_full((len(x),), t), y).double()
         both = model(torch.cat([x_in, x_in]), x_in.new_full((2 * len(x),), t), torch.cat([y, null])).double()
         conditional, unconditional = both.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        if channels is None:
+            return unconditional + scale * (conditional - unconditional)
+        mixed = unconditional[:, :channels] + scale * (conditional - unconditional)[:, :channels]
+        return torch.cat([mixed, conditional[:, channels:]], dim=1)
 
-    return velocity
+    return output
 
 
-def integrate(velocity: Velocity, x: Tensor, sample: config.Sample, noise: NoiseSource) -> Tensor:
+def guided_by(model: DiffusionTransformer, y: Tensor, sample: config.Sample) -> Velocity:
+    """The model's output under the guidance of `sample`; of a DiT the noise is guided and the variance is not."""
+    channels, horizon = sample.guidance_channels, 1.0
+    if model.kind == "dit":
+        channels, horizon = min(channels or model.channels, model.channels), float(ddpm.STEPS)
+    scale, low, high = sample.guidance, sample.guidance_low, sample.guidance_high
+    return guided(model, y, model.null_label, scale, low, high, channels, horizon)
+
+
+def check_sampler(model: DiffusionTransformer, sample: config.Sample) -> None:
+    """Raise HasteError where a sampler does not understand what a kind of model predicts."""
+    noise = model.kind == "dit"
+    if noise != (sample.sampler == "ddpm"):
+        possible = "ddpm" if noise else "euler, heun, sde"
+        raise HasteError(
+            f"sample.sampler {sample.sampler!r} does not go with a model of kind {model.kind!r}, which predicts "
+            f"{'noise and variance' if noise else 'the velocity'}; possible: {possible}"
+        )
+    if sample.sampler == "ddpm" and sample.solver_steps > ddpm.STEPS:
+        raise HasteError(f"sample.solver_steps {sample.solver_steps}; possible for ddpm: 1 to {ddpm.STEPS}")
+
+
+def integrate(output: Velocity, x: Tensor, sample: config.Sample, noise: NoiseSource) -> Tensor:
     """x taken from t=1 to t=0 by the sampler that `sample` names; float64."""
+    if sample.sampler == "ddpm":
+        return ddpm.ancestral(output, x, sample.solver_steps, noise)
     if sample.sampler == "euler":
-        return euler(velocity, x, sample.solver_steps)
+        return euler(output, x, sample.solver_steps)
     if sample.sampler == "heun":
-        return heun(velocity, x, sample.solver_steps)
-    return sde(velocity, x, sample.solver_steps, noise)
+        return heun(output, x, sample.solver_steps)
+    return sde(output, x, sample.solver_steps, noise)
 
 
 @torch.no_grad()
 def draw(
-    model: nn.Module,
+    model: DiffusionTransformer,
     labels: Tensor,
     seeds: Sequence[int],
     sample: config.Sample,
@@ -128,13 +170,14 @@ def draw(
     """Samples (n, C, S, S) float32 on the CPU, in the range of the training data.
 
     Args:
-        model: a generator such as `SiT`, in eval mode.
+        model: a generator in eval mode.
         labels: (n,) int64. seeds: n numbers; sample i depends on labels[i] and seeds[i] alone.
         sample: sampler, steps, guidance and batch size.
         progress: the progress bar's label; None shows none.
     """
     if len(labels) != len(seeds):
         raise HasteError(f"{len(labels)} labels for {len(seeds)} seeds; possible: one seed per sample")
+    check_sampler(model, sample)
     device = next(model.parameters()).device
     shape = (model.channels, model.image_size, model.image_size)
     drawn = []
@@ -142,16 +185,9 @@ def draw(
     for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None, mininterval=1.0):
         chosen = slice(start, start + sample.batch_size)
         noise = SeededNoise(seeds[chosen])
-        velocity = guided(
-            model,
-            labels[chosen].to(device),
-            int(model.null_label),  # type: ignore[arg-type]
-            sample.guidance,
-            sample.guidance_low,
-            sample.guidance_high,
-        )
-        x = noise.start(shape).to(device)  # type: ignore[arg-type]
-        drawn.append(integrate(velocity, x, sample, noise).float().cpu())
+        output = guided_by(model, labels[chosen].to(device), sample)
+        x = noise.start(shape).to(device)
+        drawn.append(integrate(output, x, sample, noise).float().cpu())
     return torch.cat(drawn)
 
 

@@ -11,6 +11,28 @@ from haste_core.errors import unknown
 
 # depth, width, heads of the published sizes (Table 16, arXiv 2505.16792; S from the DiT paper).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+# name -> the fields it fills.
+PRESETS: dict[str, dict[str, Any]] = {
+    f"{name}-{size}/{patch}": {"kind": kind, "depth": depth, "width": width, "heads": heads, "patch": patch}
+    for name, kind in (("SiT", "sit"), ("DiT", "dit"))
+    for size, (depth, width, heads) in SIZES.items()
+    for patch in (2, 4, 8)
+} | {
+    # Width 32 x depth, one head per block of depth (text to image, Sec. 3.2); 24 is the paper's.
+    f"MMDiT-{depth}/2": {"kind": "mmdit", "depth": depth, "width": 32 * depth, "heads": depth, "patch": 2}
+    for depth in (12, 18, 24)
+}
+# Samplers by name: what the paper reports its numbers with (Tables 1, 13, 15, 16, arXiv 2505.16792).
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "sde-250": {"sampler": "sde", "solver_steps": 250},
+    "ode-heun-50": {"sampler": "heun", "solver_steps": 50},
+    "ddpm-250": {"sampler": "ddpm", "solver_steps": 250},
+    "haste-xl-100ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.825, "guidance_high": 0.6},
+    "haste-xl-400ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.675, "guidance_high": 0.7},
+    "haste-xl-500ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.65, "guidance_high": 0.72},
+    "haste-xl-600ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.67, "guidance_high": 0.7},
+    "haste-xl-512": {"sampler": "sde", "solver_steps": 250, "guidance": 1.25},
+}
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -24,20 +46,51 @@ class Section(BaseModel):
 
 
 class Augment(Section):
-    """Random affine map per training image: shift in pixels, rotation in degrees, scale as a fraction."""
+    """Random affine map per training image: shift in pixels, rotation in degrees, scale as a fraction.
+
+    flip mirrors half of the images left to right.
+    """
 
     shift: float = Field(0.0, ge=0)
     rotation: float = Field(0.0, ge=0, le=180)
     scale: float = Field(0.0, ge=0, lt=1)
+    flip: bool = False
+
+    @property
+    def moves(self) -> bool:
+        """True when the affine part does anything."""
+        return self.shift > 0 or self.rotation > 0 or self.scale > 0
 
 
 class Data(Section):
-    """Where images come from. `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel."""
+    """Where images come from, and in which space the generator models them.
 
-    kind: Literal["digits"] = "digits"
+    kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `images`: pixels of any labelled images
+    that Hugging Face `datasets` reads. `latents`: a folder made by `haste latents`, or one prepared for REPA or HASTE
+    (images/, vae-sd/, dataset.json). path: for `images` a folder (one sub-folder a class), a parquet file or a folder
+    of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are cropped and resized
+    (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set; without a test split,
+    test_fraction of the images is held out. contexts: a safetensors file with the text tokens of every label, for
+    `model.kind: mmdit`.
+    """
+
+    kind: Literal["digits", "images", "latents"] = "digits"
+    path: str | None = None
+    image_size: Positive | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    contexts: str | None = None
     test_fraction: float = Field(0.25, gt=0, lt=1)
     split_seed: NonNegative = 0
     augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _check_path(self) -> Data:
+        if (self.kind == "digits") == (self.path is not None):
+            raise ValueError(f"kind {self.kind!r} with path={self.path}: kinds 'images' and 'latents' need a path")
+        if self.kind == "images" and self.image_size is None:
+            raise ValueError("kind 'images' needs image_size, the side in pixels that the generator models")
+        return self
 
 
 class Fitting(Section):
@@ -76,9 +129,13 @@ class Teacher(Section):
 
 
 class Model(Section):
-    """The diffusion transformer. `preset` such as "SiT-XL/2" fills depth, width, heads and patch."""
+    """The diffusion transformer. `preset` such as "SiT-XL/2" or "DiT-XL/2" fills kind, depth, width, heads and patch.
 
-    kind: Literal["sit"] = "sit"
+    kind: `sit` predicts the velocity of the linear path, `dit` noise and variance of improved DDPM, `mmdit` the
+    velocity from text tokens (context_width wide) instead of labels.
+    """
+
+    kind: Literal["sit", "dit", "mmdit"] = "sit"
     preset: str | None = None
     depth: Positive = 12
     width: Positive = 384
@@ -86,18 +143,12 @@ class Model(Section):
     patch: Positive = 2
     mlp_ratio: float = Field(4.0, gt=0)
     qk_norm: bool = False
+    context_width: Positive = 768
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or not values.get("preset"):
-            return values
-        names = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
-        if values["preset"] not in names:
-            raise ValueError(str(unknown("preset", values["preset"], names)))
-        size, patch = values["preset"].removeprefix("SiT-").split("/")
-        depth, width, heads = SIZES[size]
-        return {"depth": depth, "width": width, "heads": heads, "patch": int(patch)} | dict(values)
+        return fill_preset(values, PRESETS)
 
     @model_validator(mode="after")
     def _check_heads(self) -> Model:
@@ -105,6 +156,8 @@ class Model(Section):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not a multiple of 4, which the sin-cos positions need")
+        if self.kind == "mmdit" and (self.qk_norm or self.mlp_ratio != 4.0):
+            raise ValueError("kind 'mmdit' has mlp_ratio 4 and no qk_norm")
         return self
 
 
@@ -189,19 +242,39 @@ TRAIN_BOOKKEEPING = {"steps", "keep", "log_every", "checkpoint_every", "sample_e
 
 
 class Sample(Section):
-    """How images are drawn. Guidance scale 1 means none; the interval is in t, 0 data, 1 noise."""
+    """How images are drawn. `preset` names one of the paper's settings and fills the fields it decides.
 
-    sampler: Literal["euler", "heun", "sde"] = "sde"
+    Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
+    guidance_channels: how many leading channels are guided, all by default; 3 repeats DiT's released numbers. vae:
+    decoder of latents, by hub name or folder; the one the latents were made with by default.
+    """
+
+    preset: str | None = None
+    sampler: Literal["euler", "heun", "sde", "ddpm"] = "sde"
     solver_steps: Positive = 250
     guidance: float = Field(1.0, ge=0)
     guidance_low: Unit = 0.0
     guidance_high: Unit = 1.0
+    guidance_channels: Positive | None = None
+    vae: str | None = None
     batch_size: Positive = 256
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        return fill_preset(values, SAMPLERS)
 
 
 class Evaluate(Section):
-    """How images are scored. n images; the i-th is drawn from seed `seed + i` for every arm alike."""
+    """How images are scored. n images; the i-th is drawn from seed `seed + i` for every arm alike.
 
+    suite: `study` scores on features of a classifier that the study trains itself (extractor, extractor_width); `adm`
+    gives FID, sFID, IS, precision and recall by the ADM convention on Inception, and a Frechet distance on DINOv2.
+    reference: an ADM .npz of reference statistics or images; the training images by default. inception, dinov2:
+    local weights; `hub` downloads them, and dinov2 `none` leaves that score out.
+    """
+
+    suite: Literal["study", "adm"] = "study"
     n: Positive = 1000
     seed: NonNegative = 0
     labels: Literal["balanced", "random"] = "balanced"
@@ -210,6 +283,11 @@ class Evaluate(Section):
     neighborhood: Positive = 3
     extractor_width: Positive = 64
     extractor: Fitting = Fitting(seed=2000)
+    reference: str | None = None
+    inception: str = "hub"
+    dinov2: str = "hub"
+    dinov2_model: str = "vit_large_patch14_dinov2.lvd142m"
+    batch_size: Positive = 500
 
 
 class Claims(Section):
@@ -217,3 +295,16 @@ class Claims(Section):
 
     early: Positive = 1
     confidence: float = Field(0.95, gt=0, lt=1)
+
+
+def fill_preset(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
+    """`values` over the fields of the preset they name, if they name one.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if not isinstance(values, Mapping) or not values.get("preset"):
+        return values
+    if values["preset"] not in presets:
+        raise ValueError(str(unknown("preset", values["preset"], list(presets))))
+    return {**presets[values["preset"]], **values}

@@ -14,9 +14,11 @@ from torch import Generator, Tensor, nn
 from haste_core import checkpoint
 from haste_core.alignment import Alignment
 from haste_core.config import RunConfig
-from haste_core.data import Batches, open_dataset
+from haste_core.data import Batches, Dataset, open_dataset
+from haste_core.data.contexts import Contexts
 from haste_core.errors import HasteError
-from haste_core.models import sit
+from haste_core.models import DiffusionTransformer, build
+from haste_core.objectives import Objective, objective_of
 from haste_core.teacher import Teacher
 from haste_core.termination import Termination
 
@@ -29,13 +31,14 @@ class TrainState:
     seed: int
     accelerator: Accelerator
     model: nn.Module
-    ema: nn.Module
+    ema: DiffusionTransformer
     optimizer: torch.optim.Optimizer
     alignment: Alignment | None
     alignment_optimizer: torch.optim.Optimizer | None
     termination: Termination
     batches: Batches
     noise: Generator
+    objective: Objective
     step: int = 0
     window: dict[str, Tensor] = field(default_factory=dict)  # sums since the last logged step
 
@@ -71,10 +74,7 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
     streams = range(1000 * seed, 1000 * seed + 5)
     torch.manual_seed(streams[4])  # nothing draws from it; set so that it is the same in every run
     dataset = open_dataset(config.data)
-    if dataset.image_size % config.model.patch:
-        raise HasteError(f"model.patch {config.model.patch} does not divide the image size {dataset.image_size}")
-    sizes = {"image_size": dataset.image_size, "channels": dataset.channels, "classes": dataset.classes}
-    student = sit.build(config.model, seed=streams[0], **sizes).to(accelerator.device)
+    student = build_generator(config, dataset, streams[0]).to(accelerator.device)
     if termination is None:
         termination = Termination(config)
         termination.update(0)
@@ -93,6 +93,30 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
     return TrainState(
         config, seed, accelerator, model, ema, optimizer, alignment, alignment_optimizer, termination,
         batches=Batches(dataset, config.train.batch_size, streams[2]), noise=Generator().manual_seed(streams[3]),
+        objective=objective_of(config.model.kind),
+    )  # fmt: skip
+
+
+def build_generator(config: RunConfig, dataset: Dataset, seed: int) -> DiffusionTransformer:
+    """A run's generator as it is before the first step, sized for what `dataset` holds.
+
+    Raises:
+        HasteError: the patch does not divide the image, or an MM-DiT has no text tokens to learn from.
+    """
+    if dataset.image_size % config.model.patch:
+        raise HasteError(f"model.patch {config.model.patch} does not divide the image size {dataset.image_size}")
+    contexts, model = Contexts(config.data.contexts) if config.data.contexts else None, config.model
+    if model.kind == "mmdit" and (
+        contexts is None or (contexts.captions, contexts.width) != (dataset.classes, model.context_width)
+    ):
+        found = "none" if contexts is None else f"{contexts.captions} captions of width {contexts.width}"
+        raise HasteError(
+            f"an MM-DiT needs text tokens for {dataset.classes} labels of width {model.context_width}, data.contexts "
+            f"has {found}; possible: a file by haste_core.data.contexts.write, or another model.context_width"
+        )
+    return build(
+        model, image_size=dataset.image_size, channels=dataset.channels, classes=dataset.classes, seed=seed,
+        contexts=contexts,
     )  # fmt: skip
 
 

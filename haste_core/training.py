@@ -20,7 +20,6 @@ from haste_core import checkpoint, config, images, provenance, runs, sampling, s
 from haste_core.data import Batch
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 from haste_core.files import locked, write_bytes, write_text
-from haste_core.interpolant import interpolate, velocity
 from haste_core.runs import Run
 from haste_core.state import TrainState, capture, create, restore
 from haste_core.teacher import Teacher, build_teacher, load_pretrained
@@ -28,7 +27,7 @@ from haste_core.termination import Termination
 
 
 class Draws(NamedTuple):
-    """The random part of a step: t (B,) uniform in [0, 1], eps like x, and y with labels dropped to the null label."""
+    """The random part of a step: t (B,) uniform in [0, 1), eps like x, and y with labels dropped to the null label."""
 
     t: Tensor
     eps: Tensor
@@ -52,9 +51,10 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
     if s.termination.update(s.step):
         s.enter_phase_two()
     batch, device = s.batches.next(), s.accelerator.device
-    draws = draw_noise(batch, s.ema.null_label, s.config.train.label_dropout, s.noise)  # type: ignore[arg-type]
+    draws = draw_noise(batch, s.ema.null_label, s.config.train.label_dropout, s.noise)
     batch, (t, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
-    x_t = interpolate(batch.x, eps, t)
+    t = s.objective.timesteps(t)
+    x_t = s.objective.noised(batch.x, eps, t)
 
     measured: dict[str, Tensor] = {}
     with s.accelerator.autocast():
@@ -62,9 +62,9 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
             predicted = s.model(x_t, t, y)
         else:
             tapped = s.model(x_t, t, y, s.alignment.taps)
-            predicted, aligned = tapped.velocity, s.alignment.losses(tapped, batch.images)
+            predicted, aligned = tapped.output, s.alignment.losses(tapped, batch.images)
             measured = {k: v for k, v in aligned._asdict().items() if k != "total" and v is not None}
-    denoising = (predicted.float() - velocity(batch.x, eps)).square().mean()
+    denoising = s.objective.loss(predicted, batch.x, eps, t).mean()
     loss = denoising if s.alignment is None else denoising + aligned.total
 
     s.accelerator.backward(loss)
@@ -267,8 +267,8 @@ def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> 
 
 def preview(run: Run, state: TrainState) -> None:
     """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time."""
-    classes = int(state.ema.null_label)  # type: ignore[arg-type]
+    classes = state.ema.null_label
     labels = torch.arange(min(classes, 10)).repeat(4)
-    quick = config.Sample(sampler="heun", solver_steps=10)
+    quick = config.Sample(sampler="ddpm" if state.ema.kind == "dit" else "heun", solver_steps=10)
     drawn = sampling.draw(state.ema, labels, range(len(labels)), quick)
     images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{state.step:08d}.png", min(classes, 10))

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from haste_core import config
 from haste_core.alignment import Alignment, attention_loss, feature_loss, projector
 from haste_core.errors import HasteError
-from haste_core.models.sit import SiT
+from haste_core.models import SiT
 from haste_core.teacher import build_teacher
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from haste_core import config
 from haste_core.data import Batch, Batches, open_dataset
-from haste_core.data.digits import affine
+from haste_core.data.base import affine
 from haste_core.errors import HasteError
 
 STRONG = config.Augment(shift=1.0, rotation=20, scale=0.2)

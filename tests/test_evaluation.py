@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from haste_core import config, evaluation, preparation, report, training
-from haste_core.classifier import DigitCNN
+from haste_core.classifier import SmallCNN
+from haste_core.data import open_dataset
 from haste_core.errors import HasteError
 from haste_core.evaluation import copy_check, evaluate_run, evaluation_samples, score
 from haste_core.runs import Run
@@ -323,9 +324,9 @@ def test_card_id_is_a_hash_of_the_card(tiny):
 def test_extractor_of_the_digits_study_is_not_the_teacher():
     for profile in (None, "smoke"):
         study = config.load("digits", profile)
-        extractor = preparation.build_extractor(study, 10)
+        extractor = preparation.build_extractor(study, open_dataset(study.data))
         assert study.teacher.model.startswith("vit_")
-        assert isinstance(extractor, DigitCNN)
+        assert isinstance(extractor, SmallCNN)
         kinds = {type(module).__name__ for module in extractor.modules()}
         assert "Conv2d" in kinds
         assert not any("Attention" in kind or "Attn" in kind for kind in kinds)
@@ -336,10 +337,11 @@ def test_extractor_of_the_digits_study_is_not_the_teacher():
 
 def test_extractor_weights_come_from_their_own_seed(tiny, make_study):
     torch.manual_seed(0)
-    one = preparation.build_extractor(tiny, 10).state_dict()
+    one = preparation.build_extractor(tiny, open_dataset(tiny.data)).state_dict()
     torch.manual_seed(1)
-    again = preparation.build_extractor(tiny, 10).state_dict()
-    other = preparation.build_extractor(make_study("evaluate.extractor.seed=5"), 10).state_dict()
+    again = preparation.build_extractor(tiny, open_dataset(tiny.data)).state_dict()
+    seeded = make_study("evaluate.extractor.seed=5")
+    other = preparation.build_extractor(seeded, open_dataset(seeded.data)).state_dict()
     assert all(torch.equal(one[k], again[k]) for k in one)
     assert any(not torch.equal(one[k], other[k]) for k in one)
 

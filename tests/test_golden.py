@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from haste_core import config, sampling
 from haste_core.alignment import Alignment, attention_logits
 from haste_core.interpolant import interpolate, velocity
-from haste_core.models.sit import SiT, Taps
+from haste_core.models import SiT, Taps
 from haste_core.teacher import TeacherOutput
 
 FILE = Path(__file__).parent / "golden" / "sit_a.safetensors"
@@ -68,7 +68,7 @@ def alignment(model):
 def test_forward_velocity_projected_tokens_and_attention_logits(golden, model, alignment):
     x, t, y = (golden[f"forward.{name}"] for name in "xty")
     tapped = model(x, t, y, Taps(depths=(8,), blocks=(4,)))
-    assert_close(tapped.velocity, golden["forward.velocity"], **EXACT)
+    assert_close(tapped.output, golden["forward.velocity"], **EXACT)
     assert_close(alignment.projector(tapped.tokens[8]), golden["forward.projected"], **EXACT)
     logits = attention_logits(*tapped.qk[4])[:, :, :4]
     assert_close(logits, golden["forward.attention_logits_block4_first_query_rows"], **EXACT)
@@ -77,7 +77,7 @@ def test_forward_velocity_projected_tokens_and_attention_logits(golden, model, a
 def test_losses_and_gradient_norms(golden, model, alignment):
     x, noise, t, y = (golden[f"loss.{name}"] for name in ("x", "noise", "t", "y"))
     tapped = model(interpolate(x, noise, t), t, y, alignment.taps)
-    per_sample = (tapped.velocity - velocity(x, noise)).square().mean((1, 2, 3))
+    per_sample = (tapped.output - velocity(x, noise)).square().mean((1, 2, 3))
     losses = alignment.losses(tapped, x)
     total = per_sample.mean() + losses.total
     assert_close(per_sample, golden["loss.denoising_per_sample"], **EXACT)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from haste_core import config
-from haste_core.models import sit
-from haste_core.models.layers import Attention, sincos_positions, unpatchify
-from haste_core.models.sit import SiT, Taps
+from haste_core import config, models
+from haste_core.models import SiT, Taps
+from haste_core.models.layers import Attention, TimestepEmbedder, sincos_positions, unpatchify
 
 SMALL = {"image_size": 8, "channels": 3, "classes": 5, "depth": 3, "width": 16, "heads": 4, "patch": 2}
 
@@ -24,7 +23,7 @@ def test_velocity_is_exactly_zero_and_blocks_are_the_identity_at_initialisation(
     model = SiT(**SMALL)
     x, t, y = inputs()
     tapped = model(x, t, y, Taps(depths=(1, 2, 3)))
-    assert torch.equal(tapped.velocity, torch.zeros_like(x))
+    assert torch.equal(tapped.output, torch.zeros_like(x))
     embedded = model.x_embedder(x) + model.pos_embed
     for tokens in tapped.tokens.values():
         assert torch.equal(tokens, embedded)
@@ -33,7 +32,7 @@ def test_velocity_is_exactly_zero_and_blocks_are_the_identity_at_initialisation(
 @pytest.mark.parametrize(("preset", "millions"), [("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
 def test_presets_have_the_published_number_of_parameters(preset, millions):
     with torch.device("meta"):
-        model = sit.build(config.Model(preset=preset), image_size=32, channels=4, classes=1000, seed=0)
+        model = models.build(config.Model(preset=preset), image_size=32, channels=4, classes=1000, seed=0)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
 
 
@@ -64,7 +63,7 @@ def test_taps_do_not_change_the_velocity(randomise, qk_norm):
     plain = model(*inputs())
     assert plain.abs().max() > 0
     for taps in (Taps(), Taps(depths=(2,)), Taps(blocks=(0, 2)), Taps(depths=(1, 3), blocks=(0, 1, 2))):
-        assert torch.equal(model(*inputs(), taps).velocity, plain)
+        assert torch.equal(model(*inputs(), taps).output, plain)
 
 
 def test_taps_hand_out_what_was_asked_for_and_nothing_else(randomise):
@@ -134,7 +133,7 @@ def test_patch_embedding_orders_tokens_row_by_row(randomise):
 
 
 def test_time_embedding_takes_t_unscaled_as_cosines_then_sines(randomise):
-    embedder = randomise(sit.TimestepEmbedder(8))
+    embedder = randomise(TimestepEmbedder(8))
     t = torch.tensor([0.0, 0.3, 1.0])
     angles = [[value * 10000 ** (-i / 128) for i in range(128)] for value in t.tolist()]
     features = torch.tensor([[math.cos(a) for a in row] + [math.sin(a) for a in row] for row in angles])
@@ -145,8 +144,11 @@ def test_weights_come_from_the_seed_alone():
     settings = config.Model(depth=2, width=16, heads=2)
     sizes = {"image_size": 8, "channels": 1, "classes": 3}
     torch.manual_seed(1)
-    first = sit.build(settings, seed=4, **sizes).state_dict()
+    first = models.build(settings, seed=4, **sizes).state_dict()
     torch.manual_seed(2)
-    again, other = sit.build(settings, seed=4, **sizes).state_dict(), sit.build(settings, seed=5, **sizes).state_dict()
+    again, other = (
+        models.build(settings, seed=4, **sizes).state_dict(),
+        models.build(settings, seed=5, **sizes).state_dict(),
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from haste_core import config, sampling
 from haste_core.errors import HasteError
-from haste_core.models.sit import SiT
+from haste_core.models import SiT
 from haste_core.sampling import SeededNoise
 
 MEAN, STD = 0.7, 0.4

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from haste_core import checkpoint, config, training
 from haste_core.data import Batch
 from haste_core.errors import HasteError, Interrupted
-from haste_core.models.sit import SiT
+from haste_core.models import SiT
 from haste_core.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.training import draw_noise, fit, open_state, train_step

@@ -11,27 +11,33 @@ from torch import Tensor
 from haste_core.alignment import attention_logits
 from haste_core.data import Dataset, open_dataset
 from haste_core.evaluation import generator_at
-from haste_core.interpolant import interpolate
-from haste_core.models.sit import Taps
+from haste_core.models.layers import Taps
+from haste_core.objectives import objective_of
 from haste_core.runs import Run
 from haste_core.teacher import Teacher
 
 
-def student_attention(
-    run: Run, step: int, block: int, images: Tensor, labels: Tensor, t: float, seed: int = 0
-) -> Tensor:
-    """Attention probabilities (B, H, N, N) float32 of one block of the EMA generator on noised images.
+def middle_tokens(grid: tuple[int, int]) -> list[int]:
+    """Three tokens around the middle of a grid of (rows, columns), where pictures have their subject."""
+    row, column = grid[0] // 2, grid[1] // 2
+    places = [(row - 1, column - 1), (row - 1, column), (row, column)]
+    return [r * grid[1] + c for r, c in places]
+
+
+def student_attention(run: Run, step: int, block: int, x: Tensor, labels: Tensor, t: float, seed: int = 0) -> Tensor:
+    """Attention probabilities (B, H, N, N) float32 of one block of the EMA generator on noised inputs.
 
     Args:
         run, step: which checkpoint. block: from 0.
-        images: (B, C, S, S) in [-1, 1]; labels: (B,). t: noise level in [0, 1]. seed: of the noise.
+        x: (B, C, S, S), clean, as the generator models it; labels: (B,). t: noise level in [0, 1]. seed: of the noise.
     """
     model, _ = generator_at(run, step)
-    eps = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    at = torch.full((len(images),), t)
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    objective = objective_of(model.kind)
+    at = objective.timesteps(torch.full((len(x),), t))
     device = next(model.parameters()).device
     with torch.no_grad():
-        inputs = (part.to(device) for part in (interpolate(images, eps, at), at, labels))
+        inputs = (part.to(device) for part in (objective.noised(x, eps, at), at, labels))
         q, k = model(*inputs, Taps(blocks=(block,))).qk[block]
     return attention_logits(q, k).softmax(-1).cpu()
 
@@ -45,13 +51,19 @@ def divergence(teacher: Tensor, student: Tensor) -> float:
     return float((teacher * (teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log())).sum(-1).mean())
 
 
-def teacher_maps(teacher: Teacher, dataset: Dataset, queries: list[int], index: int = 0) -> pd.DataFrame:
+def teacher_maps(teacher: Teacher, dataset: Dataset, queries: list[int] | None = None, index: int = 0) -> pd.DataFrame:
     """Where chosen tokens of one held-out image look in every block of the teacher, averaged over heads.
+
+    Args:
+        teacher, dataset: who looks, and at what.
+        queries: tokens; `middle_tokens` by default.
+        index: of the image.
 
     Returns:
         Columns: source ("block 0", ...), query, key, probability, divergence (0: there is nothing to compare with).
     """
-    images = dataset.images("test")[0][index : index + 1].to(teacher.mean.device)
+    queries = queries or middle_tokens(teacher.grid)
+    images = dataset.images("test", index + 1)[0][index:].to(teacher.mean.device)
     found = teacher(images, tuple(range(teacher.blocks))).qk
     probabilities = {block: attention_logits(*qk).softmax(-1)[0].mean(0).cpu() for block, qk in found.items()}
     return pd.DataFrame(
@@ -63,7 +75,7 @@ def teacher_maps(teacher: Teacher, dataset: Dataset, queries: list[int], index: 
 
 
 def token_maps(
-    runs: list[Run], teacher: Teacher, queries: list[int], t: float = 0.5, count: int = 200
+    runs: list[Run], teacher: Teacher, queries: list[int] | None = None, t: float = 0.5, count: int = 200
 ) -> list[dict[str, Any]]:
     """Where chosen tokens look, in the teacher and in each run's final generator, for the last aligned layer pair.
 
@@ -74,7 +86,8 @@ def token_maps(
         Rows: source ("teacher" or the arm), seed, step, block (from 0), t, query, key, probability, divergence, n.
     """
     study = runs[0].study
-    images, labels = (part[:count] for part in open_dataset(study.data).images("test"))
+    queries = queries or middle_tokens(teacher.grid)
+    x, labels, images = open_dataset(study.data).examples("test", count)
     # Arms without pairs of their own are looked at where the study's last pair is, or in the last blocks.
     last = (study.model.depth - 1, teacher.blocks - 1)
     pairs = [(run.config.alignment.layer_pairs or study.alignment.layer_pairs or [last])[-1] for run in runs]
@@ -84,7 +97,7 @@ def token_maps(
     sources = [("teacher", 0, 0, shown, targets[shown], targets[shown])]
     for run, (student_block, teacher_block) in zip(runs, pairs, strict=True):
         step, heads = run.config.train.steps, min(run.config.model.heads, teacher.heads)
-        probabilities = student_attention(run, step, student_block, images, labels, t)[:, :heads]
+        probabilities = student_attention(run, step, student_block, x, labels, t)[:, :heads]
         sources.append((run.arm, run.seed, step, student_block, probabilities, targets[teacher_block][:, :heads]))
     return [
         {

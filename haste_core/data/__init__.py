@@ -10,5 +10,17 @@ __all__ = ["Batch", "Batches", "Dataset", "open_dataset"]
 
 
 def open_dataset(data: config.Data) -> Dataset:
-    """The data set a study names."""
-    return {"digits": Digits}[data.kind](data)
+    """The data set a study names.
+
+    Raises:
+        HasteError: it is not there or cannot be read.
+    """
+    if data.kind == "digits":
+        return Digits(data)
+    if data.kind == "images":
+        from haste_core.data.images import Images
+
+        return Images(data)
+    from haste_core.data.latents import Latents
+
+    return Latents(data)

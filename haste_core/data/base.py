@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
+from haste_core import config
 from haste_core.errors import HasteError
 
 
@@ -27,7 +30,10 @@ class Batch(NamedTuple):
 
 
 class Dataset(Protocol):
-    """A split into training ("held-in") and test ("held-out") images with labels."""
+    """A split into training ("held-in") and test ("held-out") images with labels.
+
+    `image_size` and `channels` are of what the generator models: pixels or latents.
+    """
 
     name: str
     image_size: int
@@ -42,8 +48,15 @@ class Dataset(Protocol):
         """Training examples `indices` (B,), augmented with draws from `generator`."""
         ...
 
-    def images(self, split: str) -> tuple[Tensor, Tensor]:
-        """All images of "train" or "test" without augmentation, (n, C, S, S) in [-1, 1], and labels (n,)."""
+    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images of "train" or "test" without augmentation, (n, C', S', S') in [-1, 1], and labels (n,).
+
+        All of them, or the first `count`.
+        """
+        ...
+
+    def examples(self, split: str, count: int | None = None) -> Batch:
+        """The same images without augmentation as the generator sees them."""
         ...
 
 
@@ -83,3 +96,23 @@ class Batches:
         self.order = state["order"]
         self.position = int(state["position"])
         self.generator.set_state(state["generator"])
+
+
+def augmented(x: Tensor, augment: config.Augment, generator: Generator) -> Tensor:
+    """x (B, C, S, S) in [-1, 1], each image mirrored and moved at random as `augment` says."""
+    if augment.flip:
+        mirrored = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    return affine(x, augment, generator) if augment.moves else x
+
+
+def affine(x: Tensor, augment: config.Augment, generator: Generator) -> Tensor:
+    """x (B, C, S, S) shifted, rotated and scaled at random, bilinear, the background (-1) filling the border."""
+    u = torch.rand(len(x), 4, generator=generator) * 2 - 1
+    angle = u[:, 0] * augment.rotation * math.pi / 180
+    scale = 1 + u[:, 1] * augment.scale
+    shift = u[:, 2:] * augment.shift * 2 / x.shape[-1]
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1

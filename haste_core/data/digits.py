@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 from haste_core import config
-from haste_core.data.base import Batch
+from haste_core.data.base import Batch, augmented
 
 
 class Digits:
@@ -36,24 +33,18 @@ class Digits:
     def __len__(self) -> int:
         return len(self._splits["train"][1])
 
-    def images(self, split: str) -> tuple[Tensor, Tensor]:
+    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Images (n, 1, 8, 8) and labels (n,) of "train" or "test", without augmentation."""
-        return self._splits[split]
+        x, y = self._splits[split]
+        return x[:count], y[:count]
+
+    def examples(self, split: str, count: int | None = None) -> Batch:
+        """The same images as a batch."""
+        x, y = self.images(split, count)
+        return Batch(x, y, x)
 
     def batch(self, indices: Tensor, generator: Generator) -> Batch:
-        """Training examples under a random affine map each, drawn from `generator`."""
+        """Training examples augmented at random, drawn from `generator`."""
         x, y = self._splits["train"]
-        x = affine(x[indices], self.augment, generator)
+        x = augmented(x[indices], self.augment, generator)
         return Batch(x, y[indices], x)
-
-
-def affine(x: Tensor, augment: config.Augment, generator: Generator) -> Tensor:
-    """x (B, C, S, S) shifted, rotated and scaled at random, bilinear, the background (-1) filling the border."""
-    u = torch.rand(len(x), 4, generator=generator) * 2 - 1
-    angle = u[:, 0] * augment.rotation * math.pi / 180
-    scale = 1 + u[:, 1] * augment.scale
-    shift = u[:, 2:] * augment.shift * 2 / x.shape[-1]
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1

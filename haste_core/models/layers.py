@@ -5,11 +5,30 @@ B batch, N tokens, D width, H heads, d head width. Golden values in tests/golden
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 QK = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What a forward pass should hand out: tokens after blocks `depths` (from 1), q and k of `blocks` (from 0)."""
+
+    depths: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+
+
+class Tapped(NamedTuple):
+    """A generator's output (B, C', S, S) with tokens (B, N, D) by depth and q, k (B, H, N, d) by block."""
+
+    output: Tensor
+    tokens: dict[int, Tensor]
+    qk: dict[int, QK]
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
@@ -150,3 +169,25 @@ def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:
     grid = int(N**0.5)
     x = patches.reshape(B, grid, grid, patch, patch, channels)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, grid * patch, grid * patch)
+
+
+def initialise(model: nn.Module) -> None:
+    """adaLN-Zero: linear layers by Xavier, embeddings by a narrow normal, modulations and the last layer zero.
+
+    At first every block is the identity and the output is zero.
+    """
+    modules = list(model.modules())
+    for linear in (m for m in modules if isinstance(m, nn.Linear)):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    for embedder in (m for m in modules if isinstance(m, PatchEmbed)):
+        # The patch convolution is a linear map of the flattened patch, initialised as one.
+        nn.init.xavier_uniform_(embedder.proj.weight.data.flatten(1))
+        nn.init.zeros_(embedder.proj.bias)  # type: ignore[arg-type]
+    for labels in (m for m in modules if isinstance(m, LabelEmbedder)):
+        nn.init.normal_(labels.embedding_table.weight, std=0.02)
+    for name, parameter in model.named_parameters():
+        if name.startswith("t_embedder") and name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.02)
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            nn.init.zeros_(parameter)

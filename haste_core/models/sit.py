@@ -1,44 +1,26 @@
-"""SiT, the student: a plain diffusion transformer with adaLN-Zero, from the digits size to SiT-XL/2.
+"""SiT and DiT: plain class-conditional diffusion transformers with adaLN-Zero, from the digits size to XL/2.
 
-It knows nothing of teachers or projectors. While a run is in phase I the caller asks for taps; without taps the
+They know nothing of teachers or projectors. While a run is in phase I the caller asks for taps; without taps the
 forward pass is exactly that of a vanilla run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
-from haste_core import config
 from haste_core.models.layers import (
     QK,
     Block,
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
+    Tapped,
+    Taps,
     TimestepEmbedder,
+    initialise,
     sincos_positions,
     unpatchify,
 )
-
-
-@dataclass(frozen=True)
-class Taps:
-    """What a forward pass should hand out: tokens after blocks `depths` (from 1), q and k of `blocks` (from 0)."""
-
-    depths: tuple[int, ...] = ()
-    blocks: tuple[int, ...] = ()
-
-
-class Tapped(NamedTuple):
-    """The velocity (B, C, S, S) with tokens (B, N, D) by depth and q, k (B, H, N, d) by block."""
-
-    velocity: Tensor
-    tokens: dict[int, Tensor]
-    qk: dict[int, QK]
 
 
 class SiT(nn.Module):
@@ -46,10 +28,13 @@ class SiT(nn.Module):
 
     Args:
         image_size: side of the square input, a multiple of `patch`.
-        channels: of input and output.
+        channels: of the input, and of the velocity.
         classes: number of labels; label `classes` is the null label of classifier-free guidance.
         depth, width, heads, patch, mlp_ratio, qk_norm: as in `config.Model`.
     """
+
+    kind = "sit"
+    outputs_per_channel = 1
 
     def __init__(
         self,
@@ -73,8 +58,8 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(width, image_size // patch)[None])
         self.pos_embed: Tensor
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch, channels)
-        self._initialise()
+        self.final_layer = FinalLayer(width, patch, channels * self.outputs_per_channel)
+        initialise(self)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,14 +73,14 @@ class SiT(nn.Module):
         return self.classes
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps | None = None) -> Tensor | Tapped:
-        """The velocity at (x, t, y).
+        """The output at (x, t, y): for SiT the velocity.
 
         Args:
-            x: (B, C, S, S). t: (B,) in [0, 1]. y: (B,) int64 in [0, classes].
-            taps: what to hand out beside the velocity; None hands out nothing.
+            x: (B, C, S, S). t: (B,) in [0, 1] (DiT: 0 to 999). y: (B,) int64 in [0, classes].
+            taps: what to hand out beside the output; None hands out nothing.
 
         Returns:
-            The velocity (B, C, S, S), or `Tapped` when taps were given.
+            The output (B, C, S, S) (DiT: (B, 2C, S, S)), or `Tapped` when taps were given.
         """
         tokens: dict[int, Tensor] = {}
         qk: dict[int, QK] = {}
@@ -107,28 +92,15 @@ class SiT(nn.Module):
                 qk[i] = handed_out
             if taps is not None and i + 1 in taps.depths:
                 tokens[i + 1] = h
-        velocity = unpatchify(self.final_layer(h, c), self.patch, self.channels)
-        return velocity if taps is None else Tapped(velocity, tokens, qk)
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        # The patch convolution is a linear map of the flattened patch, initialised as one.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.startswith("t_embedder") and name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.02)
-            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
-                nn.init.zeros_(parameter)
+        output = unpatchify(self.final_layer(h, c), self.patch, self.channels * self.outputs_per_channel)
+        return output if taps is None else Tapped(output, tokens, qk)
 
 
-def build(model: config.Model, *, image_size: int, channels: int, classes: int, seed: int) -> SiT:
-    """A freshly initialised student in float32 on the CPU, its weights drawn from `seed` alone."""
-    sizes = model.model_dump(include={"depth", "width", "heads", "patch", "mlp_ratio", "qk_norm"})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SiT(image_size=image_size, channels=channels, classes=classes, **sizes)
+class DiT(SiT):
+    """The same network for improved DDPM: its output is the noise, then the values that interpolate the log-variance.
+
+    Takes timesteps 0 to 999 and returns (B, 2C, S, S); see `haste_core.ddpm`.
+    """
+
+    kind = "dit"
+    outputs_per_channel = 2

@@ -1,0 +1,176 @@
+"""MM-DiT: text and image tokens, each with weights of their own, attend to each other in one joint attention.
+
+Sec. 3.2, arXiv 2505.16792 (text to image on MS-COCO); layout of Stable Diffusion 3's blocks. Aligned with a teacher is
+the image tokens' attention among themselves, so q and k are handed out for image tokens alone.
+
+B batch, N image tokens, L text tokens, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from haste_core.data.contexts import Contexts
+from haste_core.errors import HasteError
+from haste_core.models.layers import (
+    QK,
+    FinalLayer,
+    Mlp,
+    PatchEmbed,
+    Tapped,
+    Taps,
+    TimestepEmbedder,
+    initialise,
+    modulate,
+    sincos_positions,
+    unpatchify,
+)
+
+
+class Stream(nn.Module):
+    """One side of a joint block, text or image: its adaLN, q, k, v, projection and MLP.
+
+    Args:
+        width, heads: D and H.
+        pre_only: hands q, k and v to the attention and is not updated itself (the text side of the last block).
+    """
+
+    def __init__(self, width: int, heads: int, pre_only: bool = False) -> None:
+        super().__init__()
+        self.heads, self.pre_only = heads, pre_only
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width)})
+        parts = 2
+        if not pre_only:
+            self.attn["proj"] = nn.Linear(width, width)
+            self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+            self.mlp = Mlp(width, 4 * width)
+            parts = 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+
+    def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """q, k, v (B, H, tokens, d) of tokens x (B, tokens, D) under c (B, D), and what `after` needs."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
+        qkv = self.attn["qkv"](modulate(self.norm1(x), shift, scale))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q, k, v), tuple(rest)
+
+    def after(self, x: Tensor, attended: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        """x (B, tokens, D) updated by its share of the attention's output (B, tokens, D) and by the MLP."""
+        gate_a, shift_m, scale_m, gate_m = rest
+        x = x + gate_a[:, None] * self.attn["proj"](attended)
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class JointBlock(nn.Module):
+    """One joint attention over [text, image] between two streams."""
+
+    def __init__(self, width: int, heads: int, last: bool) -> None:
+        super().__init__()
+        self.context_block = Stream(width, heads, pre_only=last)
+        self.x_block = Stream(width, heads)
+
+    def forward(self, text: Tensor, x: Tensor, c: Tensor, hand_out: bool) -> tuple[Tensor, Tensor, QK | None]:
+        """Text (B, L, D) and image (B, N, D) tokens to the same shapes, and the image's (q, k) if `hand_out`."""
+        text_qkv, text_rest = self.context_block.before(text, c)
+        image_qkv, image_rest = self.x_block.before(x, c)
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(text_qkv, image_qkv, strict=True))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        of_text, of_image = attended.split([text.shape[1], x.shape[1]], dim=1)
+        if not self.context_block.pre_only:
+            text = self.context_block.after(text, of_text, text_rest)
+        return text, self.x_block.after(x, of_image, image_rest), image_qkv[:2] if hand_out else None
+
+
+class MMDiT(nn.Module):
+    """The velocity network v(x_t, t, text), initialised with adaLN-Zero.
+
+    Args:
+        image_size, channels, patch: of the input, as in `SiT`.
+        classes: number of captions in `contexts`; index `classes` is the empty caption.
+        depth, width, heads: the paper takes width 32 x depth and heads = depth.
+        context_width: of the text tokens.
+        contexts: text tokens by caption index, so that captions can be named by number like labels.
+    """
+
+    kind = "mmdit"
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        classes: int,
+        depth: int,
+        width: int,
+        heads: int,
+        patch: int,
+        context_width: int = 768,
+        contexts: Contexts | None = None,
+    ) -> None:
+        super().__init__()
+        self.patch, self.channels, self.classes, self.heads = patch, channels, classes, heads
+        self.image_size, self.contexts = image_size, contexts
+        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.context_embedder = nn.Linear(context_width, width)
+        self.register_buffer("pos_embed", sincos_positions(width, image_size // patch)[None])
+        self.pos_embed: Tensor
+        self.joint_blocks = nn.ModuleList(JointBlock(width, heads, last=i == depth - 1) for i in range(depth))
+        self.final_layer = FinalLayer(width, patch, channels)
+        initialise(self)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, by the name all generators share."""
+        return self.joint_blocks
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the image's token grid."""
+        side = self.image_size // self.patch
+        return side, side
+
+    @property
+    def null_label(self) -> int:
+        """The index of the empty caption."""
+        return self.classes
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps | None = None) -> Tensor | Tapped:
+        """The velocity at (x, t, text).
+
+        Args:
+            x: (B, C, S, S). t: (B,) in [0, 1].
+            y: text tokens (B, L, context_width), or caption indices (B,) int64 in [0, classes].
+            taps: what to hand out beside the velocity; None hands out nothing.
+
+        Returns:
+            The velocity (B, C, S, S), or `Tapped` when taps were given; q and k are those of the image tokens.
+        """
+        tokens: dict[int, Tensor] = {}
+        qk: dict[int, QK] = {}
+        text = self.context_embedder(self.text_tokens(y).to(x))
+        h = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t)
+        for i, block in enumerate(self.joint_blocks):
+            text, h, handed_out = block(text, h, c, hand_out=taps is not None and i in taps.blocks)
+            if handed_out is not None:
+                qk[i] = handed_out
+            if taps is not None and i + 1 in taps.depths:
+                tokens[i + 1] = h
+        velocity = unpatchify(self.final_layer(h, c), self.patch, self.channels)
+        return velocity if taps is None else Tapped(velocity, tokens, qk)
+
+    def text_tokens(self, y: Tensor) -> Tensor:
+        """Text tokens (B, L, context_width) for y as in `forward`.
+
+        Raises:
+            HasteError: y holds indices and there is no table of contexts.
+        """
+        if y.is_floating_point():
+            return y
+        if self.contexts is None:
+            raise HasteError("this MM-DiT has no table of text tokens; possible: data.contexts, or text tokens as y")
+        return self.contexts(y)

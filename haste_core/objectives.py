@@ -1,0 +1,70 @@
+"""What a generator's output means: how training noises an image, and what the denoising loss is.
+
+The draw u of a step is uniform in [0, 1) for every objective, so arms and kinds of model see the same randomness.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from haste_core import ddpm, interpolant
+
+
+class Objective(Protocol):
+    """A path from data to noise and the loss of a network on it."""
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """What the network is given for noise levels u (B,) in [0, 1]: 0 data, 1 noise."""
+        ...
+
+    def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x at timesteps t (B,) from `timesteps`."""
+        ...
+
+    def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The denoising loss per value, float32 and shaped like x."""
+        ...
+
+
+class Velocity:
+    """SiT and MM-DiT: the velocity of the linear path (Sec. 2.1, arXiv 2505.16792). t is the noise level itself."""
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """u itself, (B,) float in [0, 1]."""
+        return u
+
+    def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t on the linear path."""
+        return interpolant.interpolate(x, eps, t)
+
+    def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The square error of the velocity."""
+        return (output.float() - interpolant.velocity(x, eps)).square()
+
+
+class NoiseAndVariance:
+    """DiT: improved DDPM with 1000 linear steps (Table 16, arXiv 2505.16792). t is an integer in 0 .. 999."""
+
+    def __init__(self) -> None:
+        self.schedule = ddpm.Schedule()
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """floor(1000 u), at most 999, (B,) int64."""
+        return (u * ddpm.STEPS).long().clamp_max(ddpm.STEPS - 1)
+
+    def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t of the DDPM chain."""
+        return self.schedule.noised(x, eps, t)
+
+    def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The hybrid loss."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.schedule.losses(output.float(), x, eps, t).total
+
+
+def objective_of(kind: str) -> Objective:
+    """The objective of a kind of model: "sit", "mmdit" or "dit"."""
+    return NoiseAndVariance() if kind == "dit" else Velocity()
