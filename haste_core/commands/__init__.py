@@ -1,0 +1,1 @@
+"""Commands of `haste` that live in files of their own."""
