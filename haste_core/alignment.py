@@ -6,6 +6,7 @@ are computed in float32 whatever the precision of the run.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from haste_core.errors import HasteError, unknown
 from haste_core.models import DiffusionTransformer
 from haste_core.models.layers import QK, Tapped, Taps
 from haste_core.teacher import Teacher
+from haste_core.token_grids import Grid, resample_attention, resample_tokens
 
 
 def feature_loss(projected: Tensor, teacher_tokens: Tensor) -> Tensor:
@@ -33,7 +35,14 @@ def attention_loss(student: QK, teacher: QK) -> Tensor:
     Sec. 2.3, arXiv 2505.16792. Each q and k is (B, H, N, d), the widths d of student and teacher may differ; logits
     are scaled by 1 / sqrt(d). Dense: it holds one (B, H, N, N) map of each side.
     """
-    target = attention_logits(*teacher).softmax(-1)
+    return attention_cross_entropy(student, attention_probabilities(*teacher))
+
+
+def attention_cross_entropy(student: QK, target: Tensor) -> Tensor:
+    """The cross-entropy H(target, student attention) in nats, mean over batch, heads and queries.
+
+    q and k of the student are (B, H, N, d), the target (B, H, N, N) with rows that sum to one.
+    """
     return -(target * attention_logits(*student).log_softmax(-1)).sum(-1).mean()
 
 
@@ -41,6 +50,11 @@ def attention_logits(q: Tensor, k: Tensor) -> Tensor:
     """q k^T / sqrt(d) in float32, (B, H, N, N)."""
     with torch.autocast(q.device.type, enabled=False):
         return q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+def attention_probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) over the keys in float32, (B, H, N, N)."""
+    return attention_logits(q, k).softmax(-1)
 
 
 class AlignmentLosses(NamedTuple):
@@ -63,6 +77,9 @@ def projector(width: int, hidden: int, teacher_width: int, seed: int) -> nn.Sequ
 class Alignment:
     """Everything that exists in phase I and nowhere else: teacher, projector, and which layers and heads pair up.
 
+    Where student and teacher have different token grids, features are compared on the teacher's grid and attention on
+    the student's (Tables 11, 12, arXiv 2505.16792; `haste_core.token_grids`).
+
     Args:
         alignment: weights, depth, layer pairs and heads.
         student: the generator, asked for its width, heads and token grid only.
@@ -70,12 +87,15 @@ class Alignment:
         seed: of the projector's initialisation.
 
     Raises:
-        HasteError: a teacher layer or head does not exist, or the token grids differ.
+        HasteError: a teacher layer or head does not exist.
     """
 
     def __init__(self, alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher, seed: int) -> None:
         self.config, self.teacher = alignment, teacher
-        self.heads = _paired_heads(alignment, student, teacher)
+        self.heads = paired_heads(alignment, student.heads, teacher.heads)
+        self.grids: tuple[Grid, Grid] = student.grid, teacher.grid
+        if student.grid != teacher.grid:
+            _warn_of_grids(student.grid, teacher)
         _check_layers(alignment, student, teacher)
         pairs = alignment.layer_pairs if alignment.lambda_attention > 0 else []
         self.pairs = [(int(s), int(t)) for s, t in pairs]
@@ -100,15 +120,20 @@ class Alignment:
         feature = attention = None
         total = torch.zeros((), device=images.device)
         if self.projector is not None:
-            feature = feature_loss(self.projector(tapped.tokens[self.config.depth]), seen.tokens)
+            projected = resample_tokens(self.projector(tapped.tokens[self.config.depth]), *self.grids)
+            feature = feature_loss(projected, seen.tokens)
             total = total + self.config.lambda_feature * feature
         if self.pairs:
-            losses = [
-                attention_loss(self._pick_heads(tapped.qk[s]), self._pick_heads(seen.qk[t])) for s, t in self.pairs
-            ]
+            losses = [self._attention_loss(tapped.qk[s], seen.qk[t]) for s, t in self.pairs]
             attention = torch.stack(losses).mean()
             total = total + self.config.lambda_attention * attention
         return AlignmentLosses(total, feature, attention)
+
+    def _attention_loss(self, student: QK, teacher: QK) -> Tensor:
+        student, teacher = self._pick_heads(student), self._pick_heads(teacher)
+        student_grid, teacher_grid = self.grids
+        target = resample_attention(attention_probabilities(*teacher), teacher_grid, student_grid)
+        return attention_cross_entropy(student, target)
 
     def _pick_heads(self, qk: QK) -> QK:
         # A slice, not an index, where the heads are a prefix: no copy.
@@ -117,15 +142,31 @@ class Alignment:
         return qk[0][:, self.heads], qk[1][:, self.heads]
 
 
-def _paired_heads(alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher) -> list[int]:
-    possible = range(min(student.heads, teacher.heads))
+def paired_heads(alignment: config.Alignment, student: int, teacher: int) -> list[int]:
+    """The heads aligned, of a student and a teacher with so many heads each: those named, or all both have.
+
+    Raises:
+        HasteError: a head is named that one of the two does not have.
+    """
+    possible = range(min(student, teacher))
     for head in alignment.heads or []:
         if head not in possible:
             raise HasteError(
                 f"alignment.heads names head {head}; possible: 0 to {possible[-1]} "
-                f"(student {student.heads} heads, teacher {teacher.heads})"
+                f"(student {student} heads, teacher {teacher})"
             )
     return list(alignment.heads or possible)
+
+
+def _warn_of_grids(grid: Grid, teacher: Teacher) -> None:
+    # Some encoders are published for large inputs (518 px for DINOv2), which costs time unnoticed.
+    patches = [pixels // tokens for pixels, tokens in zip(teacher.image_size, teacher.grid, strict=True)]
+    same = [tokens * patch for tokens, patch in zip(grid, patches, strict=True)]
+    warnings.warn(
+        f"token grids differ: student {grid[0]}x{grid[1]}, teacher {teacher.grid[0]}x{teacher.grid[1]}; features and "
+        f"attention are resampled. For equal grids: teacher.kwargs={{img_size: {same}}}",
+        stacklevel=3,
+    )
 
 
 def _check_layers(alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher) -> None:
@@ -136,8 +177,3 @@ def _check_layers(alignment: config.Alignment, student: DiffusionTransformer, te
             raise unknown("teacher block in alignment.layer_pairs", teacher_block, range(teacher.blocks))
     if not 1 <= alignment.depth <= len(student.blocks):
         raise unknown("alignment.depth (counted from 1)", alignment.depth, range(1, len(student.blocks) + 1))
-    if student.grid != teacher.grid:
-        raise HasteError(
-            f"token grids do not match: student {student.grid[0]}x{student.grid[1]}, teacher {teacher.grid[0]}x"
-            f"{teacher.grid[1]}; possible: another model.patch, or a teacher img_size or patch_size with that grid"
-        )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from haste_core.errors import HasteError
 from haste_core.files import atomic
@@ -77,3 +77,25 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         sha.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def optimizer_tensors(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
+    """AdamW's state by parameter name: <name>.step, <name>.exp_avg, <name>.exp_avg_sq."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return {
+        f"{name}.{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in inner.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(optimizer: Any, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give AdamW the state that `optimizer_tensors` took."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    fused = inner.defaults.get("fused")
+    for name, parameter in module.named_parameters():
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+        if keys:
+            # Only the fused kernel counts its steps on the device.
+            places = {key: parameter.device if key != "step" or fused else "cpu" for key in keys}
+            inner.state[parameter] = {key: tensors[f"{name}.{key}"].clone().to(places[key]) for key in keys}

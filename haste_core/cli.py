@@ -1,10 +1,9 @@
-"""The command line: haste train | sample | evaluate | study | teacher | cost | notebook."""
+"""The command line: haste train | sample | evaluate | score | study | teacher | latents | convert | cost | notebook."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 
 import yaml
 
-from haste_core import __version__, config
+from haste_core import __version__
+from haste_core.commands import convert, latents, sample, score
+from haste_core.commands.common import add_study, run_of, settings, study_of
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 
 _EXAMPLES = """examples:
@@ -21,6 +22,8 @@ _EXAMPLES = """examples:
   haste train digits haste --set train.steps=200        with another setting
   haste sample digits haste --n 64 --out digits.png     images from a trained run
   haste evaluate digits haste                           FID, KID, precision and recall of its checkpoints
+  haste train imagenet256 haste --dry-run               what is missing for the paper's own scale, and what it takes
+  haste convert 0400000.pt haste.safetensors            a released checkpoint of DiT, SiT, REPA or HASTE
 """
 
 
@@ -43,39 +46,24 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, action: Callable[[argparse.Namespace], None], text: str, arm: bool = False) -> Any:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        names = ", ".join(config.studies())
-        sub.add_argument("study", help=f"a study's name ({names}) or the path of a .yaml file")
-        if arm:
-            sub.add_argument("arm", help="an arm of the study, for instance vanilla, repa, atta, holistic or haste")
-            sub.add_argument("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
-        sub.add_argument("--profile", help="a named set of overrides in the study file, for instance smoke")
-        sub.add_argument(
-            "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-            help="override a setting, for instance train.steps=200; may be repeated",
-        )  # fmt: skip
+        sub = add_study(commands, name, text, arm)
         sub.set_defaults(action=action)
         return sub
 
-    add("train", train, "train one arm with one seed, or go on where it stopped", arm=True)
-    sample = add("sample", draw, "draw images from a trained run's averaged weights", arm=True)
-    sample.add_argument("--step", type=int, help="which checkpoint (default: the last)")
-    sample.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
-    sample.add_argument(
-        "--first-seed",
-        type=int,
-        default=0,
-        help="seed of the first image; the i-th has the next and the i-th label (default: %(default)s)",
-    )
-    sample.add_argument(
-        "--out", type=Path, default=Path("samples.png"),
-        help="a .png sheet or a .npz of uint8 images arr_0 (n, S, S, C) (default: %(default)s)",
+    training = add("train", train, "train one arm with one seed, or go on where it stopped", arm=True)
+    training.add_argument(
+        "--dry-run", action="store_true",
+        help="check settings, data, teacher and disk, estimate memory and time, say what is missing; train nothing",
     )  # fmt: skip
-    add("evaluate", score, "score every kept checkpoint of a trained run", arm=True)
+    sample.add(commands)
+    add("evaluate", evaluate, "score every kept checkpoint of a trained run", arm=True)
+    score.add(commands)
     study = add("study", whole, "run a whole study: teacher, every arm and seed, scores and report")
     study.add_argument("--cores", type=int, help="jobs at a time (default: all cores)")
     study.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and run none")
     add("teacher", teacher, "prepare a study's teacher and feature extractor, and print their facts")
+    latents.add(commands)
+    convert.add(commands)
     cost = add("cost", measure_cost, "measure the time of a training step in every arm and phase")
     cost.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default: %(default)s)")
 
@@ -113,29 +101,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _study(arguments: argparse.Namespace) -> config.Study:
-    return config.load(arguments.study, arguments.profile, arguments.overrides)
-
-
-def _settings(arguments: argparse.Namespace) -> str:
-    """The words that name the same profile and overrides again."""
-    profile = ["--profile", arguments.profile] if arguments.profile else []
-    chosen = [*profile, *(word for override in arguments.overrides for word in ("--set", override))]
-    return f" {shlex.join(chosen)}" if chosen else ""
-
-
-def _run(arguments: argparse.Namespace) -> Any:
-    from haste_core.runs import Run
-
-    study = _study(arguments)
-    return Run(study, arguments.arm, arguments.seed)
-
-
 def train(arguments: argparse.Namespace) -> None:
     """haste train."""
     from haste_core import preparation, training
 
-    run = _run(arguments)
+    run = run_of(arguments)
+    if arguments.dry_run:
+        from haste_core import preflight
+
+        found = preflight.check(run.study, run.arm, run.seed)
+        preflight.show(found)
+        lacking = [check.name for check in found.checks if check.state != "ok"]
+        if lacking:
+            raise HasteError(f"not ready to train: {', '.join(lacking)}; possible: what the lines above say")
+        return
     if run.config.alignment.active and run.missing_steps():
         preparation.prepare_teacher(run.study, run.config.teacher)
     training.fit(run)
@@ -143,49 +122,21 @@ def train(arguments: argparse.Namespace) -> None:
     print(f"{run.dir}: step {last['step']}, denoising loss {last['denoising']:.4f}")
 
 
-def draw(arguments: argparse.Namespace) -> None:
-    """haste sample."""
-    import io
-
-    import numpy as np
-
-    from haste_core import evaluation, images, sampling
-    from haste_core.files import write_bytes
-
-    if arguments.out.suffix not in (".png", ".npz"):
-        raise HasteError(f"--out {arguments.out}; possible: a name ending in .png or .npz")
-    if arguments.n < 1:
-        raise HasteError(f"--n {arguments.n}; possible: 1 and above")
-    if arguments.first_seed < 0:
-        raise HasteError(f"--first-seed {arguments.first_seed}; possible: 0 and above")
-    run = _run(arguments)
-    step = arguments.step if arguments.step is not None else max(run.steps(), default=run.config.train.steps)
-    model, _ = evaluation.generator_at(run, step)
-    labels = sampling.sample_labels(arguments.n, model.classes, run.study.evaluate.labels, arguments.first_seed)
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.n)
-    drawn = sampling.to_uint8(sampling.draw(model, labels, seeds, run.study.sample, "sampling"))
-    if arguments.out.suffix == ".png":
-        images.save_grid(drawn, arguments.out, columns=min(10, arguments.n))
-    else:
-        stream = io.BytesIO()
-        np.savez(stream, arr_0=drawn.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-        write_bytes(arguments.out, stream.getvalue())
-    print(arguments.out)
-
-
-def score(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace) -> None:
     """haste evaluate."""
     from haste_core import evaluation, preparation
 
-    run = _run(arguments)
+    run = run_of(arguments)
     if run.missing_steps():
         raise HasteError(
             f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {run.missing_steps()}; possible: "
-            f"haste train {arguments.study} {run.arm} --seed {run.seed}{_settings(arguments)}"
+            f"haste train {arguments.study} {run.arm} --seed {run.seed}{settings(arguments)}"
         )
-    preparation.prepare_extractor(run.study)
+    if run.study.evaluate.suite == "study":
+        preparation.prepare_extractor(run.study)
     rows = evaluation.evaluate_run(run)
-    shown = ("step", *evaluation.METRICS, "fid_heldout", "nearest", "copies", "n", "card")
+    further = () if run.study.evaluate.suite == "adm" else ("fid_heldout", "nearest", "copies")
+    shown = ("step", *evaluation.metrics_of(run.study), *further, "n", "card")
     print("  ".join(f"{name:>11}" for name in shown))
     for row in rows:
         print("  ".join(f"{row[k]:>11.4f}" if isinstance(row[k], float) else f"{row[k]:>11}" for k in shown))
@@ -196,7 +147,7 @@ def teacher(arguments: argparse.Namespace) -> None:
     from haste_core import preparation
     from haste_core.runs import study_dir
 
-    study = _study(arguments)
+    study = study_of(arguments)
     facts = preparation.write_facts(study, study_dir(study) / "prepared.json")
     print(yaml.safe_dump(facts, sort_keys=False), end="")
 
@@ -205,7 +156,7 @@ def measure_cost(arguments: argparse.Namespace) -> None:
     """haste cost."""
     from haste_core import cost, preparation
 
-    study = _study(arguments)
+    study = study_of(arguments)
     if arguments.rounds < 1:
         raise HasteError(f"--rounds {arguments.rounds}; possible: 1 and above")
     for teacher in study.teachers():
@@ -221,7 +172,7 @@ def whole(arguments: argparse.Namespace) -> None:
     """haste study."""
     from haste_core import workflow
 
-    study = _study(arguments)
+    study = study_of(arguments)
     print(
         workflow.run_study(
             study, arguments.study, arguments.profile, arguments.overrides, arguments.cores, arguments.dry_run

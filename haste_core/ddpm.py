@@ -9,6 +9,7 @@ log-variance; t (B,) int64 in 0 .. 999, 0 next to data.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,8 +52,10 @@ class Schedule:
         betas = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
         whole = torch.cumprod(1 - betas, 0)
         stride = (STEPS - 1) / (kept - 1) if kept > 1 else 1.0
-        # Python's rounding of halves to even is what the reference uses too.
-        self.timesteps = torch.tensor([round(i * stride) for i in range(kept)])
+        # Repeated addition, then Python's rounding of halves to even, as in the published samplers: a product would
+        # choose other timesteps for some values of `kept`.
+        spread = itertools.accumulate(itertools.repeat(stride, kept - 1), initial=0.0)
+        self.timesteps = torch.tensor([round(position) for position in spread])
         self.signal = whole[self.timesteps]  # alpha bar
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.signal[:-1]])
         self.betas = 1 - self.signal / before

@@ -11,87 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste_core import config, provenance, sampling
-from haste_core.data import Batches, Dataset, open_dataset
+from haste_core import decoding, provenance, sampling
+from haste_core.data import open_dataset
+from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.metrics import METRICS, ImageSet, copy_check, nearest_distances, register_extractor, score
 from haste_core.models import DiffusionTransformer
-from haste_core.preparation import load_extractor
 from haste_core.runs import Run
+from haste_core.sample_set import SampleSet, drawer, plan
+from haste_core.scorers import Scorer, Scoring, card, columns, metrics_of, open_scorer, with_ema
 from haste_core.state import build_generator
 
 __all__ = [
-    "METRICS", "ImageSet", "Scorer", "card", "copy_check", "evaluate_run", "evaluation_samples", "find_samples",
-    "generator_at", "is_scored", "nearest_distances", "register_extractor", "rows", "score",
+    "METRICS", "ImageSet", "Scorer", "card", "columns", "copy_check", "evaluate_run", "evaluation_samples",
+    "evaluation_set", "find_samples", "generator_at", "is_scored", "metrics_of", "nearest_distances", "open_scorer",
+    "register_extractor", "rows", "score",
 ]  # fmt: skip
 
-
-def card(study: config.Study, extractor: str, ema_decay: float | None = None) -> dict[str, Any]:
-    """Everything that changes a score, apart from the weights that are scored; `card_id` names it.
-
-    ema_decay: of the run, where it is not the study's.
-    """
-    sample, evaluate = study.sample, study.evaluate
-    content = {
-        "sampler": sample.sampler,
-        "solver_steps": sample.solver_steps,
-        "guidance": sample.guidance,
-        "guidance_interval": [sample.guidance_low, sample.guidance_high],
-        "integrator_dtype": "float64",
-        "n": evaluate.n,
-        "seeds": [evaluate.seed, evaluate.seed + evaluate.n - 1],
-        "labels": evaluate.labels,
-        "ema_decay": study.train.ema_decay if ema_decay is None else ema_decay,
-        "vae": None,
-        "uint8_rule": "clip(127.5 x + 128), truncated",
-        "extractor": extractor,
-        "evaluator": f"torch-fidelity {provenance.environment()['torch-fidelity']}",
-        "kid": [evaluate.kid_subsets, evaluate.kid_subset_size],
-        "neighborhood": evaluate.neighborhood,
-        "reference": f"{study.data.kind} train split (held-in), not augmented",
-        "reference_heldout": f"{study.data.kind} test split (held-out)",
-        "reference_hash": config.digest(study.data.model_dump(mode="json")),
-    }
-    return content | {"card_id": config.digest(content)}
-
-
-class Scorer:
-    """Scores sets of images of one study: holds the real images, the extractor and the card."""
-
-    def __init__(self, study: config.Study) -> None:
-        self.study = study
-        dataset = open_dataset(study.data)
-        self.classes = dataset.classes
-        self.real = {split: sampling.to_uint8(dataset.images(split)[0]) for split in ("train", "test")}
-        self.augmented = _augmented(dataset, study.evaluate.seed)
-        self.extractor = register_extractor(*load_extractor(study))
-        self.card = card(study, self.extractor)
-
-    def score(self, generated: Tensor) -> dict[str, float]:
-        """All scores of uint8 images: against held-in images, with `_heldout` against held-out ones, and copies."""
-        evaluate = self.study.evaluate
-        held_in = score(generated, self.real["train"], self.extractor, evaluate)
-        held_out = score(generated, self.real["test"], self.extractor, evaluate)
-        copies = copy_check(generated, self.real["test"], self.real["train"])
-        return held_in | {f"{k}_heldout": v for k, v in held_out.items()} | copies
-
-    def floor(self) -> list[dict[str, Any]]:
-        """What real images score against real ones: the value a perfect generator could reach at these sizes."""
-        pairs = {
-            "held-out against held-in": (self.real["test"], self.real["train"]),
-            "augmented held-in against held-in": (self.augmented, self.real["train"]),
-            "augmented held-in against held-out": (self.augmented, self.real["test"]),
-        }
-        return [
-            {"pair": name, "n": len(a), "n_reference": len(b), **score(a, b, self.extractor, self.study.evaluate)}
-            for name, (a, b) in pairs.items()
-        ]
-
-
-def _augmented(dataset: Dataset, seed: int, limit: int = 10000) -> Tensor:
-    """uint8 training images under one draw of the augmentation, at most `limit` of them."""
-    return sampling.to_uint8(Batches(dataset, min(len(dataset), limit), seed).next().images)
+SHARD_SIZE = 1000
+KEPT = 100  # images kept beside the scores of every checkpoint
 
 
 def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
@@ -99,8 +38,7 @@ def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
     tensors, state = run.load(step, prefixes=("ema.",))
     model = build_generator(run.config, open_dataset(run.config.data), seed=0)
     model.load_state_dict({name.removeprefix("ema."): value for name, value in tensors.items()})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.requires_grad_(False).eval().to(device), state["ema_fingerprint"]
+    return model.requires_grad_(False).eval().to(default_device()), state["ema_fingerprint"]
 
 
 def evaluation_samples(run: Run, step: int, classes: int, progress: str | None = None) -> tuple[Tensor, str]:
@@ -112,7 +50,21 @@ def evaluation_samples(run: Run, step: int, classes: int, progress: str | None =
     model, fingerprint = generator_at(run, step)
     labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
     seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
-    return sampling.to_uint8(sampling.draw(model, labels, seeds, study.sample, progress)), fingerprint
+    drawn = sampling.draw(model, labels, seeds, study.sample, progress)
+    return sampling.to_uint8(decoding.to_images(drawn, study.data, study.sample)), fingerprint
+
+
+def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSet:
+    """The same images as a set on disk, in shards that stay: for more of them than memory holds.
+
+    Other processes that draw the same set at the same time share the work.
+    """
+    model, fingerprint = generator_at(run, step)
+    evaluate = run.study.evaluate
+    manifest = plan(run, step, fingerprint, model.classes, evaluate.n, evaluate.seed, SHARD_SIZE)
+    samples = SampleSet(samples_path(run, fingerprint).with_suffix(""), manifest)
+    samples.fill(drawer(model, run.study), run.study.sample.batch_size, progress)
+    return samples
 
 
 def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
@@ -133,20 +85,28 @@ def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
         )
     torch.set_num_threads(run.config.train.threads)
     with locked(run.dir / "evaluation.lock", f"the evaluation of {run.arm} seed {run.seed}"):
-        scorer = Scorer(run.study)
-        own = card(run.study, scorer.extractor, run.config.train.ema_decay)
+        scorer = open_scorer(run.study, progress)
+        own = with_ema(scorer.card, run.config.train.ema_decay)
         known = known_scores(run, own["card_id"])
         with provenance.session(run.dir, what="evaluation"):
             for step in run.config.train.kept_steps:
                 fingerprint = run.load(step, prefixes=("none",))[1]["ema_fingerprint"]
                 if fingerprint not in known:
                     label = f"{run.arm} seed {run.seed} step {step}" if progress else None
-                    generated, _ = evaluation_samples(run, step, scorer.classes, label)
-                    known[fingerprint] = scorer.score(generated)
-                    save_samples(samples_path(run, fingerprint), generated)
+                    known[fingerprint], first = _drawn_and_scored(run, step, scorer, label)
+                    save_samples(samples_path(run, fingerprint), first)
                     save_scores(run, own, known)
         save_scores(run, own, known)
         return rows(run)
+
+
+def _drawn_and_scored(run: Run, step: int, scorer: Scoring, progress: str | None) -> tuple[dict[str, float], Tensor]:
+    """The scores of a checkpoint, and its first images."""
+    if run.study.evaluate.suite == "adm":
+        samples = evaluation_set(run, step, progress)
+        return scorer.score(samples), next(samples.batches(KEPT))
+    generated, _ = evaluation_samples(run, step, scorer.classes, progress)
+    return scorer.score(generated), generated
 
 
 def known_scores(run: Run, card_id: str) -> dict[str, dict[str, float]]:
@@ -203,7 +163,7 @@ def is_scored(run: Run) -> bool:
     return all(str(step) in scored for step in run.config.train.kept_steps)
 
 
-def save_samples(path: Path, generated: Tensor, count: int = 100) -> None:
+def save_samples(path: Path, generated: Tensor, count: int = KEPT) -> None:
     """Keep the first `count` of uint8 images (n, C, S, S) as a .npy file."""
     stream = io.BytesIO()
     np.save(stream, generated[:count].numpy(), allow_pickle=False)

@@ -89,7 +89,7 @@ def score(generated: Tensor, real: Tensor, extractor: str, evaluate: config.Eval
     Args:
         generated, real: uint8 (n, C, S, S).
         extractor: a name from `register_extractor`, or one of torch-fidelity's own.
-        evaluate: sizes of KID subsets and of the precision and recall neighbourhood.
+        evaluate: sizes of batches, of KID subsets and of the precision and recall neighbourhood.
 
     Returns:
         `fid` and `kid` (both 0 for equal distributions, KID can be slightly negative), `precision` and `recall` in
@@ -100,7 +100,7 @@ def score(generated: Tensor, real: Tensor, extractor: str, evaluate: config.Eval
         input1=ImageSet(generated),
         input2=ImageSet(real),
         cuda=torch.cuda.is_available(),
-        batch_size=500,
+        batch_size=evaluate.batch_size,
         fid=True,
         kid=True,
         prc=True,

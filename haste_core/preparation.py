@@ -33,7 +33,7 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
             if not path.is_file():
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
                 with provenance.session(path.parent, what="teacher"):
-                    state, accuracies = _pretrain(wanted, fitting_data(study, wanted.fitting))
+                    state, accuracies = _pretrain(wanted, fitting_data(study, wanted.fitting), path.parent)
                     checkpoint.save(path, state, {"accuracies": accuracies})
             accuracies = checkpoint.load(path, prefixes=("none",))[1]["accuracies"]
         teacher = teachers.load_pretrained(wanted, path)
@@ -51,12 +51,16 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
     }
 
 
-def _pretrain(wanted: config.Teacher, dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and accuracies of the first attempt that is accurate enough; the last failure is raised."""
+def _pretrain(wanted: config.Teacher, dataset: Dataset, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Weights and accuracies of the first attempt that is accurate enough; the last failure is raised.
+
+    `folder` holds the state of an attempt that was stopped.
+    """
     for attempt in range(wanted.fitting.attempts):
         fitting = wanted.fitting.model_copy(update={"seed": wanted.fitting.seed + attempt})
         try:
-            state, accuracies = teachers.pretrain(wanted.model_copy(update={"fitting": fitting}), dataset)
+            attempted = wanted.model_copy(update={"fitting": fitting})
+            state, accuracies = teachers.pretrain(attempted, dataset, folder / f"partial-{fitting.seed}.safetensors")
         except HasteError as error:
             failure = error
             continue
@@ -71,11 +75,10 @@ def fitting_data(study: config.Study, fitting: config.Fitting) -> Dataset:
 
 def build_extractor(study: config.Study, dataset: Dataset) -> classifier.SmallCNN:
     """The extractor's network for the images of `dataset`, its weights drawn from its own seed."""
+    channels, size = dataset.images("train", 1)[0].shape[1:3]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.evaluate.extractor.seed)
-        return classifier.SmallCNN(
-            dataset.classes, study.evaluate.extractor_width, dataset.channels, dataset.image_size
-        )
+        return classifier.SmallCNN(dataset.classes, study.evaluate.extractor_width, channels, size)
 
 
 def prepare_extractor(study: config.Study) -> dict[str, Any]:
@@ -91,7 +94,9 @@ def prepare_extractor(study: config.Study) -> dict[str, Any]:
             dataset = fitting_data(study, study.evaluate.extractor)
             with provenance.session(path.parent, what="extractor"):
                 network = build_extractor(study, dataset)
-                accuracies = classifier.fit_classifier(network, dataset, study.evaluate.extractor, "extractor")
+                accuracies = classifier.fit_classifier(
+                    network, dataset, study.evaluate.extractor, "extractor", path.parent / "partial.safetensors"
+                )
                 weights = network.state_dict()
                 facts = {"accuracies": accuracies, "fingerprint": checkpoint.fingerprint(weights)}
                 checkpoint.save(path, weights, facts)
@@ -117,6 +122,7 @@ def load_extractor(study: config.Study) -> tuple[classifier.SmallCNN, str]:
 def write_facts(study: config.Study, path: Path) -> dict[str, Any]:
     """Prepare teachers and extractor, and write their facts to the JSON file `path`; returns them."""
     own, *brought = [prepare_teacher(study, teacher) for teacher in study.teachers()]
-    facts = {"teacher": own, "further_teachers": brought, "extractor": prepare_extractor(study)}
+    extractor = prepare_extractor(study) if study.evaluate.suite == "study" else None
+    facts = {"teacher": own, "further_teachers": brought, "extractor": extractor}
     write_json(path, facts)
     return facts

@@ -21,10 +21,8 @@ from haste_core.files import write_bytes, write_json, write_table, write_text
 from haste_core.runs import Run
 from haste_core.training import find_teacher
 
-FID_COLUMNS = (
-    "arm", "seed", "step", "images_seen", "fid", "kid", "precision", "recall", "n", "card",
-    "fid_heldout", "kid_heldout", "precision_heldout", "recall_heldout", "nearest", "copies",
-)  # fmt: skip
+# Columns of fid.csv that are no scores.
+DESCRIPTIONS = ("arm", "seed", "step", "images_seen", "n", "card")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -114,9 +112,9 @@ def write_tables(report: Report) -> None:
     """
     study, folder = report.study, report.dir / "tables"
     fid = [row for run in report.all_runs() for row in evaluation.rows(run)]
-    write_table(folder / "fid.csv", fid, FID_COLUMNS)
-    scorer = evaluation.Scorer(study)
-    write_table(folder / "floor.csv", scorer.floor(), ("pair", "n", "n_reference", *evaluation.METRICS))
+    write_table(folder / "fid.csv", fid, evaluation.columns(study))
+    scorer = evaluation.open_scorer(study)
+    write_table(folder / "floor.csv", scorer.floor(), ("pair", "n", "n_reference", *evaluation.metrics_of(study)))
     for run in report.all_runs():
         card = json.loads(run.evaluation_path.read_text())["card"]
         write_json(folder / "cards" / f"{card['card_id']}.json", card)
@@ -144,6 +142,7 @@ def study_provenance(report: Report) -> dict[str, Any]:
     """Where the report's numbers come from: commits, hashes, versions, machine, minutes and memory."""
     study = report.study
     teachers = [runs.teacher_path(study, teacher).parent for teacher in study.teachers()]
+    # A study scored by Inception has no extractor of its own; its folder is missing and tells nothing.
     folders = [*teachers, runs.extractor_path(study).parent, *(r.dir for r in report.all_runs())]
     sessions = [s for folder in folders for s in provenance.read(folder).get("sessions", [])]
     facts = json.loads((runs.study_dir(study) / "prepared.json").read_text())
@@ -221,7 +220,7 @@ def score_table(fid: pd.DataFrame, step: int) -> list[dict[str, Any]]:
     chosen = fid[fid["step"] == step]
     rows = []
     for arm, group in chosen.groupby("arm", sort=False):
-        means = {k: float(group[k].mean()) for k in (*evaluation.METRICS, "fid_heldout", "nearest", "copies")}
+        means = {name: float(group[name].mean()) for name in group.columns if name not in DESCRIPTIONS}
         rows.append({"arm": arm, "low": group["fid"].min(), "high": group["fid"].max(), "seeds": len(group), **means})
     return rows
 
@@ -281,10 +280,14 @@ def readme_block(folder: Path) -> str:
             f"From nothing to this report: {run['minutes']:.1f} minutes{installing}, {run['peak_memory_gib']:.1f} GiB "
             f"of memory at most, on {machine['cores']} cores ({machine['cpu']})."
         )
-    lines.append(
-        f"Teacher {facts['teacher']['test_accuracy']:.1%} and extractor {facts['extractor']['test_accuracy']:.1%} "
-        f"correct on held-out digits. Commit {', '.join(facts['commits'])}, study {facts['study_hash']}."
-    )
+    accuracies = [
+        f"{name} {facts[name]['test_accuracy']:.1%}"
+        for name in ("teacher", "extractor")
+        if (facts[name] or {}).get("test_accuracy") is not None
+    ]
+    if accuracies:
+        lines.append(f"Of held-out images classified correctly: {', '.join(accuracies)}.")
+    lines.append(f"Commit {', '.join(facts['commits'])}, study {facts['study_hash']}.")
     return "\n".join(lines) + "\n"
 
 

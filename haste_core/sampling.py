@@ -7,13 +7,13 @@ DiT's own sampler is `haste_core.ddpm.ancestral`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from haste_core import config, ddpm, interpolant
+from haste_core import config, ddpm, decoding, interpolant
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
 
@@ -201,3 +201,17 @@ def sample_labels(n: int, classes: int, how: str, seed: int) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8 by the rule 127.5 x + 128, clipped and truncated (the rule is on the card)."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+
+
+def drawing_facts(data: config.Data, sample: config.Sample) -> dict[str, Any]:
+    """What of the drawing, apart from weights, labels and seeds, decides the pixels; for cards and manifests."""
+    return {
+        "sampler": sample.sampler,
+        "solver_steps": sample.solver_steps,
+        "guidance": sample.guidance,
+        "guidance_interval": [sample.guidance_low, sample.guidance_high],
+        "guidance_channels": sample.guidance_channels,
+        "integrator_dtype": "float64",
+        "vae": decoding.vae_facts(data, sample),
+        "uint8_rule": "clip(127.5 x + 128), truncated",
+    }

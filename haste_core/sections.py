@@ -116,7 +116,8 @@ class Teacher(Section):
 
     weights: `hub` (timm's published weights), `pretrain` (trained in the study's first stage by `fitting`),
     `random` (timing and tests only), or the path of a local checkpoint. mean, std: of inputs in [0, 1]; taken from
-    timm's `pretrained_cfg` when not given.
+    timm's `pretrained_cfg` when not given. Input size and interpolation come from it too; `kwargs: {img_size: 224}`
+    overrides the size. resize: `reference` normalises and then resizes bicubic without antialias, as the paper's code.
     """
 
     model: str

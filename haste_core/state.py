@@ -70,6 +70,9 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
     if accelerator.num_processes > 1:
         raise HasteError(f"{accelerator.num_processes} processes were launched; possible: one")
     if accelerator.device.type == "cpu":
+        if config.train.precision == "fp16":
+            # accelerate would train in float32 without a word.
+            raise HasteError("train.precision fp16 needs a GPU; possible here: bf16, no")
         torch.set_num_threads(config.train.threads)
     streams = range(1000 * seed, 1000 * seed + 5)
     torch.manual_seed(streams[4])  # nothing draws from it; set so that it is the same in every run
@@ -134,12 +137,12 @@ def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model, ema = state.accelerator.unwrap_model(state.model), state.ema.state_dict()
     _put(tensors, "model.", model.state_dict())
     _put(tensors, "ema.", ema)
-    _put(tensors, "optimizer.", _optimizer_tensors(state.optimizer, model))
+    _put(tensors, "optimizer.", checkpoint.optimizer_tensors(state.optimizer, model))
     if state.alignment is not None and state.alignment.projector is not None:
         projector = state.accelerator.unwrap_model(state.alignment.projector)
         _put(tensors, "alignment.projector.", projector.state_dict())
         assert state.alignment_optimizer is not None
-        _put(tensors, "alignment.optimizer.", _optimizer_tensors(state.alignment_optimizer, projector))
+        _put(tensors, "alignment.optimizer.", checkpoint.optimizer_tensors(state.alignment_optimizer, projector))
     _put(tensors, "data.", state.batches.state_dict())
     _put(tensors, "window.", state.window)
     tensors["noise.generator"] = state.noise.get_state()
@@ -164,7 +167,7 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], rest: Mapping[str,
     model = state.accelerator.unwrap_model(state.model)
     model.load_state_dict(checkpoint.under(tensors, "model."))
     state.ema.load_state_dict(checkpoint.under(tensors, "ema."))
-    _load_optimizer(state.optimizer, model, checkpoint.under(tensors, "optimizer."))
+    checkpoint.load_optimizer(state.optimizer, model, checkpoint.under(tensors, "optimizer."))
     state.termination.load_state_dict(dict(rest["termination"]))
     state.termination.update(rest["step"])
     if state.termination.phase == 2:
@@ -173,7 +176,9 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], rest: Mapping[str,
         projector = state.accelerator.unwrap_model(state.alignment.projector)
         projector.load_state_dict(checkpoint.under(tensors, "alignment.projector."))
         assert state.alignment_optimizer is not None
-        _load_optimizer(state.alignment_optimizer, projector, checkpoint.under(tensors, "alignment.optimizer."))
+        checkpoint.load_optimizer(
+            state.alignment_optimizer, projector, checkpoint.under(tensors, "alignment.optimizer.")
+        )
     state.batches.load_state_dict(checkpoint.under(tensors, "data."))
     state.window = {k: v.to(state.accelerator.device) for k, v in checkpoint.under(tensors, "window.").items()}
     state.noise.set_state(tensors["noise.generator"])
@@ -187,21 +192,3 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], rest: Mapping[str,
 
 def _put(into: dict[str, Tensor], prefix: str, tensors: Mapping[str, Tensor]) -> None:
     into |= {prefix + name: value for name, value in tensors.items()}
-
-
-def _optimizer_tensors(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
-    """AdamW's state by parameter name: <name>.step, <name>.exp_avg, <name>.exp_avg_sq."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return {
-        f"{name}.{key}": value
-        for name, parameter in module.named_parameters()
-        for key, value in inner.state.get(parameter, {}).items()
-    }
-
-
-def _load_optimizer(optimizer: Any, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for name, parameter in module.named_parameters():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
-        if keys:
-            inner.state[parameter] = {key: tensors[f"{name}.{key}"].clone().to(parameter.device) for key in keys}

@@ -7,8 +7,7 @@ registers) are cut from everything handed out, so attention over patches alone i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haste_core import _torchvision_guard, config  # noqa: F401  (the guard must come before timm)
+from haste_core import config
 from haste_core.classifier import fit_classifier
 from haste_core.data import Dataset
-from haste_core.errors import HasteError, unknown
+from haste_core.encoders import build_encoder
+from haste_core.errors import HasteError
 from haste_core.models.layers import QK
-
-import timm  # isort: skip
-from timm.layers import apply_rot_embed_cat  # isort: skip
+from haste_core.teacher_qk import read_qk
 
 
 class TeacherOutput(NamedTuple):
@@ -42,7 +40,8 @@ class Teacher(nn.Module):
         mean, std: per channel, for images in [0, 1].
         image_size: (height, width) the encoder expects, in pixels.
         grid: (rows, columns) of its patch tokens.
-        antialias: of the bicubic resizing of images that are not of `image_size`.
+        resize: how images that are not of `image_size` are resized: "bicubic" or "bilinear".
+        antialias: of that resizing.
     """
 
     def __init__(
@@ -52,11 +51,12 @@ class Teacher(nn.Module):
         std: list[float],
         image_size: tuple[int, int],
         grid: tuple[int, int],
+        resize: str = "bicubic",
         antialias: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.image_size, self.grid, self.antialias = image_size, grid, antialias
+        self.image_size, self.grid, self.resize, self.antialias = image_size, grid, resize, antialias
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
         self.mean: Tensor
@@ -90,9 +90,9 @@ class Teacher(nn.Module):
             x = x.expand(-1, channels, -1, -1)
         if x.shape[1] != channels:
             raise HasteError(f"the teacher takes {channels} channels, the images have {x.shape[1]}")
-        x = (x - self.mean) / self.std
+        x = (x - self.mean.to(x.device)) / self.std.to(x.device)
         if tuple(x.shape[-2:]) != self.image_size:
-            x = F.interpolate(x, size=self.image_size, mode="bicubic", antialias=self.antialias)
+            x = F.interpolate(x, size=self.image_size, mode=self.resize, antialias=self.antialias)
         return x
 
     @torch.no_grad()
@@ -107,150 +107,39 @@ class Teacher(nn.Module):
         return TeacherOutput(tokens[:, int(self.encoder.num_prefix_tokens) :], qk)  # type: ignore[arg-type]
 
 
-@contextmanager
-def read_qk(encoder: nn.Module, blocks: tuple[int, ...]) -> Iterator[dict[int, QK]]:
-    """While open, forward passes of a timm transformer leave q and k (B, H, patches, d) of `blocks` in the dict.
-
-    The values are those the attention kernel sees: after q/k norm and rotary embedding, before 1 / sqrt(d).
-    """
-    count = len(encoder.blocks)  # type: ignore[arg-type]
-    for block in blocks:
-        if block >= count:
-            raise unknown("teacher block", block, range(count))
-    prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
-    found: dict[int, QK] = {}
-
-    def hook_for(block: int) -> Any:
-        def hook(attn: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            rope = kwargs.get("rope", args[1] if len(args) > 1 and hasattr(attn, "num_prefix_tokens") else None)
-            q, k = project_qk(attn, args[0])
-            q, k = q[:, :, prefix:], k[:, :, prefix:]
-            if rope is not None:
-                half = bool(getattr(attn, "rotate_half", False))
-                q, k = (apply_rot_embed_cat(part, rope, half=half).type_as(part) for part in (q, k))
-            found[block] = (q, k)
-
-        return hook
-
-    handles = [
-        encoder.blocks[b].attn.register_forward_pre_hook(hook_for(b), with_kwargs=True)  # type: ignore[index, union-attr]
-        for b in blocks
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def check_plain_attention(attn: Any) -> None:
-    """Raise HasteError where a timm attention module is more than one softmax of its q and k per head."""
-    own_logits = ("relative_position_bias_table", "rel_pos", "rel_pos_bias", "lambda_q1")
-    extra = next((name for name in own_logits if getattr(attn, name, None) is not None), None)
-    grouped = getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads
-    if extra or grouped or not hasattr(attn, "q_norm"):
-        why = extra or ("fewer key heads than query heads" if grouped else "no q_norm and k_norm")
-        raise HasteError(
-            f"attention of kind {type(attn).__name__} ({why}) cannot be aligned with; possible: teachers whose "
-            f"attention is one softmax of q and k per head (timm's ViT, DINOv2, DINOv3, CLIP, SigLIP, MAE, I-JEPA)"
-        )
-
-
-def project_qk(attn: Any, x: Tensor) -> QK:
-    """q and k (B, H, N, d) of a timm attention module at its input x (B, N, D), norms applied, without rope.
-
-    Raises:
-        HasteError: the module's attention is not a plain softmax of q and k.
-    """
-    check_plain_attention(attn)
-    if getattr(attn, "qkv", None) is not None:
-        # Only the rows of q and k are computed; v would be thrown away.
-        rows = attn.qkv.weight.shape[0] // 3 * 2
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            separate = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            bias = separate if bias is None else bias + separate
-        qk = F.linear(x, attn.qkv.weight[:rows], None if bias is None else bias[:rows])
-        q, k = qk.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    else:
-        q, k = (p(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
-    return attn.q_norm(q), attn.k_norm(k)
-
-
-def build_encoder(teacher: config.Teacher) -> nn.Module:
-    """The timm encoder a study names, without head, with hub or local weights loaded.
-
-    Raises:
-        HasteError: the name, an argument or the weights do not exist.
-    """
-    weights = teacher.weights
-    options: dict[str, Any] = {"num_classes": 0, **teacher.kwargs}
-    if weights == "hub":
-        options["pretrained"] = True
-    elif weights not in ("pretrain", "random"):
-        if not Path(weights).is_file():
-            raise HasteError(
-                f"teacher.weights {weights!r} is no file; possible: hub, pretrain, random, or the path of a checkpoint"
-            )
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
-    try:
-        encoder = _create(teacher.model, options, teacher.fitting.seed)
-        unloaded = _unloaded(encoder, teacher, options) if "pretrained_cfg_overlay" in options else []
-    except Exception as error:  # timm raises RuntimeError, TypeError, OSError and hub errors alike
-        cause = " ".join(str(error).split())
-        hint = "give teacher.weights the path of a local checkpoint" if weights == "hub" else "see timm.list_models()"
-        raise HasteError(f"teacher {teacher.model!r} (weights: {weights}): {cause}; possible: {hint}") from error
-    if not hasattr(encoder, "blocks") or not hasattr(encoder, "num_prefix_tokens"):
-        raise HasteError(f"teacher {teacher.model!r} is no vision transformer; possible: any ViT or EVA of timm")
-    if unloaded:
-        raise HasteError(
-            f"{weights} has no weights for {len(unloaded)} of the teacher's tensors ({', '.join(unloaded[:3])}, ...); "
-            f"possible: a checkpoint of {teacher.model}"
-        )
-    return encoder
-
-
-def _create(model: str, options: dict[str, Any], seed: int) -> nn.Module:
-    # Weights that are not loaded are drawn from the given seed.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return timm.create_model(model, **options)
-
-
-def _unloaded(encoder: nn.Module, teacher: config.Teacher, options: dict[str, Any]) -> list[str]:
-    """Names of tensors that a local checkpoint left as they were drawn.
-
-    timm loads such files without insisting on every key and only logs what is missing, so a wrong file would give a
-    random teacher. What is really loaded does not depend on the seed of the initialisation; what is not, does.
-    """
-    other = _create(teacher.model, options, teacher.fitting.seed + 1).state_dict()
-    return [name for name, value in encoder.state_dict().items() if not torch.equal(value, other[name])]
-
-
 def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = None) -> Teacher:
     """The frozen teacher of a study.
 
     Args:
         teacher: its configuration.
         state: weights trained in the study (`weights: pretrain`).
+
+    Its input size, mean, std and interpolation are timm's for that model unless the configuration names others;
+    `resize: reference` always is bicubic without antialias, as in the released code of REPA.
+
+    Raises:
+        HasteError: there is no such encoder, its weights cannot be loaded, or mean and std do not fit its channels.
     """
     encoder = build_encoder(teacher)
     if state is not None:
         encoder.load_state_dict(dict(state))
-    cfg = encoder.pretrained_cfg
-    mean, std = teacher.mean or list(cfg["mean"]), teacher.std or list(cfg["std"])  # type: ignore[index]
-    channels = int(encoder.patch_embed.proj.in_channels)  # type: ignore[union-attr, arg-type]
+    cfg: Mapping[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
+    mean, std = teacher.mean or list(cfg["mean"]), teacher.std or list(cfg["std"])
+    channels = int(teacher.kwargs.get("in_chans", cfg["input_size"][0]))
     if not len(mean) == len(std) == channels:
         raise HasteError(
             f"teacher {teacher.model!r} takes {channels} channels, its mean is {mean} and its std {std}; possible: "
             f"teacher.mean and teacher.std with {channels} values each"
         )
+    # torch resizes with antialias in these two ways only.
+    own = "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic"
     return Teacher(
         encoder,
         mean=mean,
         std=std,
         image_size=tuple(encoder.patch_embed.img_size),  # type: ignore[arg-type, union-attr]
         grid=tuple(encoder.patch_embed.grid_size),  # type: ignore[arg-type, union-attr]
+        resize=own if teacher.resize == "antialias" else "bicubic",
         antialias=teacher.resize == "antialias",
     )
 
@@ -275,8 +164,14 @@ class PatchClassifier(nn.Module):
         return (logits + self.class_head(tokens[:, 0])) / 2 if prefix else logits
 
 
-def pretrain(teacher: config.Teacher, dataset: Dataset) -> tuple[dict[str, Tensor], dict[str, float]]:
+def pretrain(
+    teacher: config.Teacher, dataset: Dataset, partial: Path | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train the study's own teacher as a classifier.
+
+    Args:
+        teacher, dataset: what is trained, and on what.
+        partial: where the state is kept on the way, as in `fit_classifier`.
 
     Returns:
         The encoder's weights and its accuracies (`train_accuracy`, `test_accuracy`, in [0, 1]).
@@ -286,7 +181,7 @@ def pretrain(teacher: config.Teacher, dataset: Dataset) -> tuple[dict[str, Tenso
         torch.manual_seed(teacher.fitting.seed + 1)
         classifier = PatchClassifier(frozen, dataset.classes)
     classifier.requires_grad_(True)
-    accuracies = fit_classifier(classifier, dataset, teacher.fitting, "teacher")
+    accuracies = fit_classifier(classifier, dataset, teacher.fitting, "teacher", partial)
     return {name: value.detach().clone() for name, value in frozen.encoder.state_dict().items()}, accuracies
 
 

@@ -266,9 +266,14 @@ def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> 
 
 
 def preview(run: Run, state: TrainState) -> None:
-    """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time."""
+    """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time.
+
+    Of latents the first three channels are shown as they are; `haste sample` decodes.
+    """
     classes = state.ema.null_label
     labels = torch.arange(min(classes, 10)).repeat(4)
     quick = config.Sample(sampler="ddpm" if state.ema.kind == "dit" else "heun", solver_steps=10)
     drawn = sampling.draw(state.ema, labels, range(len(labels)), quick)
+    if drawn.shape[1] > 3:
+        drawn = drawn[:, :3] / 3  # latents, of about unit variance: no decoder beside a run that needs the memory
     images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{state.step:08d}.png", min(classes, 10))

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from haste_core import config
+from haste_core import config, training
 from haste_core.alignment import Alignment, attention_loss, feature_loss, projector
+from haste_core.data import contexts
 from haste_core.errors import HasteError
 from haste_core.models import SiT
-from haste_core.teacher import build_teacher
+from haste_core.runs import Run
+from haste_core.teacher import Teacher, build_teacher
 
 
 def draw(*shape, seed=0):
@@ -137,7 +139,6 @@ def test_parts_that_are_switched_off_cost_nothing(teacher):
         ({"layer_pairs": [(3, 1)]}, {}, ["student block", "'3'", "0, 1, 2"]),
         ({"layer_pairs": [(1, 3)]}, {}, ["teacher block", "'3'", "0, 1, 2"]),
         ({"depth": 4}, {}, ["depth", "'4'", "1, 2, 3"]),
-        ({}, {"patch": 4}, ["2x2", "4x4", "possible"]),
     ],
 )
 def test_what_does_not_exist_is_refused_naming_what_is_possible(teacher, changes, sizes, words):
@@ -200,3 +201,86 @@ def test_projector_is_three_linear_layers_with_silu_between_from_its_seed_alone(
     assert_close(first(x), h @ w["4.weight"].T + w["4.bias"])
     assert torch.equal(first(x), again(x))
     assert not torch.equal(first(x), other(x))
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+HEADS = {  # student heads, alignment.heads -> heads aligned with a teacher of four
+    "more in the student": (6, None, [0, 1, 2, 3]),
+    "fewer in the student": (2, None, [0, 1]),
+    "a list": (6, [1, 3], [1, 3]),
+    "a list out of order": (4, [2, 0], [2, 0]),
+}
+
+
+@pytest.mark.parametrize(("heads", "named", "aligned"), HEADS.values(), ids=HEADS)
+def test_the_attention_loss_moves_q_and_k_of_aligned_heads_and_of_no_other(teacher, randomise, heads, named, aligned):
+    model = randomise(student(heads))
+    chosen = settings(lambda_feature=0, layer_pairs=[(2, 1)], heads=named)
+    alignment = Alignment(chosen, model, teacher, 0)
+    assert alignment.heads == aligned
+    step(alignment, model)[1].total.backward()
+    weights = model.blocks[2].attn.qkv.weight.grad.reshape(3, heads, 24 // heads, 24)
+    for head in range(heads):
+        moved = [weights[part, head].abs().sum() > 0 for part in range(3)]
+        assert moved == [head in aligned, head in aligned, False]
+
+
+@pytest.mark.parametrize(("heads", "named", "aligned"), HEADS.values(), ids=HEADS)
+def test_head_m_meets_head_m_whatever_the_widths_of_the_heads(teacher, randomise, heads, named, aligned):
+    model = randomise(student(heads, width=48))
+    alignment = Alignment(settings(lambda_feature=0, layer_pairs=[(2, 1)], heads=named), model, teacher, 0)
+    tapped, losses, images = step(alignment, model)
+    (q_s, k_s), (q_t, k_t) = tapped.qk[2], teacher(images, (1,)).qk[1]
+    assert (q_s.shape[-1], q_t.shape[-1]) == (48 // heads, 6)
+    parts = [
+        attention_loss((q_s[:, m : m + 1], k_s[:, m : m + 1]), (q_t[:, m : m + 1], k_t[:, m : m + 1])) for m in aligned
+    ]
+    assert_close(losses.attention, torch.stack(parts).mean())
+
+
+# -- every kind of generator ------------------------------------------------------------------------------------------
+
+KINDS = {"sit": [], "dit": ["model.kind=dit", "sample.sampler=ddpm"], "mmdit": ["model.kind=mmdit"]}
+
+
+@pytest.fixture(params=KINDS)
+def of_kind(request, make_study, tmp_path):
+    """A function from overrides to the tiny study with a generator of one kind."""
+    more = list(KINDS[request.param])
+    if request.param == "mmdit":
+        contexts.write(tmp_path / "contexts.safetensors", draw(10, 3, 12), torch.zeros(3, 12))
+        more += [f"data.contexts={tmp_path / 'contexts.safetensors'}", "model.context_width=12"]
+    return lambda *overrides: make_study(*more, *overrides)
+
+
+def test_both_losses_reach_every_kind_of_generator_in_phase_one_and_end_with_it(output, of_kind, monkeypatch):
+    study = of_kind()
+    run, seen, calls = Run(study, "haste", 0), {}, []
+    forward = Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda *args: calls.append(1) or forward(*args))
+    training.fit(run, on_step=lambda s: seen.update({s.step: (len(calls), s.alignment is not None)}), progress=False)
+    # The switch is at step 8: eight calls in phase I, none in the four steps of phase II.
+    assert seen == {step: (min(step, 8), step <= 8) for step in range(1, 13)}
+    lines = run.metrics()
+    assert [("feature" in line, "attention" in line) for line in lines] == [(True, True)] * 4 + [(False, False)] * 2
+    assert all(line["feature"] < 1 and line["attention"] > 0 for line in lines[:4])
+
+
+def test_alignment_brings_every_kind_of_generator_closer_to_the_teacher(output, of_kind):
+    study = of_kind("train.lr=0.003", "train.steps=60", "train.keep=[60]", "train.checkpoint_every=60")
+    run = Run(study, "holistic", 0)
+    training.fit(run, progress=False)
+    first, last = run.metrics()[0], run.metrics()[-1]
+    assert last["feature"] < first["feature"] - 0.1
+    assert last["attention"] < first["attention"]
+
+
+def test_every_kind_of_generator_can_be_aligned_across_token_grids(output, of_kind):
+    kwargs = "{img_size: 12, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 4}"
+    study = of_kind(f"teacher.kwargs={kwargs}", "train.steps=4", "train.keep=[4]", "arms.haste.termination.at=2")
+    run = Run(study, "haste", 0)
+    with pytest.warns(UserWarning, match="student 4x4, teacher 3x3"):
+        training.fit(run, progress=False)
+    assert ["attention" in line for line in run.metrics()] == [True, False]
+    assert all(math.isfinite(line["loss"]) for line in run.metrics())

@@ -8,8 +8,10 @@ from haste_core import preparation, training
 from haste_core.alignment import attention_logits, attention_loss
 from haste_core.analysis.attention import divergence, student_attention, teacher_maps, token_maps
 from haste_core.data import open_dataset
+from haste_core.figures import attention_maps
 from haste_core.runs import Run
 from haste_core.teacher import build_teacher
+from haste_core.token_grids import resample_attention
 
 QUERIES = [0, 5, 15]
 
@@ -150,3 +152,52 @@ def test_token_maps_follow_an_arm_that_pairs_other_layers(output, make_study, te
     training.fit(chosen, progress=False)
     maps = pd.DataFrame(token_maps([chosen], teacher, QUERIES, count=10)).set_index("source")
     assert set(maps.loc["atta", "block"]) == {0}
+
+
+def test_token_maps_average_the_heads_an_arm_aligns(output, make_study, teacher):
+    study = make_study("alignment.heads=[1, 3]")
+    chosen = Run(study, "atta", 0)
+    training.fit(chosen, progress=False)
+    maps = pd.DataFrame(token_maps([chosen], teacher, [5], count=10)).set_index("source")
+    images, labels = (part[:10] for part in open_dataset(study.data).images("test"))
+    target = probabilities(teacher(images, (2,)).qk[2])[:, [1, 3]]
+    student = student_attention(chosen, 12, 2, images, labels, t=0.5)[:, [1, 3]]
+    assert maps.loc["teacher", "probability"].to_numpy() == pytest.approx(target[0, :, 5].mean(0).numpy(), abs=1e-6)
+    assert maps.loc["atta", "probability"].to_numpy() == pytest.approx(student[0, :, 5].mean(0).numpy(), abs=1e-6)
+    assert maps.loc["atta", "divergence"].iloc[0] == pytest.approx(divergence(target, student))
+
+
+@pytest.mark.filterwarnings("ignore:token grids differ")
+def test_token_maps_of_a_teacher_with_another_grid_are_on_the_students(output, make_study):
+    study = make_study(
+        "teacher.kwargs={img_size: 12, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 4}"
+    )
+    chosen, other = Run(study, "atta", 0), build_teacher(study.teacher)
+    training.fit(chosen, progress=False)
+    assert other.grid == (3, 3)
+    maps = pd.DataFrame(token_maps([chosen], other, count=10))
+    assert set(maps["query"]) == {5, 6, 10}
+    assert (maps.groupby(["source", "query"])["key"].agg(list).map(len) == 16).all()
+    assert maps.groupby(["source", "query"])["probability"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    images, labels = (part[:10] for part in open_dataset(study.data).images("test"))
+    target = resample_attention(probabilities(other(images, (2,)).qk[2]), (3, 3), (4, 4))
+    student = student_attention(chosen, 12, 2, images, labels, t=0.5)
+    apart = maps.groupby("source")["divergence"].first()
+    assert apart["atta"] == pytest.approx(divergence(target, student))
+    shown = maps[(maps["source"] == "teacher") & (maps["query"] == 6)]["probability"]
+    assert shown.to_numpy() == pytest.approx(target[0, :, 6].mean(0).numpy(), abs=1e-6)
+    assert len(attention_maps(maps, images[0, 0].numpy()).axes) == 9
+
+
+def test_an_arm_with_another_patch_is_shown_on_the_studys_grid_and_compared_on_its_own(output, make_study):
+    study = make_study("arms.atta.model.patch=4")
+    chosen, teacher = Run(study, "atta", 0), build_teacher(study.teacher)
+    with pytest.warns(UserWarning, match="student 2x2, teacher 4x4"):
+        training.fit(chosen, progress=False)
+    maps = pd.DataFrame(token_maps([chosen], teacher, [5], count=10))
+    assert (maps.groupby("source")["key"].agg(list).map(len) == 16).all()
+    images, labels = (part[:10] for part in open_dataset(study.data).images("test"))
+    target = resample_attention(probabilities(teacher(images, (2,)).qk[2]), (4, 4), (2, 2))
+    student = student_attention(chosen, 12, 2, images, labels, t=0.5)
+    assert student.shape == (10, 4, 4, 4)
+    assert maps.groupby("source")["divergence"].first()["atta"] == pytest.approx(divergence(target, student))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from haste_core import config, evaluation, preparation, report, training
+from haste_core import adm, config, evaluation, extractors, image_sources, preparation, report, scorers, training
 from haste_core.classifier import SmallCNN
 from haste_core.data import open_dataset
 from haste_core.errors import HasteError
@@ -263,6 +263,8 @@ MOVES_A_SCORE = {
     "sample.guidance": 2.0,
     "sample.guidance_low": 0.1,
     "sample.guidance_high": 0.9,
+    "sample.guidance_channels": 1,
+    "evaluate.suite": "adm",
     "evaluate.n": 41,
     "evaluate.seed": 1,
     "evaluate.labels": "random",
@@ -274,8 +276,27 @@ MOVES_A_SCORE = {
     "data.test_fraction": 0.3,
 }
 # These reach the card through the fingerprint of the extractor's weights.
-IN_THE_EXTRACTOR = {"evaluate.extractor", "evaluate.extractor_width"}
-MOVES_NOTHING = {"sample.batch_size": 7, "train.threads": 2, "train.log_every": 3, "train.checkpoint_every": 4}
+IN_THE_EXTRACTOR = {"evaluate.extractor", "evaluate.extractor_width", "evaluate.inception", "evaluate.dinov2"}
+# These through what they stand for: a preset through the fields it fills, a VAE (of latents only) through its weights.
+IN_OTHERS = {"sample.preset", "sample.vae"}
+# Of the suite adm alone.
+MOVES_AN_ADM_SCORE = {
+    "evaluate.dinov2": "none",
+    "evaluate.dinov2_model": "vit_base_patch14_dinov2.lvd142m",
+    "evaluate.reference": "REFERENCE",  # a file that the test writes
+    "evaluate.neighborhood": 4,
+    "evaluate.n": 41,
+    "evaluate.labels": "random",
+    "data.split_seed": 1,
+}
+MOVES_NOTHING = {
+    "sample.batch_size": 7,
+    "train.threads": 2,
+    "train.log_every": 3,
+    "train.checkpoint_every": 4,
+    "evaluate.batch_size": 9,
+}
+MOVES_NO_ADM_SCORE = MOVES_NOTHING | {"evaluate.kid_subsets": 3, "evaluate.kid_subset_size": 19}
 
 
 @pytest.mark.parametrize("key", MOVES_A_SCORE)
@@ -294,12 +315,78 @@ def test_card_stays_with_what_moves_no_score(key, tiny, make_study):
 def test_every_sampling_and_scoring_setting_is_known_to_these_tests():
     sections = {"sample": config.Sample, "evaluate": config.Evaluate}
     fields = {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
-    assert fields <= set(MOVES_A_SCORE) | set(MOVES_NOTHING) | IN_THE_EXTRACTOR
+    assert fields <= set(MOVES_A_SCORE) | set(MOVES_AN_ADM_SCORE) | set(MOVES_NOTHING) | IN_THE_EXTRACTOR | IN_OTHERS
 
 
-@pytest.mark.parametrize("key", sorted(k for k in MOVES_A_SCORE if not k.startswith("train.")))
+def write_reference(path, shift=0):
+    np.savez(path, arr_0=np.full((9, 8, 8, 3), 7 + shift, np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("key", MOVES_AN_ADM_SCORE)
+def test_card_of_the_adm_suite_changes_with_what_moves_its_scores(key, make_study, tmp_path):
+    value = MOVES_AN_ADM_SCORE[key]
+    if value == "REFERENCE":
+        value = write_reference(tmp_path / "r.npz")
+    plain, changed = make_study("evaluate.suite=adm"), make_study("evaluate.suite=adm", f"{key}={value}")
+    assert evaluation.card(changed, "x")["card_id"] != evaluation.card(plain, "x")["card_id"]
+
+
+@pytest.mark.parametrize("key", MOVES_NO_ADM_SCORE)
+def test_card_of_the_adm_suite_stays_with_what_moves_none(key, make_study):
+    plain = make_study("evaluate.suite=adm")
+    changed = make_study("evaluate.suite=adm", f"{key}={MOVES_NO_ADM_SCORE[key]}")
+    assert changed != plain
+    assert evaluation.card(changed, "x") == evaluation.card(plain, "x")
+
+
+def test_card_follows_the_content_of_the_reference_and_not_its_folder(make_study, tmp_path):
+    places = [tmp_path / name / "r.npz" for name in ("one", "moved", "other")]
+    for place, shift in zip(places, (0, 0, 1), strict=True):
+        place.parent.mkdir()
+        write_reference(place, shift)
+    one, moved, other = (
+        evaluation.card(make_study("evaluate.suite=adm", f"evaluate.reference={place}"), "x") for place in places
+    )
+    assert one == moved
+    assert one["card_id"] != other["card_id"]
+
+
+def test_card_follows_real_images_and_not_how_they_were_named(tiny, make_study):
+    # Augmentation is settings of the data too, and moves no real image.
+    changed = make_study("data.augment.shift=2")
+    assert evaluation.card(changed, "x") == evaluation.card(tiny, "x")
+    other = evaluation.card(make_study("data.split_seed=1"), "x")
+    for key in ("reference_hash", "reference_heldout_hash"):
+        assert other[key] != evaluation.card(tiny, "x")[key]
+
+
+@pytest.mark.parametrize("suite", ["study", "adm"])
+def test_a_preset_changes_the_card_as_its_fields_do(suite, make_study):
+    by_name = make_study(f"evaluate.suite={suite}", "sample={preset: haste-xl-400ep}")
+    by_hand = ["sampler=sde", "solver_steps=250", "guidance=1.675", "guidance_high=0.7"]
+    by_fields = make_study(f"evaluate.suite={suite}", *(f"sample.{field}" for field in by_hand))
+    own = make_study(f"evaluate.suite={suite}")
+    # The tiny study's own two solver steps win over the preset, as fields do.
+    assert by_name.sample.solver_steps == own.sample.solver_steps == 2
+    by_name = make_study(f"evaluate.suite={suite}", "sample={preset: haste-xl-400ep, solver_steps: 250, sampler: sde}")
+    assert evaluation.card(by_name, "x") == evaluation.card(by_fields, "x")
+    assert evaluation.card(by_name, "x")["card_id"] != evaluation.card(own, "x")["card_id"]
+
+
+def test_card_for_another_average_differs_in_that_alone(tiny):
+    content = evaluation.card(tiny, "x")
+    other = scorers.with_ema(content, 0.5)
+    assert {key for key in content if content[key] != other[key]} == {"ema_decay", "card_id"}
+    assert other == evaluation.card(tiny, "x", 0.5)
+
+
+@pytest.mark.parametrize(
+    "key", sorted(k for k in {**MOVES_AN_ADM_SCORE, **MOVES_A_SCORE} if not k.startswith("train."))
+)
 def test_scores_under_other_settings_lie_in_another_file(key, tiny, make_study):
-    assert make_study(f"{key}={MOVES_A_SCORE[key]}").evaluation_hash != tiny.evaluation_hash
+    value = {**MOVES_AN_ADM_SCORE, **MOVES_A_SCORE}[key]
+    assert make_study(f"{key}={value}").evaluation_hash != tiny.evaluation_hash
 
 
 @pytest.mark.parametrize("change", ["evaluate.extractor.steps=21", "evaluate.extractor_width=32"])
@@ -394,7 +481,7 @@ def test_evaluation_gives_a_row_per_kept_step(workshop, tiny):
     assert [row["step"] for row in rows] == [4, 8, 12]
     for row in rows:
         assert list(row)[:4] == ["arm", "seed", "step", "images_seen"]
-        assert set(report.FID_COLUMNS) == set(row)
+        assert set(evaluation.columns(tiny)) == set(row)
         assert (row["arm"], row["seed"], row["n"]) == ("vanilla", 0, 40)
         assert row["images_seen"] == 16 * row["step"]
         assert np.isfinite([row[name] for name in evaluation.METRICS]).all()
@@ -564,3 +651,74 @@ def test_an_interrupted_evaluation_goes_on_and_never_passes_as_finished(workshop
     counted.clear()
     assert len(evaluate(tiny, "vanilla")) == 3
     assert counted == [("vanilla", 8), ("vanilla", 12)]
+
+
+# The suite adm
+
+
+class GreyInception(torch.nn.Module):
+    """In Inception's place: features are the grey values of digits."""
+
+    def get_requested_features_list(self):
+        return [extractors.POOL, extractors.SPATIAL, extractors.LOGITS]
+
+    def forward(self, images):
+        grey = images[:, 0].flatten(1).float()
+        return grey, grey[:, :9], grey[:, :10] / 10
+
+
+@pytest.fixture
+def adm_study(make_study, monkeypatch):
+    monkeypatch.setattr(adm, "build_networks", lambda evaluate: adm.Networks(GreyInception(), "grey", None, None))
+    # The checkpoints are those of the tiny study; only the evaluation differs.
+    return make_study("evaluate.suite=adm", "evaluate.dinov2=none")
+
+
+def test_the_adm_suite_scores_runs_by_the_same_rows_and_card(workshop, adm_study):
+    rows = evaluate(adm_study, "vanilla")
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    for row in rows:
+        assert evaluation.columns(adm_study) == ("arm", "seed", "step", "images_seen", *adm.METRICS, "n", "card")
+        assert set(row) == set(evaluation.columns(adm_study))
+        assert np.isfinite([row[name] for name in adm.METRICS if name != "fd_dinov2"]).all()
+        assert np.isnan(row["fd_dinov2"])
+    run = Run(adm_study, "vanilla", 0)
+    content = json.loads(run.evaluation_path.read_text())["card"]
+    assert content["card_id"] == rows[0]["card"]
+    assert (content["suite"], content["extractor"]) == ("adm", "adm-inception-grey")
+    assert content["ema_decay"] == run.config.train.ema_decay
+    assert evaluation.metrics_of(adm_study) == adm.METRICS
+
+
+def test_adm_scores_are_those_of_the_same_images_and_are_made_once(workshop, tiny, adm_study, monkeypatch):
+    rows = evaluate(adm_study, "vanilla")
+    images, _ = evaluation_samples(Run(tiny, "vanilla", 0), 12, 10)
+    scorer = adm.AdmScorer(adm_study.evaluate, adm_study.data, progress=False)
+    expected = scorer.score(image_sources.MemoryImages(images))
+    assert {name: rows[-1][name] for name in adm.METRICS} == pytest.approx(expected, nan_ok=True)
+    kept = np.load(evaluation.find_samples(Run(adm_study, "vanilla", 0), 12), allow_pickle=False)
+    assert np.array_equal(kept, images[:100].numpy())
+    monkeypatch.setattr(evaluation, "evaluation_set", lambda *_: pytest.fail("drawn again"))
+    again = evaluate(adm_study, "vanilla")
+    assert [row["fid"] for row in again] == [row["fid"] for row in rows]
+
+
+def test_another_reference_under_the_same_name_is_scored_anew(workshop, make_study, adm_study, tmp_path):
+    path = tmp_path / "reference.npz"
+    study = make_study("evaluate.suite=adm", "evaluate.dinov2=none", f"evaluate.reference={path}")
+    cards = []
+    for seed in (0, 1):
+        np.savez(path, arr_0=gaussian_images(60, seed, side=8).permute(0, 2, 3, 1).numpy())
+        cards.append({(row["card"], row["fid"]) for row in evaluate(study, "vanilla")})
+    assert not cards[0] & cards[1]
+
+
+def test_the_floor_of_the_adm_suite_compares_real_images_with_the_reference(workshop, adm_study):
+    scorer = evaluation.open_scorer(adm_study, progress=False)
+    rows = {row["pair"]: row for row in scorer.floor()}
+    sizes = {pair: (row["n"], row["n_reference"]) for pair, row in rows.items()}
+    assert sizes == {"held-out against held-in": (450, 1347), "augmented held-in against held-in": (1347, 1347)}
+    far = scorer.score(image_sources.MemoryImages(gaussian_images(450, 0, side=8)))["fid"]
+    for row in rows.values():
+        assert set(row) == {"pair", "n", "n_reference", *evaluation.metrics_of(adm_study)}
+        assert 0 < row["fid"] < far / 10

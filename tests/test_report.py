@@ -22,6 +22,7 @@ from haste_core.runs import Run, study_dir
 pytestmark = pytest.mark.xdist_group("report")
 
 ROOT = Path(__file__).parents[1]
+FID_COLUMNS = evaluation.columns(config.load("digits"))
 DIGITS = ROOT / "reports" / "digits"
 README_TABLES = ("fid.csv", "claims.csv", "step_time.csv", "provenance.json")
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
@@ -98,7 +99,7 @@ PROVENANCE = {
 
 
 def write_synthetic(folder):
-    write_table(folder / "fid.csv", fid_rows(), report.FID_COLUMNS)
+    write_table(folder / "fid.csv", fid_rows(), FID_COLUMNS)
     write_table(folder / "claims.csv", claim_rows(), claims.COLUMNS)
     write_table(folder / "step_time.csv", time_rows(), cost.COLUMNS)
     write_json(folder / "provenance.json", PROVENANCE)
@@ -202,7 +203,7 @@ def test_claims_that_were_not_measured_can_be_drawn():
 
 
 def test_columns_of_the_tables_others_read():
-    assert report.FID_COLUMNS[:10] == (
+    assert FID_COLUMNS[:10] == (
         "arm", "seed", "step", "images_seen", "fid", "kid", "precision", "recall", "n", "card",
     )  # fmt: skip
     assert cost.COLUMNS[:4] == ("arm", "phase", "median_step_s", "ratio_to_vanilla")
@@ -245,7 +246,7 @@ def header(path):
 
 def test_written_tables_begin_with_the_agreed_columns(finished):
     tables = finished.dir / "tables"
-    assert header(tables / "fid.csv") == report.FID_COLUMNS
+    assert header(tables / "fid.csv") == FID_COLUMNS
     assert header(tables / "step_time.csv") == cost.COLUMNS
     assert header(tables / "claims.csv") == claims.COLUMNS
 
@@ -302,7 +303,7 @@ def test_answer_of_an_arm_that_never_helps_does_not_speak_of_a_lower_fid(tmp_pat
     write_synthetic(folder)
     constant = {"vanilla": 10.0, "repa": 12.5}
     rows = [row | {"fid": constant.get(row["arm"], row["fid"])} for row in fid_rows()]
-    write_table(folder / "fid.csv", rows, report.FID_COLUMNS)
+    write_table(folder / "fid.csv", rows, FID_COLUMNS)
     sentence = next(s for s in report.answer(report.Report(tiny, tmp_path)) if s.startswith("repa:"))
     assert "-" not in sentence.split(";")[0]
 
@@ -404,7 +405,7 @@ def test_the_committed_report_is_complete():
 
 @committed
 def test_the_committed_tables_begin_with_the_agreed_columns():
-    assert header(DIGITS / "tables" / "fid.csv")[:10] == report.FID_COLUMNS[:10]
+    assert header(DIGITS / "tables" / "fid.csv")[:10] == FID_COLUMNS[:10]
     assert header(DIGITS / "tables" / "step_time.csv")[:4] == cost.COLUMNS[:4]
     assert header(DIGITS / "tables" / "claims.csv") == claims.COLUMNS
 
@@ -492,7 +493,7 @@ def test_the_readme_check_notices_a_changed_table(tmp_path):
     text = readme(report.readme_block(write_synthetic(tmp_path)))
     rows = fid_rows()
     rows[3]["fid"] += 1
-    write_table(tmp_path / "fid.csv", rows, report.FID_COLUMNS)
+    write_table(tmp_path / "fid.csv", rows, FID_COLUMNS)
     assert not agrees(text, [tmp_path])
 
 

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from haste_core import config, sampling
+from haste_core import config, ddpm, decoding, sampling
+from haste_core.data import contexts
 from haste_core.errors import HasteError
-from haste_core.models import SiT
+from haste_core.models import DiT, MMDiT, SiT
 from haste_core.sampling import SeededNoise
+from haste_core.sections import SAMPLERS
 
 MEAN, STD = 0.7, 0.4
 
@@ -210,3 +212,192 @@ def test_uint8_rule_gives_every_level_back_and_clips():
     levels = torch.arange(256)
     assert torch.equal(sampling.to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
     assert sampling.to_uint8(torch.tensor([-7.0, -1.0, 0.0, 1.0, 7.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+# What each kind of model makes of the sampler
+
+
+class NoiseAndVariance(nn.Module):
+    """A DiT-like model: `channels` values of noise equal to the label plus t, then as many of variance, 100 x label."""
+
+    kind, null_label = "dit", 10
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.scale, self.channels, self.calls = nn.Parameter(torch.ones(())), channels, []
+
+    def forward(self, x, t, y):
+        self.calls.append((len(x), t.unique().tolist()))
+        label = y.to(x)[:, None, None, None].expand(-1, self.channels, 2, 2)
+        return torch.cat([label + t[:, None, None, None], 100 * label], dim=1) * self.scale
+
+
+class Velocity(NoiseAndVariance):
+    """The same with the first half of it, a velocity."""
+
+    kind = "sit"
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y)[:, : self.channels]
+
+
+@torch.no_grad()
+def test_of_a_dit_the_noise_is_guided_and_the_variance_is_not():
+    model = NoiseAndVariance()
+    sample = config.Sample(sampler="ddpm", guidance=3.0, guidance_low=0.2, guidance_high=0.5)
+    output = sampling.guided_by(model, torch.tensor([2]), sample)
+    x = torch.zeros(1, 4, 2, 2, dtype=torch.float64)
+    for timestep, factor in [(199, 1), (200, 3), (500, 3), (501, 1)]:
+        model.calls.clear()
+        made = output(x, float(timestep))
+        assert_close(made[:, :4], torch.full_like(made[:, :4], 10 + factor * (2 - 10) + timestep))
+        assert_close(made[:, 4:], torch.full_like(made[:, 4:], 200.0))
+        assert model.calls == [(2 if factor == 3 else 1, [float(timestep)])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "guided", "whole"), [(NoiseAndVariance, 3, 8), (Velocity, 3, 4), (Velocity, None, 4)])
+def test_the_leading_channels_that_are_named_are_guided_and_the_others_conditional(kind, guided, whole):
+    sample = config.Sample(
+        sampler="ddpm" if kind is NoiseAndVariance else "sde", guidance=2.0, guidance_channels=guided
+    )
+    made = sampling.guided_by(kind(), torch.tensor([4]), sample)(torch.zeros(1, 4, 2, 2, dtype=torch.float64), 0.5)
+    expected = [10 + 2 * (4 - 10) + 0.5] * (guided or 4) + [4.5] * (4 - (guided or 4)) + [400.0] * (whole - 4)
+    assert made[0, :, 0, 0].tolist() == pytest.approx(expected)
+
+
+def test_more_guided_channels_than_a_dit_has_are_all_of_its_noise():
+    sample = config.Sample(sampler="ddpm", guidance=2.0, guidance_channels=7)
+    with torch.no_grad():
+        made = sampling.guided_by(NoiseAndVariance(), torch.tensor([4]), sample)(torch.zeros(1, 4, 2, 2).double(), 0.0)
+    assert made[0, :, 0, 0].tolist() == pytest.approx([-2.0] * 4 + [400.0] * 4)
+
+
+@pytest.fixture
+def dit(randomise):
+    return randomise(DiT(image_size=8, channels=1, classes=10, depth=2, width=16, heads=2, patch=2), std=0.05).eval()
+
+
+def test_draw_takes_a_dit_through_ancestral_sampling(dit):
+    labels, seeds, steps = torch.tensor([3, 1]), [10, 11], 6
+    drawn = sampling.draw(dit, labels, seeds, config.Sample(sampler="ddpm", solver_steps=steps))
+    source = SeededNoise(seeds)
+
+    def network(x, t):
+        return dit(x.float(), torch.full((2,), t), labels).double()
+
+    with torch.no_grad():
+        expected = ddpm.ancestral(network, source.start((1, 8, 8)), steps, source)
+    assert torch.equal(drawn, expected.float())
+    alone = sampling.draw(dit, labels[1:], seeds[1:], config.Sample(sampler="ddpm", solver_steps=steps))
+    assert_close(alone, drawn[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_guided_dit_calls_its_network_once_outside_the_interval(dit):
+    sizes = []
+    dit.register_forward_hook(lambda module, inputs, output: sizes.append((len(inputs[0]), float(inputs[1][0]))))
+    sample = config.Sample(sampler="ddpm", solver_steps=5, guidance=2.0, guidance_high=0.6)
+    sampling.draw(dit, torch.tensor([3, 1]), [0, 1], sample)
+    # Timesteps 999, 749, 500, 250, 0 of 1000.
+    assert [size for size, _ in sizes] == [2, 2, 4, 4, 4]
+    assert [t for _, t in sizes] == [999, 749, 500, 250, 0]
+
+
+def test_an_mmdit_is_drawn_from_its_captions_and_guided_from_the_empty_one(randomise, tmp_path):
+    texts = noise(4, 3, 8, seed=5)
+    contexts.write(tmp_path / "texts.safetensors", texts[:3], texts[3])
+    model = MMDiT(
+        image_size=8, channels=1, classes=3, depth=2, width=16, heads=2, patch=2, context_width=8,
+        contexts=contexts.Contexts(tmp_path / "texts.safetensors"),
+    )  # fmt: skip
+    randomise(model, std=0.2).eval()
+    sample = config.Sample(sampler="euler", solver_steps=3, guidance=1.5, batch_size=2)
+    labels = torch.tensor([2, 0, 2])
+    drawn = sampling.draw(model, labels, [0, 1, 0], sample)
+    assert_close(drawn[0], drawn[2], atol=1e-5, rtol=1e-4)
+    assert (drawn[0] - drawn[1]).abs().max() > 0.01
+
+    def velocity(x, t):
+        at = torch.full((1,), t)
+        chosen, empty = (model(x.float(), at, text[None].float()).double() for text in (texts[2], texts[3]))
+        return empty + 1.5 * (chosen - empty)
+
+    with torch.no_grad():
+        expected = sampling.euler(velocity, SeededNoise([0]).start((1, 8, 8)), 3)
+    assert_close(drawn[:1], expected.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_a_sampler_of_velocities_is_refused_for_a_dit(dit, sampler):
+    with pytest.raises(HasteError, match=rf"{sampler!r} does not go with a model of kind 'dit'.*possible: ddpm"):
+        sampling.draw(dit, torch.tensor([0]), [0], config.Sample(sampler=sampler))
+
+
+def test_ddpm_is_refused_for_a_model_of_velocities_and_beyond_its_steps(model, dit):
+    with pytest.raises(HasteError, match=r"'ddpm' does not go with a model of kind 'sit'.*possible: euler, heun, sde"):
+        sampling.draw(model, torch.tensor([0]), [0], config.Sample(sampler="ddpm"))
+    with pytest.raises(HasteError, match="1001; possible for ddpm: 1 to 1000"):
+        sampling.draw(dit, torch.tensor([0]), [0], config.Sample(sampler="ddpm", solver_steps=1001))
+
+
+# Presets: Tables 1, 13, 15 and 16, arXiv 2505.16792
+
+PAPER = {
+    "sde-250": ("sde", 250, 1.0, 0.0, 1.0),
+    "ode-heun-50": ("heun", 50, 1.0, 0.0, 1.0),
+    "ddpm-250": ("ddpm", 250, 1.0, 0.0, 1.0),
+    "haste-xl-100ep": ("sde", 250, 1.825, 0.0, 0.6),
+    "haste-xl-400ep": ("sde", 250, 1.675, 0.0, 0.7),
+    "haste-xl-500ep": ("sde", 250, 1.65, 0.0, 0.72),
+    "haste-xl-600ep": ("sde", 250, 1.67, 0.0, 0.7),
+    "haste-xl-512": ("sde", 250, 1.25, 0.0, 1.0),
+}
+
+
+def fields(sample):
+    return (sample.sampler, sample.solver_steps, sample.guidance, sample.guidance_low, sample.guidance_high)
+
+
+@pytest.mark.parametrize("name", sorted(set(PAPER) | set(SAMPLERS)))
+def test_a_preset_is_what_the_paper_reports(name):
+    assert fields(config.Sample(preset=name)) == PAPER[name]
+
+
+def test_fields_that_are_given_win_over_the_preset():
+    chosen = config.Sample(preset="haste-xl-100ep", guidance=1.0, solver_steps=9)
+    assert fields(chosen) == ("sde", 9, 1.0, 0.0, 0.6)
+    assert fields(config.load("digits", overrides=["sample={preset: haste-xl-512, guidance: 1.5}"]).sample)[2] == 1.5
+
+
+def test_an_unknown_preset_is_refused_naming_the_nearest():
+    with pytest.raises(HasteError, match=r"'sde-25'.*did you mean 'sde-250'"):
+        config.load("digits", overrides=["sample.preset=sde-25"])
+
+
+def test_facts_of_the_drawing_hold_every_field_that_moves_a_pixel(tiny):
+    facts = sampling.drawing_facts(tiny.data, config.Sample(preset="haste-xl-100ep", guidance_channels=3))
+    assert facts == {
+        "sampler": "sde", "solver_steps": 250, "guidance": 1.825, "guidance_interval": [0.0, 0.6],
+        "guidance_channels": 3, "integrator_dtype": "float64", "vae": None,
+        "uint8_rule": "clip(127.5 x + 128), truncated",
+    }  # fmt: skip
+
+
+class FakeVae:
+    name, fingerprint = "folder/vae", "0123456789abcdef"
+
+    def decode(self, x):
+        return x.repeat(1, 3, 2, 2) / 2
+
+
+def test_latents_are_decoded_by_the_vae_and_pixels_are_not(tiny, tmp_path, monkeypatch):
+    latents = config.Data(kind="latents", path=str(tmp_path))
+    asked = []
+    monkeypatch.setattr(decoding, "_load", lambda name, fingerprint: asked.append((name, fingerprint)) or FakeVae())
+    x, sample = noise(2, 1, 4, 4), config.Sample(vae="folder/vae")
+    assert decoding.to_images(x, tiny.data, sample) is x
+    assert asked == []
+    assert_close(decoding.to_images(x, latents, sample), x.repeat(1, 3, 2, 2) / 2)
+    assert asked == [("folder/vae", None)]
+    facts = sampling.drawing_facts(latents, sample)
+    assert facts["vae"] == {"name": "folder/vae", "weights": "0123456789abcdef"}

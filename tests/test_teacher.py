@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from haste_core import _torchvision_guard, config
 from haste_core.errors import HasteError
-from haste_core.teacher import build_teacher, project_qk, read_qk
+from haste_core.teacher import build_teacher
+from haste_core.teacher_qk import project_qk, read_qk
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
 PLAIN = ("vit_tiny_patch16_224", VIT)
@@ -319,7 +320,9 @@ def test_weights_that_execute_code_are_refused_unexecuted(tmp_path, suffix):
     ("changes", "words"),
     [
         ({"model": "vit_no_such_model"}, "vit_no_such_model"),
-        ({"model": "resnet18", "kwargs": {}}, "no vision transformer"),
+        ({"model": "resnet18", "kwargs": {}}, "no vision transformer.*no blocks"),
+        ({"model": "vit_small_patch16_18x2_224", "kwargs": VIT}, "no attention module"),
+        ({"model": "naflexvit_base_patch16_gap", "kwargs": {"embed_dim": 24, "num_heads": 2}}, "no patch_embed"),
         ({"kwargs": {"no_such_argument": 1}}, "no_such_argument"),
         ({"weights": "nowhere/weights.pth"}, "nowhere/weights.pth.*possible: hub, pretrain, random"),
     ],

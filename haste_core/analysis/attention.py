@@ -8,13 +8,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from haste_core.alignment import attention_logits
+from haste_core import config
+from haste_core.alignment import attention_probabilities, paired_heads
 from haste_core.data import Dataset, open_dataset
 from haste_core.evaluation import generator_at
 from haste_core.models.layers import Taps
 from haste_core.objectives import objective_of
 from haste_core.runs import Run
 from haste_core.teacher import Teacher
+from haste_core.token_grids import Grid, resample_attention
 
 
 def middle_tokens(grid: tuple[int, int]) -> list[int]:
@@ -39,7 +41,7 @@ def student_attention(run: Run, step: int, block: int, x: Tensor, labels: Tensor
     with torch.no_grad():
         inputs = (part.to(device) for part in (objective.noised(x, eps, at), at, labels))
         q, k = model(*inputs, Taps(blocks=(block,))).qk[block]
-    return attention_logits(q, k).softmax(-1).cpu()
+    return attention_probabilities(q, k).cpu()
 
 
 def divergence(teacher: Tensor, student: Tensor) -> float:
@@ -65,7 +67,7 @@ def teacher_maps(teacher: Teacher, dataset: Dataset, queries: list[int] | None =
     queries = queries or middle_tokens(teacher.grid)
     images = dataset.images("test", index + 1)[0][index:].to(teacher.mean.device)
     found = teacher(images, tuple(range(teacher.blocks))).qk
-    probabilities = {block: attention_logits(*qk).softmax(-1)[0].mean(0).cpu() for block, qk in found.items()}
+    probabilities = {block: attention_probabilities(*qk)[0].mean(0).cpu() for block, qk in found.items()}
     return pd.DataFrame(
         {"source": f"block {block}", "query": query, "key": key, "probability": float(value), "divergence": 0.0}
         for block, rows in sorted(probabilities.items())
@@ -79,32 +81,54 @@ def token_maps(
 ) -> list[dict[str, Any]]:
     """Where chosen tokens look, in the teacher and in each run's final generator, for the last aligned layer pair.
 
-    The maps are those of the first held-out image, averaged over aligned heads. `divergence` is the mean KL to the
-    teacher over `count` held-out images, all queries and aligned heads, in nats (0 for the teacher itself).
+    The maps are those of the first held-out image, averaged over aligned heads, on the token grid of the study's
+    generator; others, the teacher's too, are resampled to it. `divergence` is the mean KL to the teacher over `count`
+    held-out images, all queries and aligned heads, on the run's own grid, in nats (0 for the teacher itself).
+
+    Args:
+        runs: of one study. teacher: whose attention is compared with.
+        queries: tokens of the study's generator; `middle_tokens` by default. t: noise level. count: images.
 
     Returns:
         Rows: source ("teacher" or the arm), seed, step, block (from 0), t, query, key, probability, divergence, n.
     """
     study = runs[0].study
-    queries = queries or middle_tokens(teacher.grid)
     x, labels, images = open_dataset(study.data).examples("test", count)
+    shown_grid = _grid(study.model, x)
+    queries = queries or middle_tokens(shown_grid)
     # Arms without pairs of their own are looked at where the study's last pair is, or in the last blocks.
     last = (study.model.depth - 1, teacher.blocks - 1)
     pairs = [(run.config.alignment.layer_pairs or study.alignment.layer_pairs or [last])[-1] for run in runs]
     found = teacher(images.to(teacher.mean.device), tuple(sorted({t for _, t in pairs}))).qk
-    targets = {block: attention_logits(*qk).softmax(-1).cpu() for block, qk in found.items()}
-    shown = pairs[0][1]
-    sources = [("teacher", 0, 0, shown, targets[shown], targets[shown])]
+    targets = {block: attention_probabilities(*qk).cpu() for block, qk in found.items()}
+    first, facts = pairs[0][1], {"t": t, "n": len(images)}
+    shown = resample_attention(targets[first][:1, _heads(runs[0], teacher)], teacher.grid, shown_grid)
+    rows = _rows(
+        shown, queries, {"source": "teacher", "seed": 0, "step": 0, "block": first, **facts, "divergence": 0.0}
+    )
     for run, (student_block, teacher_block) in zip(runs, pairs, strict=True):
-        step, heads = run.config.train.steps, min(run.config.model.heads, teacher.heads)
-        probabilities = student_attention(run, step, student_block, x, labels, t)[:, :heads]
-        sources.append((run.arm, run.seed, step, student_block, probabilities, targets[teacher_block][:, :heads]))
+        step, heads, grid = run.config.train.steps, _heads(run, teacher), _grid(run.config.model, x)
+        probabilities = student_attention(run, step, student_block, x, labels, t)[:, heads]
+        target = resample_attention(targets[teacher_block][:, heads], teacher.grid, grid)
+        whose = {"source": run.arm, "seed": run.seed, "step": step, "block": student_block}
+        apart = divergence(target, probabilities)
+        shown = resample_attention(probabilities[:1], grid, shown_grid)
+        rows += _rows(shown, queries, whose | facts | {"divergence": apart})
+    return rows
+
+
+def _grid(model: config.Model, x: Tensor) -> Grid:
+    return x.shape[-2] // model.patch, x.shape[-1] // model.patch
+
+
+def _heads(run: Run, teacher: Teacher) -> list[int]:
+    return paired_heads(run.config.alignment, run.config.model.heads, teacher.heads)
+
+
+def _rows(probabilities: Tensor, queries: list[int], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    mean = probabilities[0].mean(0)
     return [
-        {
-            "source": source, "seed": seed, "step": step, "block": block, "t": t, "query": query, "key": key,
-            "probability": float(value), "divergence": divergence(target, probabilities), "n": len(images),
-        }
-        for source, seed, step, block, probabilities, target in sources
+        facts | {"query": query, "key": key, "probability": float(value)}
         for query in queries
-        for key, value in enumerate(probabilities[0, :, query].mean(0))
-    ]  # fmt: skip
+        for key, value in enumerate(mean[query])
+    ]

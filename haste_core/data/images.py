@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import math
 import os
+import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from haste_core import config
 from haste_core.data.base import Batch, augmented
 from haste_core.data.resize import center_crop, to_signed, to_tensor
 from haste_core.errors import HasteError
-from haste_core.files import output_root, write_bytes
+from haste_core.files import atomic, output_root
 
 # Splits up to this many bytes are decoded once and kept in runs/decoded/, larger ones are decoded when asked for.
 KEPT_DECODED = 2**30
 _FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder of them, or a hub name (owner/name)"
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Images:
@@ -65,16 +68,27 @@ class Images:
 
 
 class Split:
-    """One split: labels in memory, pixels decoded on several threads, and kept where they are few enough."""
+    """One split: labels in memory, pixels decoded on several threads, and kept where they are few enough.
+
+    Args:
+        rows: as `datasets` reads them. size: side of the squares in pixels. path: how errors name the data.
+
+    Raises:
+        HasteError: there are no images, no labels, or negative ones.
+    """
 
     def __init__(self, rows: Any, size: int, path: str) -> None:
+        if len(rows) == 0:
+            raise HasteError(f"data {path}: a split without images; possible: {_FORMATS}")
         self.image_column, label_column = columns_of(rows, path)
         # Files written without datasets' own metadata hold images as {bytes, path}.
-        self.rows, self.size = rows.cast_column(self.image_column, datasets.Image()), size
-        self.labels = torch.tensor(rows[label_column][:], dtype=torch.int64)
-        self.classes = int(getattr(rows.features[label_column], "num_classes", None) or 0)
-        if len(self.labels) == 0:
-            raise HasteError(f"data {path}: a split without images")
+        self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
+        labels = rows[label_column][:]
+        if None in labels:
+            raise HasteError(f"data {path}: image {labels.index(None)} has no label; possible: 0 and above")
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
+        self.classes = len(self.class_names or [])
         if int(self.labels.min()) < 0:
             raise HasteError(f"data {path}: label {int(self.labels.min())}; possible: 0 and above")
         self._kept: Tensor | None = None
@@ -82,7 +96,7 @@ class Split:
     def pixels(self, indices: Tensor) -> Tensor:
         """uint8 (B, 3, S, S)."""
         if len(self.labels) * 3 * self.size**2 > KEPT_DECODED:
-            return self._decode(indices.tolist())
+            return self.decode(indices.tolist())
         if self._kept is None:
             self._kept = self._open_kept()
         return self._kept[indices]
@@ -91,20 +105,36 @@ class Split:
         """All pixels, mapped from a file that is written at first use and shared by every process of a study."""
         path = output_root() / "runs" / "decoded" / f"{self.rows._fingerprint}-{self.size}.npy"
         if not path.is_file():
-            stream = io.BytesIO()
-            np.save(stream, self._decode(list(range(len(self.labels)))).numpy(), allow_pickle=False)
-            write_bytes(path, stream.getvalue())
-        # Copy-on-write: torch wants memory it may write to, the file stays as it is.
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+            with atomic(path) as temporary, temporary.open("wb") as stream:
+                np.save(stream, self.decode(range(len(self.labels))).numpy(), allow_pickle=False)
+        try:
+            # Copy-on-write: torch wants memory it may write to, the file stays as it is.
+            kept = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise HasteError(f"{path} is damaged ({error}); possible: delete it, it is made again") from error
+        if kept.dtype != torch.uint8 or kept.shape != (len(self.labels), 3, self.size, self.size):
+            raise HasteError(f"{path} holds something else, {tuple(kept.shape)}; possible: delete it, it is made again")
+        return kept
 
-    def _decode(self, indices: list[int]) -> Tensor:
-        def some(chosen: list[int]) -> Tensor:
-            pictures = self.rows[chosen][self.image_column]
-            return torch.stack([to_tensor(center_crop(picture, self.size)) for picture in pictures])
+    def decode(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (B, 3, S, S), decoded now whatever is kept.
 
+        Raises:
+            HasteError: a file is missing or no image.
+        """
         parts = [indices[i : i + 64] for i in range(0, len(indices), 64)]
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            return torch.cat(list(pool.map(some, parts)))
+            return torch.cat(list(pool.map(self._decode, parts)))
+
+    def _decode(self, chosen: Sequence[int]) -> Tensor:
+        try:
+            pictures = self.rows[list(chosen)][self.image_column]
+            return torch.stack([to_tensor(center_crop(picture, self.size)) for picture in pictures])
+        except (OSError, ValueError, SyntaxError, AttributeError) as error:  # Pillow raises all of these
+            if len(chosen) > 1:  # one by one, to name the one that fails
+                return torch.cat([self._decode([index]) for index in chosen])
+            cause = " ".join(str(error).split())
+            raise HasteError(f"data {self.path}: image {chosen[0]} cannot be decoded ({cause})") from error
 
 
 def columns_of(rows: Any, path: str) -> tuple[str, str]:
@@ -136,26 +166,60 @@ def read_splits(data: config.Data) -> dict[str, Any]:
         HasteError: nothing is there, or a split is missing.
     """
     path = str(data.path)
-    try:
-        found = _load(path)
-    except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
-        raise HasteError(f"data.path {path!r} cannot be read: {' '.join(str(error).split())}; possible: {_FORMATS}"
-                         ) from error  # fmt: skip
-    if data.train_split not in found:
-        raise HasteError(f"data {path} has no split {data.train_split!r}; possible: {', '.join(found)}")
-    train = found[data.train_split]
+    found = load_splits(path)
+    train = pick_split(found, data.train_split, path)
     if data.test_split in found and data.test_split != data.train_split:
         return {"train": train, "test": found[data.test_split]}
-    label_column = columns_of(train, path)[1]
-    labels = train[label_column][:]
+    labels = Split(train, int(data.image_size or 0), path).labels
+    kept, held_out = hold_out(labels, data, f"data {path} has no split {data.test_split!r} and")
+    return {"train": train.select(kept.tolist()), "test": train.select(held_out.tolist())}
+
+
+def load_splits(path: str) -> dict[str, Any]:
+    """Every split of a folder, parquet file or hub name, as `datasets` reads it.
+
+    Raises:
+        HasteError: nothing is there, or it cannot be read.
+    """
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(path):
+        raise HasteError(f"data.path {path!r} does not exist; possible: {_FORMATS}")
     try:
-        kept, held_out = train_test_split(
-            range(len(labels)), test_size=data.test_fraction, random_state=data.split_seed, stratify=labels
-        )
+        return dict(_load(path))
+    except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
+        cause = " ".join(str(error).split())
+        raise HasteError(f"data.path {path!r} cannot be read: {cause}; possible: {_FORMATS}") from error
+
+
+def pick_split(found: dict[str, Any], name: str, path: str) -> Any:
+    """The rows of one split.
+
+    Raises:
+        HasteError: there is no such split.
+    """
+    if name not in found:
+        raise HasteError(f"data {path} has no split {name!r}; possible: {', '.join(found)}")
+    return found[name]
+
+
+def hold_out(labels: Tensor, data: config.Data, what: str) -> tuple[Tensor, Tensor]:
+    """Indices (n,) of training and of test images: stratified where every class can be on both sides, else plain.
+
+    Args:
+        labels: (N,) int64. data: its test_fraction and split_seed decide. what: how an error names the data.
+
+    Raises:
+        HasteError: one side would be empty.
+    """
+    share = {"test_size": data.test_fraction, "random_state": data.split_seed}
+    counts = torch.bincount(labels)
+    held = math.ceil(len(labels) * data.test_fraction)
+    classes = int((counts > 0).sum())
+    divisible = int(counts[counts > 0].min()) > 1 and min(held, len(labels) - held) >= classes
+    try:
+        kept, test = train_test_split(np.arange(len(labels)), **share, stratify=labels.numpy() if divisible else None)
     except ValueError as error:
-        raise HasteError(f"data {path} has no split {data.test_split!r} and cannot be divided: {error}") from error
-    assert isinstance(train, datasets.Dataset)
-    return {"train": train.select(kept), "test": train.select(held_out)}
+        raise HasteError(f"{what} cannot be divided: {' '.join(str(error).split())}") from error
+    return torch.from_numpy(kept), torch.from_numpy(test)
 
 
 def _load(path: str) -> Any:

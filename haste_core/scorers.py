@@ -1,0 +1,169 @@
+"""The two suites of scores behind one protocol, and the card that names everything that moves a score.
+
+`study` scores on features of a classifier that the study trains itself; `adm` by the ADM protocol (`haste_core.adm`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from haste_core import adm, config, provenance, sampling
+from haste_core.data import Batches, Dataset, open_dataset
+from haste_core.image_sources import Images, MemoryImages, TrainingImages, training_hash
+from haste_core.metrics import METRICS, copy_check, register_extractor, score
+from haste_core.preparation import load_extractor
+
+_HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
+_HELD_OUT = tuple(f"{name}_heldout" for name in METRICS)
+# Of held-out images, which are hashed for the card, and of augmented ones, which the floor is measured with.
+LIMIT = 10_000
+
+
+def metrics_of(study: config.Study) -> tuple[str, ...]:
+    """Names of the scores of the study's suite, without those against held-out images."""
+    return adm.METRICS if study.evaluate.suite == "adm" else METRICS
+
+
+def columns(study: config.Study) -> tuple[str, ...]:
+    """Columns of the study's table of scores, the keys of `evaluation.rows`."""
+    if study.evaluate.suite == "adm":
+        return (*_HEAD, *adm.METRICS, *_TAIL)
+    return (*_HEAD, *METRICS, *_TAIL, *_HELD_OUT, "nearest", "copies")
+
+
+class Scoring(Protocol):
+    """Scores sets of images of one study: holds the real side, the extractors and the card."""
+
+    classes: int
+    extractor: str
+    card: dict[str, Any]
+
+    def score(self, generated: Any) -> dict[str, float]:
+        """All scores of uint8 images."""
+        ...
+
+    def floor(self) -> list[dict[str, Any]]:
+        """What real images score: rows of `pair`, `n`, `n_reference` and the scores of `metrics_of`."""
+        ...
+
+
+def open_scorer(study: config.Study, progress: bool = True) -> Scoring:
+    """The scorer of the study's suite."""
+    return AdmStudyScorer(study, progress) if study.evaluate.suite == "adm" else Scorer(study)
+
+
+def card(
+    study: config.Study, extractor: str, ema_decay: float | None = None, scoring: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that changes a score, apart from the weights that are scored; `card_id` names it.
+
+    Args:
+        study: its data, sampling and evaluation.
+        extractor: name of the extractor, with the hash of its weights.
+        ema_decay: of the run, where it is not the study's.
+        scoring: what of the scoring belongs on the card, where it is known already; real images are hashed otherwise.
+    """
+    evaluate = study.evaluate
+    if scoring is None:
+        adm_facts = evaluate.suite == "adm"
+        scoring = adm.scoring_facts(evaluate, study.data, extractor) if adm_facts else _study_facts(study, extractor)
+    content = {
+        **sampling.drawing_facts(study.data, study.sample),
+        "suite": evaluate.suite,
+        "n": evaluate.n,
+        "seeds": [evaluate.seed, evaluate.seed + evaluate.n - 1],
+        "labels": evaluate.labels,
+        "ema_decay": study.train.ema_decay if ema_decay is None else ema_decay,
+        **scoring,
+    }
+    return content | {"card_id": config.digest(content)}
+
+
+def with_ema(known: dict[str, Any], ema_decay: float) -> dict[str, Any]:
+    """A card for a run that averages its weights with `ema_decay`."""
+    content = {key: value for key, value in known.items() if key != "card_id"} | {"ema_decay": ema_decay}
+    return content | {"card_id": config.digest(content)}
+
+
+def _study_facts(study: config.Study, extractor: str) -> dict[str, Any]:
+    evaluate = study.evaluate
+    held_out = sampling.to_uint8(open_dataset(study.data).images("test", LIMIT)[0])
+    return {
+        "extractor": extractor,
+        "evaluator": f"torch-fidelity {provenance.environment()['torch-fidelity']}",
+        "kid": [evaluate.kid_subsets, evaluate.kid_subset_size],
+        "neighborhood": evaluate.neighborhood,
+        "reference": f"{study.data.kind} train split (held-in), not augmented",
+        "reference_hash": training_hash(TrainingImages(study.data)),
+        "reference_heldout": f"{study.data.kind} test split (held-out)",
+        "reference_heldout_hash": hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+class Scorer:
+    """The suite `study`: FID, KID, precision and recall against held-in and held-out images, and a copy check."""
+
+    def __init__(self, study: config.Study) -> None:
+        self.study = study
+        dataset = open_dataset(study.data)
+        self.classes = dataset.classes
+        self.real = {split: sampling.to_uint8(dataset.images(split)[0]) for split in ("train", "test")}
+        self.augmented = augmented(dataset, study.evaluate.seed)
+        self.extractor = register_extractor(*load_extractor(study))
+        self.card = card(study, self.extractor)
+
+    def score(self, generated: Tensor) -> dict[str, float]:
+        """All scores of uint8 images: against held-in images, with `_heldout` against held-out ones, and copies."""
+        evaluate = self.study.evaluate
+        held_in = score(generated, self.real["train"], self.extractor, evaluate)
+        held_out = score(generated, self.real["test"], self.extractor, evaluate)
+        copies = copy_check(generated, self.real["test"], self.real["train"])
+        return held_in | {f"{k}_heldout": v for k, v in held_out.items()} | copies
+
+    def floor(self) -> list[dict[str, Any]]:
+        """What real images score against real ones: the value a perfect generator could reach at these sizes."""
+        pairs = {
+            "held-out against held-in": (self.real["test"], self.real["train"]),
+            "augmented held-in against held-in": (self.augmented, self.real["train"]),
+            "augmented held-in against held-out": (self.augmented, self.real["test"]),
+        }
+        return [
+            {"pair": name, "n": len(a), "n_reference": len(b), **score(a, b, self.extractor, self.study.evaluate)}
+            for name, (a, b) in pairs.items()
+        ]
+
+
+def augmented(dataset: Dataset, seed: int) -> Tensor:
+    """uint8 training images under one draw of the augmentation, at most LIMIT of them."""
+    return sampling.to_uint8(Batches(dataset, min(len(dataset), LIMIT), seed).next().images)
+
+
+class AdmStudyScorer:
+    """The suite `adm`: scores of METRICS in `haste_core.adm` against the study's reference."""
+
+    def __init__(self, study: config.Study, progress: bool = True) -> None:
+        self.study = study
+        self.classes = open_dataset(study.data).classes
+        self.adm = adm.AdmScorer(study.evaluate, study.data, progress)
+        self.extractor = self.adm.extractor
+        self.card = card(study, self.extractor, scoring=self.adm.facts)
+
+    def score(self, generated: Images) -> dict[str, float]:
+        """All scores of uint8 images."""
+        return self.adm.score(generated)
+
+    def floor(self) -> list[dict[str, Any]]:
+        """What at most 10,000 real images score against the reference, which takes the place of held-in images."""
+        dataset = open_dataset(self.study.data)
+        pairs = {
+            "held-out against held-in": sampling.to_uint8(dataset.images("test", LIMIT)[0]),
+            "augmented held-in against held-in": augmented(dataset, self.study.evaluate.seed),
+        }
+        n_reference = self.adm.reference.n
+        return [
+            {"pair": name, "n": len(real), "n_reference": n_reference, **self.adm.score(MemoryImages(real))}
+            for name, real in pairs.items()
+        ]
