@@ -21,6 +21,8 @@ from haste_core.runs import Run
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))
 
+STUDIES = "possible: cifar10, digits, imagenet256, imagenet512"
+
 
 def lines(text):
     """What was said, without blank lines and progress bars."""
@@ -102,13 +104,13 @@ def run(place, tiny):
             "digitz",
             "haste",
             [],
-            ["unknown study 'digitz'", "did you mean 'digits'", "possible: cifar10, digits, imagenet256, imagenet512"],
+            ["unknown study 'digitz'", "did you mean 'digits'", STUDIES],
         ),
         (
             "no/such.yaml",
             "haste",
             [],
-            ["unknown study 'no/such.yaml'", "possible: cifar10, digits, imagenet256, imagenet512", ".yaml"],
+            ["unknown study 'no/such.yaml'", STUDIES, ".yaml"],
         ),
         ("digits", "hast", [], ["unknown arm 'hast'", "did you mean 'haste'", "vanilla, repa, atta, holistic, haste"]),
         ("digits", "haste", ["--profile", "smoky"], ["unknown profile", "'smoky'", "did you mean 'smoke'"]),
