@@ -114,7 +114,9 @@ def helpers(job: Job, devices: list[str]) -> Iterator[list[subprocess.Popen[byte
     try:
         for device in devices:
             text = Job(**{**vars(job), "device": device}).write()
-            started.append(subprocess.Popen([sys.executable, "-m", "haste_core.encode", text]))
+            words = [sys.executable, "-m", "haste_core.encode", text, str(os.getpid())]
+            # A session of its own: Ctrl-C reaches this process alone, which then ends the others.
+            started.append(subprocess.Popen(words, start_new_session=True))
         yield started
     finally:
         signals.terminate(psutil.Process(p.pid) for p in started if p.poll() is None)
@@ -216,16 +218,18 @@ def shard_hash(folder: Path, names: Iterable[str]) -> str | None:
         return combined(zip(names, digests, strict=True))
 
 
-def worker(text: str) -> int:
-    """Encode what is left of a job beside other processes; returns the exit status. `text`: from `Job.write`."""
-    parent = os.getppid()
+def worker(text: str, parent: int) -> int:
+    """Encode what is left of a job beside other processes; returns the exit status.
+
+    Args:
+        text: the job, from `Job.write`. parent: the process that will finish the folder; without it this one stops.
+    """
     job = Job.read(text)
     if job.device == "cpu":
         torch.set_num_threads(1)
     datasets.disable_progress_bars()
     with signals.catch() as event:
         try:
-            # A process whose parent was killed has nobody to finish the folder for.
             done = Encoder(job).work(lambda: event.is_set() or os.getppid() != parent, lambda _: None)
         except HasteError as error:
             print(f"haste: error: {error}", file=sys.stderr)
@@ -234,4 +238,4 @@ def worker(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(worker(sys.argv[1]))
+    sys.exit(worker(sys.argv[1], int(sys.argv[2])))

@@ -35,6 +35,13 @@ SIZE, CHANNELS, SIDE, CLASSES = 16, 4, 8, 3
 
 
 @pytest.fixture(autouse=True)
+def progress_bars():
+    """A helper in this process would leave them off for the tests after it."""
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch):
     """Nothing is left in the home directory, by this process or by those it starts."""
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
@@ -617,11 +624,26 @@ def test_a_folder_in_use_is_refused(job):
 def test_a_failing_helper_is_one_line(job, monkeypatch):
     """The second process dies at once; nothing whole is lost and the next call finishes."""
     start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda words: start([sys.executable, "-c", "raise SystemExit(3)"]))
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: start([sys.executable, "-c", "raise SystemExit(3)"]))
     with pytest.raises(HasteError, match="ended with status 3"):
         encode.prepare(job, processes=2, progress=False)
     monkeypatch.undo()
     assert encode.prepare(job, progress=False).count == 23
+
+
+def test_a_helper_stops_when_nobody_waits_for_it(job):
+    space, ours = Workspace(job), os.getppid()
+    assert encode.worker(job.write(), parent=ours + 1) == 143
+    assert not any(map(space.is_whole, range(5)))
+    assert encode.worker(job.write(), parent=ours) == 0
+    assert all(map(space.is_whole, range(5)))
+    assert not space.manifest_path.exists(), "the first process finishes the folder"
+
+
+def test_a_helper_reports_errors_in_one_line(job, tmp_path, capsys):
+    missing = Job(**{**vars(job), "source": str(tmp_path / "nothing")})
+    assert encode.worker(missing.write(), parent=os.getppid()) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_an_undecodable_image_is_named(job, tmp_path):

@@ -186,7 +186,8 @@ def load_splits(path: str) -> dict[str, Any]:
     try:
         return dict(_load(path))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
-        cause = " ".join(str(error).split())
+        # datasets wraps what went wrong in "An error occurred while generating the dataset".
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise HasteError(f"data.path {path!r} cannot be read: {cause}; possible: {_FORMATS}") from error
 
 
