@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from haste_core import config
+from haste_core.data.manifest import read_manifest
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 
@@ -40,9 +42,7 @@ def vae_of(data: config.Data, sample: config.Sample) -> tuple[str, str | None]:
     """
     if sample.vae is not None:
         return sample.vae, None
-    from haste_core.data.latents import Folder
-
-    manifest = Folder(str(data.path)).manifest
+    manifest = read_manifest(Path(str(data.path)))
     if manifest is None:
         raise HasteError(f"the latents in {data.path} name no VAE; possible: sample.vae=NAME or its folder")
     return manifest.vae.name, manifest.vae.fingerprint
