@@ -16,7 +16,7 @@ from haste_core.data import open_dataset
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
-from haste_core.metrics import METRICS, ImageSet, copy_check, nearest_distances, register_extractor, score
+from haste_core.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
 from haste_core.models import DiffusionTransformer
 from haste_core.runs import Run
 from haste_core.sample_set import SampleSet, drawer, plan
@@ -24,7 +24,7 @@ from haste_core.scorers import Scorer, Scoring, card, columns, metrics_of, open_
 from haste_core.state import build_generator
 
 __all__ = [
-    "METRICS", "ImageSet", "Scorer", "card", "columns", "copy_check", "evaluate_run", "evaluation_samples",
+    "METRICS", "CopyCheck", "ImageSet", "Scorer", "card", "columns", "evaluate_run", "evaluation_samples",
     "evaluation_set", "find_samples", "generator_at", "is_scored", "metrics_of", "nearest_distances", "open_scorer",
     "register_extractor", "rows", "score",
 ]  # fmt: skip

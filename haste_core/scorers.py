@@ -8,18 +8,21 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 
 from haste_core import adm, config, provenance, sampling
 from haste_core.data import Batches, Dataset, open_dataset
 from haste_core.image_sources import Images, MemoryImages, TrainingImages, training_hash
-from haste_core.metrics import METRICS, copy_check, register_extractor, score
+from haste_core.metrics import METRICS, CopyCheck, register_extractor, score
 from haste_core.preparation import load_extractor
 
 _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
 _HELD_OUT = tuple(f"{name}_heldout" for name in METRICS)
-# Of held-out images, which are hashed for the card, and of augmented ones, which the floor is measured with.
+# Real images on each side of a score, at most: neighbours are looked up among all pairs.
 LIMIT = 10_000
+# Held-out images whose distance to the training images says what is near.
+COPY_CHECKED = 1000
 
 
 def metrics_of(study: config.Study) -> tuple[str, ...]:
@@ -96,9 +99,9 @@ def _study_facts(study: config.Study, extractor: str) -> dict[str, Any]:
         "evaluator": f"torch-fidelity {provenance.environment()['torch-fidelity']}",
         "kid": [evaluate.kid_subsets, evaluate.kid_subset_size],
         "neighborhood": evaluate.neighborhood,
-        "reference": f"{study.data.kind} train split (held-in), not augmented",
+        "reference": f"{study.data.kind} train split (held-in), not augmented, {LIMIT} images at most",
         "reference_hash": training_hash(TrainingImages(study.data)),
-        "reference_heldout": f"{study.data.kind} test split (held-out)",
+        "reference_heldout": f"{study.data.kind} test split (held-out), {LIMIT} images at most",
         "reference_heldout_hash": hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()[:16],
     }
 
@@ -110,7 +113,12 @@ class Scorer:
         self.study = study
         dataset = open_dataset(study.data)
         self.classes = dataset.classes
-        self.real = {split: sampling.to_uint8(dataset.images(split)[0]) for split in ("train", "test")}
+        training = TrainingImages(study.data)
+        self.real = {
+            "train": training.at(held_in(len(training))),
+            "test": sampling.to_uint8(dataset.images("test", LIMIT)[0]),
+        }
+        self.copies = CopyCheck(self.real["test"][:COPY_CHECKED], lambda: training.batches(5000))
         self.augmented = augmented(dataset, study.evaluate.seed)
         self.extractor = register_extractor(*load_extractor(study))
         self.card = card(study, self.extractor)
@@ -118,10 +126,9 @@ class Scorer:
     def score(self, generated: Tensor) -> dict[str, float]:
         """All scores of uint8 images: against held-in images, with `_heldout` against held-out ones, and copies."""
         evaluate = self.study.evaluate
-        held_in = score(generated, self.real["train"], self.extractor, evaluate)
-        held_out = score(generated, self.real["test"], self.extractor, evaluate)
-        copies = copy_check(generated, self.real["test"], self.real["train"])
-        return held_in | {f"{k}_heldout": v for k, v in held_out.items()} | copies
+        in_scores = score(generated, self.real["train"], self.extractor, evaluate)
+        out_scores = score(generated, self.real["test"], self.extractor, evaluate)
+        return in_scores | {f"{k}_heldout": v for k, v in out_scores.items()} | self.copies(generated)
 
     def floor(self) -> list[dict[str, Any]]:
         """What real images score against real ones: the value a perfect generator could reach at these sizes."""
@@ -134,6 +141,13 @@ class Scorer:
             {"pair": name, "n": len(a), "n_reference": len(b), **score(a, b, self.extractor, self.study.evaluate)}
             for name, (a, b) in pairs.items()
         ]
+
+
+def held_in(n: int) -> Tensor:
+    """Which of n training images are the held-in side, (m,) int64: all, or LIMIT of them from a fixed seed."""
+    if n <= LIMIT:
+        return torch.arange(n)
+    return torch.randperm(n, generator=Generator().manual_seed(0))[:LIMIT].sort().values
 
 
 def augmented(dataset: Dataset, seed: int) -> Tensor:

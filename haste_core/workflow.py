@@ -85,7 +85,7 @@ def _done_before(study: config.Study) -> bool:
 
 
 @contextmanager
-def watch(folder: Path, resumed: bool, interval: float = 1.0) -> Iterator[dict[str, Any]]:
+def watch(folder: Path, resumed: bool, interval: float = 3.0) -> Iterator[dict[str, Any]]:
     """While open, folder/invocation.json holds the minutes so far and the peak memory of all processes below this one.
 
     Memory is the sum of proportional set sizes (shared pages counted once), in GiB, where the system tells them.

@@ -600,7 +600,7 @@ def test_dinov2_features_are_class_tokens_of_resized_and_normalised_images(vit):
 
 def test_dinov2_can_be_left_out_and_its_absence_is_one_line(tmp_path):
     assert extractors.build_dinov2(settings(dinov2="none")) is None
-    with pytest.raises(HasteError, match="or evaluate.dinov2=none leaves that score out") as stop:
+    with pytest.raises(HasteError, match=r"or evaluate.dinov2=none leaves that score out") as stop:
         extractors.build_dinov2(settings(dinov2=str(tmp_path / "no.pth"), dinov2_model=TINY))
     assert "\n" not in str(stop.value)
 

@@ -11,7 +11,7 @@ from haste_core import adm, config, evaluation, extractors, image_sources, prepa
 from haste_core.classifier import SmallCNN
 from haste_core.data import open_dataset
 from haste_core.errors import HasteError
-from haste_core.evaluation import copy_check, evaluate_run, evaluation_samples, score
+from haste_core.evaluation import CopyCheck, evaluate_run, evaluation_samples, nearest_distances, score
 from haste_core.runs import Run
 
 import torch_fidelity  # isort: skip
@@ -224,12 +224,12 @@ def test_swapping_the_inputs_swaps_precision_and_recall():
 
 def test_copies_of_training_images_are_found_out():
     training_images, held_out = gaussian_images(200, 0), gaussian_images(100, 1)
-    assert copy_check(training_images[:50], held_out, training_images) == {"nearest": 0, "copies": 1}
+    assert CopyCheck(held_out, lambda: training_images.split(60))(training_images[:50]) == {"nearest": 0, "copies": 1}
 
 
 def test_held_out_images_are_no_copies():
     training_images, held_out = gaussian_images(200, 0), gaussian_images(100, 1)
-    found = copy_check(held_out, held_out, training_images)
+    found = CopyCheck(held_out, lambda: training_images.split(60))(held_out)
     assert found["nearest"] == 1
     assert found["copies"] <= 0.01
 
@@ -237,7 +237,16 @@ def test_held_out_images_are_no_copies():
 def test_half_copies_are_half_of_copies():
     training_images, held_out = gaussian_images(200, 0), gaussian_images(100, 1)
     far = torch.zeros(50, 1, 4, 4, dtype=torch.uint8)
-    assert copy_check(torch.cat([training_images[:50], far]), held_out, training_images)["copies"] == 0.5
+    assert (
+        CopyCheck(held_out, lambda: training_images.split(60))(torch.cat([training_images[:50], far]))["copies"] == 0.5
+    )
+
+
+def test_nearest_distances_are_those_of_a_loop_over_all_pairs():
+    made, known = gaussian_images(7, 3), gaussian_images(30, 4)
+    pairs = (made.double()[:, None] - known.double()[None]).flatten(2).norm(dim=2) / 127.5
+    for size in (1, 11, 30):
+        torch.testing.assert_close(nearest_distances(made, known.split(size)), pairs.min(1).values, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
