@@ -175,5 +175,5 @@ def _check_layers(alignment: config.Alignment, student: DiffusionTransformer, te
             raise unknown("student block in alignment.layer_pairs", student_block, range(len(student.blocks)))
         if teacher_block >= teacher.blocks:
             raise unknown("teacher block in alignment.layer_pairs", teacher_block, range(teacher.blocks))
-    if not 1 <= alignment.depth <= len(student.blocks):
+    if alignment.lambda_feature > 0 and not 1 <= alignment.depth <= len(student.blocks):
         raise unknown("alignment.depth (counted from 1)", alignment.depth, range(1, len(student.blocks) + 1))
