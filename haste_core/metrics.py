@@ -20,7 +20,11 @@ from haste_core.errors import HasteError
 
 import torch_fidelity  # isort: skip
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # isort: skip
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric  # isort: skip
+from torch_fidelity.metric_kid import kid_features_to_metric  # isort: skip
+from torch_fidelity.metric_prc import prc_features_to_metric  # isort: skip
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # isort: skip
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset  # isort: skip
 
 METRICS = ("fid", "kid", "precision", "recall")
 _KEYS = {
@@ -85,37 +89,47 @@ def register_extractor(network: SmallCNN, fingerprint: str) -> str:
     return name
 
 
-def score(generated: Tensor, real: Tensor, extractor: str, evaluate: config.Evaluate) -> dict[str, float]:
-    """FID, KID, precision and recall of generated against real images.
+def extract_features(images: Tensor, extractor: str, batch_size: int) -> Tensor:
+    """Features (n, width) of uint8 images (n, C, S, S) by a registered extractor's default layer, on the CPU.
 
     Args:
-        generated, real: uint8 (n, C, S, S).
+        images: uint8, one or three channels.
         extractor: a name from `register_extractor`, or one of torch-fidelity's own.
-        evaluate: sizes of batches, of KID subsets and of the precision and recall neighbourhood.
+        batch_size: images at a time.
+    """
+    cuda = torch.cuda.is_available()
+    layer = FEATURE_EXTRACTORS_REGISTRY[extractor].get_default_feature_layer_for_metric("fid")
+    network = create_feature_extractor(extractor, [layer], cuda=cuda, verbose=False)
+    return get_featuresdict_from_dataset(ImageSet(images), network, batch_size, cuda, True, False)[layer]
+
+
+def compare(generated: Tensor, real: Tensor, evaluate: config.Evaluate) -> dict[str, float]:
+    """FID, KID, precision and recall of the features of generated against those of real images.
+
+    Args:
+        generated, real: (n, width), (m, width) from `extract_features`.
+        evaluate: sizes of KID subsets and of the precision and recall neighbourhood.
 
     Returns:
         `fid` and `kid` (both 0 for equal distributions, KID can be slightly negative), `precision` and `recall` in
-        [0, 1].
+        [0, 1]: the numbers of `torch_fidelity.calculate_metrics`, which extracts both sides anew at every call.
     """
-    smaller = min(len(generated), len(real))
-    measured = torch_fidelity.calculate_metrics(
-        input1=ImageSet(generated),
-        input2=ImageSet(real),
-        cuda=torch.cuda.is_available(),
-        batch_size=evaluate.batch_size,
-        fid=True,
-        kid=True,
-        prc=True,
-        feature_extractor=extractor,
-        kid_subsets=evaluate.kid_subsets,
-        kid_subset_size=min(evaluate.kid_subset_size, smaller),
-        prc_neighborhood=evaluate.neighborhood,
-        samples_shuffle=False,
-        save_cpu_ram=True,
-        cache=False,
-        verbose=False,
+    subset_size = min(evaluate.kid_subset_size, len(generated), len(real))
+    statistics = [fid_features_to_statistics(side) for side in (generated, real)]
+    measured = fid_statistics_to_metric(*statistics, verbose=False)
+    measured |= kid_features_to_metric(
+        generated, real, kid_subsets=evaluate.kid_subsets, kid_subset_size=subset_size, verbose=False
+    )
+    measured |= prc_features_to_metric(
+        generated, real, prc_neighborhood=evaluate.neighborhood, save_cpu_ram=True, verbose=False
     )
     return {name: float(measured[key]) for name, key in _KEYS.items()}
+
+
+def score(generated: Tensor, real: Tensor, extractor: str, evaluate: config.Evaluate) -> dict[str, float]:
+    """FID, KID, precision and recall of generated against real uint8 images (n, C, S, S); see `compare`."""
+    sides = [extract_features(images, extractor, evaluate.batch_size) for images in (generated, real)]
+    return compare(*sides, evaluate)
 
 
 def nearest_distances(images: Tensor, training: Iterable[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from haste_core import adm, config, provenance, sampling
 from haste_core.data import Batches, Dataset, open_dataset
 from haste_core.image_sources import Images, MemoryImages, TrainingImages, training_hash
-from haste_core.metrics import METRICS, CopyCheck, register_extractor, score
+from haste_core.metrics import METRICS, CopyCheck, compare, extract_features, register_extractor
 from haste_core.preparation import load_extractor
 
 _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
@@ -121,24 +121,30 @@ class Scorer:
         self.copies = CopyCheck(self.real["test"][:COPY_CHECKED], lambda: training.batches(5000))
         self.augmented = augmented(dataset, study.evaluate.seed)
         self.extractor = register_extractor(*load_extractor(study))
+        # The real sides stay the same for every set that is scored, so their features are taken once.
+        self.features = {name: self._features(images) for name, images in self.real.items()}
         self.card = card(study, self.extractor)
+
+    def _features(self, images: Tensor) -> Tensor:
+        return extract_features(images, self.extractor, self.study.evaluate.batch_size)
 
     def score(self, generated: Tensor) -> dict[str, float]:
         """All scores of uint8 images: against held-in images, with `_heldout` against held-out ones, and copies."""
-        evaluate = self.study.evaluate
-        in_scores = score(generated, self.real["train"], self.extractor, evaluate)
-        out_scores = score(generated, self.real["test"], self.extractor, evaluate)
+        found, evaluate = self._features(generated), self.study.evaluate
+        in_scores = compare(found, self.features["train"], evaluate)
+        out_scores = compare(found, self.features["test"], evaluate)
         return in_scores | {f"{k}_heldout": v for k, v in out_scores.items()} | self.copies(generated)
 
     def floor(self) -> list[dict[str, Any]]:
         """What real images score against real ones: the value a perfect generator could reach at these sizes."""
+        train, test, moved = self.features["train"], self.features["test"], self._features(self.augmented)
         pairs = {
-            "held-out against held-in": (self.real["test"], self.real["train"]),
-            "augmented held-in against held-in": (self.augmented, self.real["train"]),
-            "augmented held-in against held-out": (self.augmented, self.real["test"]),
+            "held-out against held-in": (test, train),
+            "augmented held-in against held-in": (moved, train),
+            "augmented held-in against held-out": (moved, test),
         }
         return [
-            {"pair": name, "n": len(a), "n_reference": len(b), **score(a, b, self.extractor, self.study.evaluate)}
+            {"pair": name, "n": len(a), "n_reference": len(b), **compare(a, b, self.study.evaluate)}
             for name, (a, b) in pairs.items()
         ]
 
