@@ -27,7 +27,8 @@ def words(*parts):
     return shlex.join(str(part) for part in parts).replace("{", "{{").replace("}", "}}")
 
 
-HASTE = words(sys.executable, "-m", "haste_core.cli")
+# Relative paths in the settings are seen from where the study was started.
+HASTE = words("cd", config["here"]) + " && " + words(sys.executable, "-m", "haste_core.cli")
 NOTEBOOK = HASTE + " notebook"
 # What every notebook needs to load the same study again.
 COMMON = words(

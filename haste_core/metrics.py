@@ -128,8 +128,8 @@ def compare(generated: Tensor, real: Tensor, evaluate: config.Evaluate) -> dict[
 
 def score(generated: Tensor, real: Tensor, extractor: str, evaluate: config.Evaluate) -> dict[str, float]:
     """FID, KID, precision and recall of generated against real uint8 images (n, C, S, S); see `compare`."""
-    sides = [extract_features(images, extractor, evaluate.batch_size) for images in (generated, real)]
-    return compare(*sides, evaluate)
+    made, known = (extract_features(images, extractor, evaluate.batch_size) for images in (generated, real))
+    return compare(made, known, evaluate)
 
 
 def nearest_distances(images: Tensor, training: Iterable[Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     Args:
         name: the notebook's name, such as "01_train", or its path.
         output: where the executed notebook goes.
-        parameters: values for its cell tagged `parameters`.
+        parameters: values for its cell tagged `parameters`; relative paths are seen from the current folder.
 
     Raises:
         HasteError: a parameter does not exist, or a cell raised (its message is passed on).
@@ -65,7 +65,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
         try:
             papermill.execute_notebook(
                 str(path), str(output), parameters=dict(parameters), kernel_name="python3", progress_bar=False,
-                cwd=str(path.parent), kernel_manager_class=kernel_manager(sockets),
+                cwd=str(Path.cwd()), kernel_manager_class=kernel_manager(sockets),
                 # What kernels log about their own shutdown is noise beside a one-line error.
                 extra_arguments=["--Application.log_level=50"],
             )  # fmt: skip

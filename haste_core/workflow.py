@@ -52,9 +52,10 @@ def run_study(
     if cores is not None and cores < 1:
         raise HasteError(f"--cores {cores}; possible: 1 and above")
     cores = cores or len(os.sched_getaffinity(0))
-    # Jobs run in the project's root, wherever this call was made.
+    # Snakemake works in the output's root; jobs work here, where relative paths in the settings are seen from.
     given = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-    settings = {"study": given, "profile": profile or "", "overrides": json.dumps(list(overrides))}
+    settings = {"study": given, "profile": profile or "", "overrides": json.dumps(list(overrides)), "here": Path.cwd()}
+    environment = os.environ | {"HASTE_OUTPUT": str(output_root())}
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile"),
         "--directory", str(output_root()), "--cores", str(cores), "--rerun-incomplete", "--keep-going", "--nolock",
@@ -62,11 +63,11 @@ def run_study(
         "--config", *(f"{key}={value}" for key, value in settings.items()),
     ]  # fmt: skip
     if dry_run:
-        if subprocess.run([*command, "--dry-run"]).returncode:
+        if subprocess.run([*command, "--dry-run"], env=environment).returncode:
             raise HasteError(f"study {study.name}: the graph could not be built; the lines above say why")
         return report_dir(study, profile) / "report.html"
     with locked(folder / "study.lock", f"study {study.name}"), watch(folder, _done_before(study)) as watched:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, env=environment)
         with signals.catch(lambda: _stop_graph(process.pid)) as stopping:
             status = process.wait()
     if stopping.is_set():

@@ -143,9 +143,9 @@ def test_score_does_not_depend_on_the_batch_size(batch_size):
 def test_score_is_that_of_torch_fidelity_as_a_whole():
     a, b = gaussian_images(120, 0), gaussian_images(100, 1)
     whole = torch_fidelity.calculate_metrics(
-        input1=evaluation.ImageSet(a), input2=evaluation.ImageSet(b), feature_extractor=PIXELS, cuda=False, fid=True, kid=True, prc=True,
-        kid_subsets=settings().kid_subsets, kid_subset_size=50, prc_neighborhood=settings().neighborhood,
-        samples_shuffle=False, save_cpu_ram=True, cache=False, verbose=False,
+        input1=evaluation.ImageSet(a), input2=evaluation.ImageSet(b), feature_extractor=PIXELS, cuda=False, fid=True,
+        kid=True, prc=True, kid_subsets=settings().kid_subsets, kid_subset_size=50,
+        prc_neighborhood=settings().neighborhood, samples_shuffle=False, save_cpu_ram=True, cache=False, verbose=False,
     )  # fmt: skip
     found = score(a, b, PIXELS, settings(kid_subset_size=50))
     names = ("frechet_inception_distance", "kernel_inception_distance_mean", "precision", "recall")
