@@ -17,6 +17,7 @@ from haste_core.errors import HasteError, unknown
 from haste_core.sections import (
     TRAIN_BOOKKEEPING,
     Alignment,
+    Analysis,
     Augment,
     Claims,
     Data,
@@ -33,8 +34,8 @@ from haste_core.sections import (
 from haste_core.validation import digest, merge, section_type, validate
 
 __all__ = [
-    "Alignment", "Augment", "Claims", "Data", "Evaluate", "Fitting", "Model", "RunConfig", "Sample", "Section", "Study",
-    "Teacher", "Termination", "Train", "digest", "load", "merge", "studies",
+    "Alignment", "Analysis", "Augment", "Claims", "Data", "Evaluate", "Fitting", "Model", "RunConfig", "Sample",
+    "Section", "Study", "Teacher", "Termination", "Train", "digest", "load", "merge", "studies",
 ]  # fmt: skip
 
 STUDIES = Path(__file__).parent / "studies"
@@ -106,6 +107,7 @@ class Study(Section):
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
     claims: Claims = Claims()
+    analysis: Analysis = Analysis()
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")], dict[str, Any]]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
     profiles: dict[str, dict[str, Any]] = {}

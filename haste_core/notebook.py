@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import psutil
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import default
 
-from haste_core import signals
+from haste_core import explore, signals
 from haste_core.errors import HasteError, Interrupted, unknown
 from haste_core.files import project_root
 
@@ -61,6 +62,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     path = find(name)
     check_parameters(path, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ[explore.BATCH] = "1"  # kernels inherit it
     with signals.catch(_stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
         try:
             papermill.execute_notebook(

@@ -33,13 +33,18 @@ class Report:
     study: config.Study
     dir: Path
 
+    @property
+    def tables(self) -> Path:
+        """The folder of the report's tables."""
+        return self.dir / "tables"
+
     def table(self, name: str) -> pd.DataFrame:
         """A table by name, such as "fid".
 
         Raises:
             HasteError: it has not been written yet.
         """
-        path = self.dir / "tables" / f"{name}.csv"
+        path = self.tables / f"{name}.csv"
         if not path.is_file():
             raise HasteError(f"no table {path}; possible: haste study {self.study.name}")
         return pd.read_csv(path)

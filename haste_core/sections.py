@@ -298,6 +298,22 @@ class Claims(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
 
 
+class Analysis(Section):
+    """What the analyses look at, the same for every run of a study.
+
+    n: held-out images, or as many as there are. timesteps: noise levels t in [0, 1]. seed: of their noise and of every
+    resampling. resamples: of a bootstrap interval. block: whose parameters gradients are compared on, from 0; by
+    default the last one below the aligned depth (block 8 of the paper's XL/2, block 5 of its B/2, from 1).
+    """
+
+    n: Positive = 256
+    timesteps: Annotated[list[Unit], Field(min_length=1)] = [0.02, 0.1, 0.3, 0.5, 0.8]
+    seed: NonNegative = 0
+    resamples: Positive = 1000
+    confidence: float = Field(0.95, gt=0, lt=1)
+    block: NonNegative | None = None
+
+
 def fill_preset(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
     """`values` over the fields of the preset they name, if they name one.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -57,6 +57,21 @@ class TrainState:
         self.alignment = self.alignment_optimizer = None
 
 
+class Seeds(NamedTuple):
+    """A seed for each random part of a run, so that no part's draws depend on another's."""
+
+    weights: int
+    projector: int
+    order: int
+    noise: int
+    rest: int
+
+
+def seeds_of(seed: int) -> Seeds:
+    """The seeds that a run's seed stands for."""
+    return Seeds(*range(1000 * seed, 1000 * seed + 5))
+
+
 def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: Termination | None = None) -> TrainState:
     """A run before its first step; every initial value comes from `seed`.
 
@@ -74,10 +89,10 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
             # accelerate would train in float32 without a word.
             raise HasteError("train.precision fp16 needs a GPU; possible here: bf16, no")
         torch.set_num_threads(config.train.threads)
-    streams = range(1000 * seed, 1000 * seed + 5)
-    torch.manual_seed(streams[4])  # nothing draws from it; set so that it is the same in every run
+    seeds = seeds_of(seed)
+    torch.manual_seed(seeds.rest)  # nothing draws from it; set so that it is the same in every run
     dataset = open_dataset(config.data)
-    student = build_generator(config, dataset, streams[0]).to(accelerator.device)
+    student = build_generator(config, dataset, seeds.weights).to(accelerator.device)
     if termination is None:
         termination = Termination(config)
         termination.update(0)
@@ -85,7 +100,7 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
     if termination.phase == 1:
         if teacher is None:
             raise HasteError("an aligned run needs its teacher; possible: haste teacher <study> prepares it")
-        alignment = Alignment(config.alignment, student, teacher.to(accelerator.device), streams[1])
+        alignment = Alignment(config.alignment, student, teacher.to(accelerator.device), seeds.projector)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     model, optimizer = accelerator.prepare(student, adamw(student, config))
     alignment_optimizer = None
@@ -95,7 +110,7 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
         )
     return TrainState(
         config, seed, accelerator, model, ema, optimizer, alignment, alignment_optimizer, termination,
-        batches=Batches(dataset, config.train.batch_size, streams[2]), noise=Generator().manual_seed(streams[3]),
+        batches=Batches(dataset, config.train.batch_size, seeds.order), noise=Generator().manual_seed(seeds.noise),
         objective=objective_of(config.model.kind),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ registers) are cut from everything handed out, so attention over patches alone i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +105,15 @@ class Teacher(nn.Module):
         if final is not None and isinstance(self.encoder.norm, nn.Identity):
             tokens = final(tokens)
         return TeacherOutput(tokens[:, int(self.encoder.num_prefix_tokens) :], qk)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """Patch tokens (B, N, D) after each of `blocks` (from 0), before the final norm, prefix tokens cut."""
+        chosen = sorted(set(blocks))
+        found = self.encoder.forward_intermediates(  # type: ignore[operator]
+            self.prepare(images), indices=chosen, norm=False, output_fmt="NLC", intermediates_only=True
+        )
+        return dict(zip(chosen, found, strict=True))
 
 
 def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = None) -> Teacher:

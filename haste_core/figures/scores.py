@@ -1,78 +1,12 @@
-"""Tables to matplotlib figures, in one style. Nothing is measured here.
-
-Every function takes rows of a table (pandas) and returns a Figure; `save` writes it as PNG and SVG.
-"""
+"""Scores, losses, samples, attention maps, cost and claims as pictures."""
 
 from __future__ import annotations
-
-import io
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure as PlainFigure
-from matplotlib.ticker import FuncFormatter, LogLocator
 
-from haste_core.files import atomic
-
-# Okabe-Ito: told apart by people who see colours differently, and in grey by the line style.
-ARM_STYLE = {
-    "vanilla": ("#555555", ":"),
-    "repa": ("#0072B2", "--"),
-    "atta": ("#E69F00", "-."),
-    "holistic": ("#CC79A7", "--"),
-    "haste": ("#009E73", "-"),
-}
-_SPARE = ("#D55E00", "#56B4E9", "#F0E442", "#000000")
-VERDICT_COLOUR = {"supported": "#009E73", "contradicted": "#D55E00", "not decided": "#888888"}
-
-mpl.rcParams.update(
-    {
-        "figure.dpi": 110,
-        "savefig.dpi": 110,
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e4e4e4",
-        "legend.frameon": False,
-        "svg.hashsalt": "haste",
-        "svg.fonttype": "none",
-    }
-)
-
-
-class Figure(PlainFigure):
-    """A matplotlib figure that notebooks show as a picture, without pyplot's global state."""
-
-    def _repr_png_(self) -> bytes:
-        stream = io.BytesIO()
-        self.savefig(stream, format="png", bbox_inches="tight")
-        return stream.getvalue()
-
-
-def style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
-    """Colour and line style of an arm, the same in every figure."""
-    if arm in ARM_STYLE:
-        colour, line = ARM_STYLE[arm]
-    else:
-        others = [a for a in arms if a not in ARM_STYLE]
-        colour, line = _SPARE[others.index(arm) % len(_SPARE)], "-"
-    return {"color": colour, "linestyle": line}
-
-
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write folder/name.png and folder/name.svg atomically, the same bytes for the same figure."""
-    # Automatic layouts move things a little with every drawing; one drawing settles them.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for kind in ("png", "svg"):
-        with atomic(folder / f"{name}.{kind}") as temporary:
-            metadata = {"Date": None} if kind == "svg" else {"Software": None}
-            figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
+from haste_core.figures.style import VERDICT_COLOUR, Figure, mark_switch, plain_numbers, style, tile
 
 
 def one_card(fid: pd.DataFrame) -> str:
@@ -100,8 +34,8 @@ def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = 
         low, high = np.exp(per_step.min(axis=1)), np.exp(per_step.max(axis=1))
         axis.fill_between(per_step.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
     axis.set_yscale("log")
-    _plain_numbers(axis.yaxis)
-    _mark_switch(axis, tau)
+    plain_numbers(axis.yaxis)
+    mark_switch(axis, tau)
     if floor is not None:
         axis.axhline(floor, color="#999999", linewidth=0.8)
         axis.annotate("real against real", (fid["step"].min(), floor), xytext=(0, 3), textcoords="offset points",
@@ -128,7 +62,7 @@ def gain_over_vanilla(fid: pd.DataFrame, tau: int | None, vanilla: str = "vanill
         for seed in gain.columns:
             axis.plot(gain.index, gain[seed], color=look["color"], alpha=0.3, linewidth=0.8)
     axis.axhline(0, color="#555555", linewidth=1)
-    _mark_switch(axis, tau)
+    mark_switch(axis, tau)
     axis.set(xlabel="training steps", ylabel="log FID below vanilla's\n(above 0: helps, below 0: hurts)")
     axis.legend()
     return figure
@@ -148,7 +82,7 @@ def training_curves(metrics: pd.DataFrame, tau: int | None) -> Figure:
         for (arm, seed), rows in metrics.dropna(subset=[name]).groupby(["arm", "seed"], sort=False):
             label = str(arm) if seed == metrics["seed"].min() else None
             axis.plot(rows["step"], rows[name], linewidth=1, label=label, **style(str(arm), arms))
-        _mark_switch(axis, tau)
+        mark_switch(axis, tau)
         axis.set(xlabel="training steps", title=names[name])
         axis.legend(fontsize=8)
     return figure
@@ -159,7 +93,7 @@ def image_rows(rows: dict[str, np.ndarray]) -> Figure:
     count = len(next(iter(rows.values())))
     figure = Figure(figsize=(0.48 * count + 1, 0.55 * len(rows) + 0.1))
     for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
-        axis.imshow(_tile(np.asarray(images), count), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+        axis.imshow(tile(np.asarray(images), count), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -185,7 +119,7 @@ def sample_sheet(samples: dict[tuple[str, int], np.ndarray], per_cell: int = 10)
             axis.spines[:].set_visible(False)
             if (arm, step) in samples:
                 axis.imshow(
-                    _tile(samples[arm, step][:per_cell], 5), interpolation="nearest", cmap="gray", vmin=0, vmax=255
+                    tile(samples[arm, step][:per_cell], 5), interpolation="nearest", cmap="gray", vmin=0, vmax=255
                 )
             if i == 0:
                 axis.set_title(f"step {step}", fontsize=9)
@@ -285,38 +219,15 @@ def summary(fid: pd.DataFrame, samples: dict[tuple[str, int], np.ndarray], tau: 
         own = fid[fid["arm"] == arm].set_index(["seed", "step"])["fid"]
         ratio = np.exp((np.log(own) - np.log(base)).unstack("seed").mean(axis=1))
         axis.plot(ratio.index, ratio, label=arm, marker="o", markersize=3.5, **style(arm, arms))
-    _mark_switch(axis, tau)
+    mark_switch(axis, tau)
     axis.set(xlabel="training steps", ylabel="FID over vanilla's FID", title="below 1: better than vanilla")
     axis.legend(fontsize=8)
     step = min((s for _, s in samples if tau is None or s >= tau), default=max(s for _, s in samples))
     chosen = [arm for arm in arms if (arm, step) in samples]
     for axis, arm in zip(right.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen, strict=True):
-        axis.imshow(_tile(samples[arm, step][:10], 10), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+        axis.imshow(tile(samples[arm, step][:10], 10), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
         axis.set_ylabel(arm, fontsize=9, rotation=0, ha="right", va="center")
     right.suptitle(f"the same noise at step {step}", fontsize=10)
     return figure
-
-
-def _tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images (n, C, S, S) as one array (rows * (S + 1), columns * (S + 1)[, 3]) with light gaps."""
-    missing = -len(images) % columns
-    padded = np.pad(images, ((0, missing), (0, 0), (0, 1), (0, 1)), constant_values=255)
-    n, channels, height, width = padded.shape
-    sheet = padded.reshape(n // columns, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(n // columns * height, columns * width, channels)
-    return sheet[..., 0] if channels == 1 else sheet[..., :3]
-
-
-def _mark_switch(axis: Any, tau: int | None) -> None:
-    if tau is not None:
-        axis.axvline(tau, color="#009E73", linewidth=0.9, linestyle=":")
-        axis.annotate(r"switch $\tau$", (tau, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
-                      textcoords="offset points", fontsize=8, color="#007a5a")  # fmt: skip
-
-
-def _plain_numbers(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
