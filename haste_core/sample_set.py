@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from haste_core import config, signals
-from haste_core.decoding import to_images
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import atomic, write_json
+from haste_core.latents.decoding import to_images
 from haste_core.models import DiffusionTransformer
 from haste_core.runs import Run
 from haste_core.sampling import draw as sample
