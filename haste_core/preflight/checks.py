@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from haste_core import config
 from haste_core.errors import HasteError
-from haste_core.tracing import Example
+from haste_core.preflight.tracing import Example
 
 State = Literal["ok", "missing", "problem"]
 # What the VAE of the released latents does: 8 pixels to one latent of 4 channels.
