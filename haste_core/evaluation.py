@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste_core import decoding, provenance, sampling
+from haste_core import provenance, sampling
 from haste_core.data import open_dataset
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
-from haste_core.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
+from haste_core.latents import decoding
 from haste_core.models import DiffusionTransformer
 from haste_core.runs import Run
 from haste_core.sample_set import SampleSet, drawer, plan
-from haste_core.scorers import Scorer, Scoring, card, columns, metrics_of, open_scorer, with_ema
+from haste_core.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
+from haste_core.scoring.scorers import Scorer, Scoring, card, columns, metrics_of, open_scorer, with_ema
 from haste_core.state import build_generator
 
 __all__ = [

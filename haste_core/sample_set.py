@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from haste_core import config, signals
-from haste_core.decoding import to_images
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import atomic, write_json
-from haste_core.image_sources import NpzImages
+from haste_core.latents.decoding import to_images
 from haste_core.models import DiffusionTransformer
 from haste_core.runs import Run
 from haste_core.sampling import draw as sample
 from haste_core.sampling import drawing_facts, sample_labels, to_uint8
+from haste_core.scoring.image_sources import NpzImages
 from haste_core.turns import POLL_SECONDS, claimed, turn
 
 # From labels (b,) and their seeds to uint8 images (b, C, S, S).

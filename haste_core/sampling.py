@@ -13,8 +13,9 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from haste_core import config, ddpm, decoding, interpolant
+from haste_core import config, ddpm, interpolant
 from haste_core.errors import HasteError
+from haste_core.latents import decoding
 from haste_core.models import DiffusionTransformer
 
 # velocity(x, t): x (B, ...) float64, t a number as the network takes it; returns (B, ...) float64.

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from haste_core import adm, config, extractors, image_sources, reference
-from haste_core.adm import Networks, extract, scores_of
+from haste_core import config
 from haste_core.errors import HasteError
-from haste_core.extractors import LOGITS, POOL, SPATIAL
-from haste_core.frechet import Gaussian, Moments, frechet_distance, inception_score, precision_recall
-from haste_core.image_sources import MemoryImages, NpzImages, TrainingImages
+from haste_core.scoring import adm, extractors, image_sources, reference
+from haste_core.scoring.adm import Networks, extract, scores_of
+from haste_core.scoring.extractors import LOGITS, POOL, SPATIAL
+from haste_core.scoring.frechet import Gaussian, Moments, frechet_distance, inception_score, precision_recall
+from haste_core.scoring.image_sources import MemoryImages, NpzImages, TrainingImages
 
 import timm  # isort: skip
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from haste_core import adm, config, evaluation, extractors, image_sources, preparation, report, scorers, training
+from haste_core import config, evaluation, preparation, report, training
 from haste_core.classifier import SmallCNN
 from haste_core.data import open_dataset
 from haste_core.errors import HasteError
 from haste_core.evaluation import CopyCheck, evaluate_run, evaluation_samples, nearest_distances, score
 from haste_core.runs import Run
+from haste_core.scoring import adm, extractors, image_sources, scorers
 
 import torch_fidelity  # isort: skip
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # isort: skip

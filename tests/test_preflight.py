@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from haste_core import checks, config, estimates, preflight, tracing, training
+from haste_core import config, preflight, training
+from haste_core.preflight import checks, estimates, readiness, tracing
+from haste_core.preflight.tracing import Example
 from haste_core.runs import Run
 from haste_core.state import create
-from haste_core.tracing import Example
 
 IMAGENET = Example(32, 4, 1000, 256, 3)
 Usage = namedtuple("Usage", "total used free")
@@ -392,7 +393,7 @@ def test_a_gpu_that_is_too_small_is_a_problem(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for size, state in ((80, "problem"), (141, "ok")):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, n=size: properties(n * 2**30))
-        assert preflight._memory(found).state == state
+        assert readiness._memory(found).state == state
 
 
 @pytest.mark.gpu

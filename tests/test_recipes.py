@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from haste_core import config, tracing, training
+from haste_core import config, training
+from haste_core.preflight import tracing
 from haste_core.runs import Run
 
 ARMS = {"vanilla": (0, 0), "repa": (0.5, 0), "atta": (0, 0.5), "holistic": (0.5, 0.5), "haste": (0.5, 0.5)}

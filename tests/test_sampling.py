@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from haste_core import config, ddpm, decoding, sampling
+from haste_core import config, ddpm, sampling
 from haste_core.data import contexts
 from haste_core.errors import HasteError
+from haste_core.latents import decoding
 from haste_core.models import DiT, MMDiT, SiT
 from haste_core.sampling import SeededNoise
 from haste_core.sections import SAMPLERS

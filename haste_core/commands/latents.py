@@ -30,8 +30,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Encode or check, and print one line about the folder."""
-    from haste_core import encode
-    from haste_core.workspace import Job
+    from haste_core.latents import encode
+    from haste_core.latents.workspace import Job
 
     if arguments.check is not None:
         if arguments.source is not None:

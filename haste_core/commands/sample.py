@@ -136,8 +136,9 @@ def _draw_few(arguments: argparse.Namespace, found: Run) -> None:
     """A sheet, or an .npz file that fits into memory."""
     import numpy as np
 
-    from haste_core import decoding, images, sampling
+    from haste_core import images, sampling
     from haste_core.files import write_bytes
+    from haste_core.latents import decoding
 
     model, _, _ = _generator(arguments, found)
     study = found.study

@@ -6,11 +6,11 @@ import torch
 
 from haste_core import config
 from haste_core.data.contexts import Contexts
+from haste_core.models.base import DiffusionTransformer
 from haste_core.models.layers import Tapped, Taps
 from haste_core.models.mmdit import MMDiT
 from haste_core.models.sit import DiT, SiT
 
-DiffusionTransformer = SiT | MMDiT
 __all__ = ["DiT", "DiffusionTransformer", "MMDiT", "SiT", "Tapped", "Taps", "build"]
 
 _SIZES = {"depth", "width", "heads", "patch"}

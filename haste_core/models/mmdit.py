@@ -14,19 +14,8 @@ from torch.nn import functional as F
 
 from haste_core.data.contexts import Contexts
 from haste_core.errors import HasteError
-from haste_core.models.layers import (
-    QK,
-    FinalLayer,
-    Mlp,
-    PatchEmbed,
-    Tapped,
-    Taps,
-    TimestepEmbedder,
-    initialise,
-    modulate,
-    sincos_positions,
-    unpatchify,
-)
+from haste_core.models.base import DiffusionTransformer
+from haste_core.models.layers import QK, FinalLayer, Mlp, initialise, modulate
 
 
 class Stream(nn.Module):
@@ -84,7 +73,7 @@ class JointBlock(nn.Module):
         return text, self.x_block.after(x, of_image, image_rest), image_qkv[:2] if hand_out else None
 
 
-class MMDiT(nn.Module):
+class MMDiT(DiffusionTransformer):
     """The velocity network v(x_t, t, text), initialised with adaLN-Zero.
 
     Args:
@@ -110,61 +99,27 @@ class MMDiT(nn.Module):
         context_width: int = 768,
         contexts: Contexts | None = None,
     ) -> None:
-        super().__init__()
-        self.patch, self.channels, self.classes, self.heads = patch, channels, classes, heads
-        self.image_size, self.contexts = image_size, contexts
-        self.x_embedder = PatchEmbed(channels, patch, width)
-        self.t_embedder = TimestepEmbedder(width)
+        super().__init__(
+            image_size=image_size, channels=channels, classes=classes, width=width, heads=heads, patch=patch
+        )
+        self.contexts = contexts
         self.context_embedder = nn.Linear(context_width, width)
-        self.register_buffer("pos_embed", sincos_positions(width, image_size // patch)[None])
-        self.pos_embed: Tensor
         self.joint_blocks = nn.ModuleList(JointBlock(width, heads, last=i == depth - 1) for i in range(depth))
         self.final_layer = FinalLayer(width, patch, channels)
         initialise(self)
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # the weights' own name is joint_blocks
         """The transformer blocks, by the name all generators share."""
         return self.joint_blocks
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the image's token grid."""
-        side = self.image_size // self.patch
-        return side, side
-
-    @property
-    def null_label(self) -> int:
-        """The index of the empty caption."""
-        return self.classes
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps | None = None) -> Tensor | Tapped:
-        """The velocity at (x, t, text).
-
-        Args:
-            x: (B, C, S, S). t: (B,) in [0, 1].
-            y: text tokens (B, L, context_width), or caption indices (B,) int64 in [0, classes].
-            taps: what to hand out beside the velocity; None hands out nothing.
-
-        Returns:
-            The velocity (B, C, S, S), or `Tapped` when taps were given; q and k are those of the image tokens.
-        """
-        tokens: dict[int, Tensor] = {}
-        qk: dict[int, QK] = {}
+    def streams(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Text (B, L, D) and image (B, N, D) tokens; the timestep (B, D)."""
         text = self.context_embedder(self.text_tokens(y).to(x))
-        h = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t)
-        for i, block in enumerate(self.joint_blocks):
-            text, h, handed_out = block(text, h, c, hand_out=taps is not None and i in taps.blocks)
-            if handed_out is not None:
-                qk[i] = handed_out
-            if taps is not None and i + 1 in taps.depths:
-                tokens[i + 1] = h
-        velocity = unpatchify(self.final_layer(h, c), self.patch, self.channels)
-        return velocity if taps is None else Tapped(velocity, tokens, qk)
+        return [text, self.x_embedder(x) + self.pos_embed], self.t_embedder(t)
 
     def text_tokens(self, y: Tensor) -> Tensor:
-        """Text tokens (B, L, context_width) for y as in `forward`.
+        """Text tokens (B, L, context_width) for y: text tokens already, or caption indices (B,) int64 in [0, classes].
 
         Raises:
             HasteError: y holds indices and there is no table of contexts.

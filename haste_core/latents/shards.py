@@ -28,7 +28,7 @@ from haste_core.data.pairs import IMAGES, LATENTS, name_of
 from haste_core.data.resize import to_signed
 from haste_core.errors import HasteError, is_disk_full
 from haste_core.files import write_json
-from haste_core.workspace import Job, Workspace
+from haste_core.latents.workspace import Job, Workspace
 
 _PACKAGES = ("torch", "diffusers", "datasets", "numpy", "pillow")
 
@@ -52,7 +52,7 @@ class Encoder:
     @cached_property
     def vae(self) -> Any:
         """The VAE on the job's device."""
-        from haste_core import vae
+        from haste_core.latents import vae
 
         return vae.load(self.job.vae, self.job.device)
 

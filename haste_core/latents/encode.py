@@ -26,9 +26,9 @@ from haste_core.data.manifest import Manifest, read_manifest
 from haste_core.data.pairs import IMAGES, LATENTS, name_of
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json, write_text
-from haste_core.shards import Encoder, combined, labels_hash
+from haste_core.latents.shards import Encoder, combined, labels_hash
+from haste_core.latents.workspace import Job, Workspace
 from haste_core.validation import validate
-from haste_core.workspace import Job, Workspace
 
 
 def prepare(job: Job, processes: int = 1, progress: bool = True) -> Manifest:
@@ -114,7 +114,7 @@ def helpers(job: Job, devices: list[str]) -> Iterator[list[subprocess.Popen[byte
     try:
         for device in devices:
             text = Job(**{**vars(job), "device": device}).write()
-            words = [sys.executable, "-m", "haste_core.encode", text, str(os.getpid())]
+            words = [sys.executable, "-m", "haste_core.latents.encode", text, str(os.getpid())]
             # A session of its own: Ctrl-C reaches this process alone, which then ends the others.
             started.append(subprocess.Popen(words, start_new_session=True))
         yield started

@@ -14,7 +14,7 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError
 
 if TYPE_CHECKING:
-    from haste_core.vae import Vae
+    from haste_core.latents.vae import Vae
 
 
 def to_images(x: Tensor, data: config.Data, sample: config.Sample) -> Tensor:
@@ -51,6 +51,6 @@ def vae_of(data: config.Data, sample: config.Sample) -> tuple[str, str | None]:
 @lru_cache(maxsize=1)
 def _load(name: str, fingerprint: str | None) -> Vae:
     # diffusers is heavy, and pixel space needs none of it.
-    from haste_core import vae
+    from haste_core.latents import vae
 
     return vae.load(name, default_device(), fingerprint)

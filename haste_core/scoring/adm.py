@@ -14,13 +14,14 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from haste_core import config, provenance, reference
+from haste_core import config, provenance
 from haste_core.devices import default_device
-from haste_core.extractors import LOGITS, POOL, SPATIAL, build_dinov2, build_inception
 from haste_core.files import output_root
-from haste_core.frechet import IS_PART, Moments, frechet_distance, inception_score, precision_recall
-from haste_core.image_sources import Images, NpzImages, TrainingImages
-from haste_core.reference import MANIFOLD, Reference
+from haste_core.scoring import reference
+from haste_core.scoring.extractors import LOGITS, POOL, SPATIAL, build_dinov2, build_inception
+from haste_core.scoring.frechet import IS_PART, Moments, frechet_distance, inception_score, precision_recall
+from haste_core.scoring.image_sources import Images, NpzImages, TrainingImages
+from haste_core.scoring.reference import MANIFOLD, Reference
 from haste_core.turns import turn
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from haste_core import config
 from haste_core.errors import HasteError
-from haste_core.tracing import Example
+from haste_core.preflight.tracing import Example
 
 State = Literal["ok", "missing", "problem"]
 # What the VAE of the released latents does: 8 pixels to one latent of 4 channels.
@@ -173,7 +173,7 @@ def vae(data: config.Data, sample: config.Sample) -> Check | None:
     """Whether the decoder of latents is there; None in pixel space."""
     if data.kind != "latents":
         return None
-    from haste_core.decoding import vae_of
+    from haste_core.latents.decoding import vae_of
 
     try:
         named = vae_of(data, sample)[0]
@@ -204,7 +204,7 @@ def inception(where: str) -> Check:
     """Whether the Inception weights of the ADM scores are there."""
     import torch
 
-    from haste_core.extractors import INCEPTION_FILE, URL_INCEPTION_V3
+    from haste_core.scoring.extractors import INCEPTION_FILE, URL_INCEPTION_V3
 
     if where != "hub":
         there = Path(where).is_file()
@@ -215,7 +215,7 @@ def inception(where: str) -> Check:
 
 def reference(path: str) -> Check:
     """Whether a file of reference statistics or images is there and holds what one should."""
-    from haste_core.reference import array_names
+    from haste_core.scoring.reference import array_names
 
     if not Path(path).is_file():
         text = (

@@ -11,13 +11,14 @@ from typing import Any, TextIO
 
 import torch
 
-from haste_core import checks, config, estimates, runs, sampling
-from haste_core.checks import Check
+from haste_core import config, runs, sampling
 from haste_core.errors import HasteError
-from haste_core.estimates import Estimate
 from haste_core.files import output_root
+from haste_core.preflight import checks, estimates
+from haste_core.preflight.checks import Check
+from haste_core.preflight.estimates import Estimate
+from haste_core.preflight.tracing import Example, Networks, networks, student_of, teacher_of
 from haste_core.runs import Run
-from haste_core.tracing import Example, Networks, networks, student_of, teacher_of
 
 GIB = 2**30
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from haste_core import config
 from haste_core.errors import HasteError
 from haste_core.files import atomic
-from haste_core.frechet import Gaussian, Moments
-from haste_core.image_sources import TrainingImages, file_hash, training_hash
+from haste_core.scoring.frechet import Gaussian, Moments
+from haste_core.scoring.image_sources import TrainingImages, file_hash, training_hash
 
 # Of training images, statistics take all; precision and recall take this many, as in ADM's reference batches.
 MANIFOLD = 10_000

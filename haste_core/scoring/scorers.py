@@ -1,6 +1,6 @@
 """The two suites of scores behind one protocol, and the card that names everything that moves a score.
 
-`study` scores on features of a classifier that the study trains itself; `adm` by the ADM protocol (`haste_core.adm`).
+`study` scores on features of a classifier that the study trains itself; `adm` by the ADM protocol (`.adm`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
-from haste_core import adm, config, provenance, sampling
+from haste_core import config, provenance, sampling
 from haste_core.data import Batches, Dataset, open_dataset
-from haste_core.image_sources import Images, MemoryImages, TrainingImages, training_hash
-from haste_core.metrics import METRICS, CopyCheck, compare, extract_features, register_extractor
 from haste_core.preparation import load_extractor
+from haste_core.scoring import adm
+from haste_core.scoring.image_sources import Images, MemoryImages, TrainingImages, training_hash
+from haste_core.scoring.metrics import METRICS, CopyCheck, compare, extract_features, register_extractor
 
 _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
 _HELD_OUT = tuple(f"{name}_heldout" for name in METRICS)
@@ -162,7 +163,7 @@ def augmented(dataset: Dataset, seed: int) -> Tensor:
 
 
 class AdmStudyScorer:
-    """The suite `adm`: scores of METRICS in `haste_core.adm` against the study's reference."""
+    """The suite `adm`: scores of METRICS in `haste_core.scoring.adm` against the study's reference."""
 
     def __init__(self, study: config.Study, progress: bool = True) -> None:
         self.study = study

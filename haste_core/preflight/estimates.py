@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from haste_core import config
-from haste_core.tracing import Cost, Example, Networks, cost, matrices, teacher_flops, without_contents
+from haste_core.preflight.tracing import Cost, Example, Networks, cost, matrices, teacher_flops, without_contents
 
 # Published dense matrix rates in FLOP/s: 16-bit inputs with float32 sums, and plain float32 (torch's default).
 RATES = {
