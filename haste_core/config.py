@@ -72,7 +72,10 @@ class RunConfig(Section):
 
     @property
     def tau(self) -> float:
-        """The step at which phase II begins: 0 for a vanilla run, infinity where alignment never ends."""
+        """The step from which the run is no longer fully aligned, as far as its settings say.
+
+        0 for a vanilla run, infinity where alignment never ends or a trigger decides.
+        """
         if not self.alignment.active:
             return 0
         return float("inf") if self.termination.at is None else self.termination.at
@@ -143,8 +146,8 @@ class Study(Section):
         return None
 
     def teacher_hash(self, teacher: Teacher) -> str:
-        """Hash of what decides a teacher's weights in this study."""
-        return digest([self.data.model_dump(mode="json"), teacher.model_dump(mode="json")])
+        """Hash of what decides a teacher's weights in this study, not what it is shown."""
+        return digest([self.data.model_dump(mode="json"), teacher.model_dump(mode="json", exclude={"low_pass"})])
 
     def teachers(self) -> list[Teacher]:
         """The study's own teacher, then those that aligned arms bring."""
