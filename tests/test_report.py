@@ -212,13 +212,9 @@ def test_columns_of_the_tables_others_read():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_overrides, forget_accelerator):
+def finished(new_output, tiny_overrides):
     """Report of a finished study of two arms and two seeds, from training to report.html."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HASTE_OUTPUT", str(folder))
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        forget_accelerator()
+    with new_output():
         study = config.load("digits", overrides=[*tiny_overrides, "seeds=[0, 1]", "train.keep=[8]"])
         study = study.model_copy(update={"arms": {arm: study.arms[arm] for arm in ("vanilla", "haste")}})
         preparation.write_facts(study, study_dir(study) / "prepared.json")
@@ -229,7 +225,6 @@ def finished(tmp_path_factory, tiny_overrides, forget_accelerator):
         cost.write(study, rounds=2)
         report.write_tables(result)
         report.write_report(result)
-        forget_accelerator()
         yield result
 
 
