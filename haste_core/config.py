@@ -98,10 +98,14 @@ class RunConfig(Section):
 
 
 class Study(Section):
-    """A base, its arms and its seeds, as read from a study file."""
+    """A base, its arms and its seeds, as read from a study file.
+
+    title: the question, in a line. note: what a reader of the report must know before the numbers.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     title: str = ""
+    note: str = ""
     data: Data
     teacher: Teacher
     model: Model
