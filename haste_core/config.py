@@ -60,6 +60,12 @@ class RunConfig(Section):
                 f"alignment.depth {self.alignment.depth} does not exist: the student has {self.model.depth} blocks, "
                 f"counted from 1"
             )
+        if self.termination.kind == "gradient_angle" and self.termination.every % self.train.log_every:
+            raise ValueError(
+                f"termination.every {self.termination.every} is no multiple of train.log_every {self.train.log_every}"
+            )
+        if self.termination.block is not None and self.termination.block >= self.model.depth:
+            raise ValueError(f"termination.block {self.termination.block}; possible: 0 to {self.model.depth - 1}")
         for student, _ in self.alignment.layer_pairs:
             if student >= self.model.depth:
                 raise ValueError(

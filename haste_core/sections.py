@@ -205,8 +205,9 @@ class Termination(Section):
     """When phase I ends (Eq. 3).
 
     kind: `iteration`: phase II from step `at` on. `never`: always on. `gradient_angle`: the paper's trigger, the exact
-    cosine between denoising and alignment gradients on `analysis.block`, every `every` steps after step `after`, at
-    the noise levels `timesteps` on `n` held-out images; it fires when the mean is below `threshold` (Tables 9, 10).
+    cosine between denoising and alignment gradients on block `block` (from 0; by default the last below the aligned
+    depth), every `every` steps after step `after`, at the noise levels `timesteps` on `n` held-out images; it fires
+    when the mean is below `threshold` (Tables 9, 10).
     `online_angle`: the estimate that costs no extra pass, below `threshold` for `patience` logged lines in a row after
     an exponential average with `smoothing`. `plateau`: the alignment loss of the last `window` logged lines is below
     that of the window before by less than the share `gain` of all it fell.
@@ -221,6 +222,7 @@ class Termination(Section):
     threshold: float = Field(-0.05, ge=-1, le=1)
     timesteps: Annotated[list[Unit], Field(min_length=1)] = [0.02, 0.1, 0.5, 0.8]
     n: Positive = 2048
+    block: NonNegative | None = None
     smoothing: float = Field(0.0, ge=0, lt=1)
     patience: Positive = 1
     window: Positive = 4
@@ -238,6 +240,9 @@ class Termination(Section):
 class Train(Section):
     """Optimisation (Table 16). Steps are optimizer steps; `keep` lists the steps whose checkpoints stay for good.
 
+    watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.analysis.online`), which changes
+    no number of the run.
+
     timestep_shift: s maps a uniform t to s t / (1 + (s - 1) t); above 1 high noise is trained on more often. Not in the
     paper: the control for what alignment at high noise buys (the map of arXiv 2403.03206, Sec. 5.3.2).
     """
@@ -254,6 +259,7 @@ class Train(Section):
     precision: Literal["no", "fp16", "bf16"] = "no"
     threads: Positive = 1
     keep: list[Positive] = []
+    watch_angle: bool = False
     log_every: Positive = 50
     checkpoint_every: Positive = 500
     sample_every: Positive = 1000
@@ -275,7 +281,7 @@ class Train(Section):
 
 
 # What of `Train` changes no number of a run: how far it goes, and what is written on the way.
-TRAIN_BOOKKEEPING = {"steps", "keep", "log_every", "checkpoint_every", "sample_every"}
+TRAIN_BOOKKEEPING = {"steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every"}
 
 
 class Sample(Section):

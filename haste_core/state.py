@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from haste_core import checkpoint
 from haste_core.alignment import Alignment
+from haste_core.analysis.online import OnlineAngle
 from haste_core.config import RunConfig
 from haste_core.data import Batches, Dataset, open_dataset
 from haste_core.data.contexts import Contexts
@@ -25,7 +26,10 @@ from haste_core.termination import Termination
 
 @dataclass
 class TrainState:
-    """A run between two steps. `alignment` and its optimizer exist in phase I only."""
+    """A run between two steps. `alignment`, its optimizer and `angle` exist in phase I only.
+
+    angle: the online estimate of the gradient angle, where the run watches it.
+    """
 
     config: RunConfig
     seed: int
@@ -40,6 +44,7 @@ class TrainState:
     noise: Generator
     objective: Objective
     step: int = 0
+    angle: OnlineAngle | None = None
     window: dict[str, Tensor] = field(default_factory=dict)  # sums since the last logged step
 
     @property
@@ -54,7 +59,7 @@ class TrainState:
 
     def enter_phase_two(self) -> None:
         """Drop teacher, projector and their optimizer state for good; nobody looks at clean images any more."""
-        self.alignment = self.alignment_optimizer = None
+        self.alignment = self.alignment_optimizer = self.angle = None
         self.batches.with_images = False
 
 
@@ -114,7 +119,13 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
         batches=Batches(dataset, config.train.batch_size, seeds.order, with_images=alignment is not None),
         noise=Generator().manual_seed(seeds.noise),
         objective=objective_of(config.model.kind),
+        angle=OnlineAngle(accelerator.device) if alignment is not None and watches(config) else None,
     )  # fmt: skip
+
+
+def watches(config: RunConfig) -> bool:
+    """True when a run takes the online estimate of its gradient angle in phase I."""
+    return config.train.watch_angle or config.termination.kind == "online_angle"
 
 
 def build_generator(config: RunConfig, dataset: Dataset, seed: int) -> DiffusionTransformer:
@@ -160,6 +171,8 @@ def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         _put(tensors, "alignment.projector.", projector.state_dict())
         assert state.alignment_optimizer is not None
         _put(tensors, "alignment.optimizer.", checkpoint.optimizer_tensors(state.alignment_optimizer, projector))
+    if state.angle is not None:
+        _put(tensors, "angle.", state.angle.state_dict())
     _put(tensors, "data.", state.batches.state_dict())
     _put(tensors, "window.", state.window)
     tensors["noise.generator"] = state.noise.get_state()
@@ -196,6 +209,8 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], rest: Mapping[str,
         checkpoint.load_optimizer(
             state.alignment_optimizer, projector, checkpoint.under(tensors, "alignment.optimizer.")
         )
+    if state.angle is not None and "angle.sums" in tensors:
+        state.angle.load_state_dict(checkpoint.under(tensors, "angle."))
     state.batches.load_state_dict(checkpoint.under(tensors, "data."))
     state.window = {k: v.to(state.accelerator.device) for k, v in checkpoint.under(tensors, "window.").items()}
     state.noise.set_state(tensors["noise.generator"])

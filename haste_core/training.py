@@ -21,6 +21,7 @@ from haste_core.data import Batch
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 from haste_core.files import locked, write_bytes, write_text
 from haste_core.objectives import shifted
+from haste_core.observing import observe
 from haste_core.runs import Run
 from haste_core.state import TrainState, capture, create, restore
 from haste_core.teacher import Teacher, build_teacher, load_pretrained
@@ -64,7 +65,8 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
             predicted = s.model(x_t, t, y)
         else:
             tapped = s.model(x_t, t, y, s.alignment.taps)
-            predicted, aligned = tapped.output, s.alignment.losses(tapped, batch.images, u)
+            watched = tapped if s.angle is None else s.angle.watch(tapped, u)
+            predicted, aligned = tapped.output, s.alignment.losses(watched, batch.images, u)
             measured = {k: v for k, v in aligned._asdict().items() if k != "total" and v is not None}
     denoising = s.objective.loss(predicted, batch.x, eps, t).mean()
     loss = denoising if s.alignment is None else denoising + s.termination.weight(s.step) * aligned.total
@@ -175,6 +177,7 @@ class Meter:
         rate = (state.step - self.step) / max(now - self.time, 1e-9)
         phase = state.termination.phase
         line = {"step": state.step, "images_seen": state.step * state.config.train.batch_size, "phase": phase, **means}
+        line |= observe(state)
         try:
             self.log.write(json.dumps(line | {"steps_per_s": round(rate, 3)}) + "\n")
             self.log.flush()
