@@ -6,7 +6,7 @@ label, one noise level at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -66,15 +66,36 @@ def look(
         seed: of the noise, see `noised`.
         labels: (B,); the null label by default.
     """
-    device = next(model.parameters()).device
-    labels = torch.full((len(x),), model.null_label) if labels is None else labels
-    parts = zip(*(whole.split(BATCH) for whole in (*noised(model, x, t, seed), labels)), strict=True)
-    seen = [model(*(part.to(device) for part in batch), taps) for batch in parts]
+    seen = list(_passes(model, noised(model, x, t, seed), labels, taps))
     return Tapped(
         _joined(s.output for s in seen),
         {d: _joined(s.tokens[d] for s in seen) for d in taps.depths},
         {b: (_joined(s.qk[b][0] for s in seen), _joined(s.qk[b][1] for s in seen)) for b in taps.blocks},
     )
+
+
+@torch.no_grad()
+def patch_means(
+    model: DiffusionTransformer, x: Tensor, t: float, depths: Iterable[int], seed: int
+) -> dict[int, Tensor]:
+    """The mean over patch tokens after the blocks at `depths` (from 1), (B, D) float32 on the CPU by depth.
+
+    The inputs are those of `look` with the null label. Tokens are averaged batch by batch: those of all blocks of a
+    large generator at once do not fit into memory.
+    """
+    taps = Taps(depths=tuple(depths))
+    seen = _passes(model, noised(model, x, t, seed), None, taps)
+    means = [{depth: tokens.float().mean(1) for depth, tokens in s.tokens.items()} for s in seen]
+    return {depth: _joined(part[depth] for part in means) for depth in taps.depths}
+
+
+def _passes(
+    model: DiffusionTransformer, inputs: tuple[Tensor, Tensor], labels: Tensor | None, taps: Taps
+) -> Iterator[Tapped]:
+    device, count = next(model.parameters()).device, len(inputs[0])
+    labels = torch.full((count,), model.null_label) if labels is None else labels
+    for batch in zip(*(whole.split(BATCH) for whole in (*inputs, labels)), strict=True):
+        yield model(*(part.to(device) for part in batch), taps)
 
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:

@@ -21,10 +21,18 @@ from haste_core.figures.scores import (
     summary,
     training_curves,
 )
+from haste_core.figures.similarity import (
+    aligned_similarity,
+    probing_over_depth,
+    probing_over_training,
+    similarity_maps,
+    similarity_over_t,
+)
 from haste_core.figures.style import Figure, save, style
 
 __all__ = [
-    "Figure", "attention_maps", "claims_forest", "conflict_by_arm", "conflict_over_t", "conflict_over_training",
-    "fid_against_steps", "gain_over_vanilla", "image_rows", "one_card", "online_against_exact", "sample_sheet", "save",
-    "step_cost", "style", "summary", "training_curves",
+    "Figure", "aligned_similarity", "attention_maps", "claims_forest", "conflict_by_arm", "conflict_over_t",
+    "conflict_over_training", "fid_against_steps", "gain_over_vanilla", "image_rows", "one_card",
+    "online_against_exact", "probing_over_depth", "probing_over_training", "sample_sheet", "save",
+    "similarity_maps", "similarity_over_t", "step_cost", "style", "summary", "training_curves",
 ]  # fmt: skip
