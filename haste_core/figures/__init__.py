@@ -3,6 +3,7 @@
 Every function takes rows of a table (pandas) and returns a Figure; `save` writes it as PNG and SVG.
 """
 
+from haste_core.figures.capacity import capacity_over_depth, capacity_over_training, error_by_arm, error_per_band
 from haste_core.figures.scores import (
     attention_maps,
     claims_forest,
@@ -18,6 +19,7 @@ from haste_core.figures.scores import (
 from haste_core.figures.style import Figure, save, style
 
 __all__ = [
-    "Figure", "attention_maps", "claims_forest", "fid_against_steps", "gain_over_vanilla", "image_rows", "one_card",
+    "Figure", "attention_maps", "capacity_over_depth", "capacity_over_training", "claims_forest", "error_by_arm",
+    "error_per_band", "fid_against_steps", "gain_over_vanilla", "image_rows", "one_card",
     "sample_sheet", "save", "step_cost", "style", "summary", "training_curves",
 ]  # fmt: skip
