@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste_core import provenance, sampling
+from haste_core import config, provenance, sampling
 from haste_core.data import open_dataset
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.latents import decoding
 from haste_core.models import DiffusionTransformer
-from haste_core.runs import Run
+from haste_core.runs import Run, study_dir
 from haste_core.sample_set import SampleSet, drawer, plan
 from haste_core.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
 from haste_core.scoring.scorers import Scorer, Scoring, card, columns, metrics_of, open_scorer, with_ema
@@ -26,8 +26,8 @@ from haste_core.state import build_generator
 
 __all__ = [
     "METRICS", "CopyCheck", "ImageSet", "Scorer", "card", "columns", "evaluate_run", "evaluation_samples",
-    "evaluation_set", "find_samples", "generator_at", "is_scored", "metrics_of", "nearest_distances", "open_scorer",
-    "register_extractor", "rows", "score",
+    "evaluation_set", "find_samples", "floor", "generator_at", "is_scored", "metrics_of", "nearest_distances",
+    "open_scorer", "register_extractor", "rows", "score",
 ]  # fmt: skip
 
 SHARD_SIZE = 1000
@@ -68,8 +68,12 @@ def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSe
     return samples
 
 
-def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
+def evaluate_run(run: Run, progress: bool = True, scorer: Scoring | None = None) -> list[dict[str, Any]]:
     """Score every kept checkpoint of a finished run; what is scored already is not scored again.
+
+    Args:
+        run: finished. progress: show bars.
+        scorer: of the run's study, where one is open already; it holds the features of all real images.
 
     Returns:
         One row per step: arm, seed, step, images_seen, the scores, n, and `card`, the card's id. The rows, the card
@@ -86,7 +90,7 @@ def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
         )
     torch.set_num_threads(run.config.train.threads)
     with locked(run.dir / "evaluation.lock", f"the evaluation of {run.arm} seed {run.seed}"):
-        scorer = open_scorer(run.study, progress)
+        scorer = scorer or open_scorer(run.study, progress)
         own = with_ema(scorer.card, run.config.train.ema_decay)
         known = known_scores(run, own["card_id"])
         with provenance.session(run.dir, what="evaluation"):
@@ -99,6 +103,14 @@ def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
                     save_scores(run, own, known)
         save_scores(run, own, known)
         return rows(run)
+
+
+def floor(scorer: Scoring, study: config.Study) -> list[dict[str, Any]]:
+    """What real images score against real ones (`Scoring.floor`), measured once for a card and kept in runs/<study>."""
+    path = study_dir(study) / f"floor-{scorer.card['card_id']}.json"
+    if not path.is_file():
+        write_json(path, scorer.floor())
+    return json.loads(path.read_text())
 
 
 def _drawn_and_scored(run: Run, step: int, scorer: Scoring, progress: str | None) -> tuple[dict[str, float], Tensor]:

@@ -618,6 +618,21 @@ def test_the_floor_compares_real_images_with_real_ones(workshop, tiny):
     )
 
 
+def test_the_floor_is_measured_once_for_a_card(workshop, tiny, monkeypatch):
+    scorer = evaluation.Scorer(tiny)
+    first = evaluation.floor(scorer, tiny)
+    assert first == scorer.floor()
+    monkeypatch.setattr(scorer, "floor", lambda: pytest.fail("measured again"))
+    assert evaluation.floor(scorer, tiny) == first
+
+
+def test_an_open_scorer_is_used_as_it_is(workshop, tiny, monkeypatch):
+    scorer = evaluation.Scorer(tiny)
+    monkeypatch.setattr(evaluation, "open_scorer", lambda *_: pytest.fail("opened again"))
+    rows = evaluation.evaluate_run(Run(tiny, "vanilla", 0), progress=False, scorer=scorer)
+    assert rows[-1]["card"] == scorer.card["card_id"]
+
+
 def test_evaluating_touches_no_cache_and_no_teacher(workshop, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     monkeypatch.setattr("haste_core.teacher.build_encoder", lambda *_: pytest.fail("the teacher was built"))
