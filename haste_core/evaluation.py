@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste_core import decoding, provenance, sampling
+from haste_core import config, decoding, provenance, sampling
 from haste_core.data import open_dataset
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
 from haste_core.models import DiffusionTransformer
-from haste_core.runs import Run
+from haste_core.runs import Run, study_dir
 from haste_core.sample_set import SampleSet, drawer, plan
 from haste_core.scorers import Scorer, Scoring, card, columns, metrics_of, open_scorer, with_ema
 from haste_core.state import build_generator
@@ -67,7 +67,7 @@ def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSe
     return samples
 
 
-def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
+def evaluate_run(run: Run, progress: bool = True, scorer: Scoring | None = None) -> list[dict[str, Any]]:
     """Score every kept checkpoint of a finished run; what is scored already is not scored again.
 
     Returns:
@@ -85,7 +85,7 @@ def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
         )
     torch.set_num_threads(run.config.train.threads)
     with locked(run.dir / "evaluation.lock", f"the evaluation of {run.arm} seed {run.seed}"):
-        scorer = open_scorer(run.study, progress)
+        scorer = scorer or open_scorer(run.study, progress)
         own = with_ema(scorer.card, run.config.train.ema_decay)
         known = known_scores(run, own["card_id"])
         with provenance.session(run.dir, what="evaluation"):
@@ -98,6 +98,14 @@ def evaluate_run(run: Run, progress: bool = True) -> list[dict[str, Any]]:
                     save_scores(run, own, known)
         save_scores(run, own, known)
         return rows(run)
+
+
+def floor(scorer: Scoring, study: config.Study) -> list[dict[str, Any]]:
+    """What real images score against real ones (`Scoring.floor`), measured once for a card and kept in runs/<study>."""
+    path = study_dir(study) / f"floor-{scorer.card['card_id']}.json"
+    if not path.is_file():
+        write_json(path, scorer.floor())
+    return json.loads(path.read_text())
 
 
 def _drawn_and_scored(run: Run, step: int, scorer: Scoring, progress: str | None) -> tuple[dict[str, float], Tensor]:

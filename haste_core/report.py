@@ -114,7 +114,7 @@ def write_tables(report: Report) -> None:
     fid = [row for run in report.all_runs() for row in evaluation.rows(run)]
     write_table(folder / "fid.csv", fid, evaluation.columns(study))
     scorer = evaluation.open_scorer(study)
-    write_table(folder / "floor.csv", scorer.floor(), ("pair", "n", "n_reference", *evaluation.metrics_of(study)))
+    write_table(folder / "floor.csv", evaluation.floor(scorer, study), ("pair", "n", "n_reference", *evaluation.metrics_of(study)))
     for run in report.all_runs():
         card = json.loads(run.evaluation_path.read_text())["card"]
         write_json(folder / "cards" / f"{card['card_id']}.json", card)
