@@ -21,12 +21,17 @@ from haste_core.teacher import Teacher
 from haste_core.token_grids import Grid, resample_attention, resample_tokens
 
 
-def feature_loss(projected: Tensor, teacher_tokens: Tensor) -> Tensor:
+def feature_loss(projected: Tensor, teacher_tokens: Tensor, weights: Tensor | None = None) -> Tensor:
     """Minus the mean cosine between projected student tokens and teacher tokens, in [-1, 1].
 
-    Eq. 1, arXiv 2505.16792. Both (B, N, D).
+    Eq. 1, arXiv 2505.16792. Both (B, N, D); weights (B,) of the samples, all one by default.
     """
-    return -F.cosine_similarity(projected.float(), teacher_tokens.float(), dim=-1).mean()
+    return -_mean(F.cosine_similarity(projected.float(), teacher_tokens.float(), dim=-1), weights)
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of values (B, ...), each sample multiplied by its weight (B,)."""
+    return values.mean() if weights is None else (values.flatten(1).mean(1) * weights).mean()
 
 
 def attention_loss(student: QK, teacher: QK) -> Tensor:
@@ -38,12 +43,13 @@ def attention_loss(student: QK, teacher: QK) -> Tensor:
     return attention_cross_entropy(student, attention_probabilities(*teacher))
 
 
-def attention_cross_entropy(student: QK, target: Tensor) -> Tensor:
+def attention_cross_entropy(student: QK, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """The cross-entropy H(target, student attention) in nats, mean over batch, heads and queries.
 
-    q and k of the student are (B, H, N, d), the target (B, H, N, N) with rows that sum to one.
+    q and k of the student are (B, H, N, d), the target (B, H, N, N) with rows that sum to one; weights (B,) of the
+    samples, all one by default.
     """
-    return -(target * attention_logits(*student).log_softmax(-1)).sum(-1).mean()
+    return -_mean((target * attention_logits(*student).log_softmax(-1)).sum(-1), weights)
 
 
 def attention_logits(q: Tensor, k: Tensor) -> Tensor:
@@ -109,31 +115,42 @@ class Alignment:
             projector(width, alignment.projector_width, teacher.width, seed) if with_features else None
         )
 
-    def losses(self, tapped: Tapped, images: Tensor) -> AlignmentLosses:
+    @property
+    def everywhere(self) -> bool:
+        """True when samples of every noise level are aligned."""
+        return (self.config.t_low, self.config.t_high) == (0, 1)
+
+    def inside(self, t: Tensor) -> Tensor:
+        """1 for samples whose noise level t (B,) lies in the aligned interval, else 0, float32."""
+        return ((t >= self.config.t_low) & (t <= self.config.t_high)).float()
+
+    def losses(self, tapped: Tapped, images: Tensor, t: Tensor | None = None) -> AlignmentLosses:
         """Alignment of what the student handed out with the teacher's view of the clean images.
 
         Args:
             tapped: from a forward pass with `self.taps`.
             images: (B, C, S, S) in [-1, 1], the teacher's input.
+            t: noise levels (B,) in [0, 1], for an alignment restricted to some of them; all are aligned without it.
         """
+        weights = None if t is None or self.everywhere else self.inside(t)
         seen = self.teacher(images, self.teacher_blocks)
         feature = attention = None
         total = torch.zeros((), device=images.device)
         if self.projector is not None:
             projected = resample_tokens(self.projector(tapped.tokens[self.config.depth]), *self.grids)
-            feature = feature_loss(projected, seen.tokens)
+            feature = feature_loss(projected, seen.tokens, weights)
             total = total + self.config.lambda_feature * feature
         if self.pairs:
-            losses = [self._attention_loss(tapped.qk[s], seen.qk[t]) for s, t in self.pairs]
+            losses = [self._attention_loss(tapped.qk[a], seen.qk[b], weights) for a, b in self.pairs]
             attention = torch.stack(losses).mean()
             total = total + self.config.lambda_attention * attention
         return AlignmentLosses(total, feature, attention)
 
-    def _attention_loss(self, student: QK, teacher: QK) -> Tensor:
+    def _attention_loss(self, student: QK, teacher: QK, weights: Tensor | None) -> Tensor:
         student, teacher = self._pick_heads(student), self._pick_heads(teacher)
         student_grid, teacher_grid = self.grids
         target = resample_attention(attention_probabilities(*teacher), teacher_grid, student_grid)
-        return attention_cross_entropy(student, target)
+        return attention_cross_entropy(student, target, weights)
 
     def _pick_heads(self, qk: QK) -> QK:
         # A slice, not an index, where the heads are a prefix: no copy.

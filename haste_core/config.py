@@ -72,7 +72,10 @@ class RunConfig(Section):
 
     @property
     def tau(self) -> float:
-        """The step at which phase II begins: 0 for a vanilla run, infinity where alignment never ends."""
+        """The step from which the run is no longer fully aligned, as far as its settings say.
+
+        0 for a vanilla run, infinity where alignment never ends or a trigger decides.
+        """
         if not self.alignment.active:
             return 0
         return float("inf") if self.termination.at is None else self.termination.at
@@ -95,10 +98,14 @@ class RunConfig(Section):
 
 
 class Study(Section):
-    """A base, its arms and its seeds, as read from a study file."""
+    """A base, its arms and its seeds, as read from a study file.
+
+    title: the question, in a line. note: what a reader of the report must know before the numbers.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     title: str = ""
+    note: str = ""
     data: Data
     teacher: Teacher
     model: Model
@@ -143,8 +150,8 @@ class Study(Section):
         return None
 
     def teacher_hash(self, teacher: Teacher) -> str:
-        """Hash of what decides a teacher's weights in this study."""
-        return digest([self.data.model_dump(mode="json"), teacher.model_dump(mode="json")])
+        """Hash of what decides a teacher's weights in this study, not what it is shown."""
+        return digest([self.data.model_dump(mode="json"), teacher.model_dump(mode="json", exclude={"low_pass"})])
 
     def teachers(self) -> list[Teacher]:
         """The study's own teacher, then those that aligned arms bring."""

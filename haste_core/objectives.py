@@ -13,6 +13,15 @@ from torch import Tensor
 from haste_core import ddpm, interpolant
 
 
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Noise levels shift u / (1 + (shift - 1) u) of uniform draws u (B,) in [0, 1]; u itself for a shift of 1.
+
+    Above 1 high noise becomes more frequent: half of the draws lie above shift / (1 + shift). Sec. 5.3.2,
+    arXiv 2403.03206.
+    """
+    return u if shift == 1 else shift * u / (1 + (shift - 1) * u)
+
+
 class Objective(Protocol):
     """A path from data to noise and the loss of a network on it."""
 

@@ -118,6 +118,8 @@ class Teacher(Section):
     `random` (timing and tests only), or the path of a local checkpoint. mean, std: of inputs in [0, 1]; taken from
     timm's `pretrained_cfg` when not given. Input size and interpolation come from it too; `kwargs: {img_size: 224}`
     overrides the size. resize: `reference` normalises and then resizes bicubic without antialias, as the paper's code.
+    low_pass: the teacher sees only frequencies up to this share of the Nyquist frequency (Fig 5, arXiv 2505.16792;
+    `haste_core.teacher.low_passed`).
     """
 
     model: str
@@ -126,6 +128,7 @@ class Teacher(Section):
     mean: list[float] | None = None
     std: list[float] | None = None
     resize: Literal["antialias", "reference"] = "antialias"
+    low_pass: float | None = Field(None, gt=0, le=1)
     fitting: Fitting = Fitting()
 
 
@@ -167,7 +170,8 @@ class Alignment(Section):
 
     depth: the block, counted from 1, whose output tokens are aligned. layer_pairs: (student block, teacher block),
     both counted from 0. heads: indices aligned, student head m with teacher head m; by default the first
-    min(student heads, teacher heads), the rest stay free.
+    min(student heads, teacher heads), the rest stay free. t_low, t_high: only samples whose noise level lies in this
+    interval are aligned (Fig 5); the losses stay means over the whole batch, the others counting as zero.
     """
 
     lambda_feature: float = Field(0.0, ge=0)
@@ -176,6 +180,8 @@ class Alignment(Section):
     layer_pairs: list[tuple[NonNegative, NonNegative]] = []
     heads: list[NonNegative] | None = None
     projector_width: Positive = 2048
+    t_low: Unit = 0.0
+    t_high: Unit = 1.0
 
     @property
     def active(self) -> bool:
@@ -186,26 +192,55 @@ class Alignment(Section):
     def _check(self) -> Alignment:
         if self.lambda_attention > 0 and not self.layer_pairs:
             raise ValueError("lambda_attention > 0 needs layer_pairs, a list of [student block, teacher block]")
+        if self.t_low >= self.t_high:
+            raise ValueError(
+                f"t_low {self.t_low} is not below t_high {self.t_high}; possible: 0 <= t_low < t_high <= 1"
+            )
         if self.heads is not None and (not self.heads or len(set(self.heads)) < len(self.heads)):
             raise ValueError(f"heads {self.heads} must name at least one head, each once")
         return self
 
 
 class Termination(Section):
-    """When phase I ends (Eq. 3). `iteration`: phase II from step `at` on; `never`: always on."""
+    """When phase I ends (Eq. 3).
 
-    kind: Literal["never", "iteration"] = "never"
+    kind: `iteration`: phase II from step `at` on. `never`: always on. `gradient_angle`: the paper's trigger, the exact
+    cosine between denoising and alignment gradients on `analysis.block`, every `every` steps after step `after`, at
+    the noise levels `timesteps` on `n` held-out images; it fires when the mean is below `threshold` (Tables 9, 10).
+    `online_angle`: the estimate that costs no extra pass, below `threshold` for `patience` logged lines in a row after
+    an exponential average with `smoothing`. `plateau`: the alignment loss of the last `window` logged lines is below
+    that of the window before by less than the share `gain` of all it fell.
+    fade: steps over which alignment fades out once the trigger fires, instead of one switch.
+    """
+
+    kind: Literal["never", "iteration", "gradient_angle", "online_angle", "plateau"] = "never"
     at: NonNegative | None = None
+    fade: NonNegative = 0
+    after: NonNegative = 0
+    every: Positive = 100
+    threshold: float = Field(-0.05, ge=-1, le=1)
+    timesteps: Annotated[list[Unit], Field(min_length=1)] = [0.02, 0.1, 0.5, 0.8]
+    n: Positive = 2048
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    patience: Positive = 1
+    window: Positive = 4
+    gain: Unit = 0.02
 
     @model_validator(mode="after")
     def _check(self) -> Termination:
         if (self.kind == "iteration") != (self.at is not None):
             raise ValueError(f"kind {self.kind!r} with at={self.at}: `at` (a step) belongs to kind 'iteration' alone")
+        if self.kind == "never" and self.fade:
+            raise ValueError(f"kind 'never' with fade={self.fade}: what never ends does not fade")
         return self
 
 
 class Train(Section):
-    """Optimisation (Table 16). Steps are optimizer steps; `keep` lists the steps whose checkpoints stay for good."""
+    """Optimisation (Table 16). Steps are optimizer steps; `keep` lists the steps whose checkpoints stay for good.
+
+    timestep_shift: s maps a uniform t to s t / (1 + (s - 1) t); above 1 high noise is trained on more often. Not in the
+    paper: the control for what alignment at high noise buys (the map of arXiv 2403.03206, Sec. 5.3.2).
+    """
 
     steps: Positive
     batch_size: Positive = 256
@@ -215,6 +250,7 @@ class Train(Section):
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: Unit = 0.9999
     label_dropout: Unit = 0.1
+    timestep_shift: float = Field(1.0, gt=0)
     precision: Literal["no", "fp16", "bf16"] = "no"
     threads: Positive = 1
     keep: list[Positive] = []

@@ -53,8 +53,9 @@ class TrainState:
         return [*self.model.parameters(), *(projector.parameters() if projector else ())]
 
     def enter_phase_two(self) -> None:
-        """Drop teacher, projector and their optimizer state for good."""
+        """Drop teacher, projector and their optimizer state for good; nobody looks at clean images any more."""
         self.alignment = self.alignment_optimizer = None
+        self.batches.with_images = False
 
 
 class Seeds(NamedTuple):
@@ -110,7 +111,8 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
         )
     return TrainState(
         config, seed, accelerator, model, ema, optimizer, alignment, alignment_optimizer, termination,
-        batches=Batches(dataset, config.train.batch_size, seeds.order), noise=Generator().manual_seed(seeds.noise),
+        batches=Batches(dataset, config.train.batch_size, seeds.order, with_images=alignment is not None),
+        noise=Generator().manual_seed(seeds.noise),
         objective=objective_of(config.model.kind),
     )  # fmt: skip
 

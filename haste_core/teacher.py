@@ -42,6 +42,7 @@ class Teacher(nn.Module):
         grid: (rows, columns) of its patch tokens.
         resize: how images that are not of `image_size` are resized: "bicubic" or "bilinear".
         antialias: of that resizing.
+        low_pass: the share of the Nyquist frequency up to which the encoder sees anything; None shows it all.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class Teacher(nn.Module):
         grid: tuple[int, int],
         resize: str = "bicubic",
         antialias: bool = True,
+        low_pass: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.image_size, self.grid, self.resize, self.antialias = image_size, grid, resize, antialias
+        self.low_pass = low_pass
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
         self.mean: Tensor
@@ -84,7 +87,7 @@ class Teacher(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, C, S, S) in [-1, 1], normalised and then resized to what the encoder expects."""
-        x = (images + 1) / 2
+        x = (low_passed(images, self.low_pass) + 1) / 2
         channels = self.mean.shape[1]
         if x.shape[1] == 1 and channels > 1:
             x = x.expand(-1, channels, -1, -1)
@@ -150,7 +153,24 @@ def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = 
         grid=tuple(encoder.patch_embed.grid_size),  # type: ignore[arg-type, union-attr]
         resize=own if teacher.resize == "antialias" else "bicubic",
         antialias=teacher.resize == "antialias",
+        low_pass=teacher.low_pass,
     )
+
+
+def low_passed(images: Tensor, share: float | None) -> Tensor:
+    """Images (B, C, H, W) without spatial frequencies above `share` of Nyquist; the images themselves for None.
+
+    Fig 5, arXiv 2505.16792, which leaves the filter open; here it is ideal and round: of the 2-D Fourier transform all
+    (fy, fx) in cycles per pixel with sqrt(fy^2 + fx^2) <= share / 2 stay as they are, the others become zero. The mean
+    always stays.
+    """
+    if share is None:
+        return images
+    height, width = images.shape[-2:]
+    fy = torch.fft.fftfreq(height, device=images.device)[:, None]
+    fx = torch.fft.rfftfreq(width, device=images.device)[None, :]
+    kept = fy.square() + fx.square() <= (share / 2) ** 2 + 1e-12
+    return torch.fft.irfft2(torch.fft.rfft2(images.float()) * kept, s=(height, width))
 
 
 class PatchClassifier(nn.Module):

@@ -1,24 +1,39 @@
-"""When phase I ends: triggers, and the sole owner of "which phase are we in" (Eq. 3, arXiv 2505.16792)."""
+"""When phase I ends: triggers, and the sole owner of "which phase are we in" (Eq. 3, arXiv 2505.16792).
+
+A trigger is a pure function of the step and of what was logged so far, so it decides the same live, after a resume, and
+when it is replayed over the log of a run that never switched (`replay`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from haste_core import config
 
+# One logged line: "step" and the means of what was measured since the line before.
+Line = Mapping[str, float]
+# The measurement an angle trigger reads, by kind; nobody else's business.
+ANGLE = {"gradient_angle": "gradient_angle", "online_angle": "online_angle"}
+
 
 class Trigger(Protocol):
-    """Decides the switch to phase II."""
+    """Decides the switch."""
 
-    def fires(self, step: int) -> bool:
-        """True when step `step` (from 0), not taken yet, should already be a phase II step."""
+    def fires(self, step: int, log: Sequence[Line]) -> bool:
+        """True when step `step` (from 0), not taken yet, should no longer be fully aligned.
+
+        Args:
+            step: the next step. log: lines up to here, oldest first.
+        """
         ...
 
 
 class Never:
     """Alignment stays on."""
 
-    def fires(self, step: int) -> bool:
+    def fires(self, step: int, log: Sequence[Line]) -> bool:
         """False."""
         return False
 
@@ -29,34 +44,135 @@ class FixedIteration:
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def fires(self, step: int) -> bool:
+    def fires(self, step: int, log: Sequence[Line]) -> bool:
         """True from step `at` on."""
         return step >= self.at
+
+
+class Angle:
+    """The cosine between alignment and denoising gradients has fallen below a threshold.
+
+    With `smoothing` 0 and `patience` 1 this is the paper's trigger (Tables 9, 10, arXiv 2505.16792). Not in the paper:
+    an exponential average over the readings, and a patience, since an online reading is noisy.
+
+    Args:
+        key: which logged measurement holds the cosine; lines without it are passed over.
+        after: no reading at or before this step counts.
+        threshold: of the cosine. smoothing: weight of the past in the average, in [0, 1).
+        patience: how many readings in a row have to be below.
+    """
+
+    def __init__(self, key: str, after: int, threshold: float, smoothing: float, patience: int) -> None:
+        self.key, self.after, self.threshold = key, after, threshold
+        self.smoothing, self.patience = smoothing, patience
+
+    def fires(self, step: int, log: Sequence[Line]) -> bool:
+        """True when the last `patience` averages are below the threshold."""
+        average, below = 0.0, 0
+        readings = [line[self.key] for line in log if line["step"] > self.after and line.get(self.key) is not None]
+        for i, reading in enumerate(readings):
+            average = reading if i == 0 else self.smoothing * average + (1 - self.smoothing) * reading
+            below = below + 1 if average < self.threshold else 0
+        return below >= self.patience
+
+
+class Plateau:
+    """The alignment loss has stopped falling. Not in the paper: the cheapest trigger there could be.
+
+    Args:
+        after: no line at or before this step counts.
+        window: lines on each side of the comparison.
+        gain: the loss must have fallen by this share of all it fell since the first window, or the trigger fires.
+    """
+
+    def __init__(self, after: int, window: int, gain: float) -> None:
+        self.after, self.window, self.gain = after, window, gain
+
+    def fires(self, step: int, log: Sequence[Line]) -> bool:
+        """True when the last window's mean loss is hardly below the mean of the window before it."""
+        losses = [alignment_loss(line) for line in log if line["step"] > self.after]
+        means = [sum(losses[i : i + self.window]) / self.window for i in range(len(losses) - self.window + 1)]
+        if len(means) <= self.window:
+            return False
+        last, before, first = means[-1], means[-1 - self.window], means[0]
+        return before - last < self.gain * max(first - last, 0.0) or last >= first
+
+
+def alignment_loss(line: Line) -> float:
+    """The sum of the alignment losses on a logged line, 0.0 where there are none."""
+    return sum(line[name] for name in ("feature", "attention") if line.get(name) is not None)
+
+
+def build_trigger(settings: config.Termination) -> Trigger:
+    """The trigger a run's settings name."""
+    if settings.kind == "iteration":
+        assert settings.at is not None  # the settings have seen to it
+        return FixedIteration(settings.at)
+    if settings.kind in ANGLE:
+        key = ANGLE[settings.kind]
+        return Angle(key, settings.after, settings.threshold, settings.smoothing, settings.patience)
+    if settings.kind == "plateau":
+        return Plateau(settings.after, settings.window, settings.gain)
+    return Never()
+
+
+def replay(trigger: Trigger, log: Iterable[Line]) -> int | None:
+    """The step at which `trigger` would have fired in the run that logged these lines, or None if never.
+
+    Exact for a run that was aligned throughout: up to its switch any other run logs the same.
+    """
+    lines: list[Line] = [{"step": 0}, *log]
+    for i, (line, following) in enumerate(pairwise([*lines, {"step": lines[-1]["step"] + 1}])):
+        for step in range(int(line["step"]), int(following["step"])):
+            if trigger.fires(step, lines[1 : i + 1]):
+                return step
+    return None
 
 
 class Termination:
     """The phase of a run: 1 while alignment is on, 2 from the switch to the end. It never goes back.
 
-    A run without alignment is in phase 2 throughout: a vanilla step and a phase II step are the same thing.
+    A run without alignment is in phase 2 throughout: a vanilla step and a phase II step are the same thing. With
+    `fade` the weight of alignment falls linearly over so many steps once the trigger has fired, and phase II begins
+    when it is zero.
     """
 
     def __init__(self, run: config.RunConfig) -> None:
-        at = run.termination.at
-        self.trigger: Trigger = Never() if at is None else FixedIteration(at)
+        self.trigger = build_trigger(run.termination)
+        self.fade = run.termination.fade
         self.phase = 1 if run.alignment.active else 2
+        self.fired_at: int | None = None
         self.switched_at: int | None = None
+        self.log: list[Line] = []
+
+    def observe(self, line: Line) -> None:
+        """Let the trigger see a logged line."""
+        if self.phase == 1 and self.fired_at is None:
+            self.log.append({key: value for key, value in line.items() if key in _SEEN})
 
     def update(self, step: int) -> bool:
         """Ask the trigger before step `step`; True when the run switches to phase II right now."""
-        if self.phase == 2 or not self.trigger.fires(step):
+        if self.phase == 2:
+            return False
+        if self.fired_at is None and self.trigger.fires(step, self.log):
+            self.fired_at = step
+        if self.fired_at is None or step < self.fired_at + self.fade:
             return False
         self.phase, self.switched_at = 2, step
         return True
 
+    def weight(self, step: int) -> float:
+        """What the alignment losses of step `step` are multiplied with in phase I, in (0, 1]."""
+        return 1.0 if self.fired_at is None or not self.fade else 1 - (step - self.fired_at) / self.fade
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-like phase and trigger state."""
-        return {"phase": self.phase, "switched_at": self.switched_at}
+        return {"phase": self.phase, "fired_at": self.fired_at, "switched_at": self.switched_at, "log": self.log}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in the phase that was saved."""
         self.phase, self.switched_at = state["phase"], state["switched_at"]
+        self.fired_at, self.log = state["fired_at"], list(state["log"])
+
+
+_SEEN = {"step", "feature", "attention", *ANGLE.values()}

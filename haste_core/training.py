@@ -20,6 +20,7 @@ from haste_core import checkpoint, config, images, provenance, runs, sampling, s
 from haste_core.data import Batch
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 from haste_core.files import locked, write_bytes, write_text
+from haste_core.objectives import shifted
 from haste_core.runs import Run
 from haste_core.state import TrainState, capture, create, restore
 from haste_core.teacher import Teacher, build_teacher, load_pretrained
@@ -52,8 +53,9 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
         s.enter_phase_two()
     batch, device = s.batches.next(), s.accelerator.device
     draws = draw_noise(batch, s.ema.null_label, s.config.train.label_dropout, s.noise)
-    batch, (t, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
-    t = s.objective.timesteps(t)
+    batch, (u, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
+    u = shifted(u, s.config.train.timestep_shift)
+    t = s.objective.timesteps(u)
     x_t = s.objective.noised(batch.x, eps, t)
 
     measured: dict[str, Tensor] = {}
@@ -62,10 +64,10 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
             predicted = s.model(x_t, t, y)
         else:
             tapped = s.model(x_t, t, y, s.alignment.taps)
-            predicted, aligned = tapped.output, s.alignment.losses(tapped, batch.images)
+            predicted, aligned = tapped.output, s.alignment.losses(tapped, batch.images, u)
             measured = {k: v for k, v in aligned._asdict().items() if k != "total" and v is not None}
     denoising = s.objective.loss(predicted, batch.x, eps, t).mean()
-    loss = denoising if s.alignment is None else denoising + aligned.total
+    loss = denoising if s.alignment is None else denoising + s.termination.weight(s.step) * aligned.total
 
     s.accelerator.backward(loss)
     grad_norm = s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm)
@@ -182,6 +184,7 @@ class Meter:
                     f"no room to write metrics ({error}); checkpoints are intact, free some space"
                 ) from error
             raise
+        state.termination.observe(line)
         self.bar.set_postfix(phase=phase, **{k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
         self.bar.update(state.step - self.step)
         window.clear()

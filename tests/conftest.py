@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -72,15 +73,42 @@ def tiny(make_study):
     return make_study()
 
 
+@pytest.fixture(scope="session")
+def enter(forget_accelerator):
+    """A function that lets HASTE_OUTPUT name a folder, and training run on the CPU from a fixed global random state."""
+
+    def enter(patch, place):
+        patch.setenv("HASTE_OUTPUT", str(place))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        forget_accelerator()
+        torch.manual_seed(0)
+
+    return enter
+
+
 @pytest.fixture
-def output(tmp_path, monkeypatch, forget_accelerator):
-    """The folder HASTE_OUTPUT names in this test; training in it runs on the CPU from a fixed global random state."""
-    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    forget_accelerator()
-    torch.manual_seed(0)
+def output(tmp_path, monkeypatch, enter, forget_accelerator):
+    """The folder HASTE_OUTPUT names in this test."""
+    enter(monkeypatch, tmp_path)
     yield tmp_path
     forget_accelerator()
+
+
+@pytest.fixture(scope="session")
+def new_output(tmp_path_factory, enter, forget_accelerator):
+    """A context in which HASTE_OUTPUT names a new folder, for what the tests of a file share; it yields the folder."""
+
+    @contextmanager
+    def make():
+        place = tmp_path_factory.mktemp("output")
+        with pytest.MonkeyPatch.context() as patch:
+            enter(patch, place)
+            try:
+                yield place
+            finally:
+                forget_accelerator()
+
+    return make
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from haste_core import config, training
-from haste_core.alignment import Alignment, attention_loss, feature_loss, projector
+from haste_core.alignment import Alignment, attention_cross_entropy, attention_loss, feature_loss, projector
 from haste_core.data import contexts
 from haste_core.errors import HasteError
-from haste_core.models import SiT
+from haste_core.models import SiT, build
 from haste_core.runs import Run
 from haste_core.teacher import Teacher, build_teacher
 
@@ -284,3 +284,35 @@ def test_every_kind_of_generator_can_be_aligned_across_token_grids(output, of_ki
         training.fit(run, progress=False)
     assert ["attention" in line for line in run.metrics()] == [True, False]
     assert all(math.isfinite(line["loss"]) for line in run.metrics())
+
+
+# Intervals of the noise level
+
+
+def test_weighted_losses_are_sums_over_the_weighted_samples():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4, 9, 6, generator=generator)
+    weights = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    expected = sum(feature_loss(a[i : i + 1], b[i : i + 1]) for i in (0, 3)) / 4
+    assert_close(feature_loss(a, b, weights), expected)
+    q, k = torch.randn(2, 4, 2, 9, 6, generator=generator)
+    target = torch.randn(4, 2, 9, 9, generator=generator).softmax(-1)
+    parts = [attention_cross_entropy((q[i : i + 1], k[i : i + 1]), target[i : i + 1]) for i in (0, 3)]
+    assert_close(attention_cross_entropy((q, k), target, weights), sum(parts) / 4)
+
+
+def test_only_samples_inside_the_interval_are_aligned(tiny, make_study, randomise):
+    run = make_study("alignment.t_low=0.4", "alignment.t_high=0.6").run("holistic")
+    teacher = build_teacher(tiny.teacher)
+    student = randomise(build(run.model, image_size=8, channels=1, classes=10, seed=0))
+    part, whole = (Alignment(r.alignment, student, teacher, 0) for r in (run, tiny.run("holistic")))
+    images, t = torch.randn(3, 1, 8, 8), torch.tensor([0.39, 0.5, 0.61])
+    tapped = student(images, t, torch.zeros(3, dtype=torch.int64), part.taps)
+    alone = student(images[1:2], t[1:2], torch.zeros(1, dtype=torch.int64), part.taps)
+    assert_close(part.losses(tapped, images, t).total, whole.losses(alone, images[1:2], t[1:2]).total / 3)
+    assert whole.losses(tapped, images, t).total.equal(whole.losses(tapped, images).total)
+
+
+def test_an_interval_has_a_lower_and_a_higher_end(make_study):
+    with pytest.raises(HasteError, match=r"t_low 0\.6 is not below t_high 0\.4"):
+        make_study("alignment.t_low=0.6", "alignment.t_high=0.4")

@@ -67,12 +67,9 @@ def settings(tiny_overrides):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, settings):
+def finished(new_output, settings):
     """An output folder with a run of haste, trained to step 8 and scored."""
-    place = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HASTE_OUTPUT", str(place))
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+    with new_output() as place:
         for command in ("train", "evaluate"):
             assert main([command, "digits", "haste", *settings, "--set", "train.steps=8"]) == 0
     return place

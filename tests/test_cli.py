@@ -44,12 +44,9 @@ def times(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(new_output):
     """The output folder of this file's tests, with the run `haste train digits haste` of six steps."""
-    place = tmp_path_factory.mktemp("cli")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HASTE_OUTPUT", str(place))
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+    with new_output() as place:
         assert main(["train", "digits", "haste", *SHORT]) == 0
     return place
 

@@ -106,7 +106,7 @@ class Counting:
     def __len__(self):
         return 10
 
-    def batch(self, indices, generator):
+    def batch(self, indices, generator, with_images=True):
         noise = torch.rand(len(indices), 1, 1, 1, generator=generator)
         return Batch(noise, indices, noise)
 

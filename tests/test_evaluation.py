@@ -441,18 +441,13 @@ def test_extractor_weights_come_from_their_own_seed(tiny, make_study):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_overrides, forget_accelerator):
+def trained(new_output, tiny_overrides):
     """A folder with three tiny trained runs and an extractor; tests work on copies of it."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HASTE_OUTPUT", str(folder))
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        forget_accelerator()
+    with new_output() as folder:
         study = config.load("digits", overrides=tiny_overrides)
         preparation.prepare_extractor(study)
         for arm in ARMS:
             training.fit(Run(study, arm, 0), progress=False)
-        forget_accelerator()
     return folder
 
 

@@ -34,5 +34,5 @@ def test_moving_a_control_draws_anew(monkeypatch):
 
 
 def test_an_impossible_start_value_names_the_possible_ones():
-    with pytest.raises(HasteError, match="start value of t '0.3'.*possible: 0.1, 0.5"):
+    with pytest.raises(HasteError, match=r"start value of t '0.3'.*possible: 0.1, 0.5"):
         explore(drawn, {"t": 0.3}, t=[0.1, 0.5])

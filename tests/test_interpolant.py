@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from haste_core import interpolant
+from haste_core.objectives import shifted
 
 
 @pytest.fixture(params=[(3,), (2, 5), (2, 1, 4, 4)], ids=str)
@@ -65,3 +66,12 @@ def test_score_of_a_gaussian_data_distribution_has_its_closed_form(case):
     point = x_t.clone().requires_grad_()
     torch.distributions.Normal(mean, variance.sqrt()).log_prob(point).sum().backward()
     assert_close(interpolant.score_from_velocity(expected_noise - expected_data, x_t, t), point.grad)
+
+
+def test_a_shift_moves_draws_towards_noise_and_keeps_the_ends():
+    u = torch.linspace(0, 1, 101)
+    assert shifted(u, 1) is u
+    assert shifted(u, 3)[[0, 100]].tolist() == [0, 1]
+    # Half of the draws lie above s / (1 + s), and a shift is undone by its inverse.
+    assert shifted(torch.tensor([0.5]), 3).item() == pytest.approx(0.75)
+    assert_close(shifted(shifted(u, 3), 1 / 3), u)

@@ -22,6 +22,7 @@ from haste_core import config, training
 from haste_core.commands import latents as command
 from haste_core.data import Batches, open_dataset
 from haste_core.data.images import Split
+from haste_core.data.latents import Folder
 from haste_core.data.pairs import read_pairs
 from haste_core.data.resize import center_crop, to_signed, to_tensor
 from haste_core.errors import HasteError, Interrupted
@@ -30,6 +31,7 @@ from haste_core.latents import encode, shards
 from haste_core.latents.workspace import Job, Workspace
 from haste_core.runs import Run
 from haste_core.sampling import to_uint8
+from haste_core.state import create
 
 pytestmark = pytest.mark.xdist_group("vae")
 SIZE, CHANNELS, SIDE, CLASSES = 16, 4, 8, 3
@@ -157,6 +159,33 @@ def test_batches_are_draws_from_the_posterior(folder):
     assert float(error.max()) < 5 / n**0.5
     spread = (drawn.std(0) / 0.18215 / std - 1).abs()
     assert float(spread.max()) < 5 / (2 * n) ** 0.5
+
+
+def test_without_images_no_image_is_opened_and_the_latents_stay_the_same(folder, monkeypatch):
+    data, indices = latents(folder), torch.arange(5)
+    whole = data.batch(indices, torch.Generator().manual_seed(3))
+    monkeypatch.setattr(data.folder, "pixels", lambda indices: pytest.fail("an image was read"))
+    alone = data.batch(indices, torch.Generator().manual_seed(3), with_images=False)
+    assert alone.x.equal(whole.x)
+    assert alone.images.shape == (0, *whole.images.shape[1:])
+
+
+@pytest.mark.parametrize(("arm", "reads"), [("vanilla", 0), ("haste", 8), ("holistic", 12)])
+def test_training_reads_images_in_phase_one_only(folder, arm, reads, output, make_study, monkeypatch):
+    counted, original = [], Folder.pixels
+    monkeypatch.setattr(Folder, "pixels", lambda self, indices: counted.append(1) or original(self, indices))
+    kwargs = {"in_chans": 3, "img_size": SIZE, "patch_size": SIZE // 4, "embed_dim": 24, "depth": 4, "num_heads": 4}
+    data = {"kind": "latents", "path": str(folder), "augment": {"shift": 0, "rotation": 0, "scale": 0}}
+    study = make_study(
+        f"data={json.dumps(data)}", f"teacher.kwargs={json.dumps(kwargs)}",
+        "teacher.mean=[0.5, 0.5, 0.5]", "teacher.std=[0.5, 0.5, 0.5]",
+        "train.batch_size=4", "alignment.layer_pairs=[[1, 1]]",
+    )  # fmt: skip
+    run = study.run(arm)
+    state = create(run, 0, training.find_teacher(study, run.teacher))
+    for _ in range(12):
+        training.train_step(state)
+    assert len(counted) == reads
 
 
 def test_batches_come_from_their_generator(folder):

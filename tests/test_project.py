@@ -2,18 +2,27 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from haste_core import config
+from haste_core.alignment import projector
+from haste_core.cli import parser
+from haste_core.commands.common import study_of
+from haste_core.models import SiT
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "haste_core"
@@ -326,3 +335,81 @@ def test_a_notebook_builds_no_path_by_hand(path):
         for node in ast.walk(ast.parse(source(cell))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert not node.value.startswith(("/", "./", "../", "~", "runs/", "reports/")), node.value
+
+
+# README
+
+
+README = (ROOT / "README.md").read_text()
+BARE = {"haste latents", "haste score"}  # named in a sentence, not to be typed
+COMMANDS = sorted({*re.findall(r"`(haste [a-z][^`\n]*)`", README), *re.findall(r"^(haste .*)$", README, re.M)} - BARE)
+
+
+def block_below(heading, language):
+    """The first block of code in a language below a heading of README."""
+    return re.search(rf"^## {heading}\n.*?^```{language}\n(.*?)^```", README, re.M | re.S)[1]
+
+
+def test_readmes_block_on_released_checkpoints_does_what_it_says(tmp_path, monkeypatch, randomise):
+    # Norms of q and k tell how many heads a narrow model has; a published size tells it by its width.
+    sizes = {"image_size": 32, "channels": 4, "classes": 1000, "depth": 9, "width": 32, "heads": 2, "patch": 2}
+    model = randomise(SiT(**sizes, qk_norm=True)).eval()
+    projectors = {f"projectors.0.{n}": v for n, v in projector(32, 16, 8, seed=0).state_dict().items()}
+    weights = model.state_dict() | projectors
+    torch.save({"model": weights, "ema": weights, "opt": {}, "steps": 400_000}, tmp_path / "0400000.pt")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block_below("Load a released checkpoint and look inside it", "python"), names)  # noqa: S102
+    seen, expected = names["seen"], model(names["x"], names["t"], names["y"])
+    assert len(names["projectors"]) == 1
+    assert seen.output.shape == (1, 4, 32, 32)
+    assert torch.equal(seen.output, expected)
+    assert {depth: tokens.shape for depth, tokens in seen.tokens.items()} == {8: (1, 256, 32)}
+    assert {block: (q.shape, k.shape) for block, (q, k) in seen.qk.items()} == {
+        block: ((1, 2, 256, 16),) * 2 for block in (4, 5, 6, 7)
+    }
+
+
+def test_readmes_block_for_notebooks_names_what_exists():
+    block = ast.parse(block_below("From a notebook", "python"))
+    names = {}
+    exec("\n".join(ast.unparse(node) for node in block.body if isinstance(node, ast.ImportFrom)), names)  # noqa: S102
+    (load,) = (n for n in ast.walk(block) if isinstance(n, ast.Call) and dotted(n.func) == "config.load")
+    study = config.load(*map(ast.literal_eval, load.args), **{k.arg: ast.literal_eval(k.value) for k in load.keywords})
+    calls = {dotted(n.func): n for n in ast.walk(block) if isinstance(n, ast.Call)}
+    for name in ("Run", "fit", "generator_at"):
+        call = calls[name]
+        inspect.signature(names[name]).bind(*call.args, **{k.arg: k.value for k in call.keywords})
+    # The step whose generator is asked for is one that stays.
+    assert ast.literal_eval(calls["generator_at"].args[1]) in study.run("haste").train.kept_steps
+
+
+def test_readme_has_commands():
+    assert len(COMMANDS) > 15
+    assert all(f"`{command}`" in README for command in BARE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_readme_is_understood(command):
+    arguments = parser().parse_args(shlex.split(command, comments=True)[1:])
+    if getattr(arguments, "study", None) in config.studies():
+        study = study_of(arguments)
+        assert getattr(arguments, "arm", None) in (None, *study.arms)
+
+
+@pytest.mark.parametrize("options", sorted(set(re.findall(r"`(--set [^`]+)`", README))))
+def test_settings_of_readme_are_known(options):
+    words = shlex.split(options)
+    assert words[::2] == ["--set"] * (len(words) // 2)
+    config.load("digits", overrides=words[1::2])
+
+
+def test_files_in_readmes_map_exist():
+    block = re.search(r"^## Where things are\n+```\n(.*?)^```", README, re.M | re.S)[1]
+    below = [PACKAGE / name for name in re.findall(r"^  (\S+)", block, re.M)]
+    above = [ROOT / name for name in re.findall(r"^(\S+)", block, re.M) if name != "runs/"]  # made by a study
+    assert len(below) > 15
+    assert [str(path) for path in (*below, *above) if not path.exists()] == []
+    named = set(re.findall(r"\w+\.py\b", block))
+    assert len(named) > 25
+    assert named <= {path.name for path in MODULES}

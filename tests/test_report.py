@@ -212,13 +212,9 @@ def test_columns_of_the_tables_others_read():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_overrides, forget_accelerator):
+def finished(new_output, tiny_overrides):
     """Report of a finished study of two arms and two seeds, from training to report.html."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HASTE_OUTPUT", str(folder))
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        forget_accelerator()
+    with new_output():
         study = config.load("digits", overrides=[*tiny_overrides, "seeds=[0, 1]", "train.keep=[8]"])
         study = study.model_copy(update={"arms": {arm: study.arms[arm] for arm in ("vanilla", "haste")}})
         preparation.write_facts(study, study_dir(study) / "prepared.json")
@@ -229,7 +225,6 @@ def finished(tmp_path_factory, tiny_overrides, forget_accelerator):
         cost.write(study, rounds=2)
         report.write_tables(result)
         report.write_report(result)
-        forget_accelerator()
         yield result
 
 
@@ -437,40 +432,40 @@ def test_the_committed_claims_follow_from_the_committed_scores():
 # README
 
 
-def results_in(text):
-    """What stands between README's two marks, or None without the marks."""
-    found = re.search(r"<!-- results: begin -->\n(.*?)<!-- results: end -->", text, re.DOTALL)
+def results_in(text, name="digits"):
+    """What stands between README's two marks of a report, or None without the marks."""
+    found = re.search(rf"<!-- results {name}: begin -->\n(.*?)<!-- results {name}: end -->", text, re.DOTALL)
     return found[1].strip() if found else None
 
 
-def tables_at_head(folder):
+def tables_at_head(name, folder):
     """The tables committed at HEAD, written to `folder`; None where there are none."""
-    for name in README_TABLES:
-        command = ["git", "-C", str(ROOT), "show", f"HEAD:reports/digits/tables/{name}"]
+    for table in README_TABLES:
+        command = ["git", "-C", str(ROOT), "show", f"HEAD:reports/{name}/tables/{table}"]
         shown = subprocess.run(command, capture_output=True, check=False)
         if shown.returncode:
             return None
-        (folder / name).write_bytes(shown.stdout)
+        (folder / table).write_bytes(shown.stdout)
     return folder
 
 
-def agrees(text, folders):
+def agrees(text, folders, name="digits"):
     """True when the results in a README are those of the tables in one of the folders."""
-    return any(results_in(text) == report.readme_block(folder).strip() for folder in folders)
+    return any(results_in(text, name) == report.readme_block(folder).strip() for folder in folders)
 
 
-def test_the_results_in_readme_are_those_of_the_tables(tmp_path):
-    text, here = (ROOT / "README.md").read_text(), DIGITS / "tables"
-    if not results_in(text) and not (here / "fid.csv").is_file():
-        pytest.skip("README has no results yet, and there are none")
-    assert results_in(text), "README.md has no block between its two results marks"
-    # `make study` replaces the tables here; README then still shows those that were committed.
-    folders = [here if all((here / name).is_file() for name in README_TABLES) else None, tables_at_head(tmp_path)]
-    assert agrees(text, [folder for folder in folders if folder])
+@pytest.mark.parametrize("name", ["digits", "cifar10-two-cores"])
+def test_the_results_in_readme_are_those_of_the_tables(name, tmp_path):
+    text, here = (ROOT / "README.md").read_text(), ROOT / "reports" / name / "tables"
+    assert results_in(text, name), f"README.md has no block between its two results marks of {name}"
+    # A new run replaces the tables here; README then still shows those that were committed.
+    whole = all((here / table).is_file() for table in README_TABLES)
+    folders = [here if whole else None, tables_at_head(name, tmp_path)]
+    assert agrees(text, [folder for folder in folders if folder], name)
 
 
 def readme(block):
-    return f"# Title\n\n<!-- results: begin -->\n{block}<!-- results: end -->\n\nmore\n"
+    return f"# Title\n\n<!-- results digits: begin -->\n{block}<!-- results digits: end -->\n\nmore\n"
 
 
 def test_the_readme_check_accepts_the_block_of_the_tables(tmp_path):

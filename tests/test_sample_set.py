@@ -311,11 +311,8 @@ SHORT = ["--profile", "smoke", "--set", "train.steps=4", "--set", "train.keep=[]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("sample")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HASTE_OUTPUT", str(place))
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+def folder(new_output):
+    with new_output() as place:
         assert main(["train", "digits", "vanilla", *SHORT]) == 0
     return place
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from haste_core import _torchvision_guard, config
 from haste_core.errors import HasteError
-from haste_core.teacher import build_teacher
+from haste_core.teacher import build_teacher, low_passed
 from haste_core.teacher_qk import project_qk, read_qk
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -388,3 +388,52 @@ def test_a_grey_teacher_needs_no_mean_of_its_own_or_says_so():
         assert "mean" in str(error)  # noqa: PT017 (either outcome is right)
     else:
         assert tokens.shape == (2, 16, 32)
+
+
+# Low-pass input
+
+
+def waves(size, fy, fx):
+    """A plane wave of fy by fx cycles per image, (1, 1, size, size)."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return (2 * torch.pi * (fy * y + fx * x) / size).cos()[None, None]
+
+
+@pytest.mark.parametrize(("fy", "fx", "kept"), [(0, 0, True), (2, 0, True), (0, 4, True), (3, 3, False), (5, 0, False)])
+def test_a_low_pass_keeps_what_is_inside_a_circle_and_nothing_else(fy, fx, kept):
+    # Nyquist of 16 pixels is 8 cycles, so half of it is a radius of 4.
+    image = waves(16, fy, fx)
+    expected = image if kept else torch.zeros_like(image)
+    assert_close(low_passed(image, 0.5), expected, atol=1e-5, rtol=0)
+
+
+def test_without_a_cut_off_images_stay_as_they_are():
+    image = torch.randn(2, 3, 8, 8)
+    assert low_passed(image, None) is image
+
+
+def test_a_low_pass_is_a_projection_that_keeps_the_mean():
+    image = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    once = low_passed(image, 0.6)
+    assert_close(low_passed(once, 0.6), once, atol=1e-5, rtol=0)
+    assert_close(once.mean((2, 3)), image.mean((2, 3)), atol=1e-6, rtol=0)
+
+
+def test_a_low_passed_teacher_sees_less_through_the_same_weights(tiny):
+    low = tiny.teacher.model_copy(update={"low_pass": 0.25})
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert tiny.teacher_hash(low) == tiny.teacher_hash(tiny.teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = build_teacher(tiny.teacher)
+        blurred = build_teacher(low, plain.encoder.state_dict())
+    assert blurred(images).tokens.equal(plain(low_passed(images, 0.25)).tokens)
+    assert not blurred(images).tokens.equal(plain(images).tokens)
+
+
+def test_tokens_after_a_block_are_what_the_final_norm_makes_the_output_of(tiny):
+    teacher = build_teacher(tiny.teacher)
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = teacher.block_tokens(images, [3, 1])
+    assert sorted(found) == [1, 3]
+    assert_close(teacher.encoder.norm(found[3]), teacher(images).tokens)

@@ -185,19 +185,13 @@ def test_a_switch_at_zero_is_a_vanilla_run(output, make_study):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, tiny_overrides, forget_accelerator):
+def uninterrupted(new_output, tiny_overrides):
     """Contents of the haste run in one go, by log_every."""
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        for log_every in (2, 5):
-            patch.setenv("HASTE_OUTPUT", str(tmp_path_factory.mktemp("uninterrupted")))
-            forget_accelerator()
-            torch.manual_seed(0)
-            found[log_every] = contents(
-                train(config.load("digits", overrides=[*tiny_overrides, f"train.log_every={log_every}"]))
-            )
-    forget_accelerator()
+    for log_every in (2, 5):
+        with new_output():
+            study = config.load("digits", overrides=[*tiny_overrides, f"train.log_every={log_every}"])
+            found[log_every] = contents(train(study))
     return found
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from haste_core.analysis.cosine import noise
 from haste_core.data import Batch, open_dataset
 from haste_core.devices import default_device
 from haste_core.evaluation import generator_at
@@ -49,7 +50,7 @@ def noised(model: DiffusionTransformer, x: Tensor, t: float, seed: int) -> tuple
     Image i gets the same noise at every t, in every run and at every step: it comes from `seed` alone.
     """
     objective = objective_of(model.kind)
-    eps = torch.randn(x.shape, generator=Generator().manual_seed(seed))
+    eps = noise(x, seed)
     at = objective.timesteps(torch.full((len(x),), t))
     return objective.noised(x, eps, at), at
 

@@ -17,7 +17,8 @@ class Batch(NamedTuple):
     """What one training step sees.
 
     x: what the generator models, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents.
-    y: labels (B,) int64. images: what the teacher sees, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space.
+    y: labels (B,) int64. images: what the teacher sees, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space,
+    and none of them, (0, C', S', S'), where latents were asked for without their images.
     """
 
     x: Tensor
@@ -44,8 +45,11 @@ class Dataset(Protocol):
         """Number of training images."""
         ...
 
-    def batch(self, indices: Tensor, generator: Generator) -> Batch:
-        """Training examples `indices` (B,), augmented with draws from `generator`."""
+    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
+        """Training examples `indices` (B,), augmented with draws from `generator`.
+
+        with_images: False where nobody looks at the images, which then need not be read where they are not x itself.
+        """
         ...
 
     def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -63,13 +67,14 @@ class Dataset(Protocol):
 class Batches:
     """An endless, seeded stream of batches; every image once per pass, the short last batch of a pass left out.
 
-    Its state (order of the pass, position in it, generator) can be saved and restored exactly.
+    Its state (order of the pass, position in it, generator) can be saved and restored exactly. `with_images` can be
+    set to False at any time, see `Dataset.batch`.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, with_images: bool = True) -> None:
         if batch_size > len(dataset):
             raise HasteError(f"train.batch_size {batch_size} exceeds the {len(dataset)} training images")
-        self.dataset, self.batch_size = dataset, batch_size
+        self.dataset, self.batch_size, self.with_images = dataset, batch_size, with_images
         self.generator = Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
@@ -81,7 +86,7 @@ class Batches:
             self.position = 0
         indices = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return self.dataset.batch(indices, self.generator)
+        return self.dataset.batch(indices, self.generator, self.with_images)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on with exactly the next batch."""

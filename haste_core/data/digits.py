@@ -43,7 +43,7 @@ class Digits:
         x, y = self.images(split, count)
         return Batch(x, y, x)
 
-    def batch(self, indices: Tensor, generator: Generator) -> Batch:
+    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
         """Training examples augmented at random, drawn from `generator`."""
         x, y = self._splits["train"]
         x = augmented(x[indices], self.augment, generator)

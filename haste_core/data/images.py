@@ -60,7 +60,7 @@ class Images:
         x, y = self.images(split, count)
         return Batch(x, y, x)
 
-    def batch(self, indices: Tensor, generator: Generator) -> Batch:
+    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
         """Training examples, augmented at random."""
         chosen = self._splits["train"]
         x = augmented(to_signed(chosen.pixels(indices)), self.augment, generator)

@@ -185,12 +185,13 @@ class Latents:
         mean = self.folder.posterior(chosen).mean
         return Batch(self.scaled(mean), self.labels[chosen], to_signed(self.folder.pixels(chosen)))
 
-    def batch(self, indices: Tensor, generator: Generator) -> Batch:
+    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
         """Training examples, the latents drawn from their posteriors."""
         chosen = self._splits["train"][indices]
         mean, std = self.folder.posterior(chosen)
         drawn = mean + std * torch.randn(mean.shape, generator=generator)
-        return Batch(self.scaled(drawn), self.labels[chosen], to_signed(self.folder.pixels(chosen)))
+        images = to_signed(self.folder.pixels(chosen)) if with_images else torch.empty(0, 3, *[self.pixel_size] * 2)
+        return Batch(self.scaled(drawn), self.labels[chosen], images)
 
     def scaled(self, latents: Tensor) -> Tensor:
         """What the generator models, of latents as the VAE gives them."""

@@ -3,6 +3,12 @@
 Every function takes rows of a table (pandas) and returns a Figure; `save` writes it as PNG and SVG.
 """
 
+from haste_core.figures.gradients import (
+    conflict_by_arm,
+    conflict_over_t,
+    conflict_over_training,
+    online_against_exact,
+)
 from haste_core.figures.scores import (
     attention_maps,
     claims_forest,
@@ -25,7 +31,8 @@ from haste_core.figures.similarity import (
 from haste_core.figures.style import Figure, save, style
 
 __all__ = [
-    "Figure", "aligned_similarity", "attention_maps", "claims_forest", "fid_against_steps", "gain_over_vanilla",
-    "image_rows", "one_card", "probing_over_depth", "probing_over_training", "sample_sheet", "save",
-    "similarity_maps", "similarity_over_t", "step_cost", "style", "summary", "training_curves",
+    "Figure", "aligned_similarity", "attention_maps", "claims_forest", "conflict_by_arm", "conflict_over_t",
+    "conflict_over_training", "fid_against_steps", "gain_over_vanilla", "image_rows", "one_card",
+    "online_against_exact", "probing_over_depth", "probing_over_training", "sample_sheet", "save", "similarity_maps",
+    "similarity_over_t", "step_cost", "style", "summary", "training_curves",
 ]  # fmt: skip
