@@ -163,5 +163,5 @@ def _heads_by_depth(axis: Any, rows: pd.DataFrame, label: str, look: dict[str, A
 
 def _legend_below(figure: Figure, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=(len(labels) + 1) // 2, fontsize=8.5)
