@@ -37,6 +37,11 @@ def explore(draw: Callable[..., Any], start: dict[str, Any] | None = None, **cho
     return ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), picture])
 
 
+def drawn_from(table: Callable[..., Any], figure: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A `draw` for `explore` where rows are measured on demand: `figure` of the rows that `table` has for a choice."""
+    return lambda **chosen: figure(table(**chosen))
+
+
 def _control(ipywidgets: Any, name: str, values: list[Any], value: Any) -> Any:
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if numbers and len(values) > 1 and values == sorted(values):

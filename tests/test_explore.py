@@ -4,7 +4,7 @@ import ipywidgets
 import pytest
 
 from haste_core.errors import HasteError
-from haste_core.explore import BATCH, explore
+from haste_core.explore import BATCH, drawn_from, explore
 
 
 def drawn(**chosen):
@@ -36,3 +36,8 @@ def test_moving_a_control_draws_anew(monkeypatch):
 def test_an_impossible_start_value_names_the_possible_ones():
     with pytest.raises(HasteError, match=r"start value of t '0.3'.*possible: 0.1, 0.5"):
         explore(drawn, {"t": 0.3}, t=[0.1, 0.5])
+
+
+def test_rows_measured_on_demand_are_drawn():
+    draw = drawn_from(lambda t, arm: [t, arm], lambda rows: ("picture", rows))
+    assert draw(t=0.5, arm="repa") == ("picture", [0.5, "repa"])

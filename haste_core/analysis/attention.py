@@ -10,10 +10,9 @@ from torch import Tensor
 
 from haste_core import config
 from haste_core.alignment import attention_probabilities, paired_heads
+from haste_core.analysis import probe
 from haste_core.data import Dataset, open_dataset
-from haste_core.evaluation import generator_at
 from haste_core.models.layers import Taps
-from haste_core.objectives import objective_of
 from haste_core.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.token_grids import Grid, resample_attention
@@ -30,18 +29,11 @@ def student_attention(run: Run, step: int, block: int, x: Tensor, labels: Tensor
     """Attention probabilities (B, H, N, N) float32 of one block of the EMA generator on noised inputs.
 
     Args:
-        run, step: which checkpoint. block: from 0.
+        run, step: which checkpoint (0: before training). block: from 0.
         x: (B, C, S, S), clean, as the generator models it; labels: (B,). t: noise level in [0, 1]. seed: of the noise.
     """
-    model, _ = generator_at(run, step)
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    objective = objective_of(model.kind)
-    at = objective.timesteps(torch.full((len(x),), t))
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        inputs = (part.to(device) for part in (objective.noised(x, eps, at), at, labels))
-        q, k = model(*inputs, Taps(blocks=(block,))).qk[block]
-    return attention_probabilities(q, k).cpu()
+    seen = probe.look(probe.student_at(run, step), x, t, Taps(blocks=(block,)), seed, labels)
+    return attention_probabilities(*seen.qk[block])
 
 
 def divergence(teacher: Tensor, student: Tensor) -> float:
@@ -94,20 +86,18 @@ def token_maps(
     """
     study = runs[0].study
     x, labels, images = open_dataset(study.data).examples("test", count)
-    shown_grid = _grid(study.model, x)
+    shown_grid = token_grid(study.model, x)
     queries = queries or middle_tokens(shown_grid)
-    # Arms without pairs of their own are looked at where the study's last pair is, or in the last blocks.
-    last = (study.model.depth - 1, teacher.blocks - 1)
-    pairs = [(run.config.alignment.layer_pairs or study.alignment.layer_pairs or [last])[-1] for run in runs]
+    pairs = [layer_pairs(run, teacher)[-1] for run in runs]
     found = teacher(images.to(teacher.mean.device), tuple(sorted({t for _, t in pairs}))).qk
     targets = {block: attention_probabilities(*qk).cpu() for block, qk in found.items()}
     first, facts = pairs[0][1], {"t": t, "n": len(images)}
-    shown = resample_attention(targets[first][:1, _heads(runs[0], teacher)], teacher.grid, shown_grid)
+    shown = resample_attention(targets[first][:1, aligned_heads(runs[0], teacher)], teacher.grid, shown_grid)
     rows = _rows(
         shown, queries, {"source": "teacher", "seed": 0, "step": 0, "block": first, **facts, "divergence": 0.0}
     )
     for run, (student_block, teacher_block) in zip(runs, pairs, strict=True):
-        step, heads, grid = run.config.train.steps, _heads(run, teacher), _grid(run.config.model, x)
+        step, heads, grid = run.config.train.steps, aligned_heads(run, teacher), token_grid(run.config.model, x)
         probabilities = student_attention(run, step, student_block, x, labels, t)[:, heads]
         target = resample_attention(targets[teacher_block][:, heads], teacher.grid, grid)
         whose = {"source": run.arm, "seed": run.seed, "step": step, "block": student_block}
@@ -117,11 +107,22 @@ def token_maps(
     return rows
 
 
-def _grid(model: config.Model, x: Tensor) -> Grid:
+def layer_pairs(run: Run, teacher: Teacher) -> list[tuple[int, int]]:
+    """Where a run is looked at: its aligned (student block, teacher block), both from 0.
+
+    Those of the study for an arm without its own; the last block of each where the study names none either.
+    """
+    named = run.config.alignment.layer_pairs or run.study.alignment.layer_pairs
+    return [(int(s), int(t)) for s, t in named] or [(run.config.model.depth - 1, teacher.blocks - 1)]
+
+
+def token_grid(model: config.Model, x: Tensor) -> Grid:
+    """Rows and columns of a generator's tokens for inputs x (B, C, S, S)."""
     return x.shape[-2] // model.patch, x.shape[-1] // model.patch
 
 
-def _heads(run: Run, teacher: Teacher) -> list[int]:
+def aligned_heads(run: Run, teacher: Teacher) -> list[int]:
+    """The heads a run aligns, or would: head m of the student with head m of the teacher."""
     return paired_heads(run.config.alignment, run.config.model.heads, teacher.heads)
 
 
