@@ -3,6 +3,13 @@
 Every function takes rows of a table (pandas) and returns a Figure; `save` writes it as PNG and SVG.
 """
 
+from haste_core.figures.attention import (
+    attention_similarity,
+    cross_effects,
+    head_map,
+    head_statistics,
+    query_maps,
+)
 from haste_core.figures.capacity import (
     capacity_over_depth,
     capacity_over_training,
@@ -13,12 +20,7 @@ from haste_core.figures.gradients import (
     conflict_by_arm,
     conflict_over_t,
     conflict_over_training,
-    cross_effects,
-    from haste_core.figures.attention import (     attention_similarity,
-    head_map,
-    head_statistics,
     online_against_exact,
-    query_maps,
 )
 from haste_core.figures.scores import (
     attention_maps,
@@ -39,13 +41,17 @@ from haste_core.figures.similarity import (
     similarity_maps,
     similarity_over_t,
 )
-from haste_core.figures.style import Figure, save, style
+from haste_core.figures.style import (
+    Figure,
+    save,
+    style,
+)
 
 __all__ = [
-    "Figure", "aligned_similarity", "attention_maps", "capacity_over_depth", "capacity_over_training",
-    "claims_forest", "conflict_by_arm", "conflict_over_t", "conflict_over_training", "cross_effects",
-    "error_by_arm", "error_per_band", "fid_against_steps", "from haste_core.figures.attention import (
-    attention_similarity", "gain_over_vanilla", "head_map", "head_statistics", "image_rows", "one_card",
-    "online_against_exact", "probing_over_depth", "probing_over_training", "query_maps", "sample_sheet", "save",
-    "similarity_maps", "similarity_over_t", "step_cost", "style", "summary", "training_curves",
+    "Figure", "aligned_similarity", "attention_maps", "attention_similarity", "capacity_over_depth",
+    "capacity_over_training", "claims_forest", "conflict_by_arm", "conflict_over_t", "conflict_over_training",
+    "cross_effects", "error_by_arm", "error_per_band", "fid_against_steps", "gain_over_vanilla", "head_map",
+    "head_statistics", "image_rows", "one_card", "online_against_exact", "probing_over_depth",
+    "probing_over_training", "query_maps", "sample_sheet", "save", "similarity_maps", "similarity_over_t",
+    "step_cost", "style", "summary", "training_curves",
 ]  # fmt: skip
