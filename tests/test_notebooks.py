@@ -22,6 +22,13 @@ from haste_core.runs import Run
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))
 IN_ORDER = ("00_data_and_teacher", "01_train", "02_fid")
+# Each with the tables it leaves beside the report.
+ANALYSES = {
+    "03_gradient_conflict": ("gradient_conflict", "gradient_conflict_online"),
+    "04_representation_similarity": ("similarity", "probing"),
+    "05_attention_similarity": ("attention_similarity", "attention_statistics", "cross_effects"),
+    "06_capacity": ("capacity", "spectrum"),
+}
 
 pytestmark = pytest.mark.timeout(900)
 together = pytest.mark.xdist_group("notebooks")
@@ -91,6 +98,24 @@ def test_a_notebook_runs_from_top_to_bottom_without_errors(executed, name):
 @pytest.mark.parametrize(("name", "count"), list(zip(IN_ORDER, (2, 2, 1), strict=True)))
 def test_a_notebook_shows_its_pictures(executed, name, count):
     assert len(pictures(executed / f"{name}.ipynb")) == count
+
+
+@together
+@pytest.mark.parametrize("name", ANALYSES)
+def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(name, tmp_path, tmp_path_factory, monkeypatch):
+    study = copy_of(finished_study(tmp_path_factory), tmp_path / "output")
+    set_up(monkeypatch, study.dir)
+    small = ["seeds=[0]", "analysis.n=24", "analysis.resamples=20", "analysis.timesteps=[0.1, 0.5]"]
+    smaller = {"chunks": 4} if name.startswith("03") else {"levels": [0.5]} if name.startswith("05") else {}
+    notebook.execute(name, tmp_path / "out.ipynb", {"profile": "smoke", "overrides": small, **smaller})
+    assert_ran_through(tmp_path / "out.ipynb")
+    assert len(pictures(tmp_path / "out.ipynb")) >= 3
+    for table in ANALYSES[name]:
+        stem = study.dir / "reports" / "digits-smoke" / "tables" / table
+        rows, facts = pd.read_csv(f"{stem}.csv"), json.loads(Path(f"{stem}.json").read_text())
+        assert len(rows) == facts["rows"] > 0
+        assert facts["card"]["analysis"]["n"] == 24
+        assert {arm for arm in rows["arm"]} == {whose.split()[0] for whose in facts["runs"]}
 
 
 @together
