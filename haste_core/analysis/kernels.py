@@ -116,11 +116,9 @@ def resampled_hsic(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     as a pair they would bring back the diagonal whose absence makes the estimate unbiased, and the resampled values
     would lie above it. Not in the paper. With weights of one it is HSIC_1 itself.
     """
-    ones = torch.ones_like(a).fill_diagonal_(0)
     hollow = (a.clone().fill_diagonal_(0), b.clone().fill_diagonal_(0))
-    pairs, triples, quads = (
-        value / count for value, count in zip(_distinct(*hollow, weights), _distinct(ones, ones, weights), strict=True)
-    )
+    sums = zip(_distinct(*hollow, weights), _tuples(weights), strict=True)
+    pairs, triples, quads = (value / count for value, count in sums)
     return pairs + quads - 2 * triples
 
 
@@ -135,3 +133,10 @@ def _distinct(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     two_shared = (w**2 * same).sum(1)
     everything = (w * (w @ a)).sum(1) * (w * (w @ b)).sum(1)
     return pairs, triples, everything - 4 * one_shared - 2 * two_shared
+
+
+def _tuples(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # How many pairs, triples and quads of distinct images there are, from the sums of powers of w.
+    s1, s2, s3, s4 = ((w**power).sum(1) for power in (1, 2, 3, 4))
+    quads = s1**4 - 6 * s1**2 * s2 + 8 * s1 * s3 + 3 * s2**2 - 6 * s4
+    return s1**2 - s2, s1**3 - 3 * s1 * s2 + 2 * s3, quads
