@@ -259,6 +259,8 @@ def _course(curves: claims.Curves, arm: str) -> str:
         return f"FID is above vanilla's at every step ({np.exp(-mean[last]) - 1:.0%} at the end)"
     seeds = f"{sum(g > 0 for g in gains[last])} of {len(gains[last])} seeds better than vanilla"
     end = f"{abs(1 - np.exp(-mean[last])):.0%} {'lower' if mean[last] > 0 else 'higher'} at step {last} ({seeds})"
+    if best == last:
+        return f"FID is lowest against vanilla's at the end, {end}"
     return f"FID is {1 - np.exp(-mean[best]):.0%} lower than vanilla's at step {best}, its best, and {end}"
 
 

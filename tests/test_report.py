@@ -429,6 +429,26 @@ def test_the_committed_claims_follow_from_the_committed_scores():
         assert written[name].to_numpy() == pytest.approx(judged[name].to_numpy(), rel=1e-3, abs=1e-4)
 
 
+def test_a_floor_far_below_every_score_is_written_and_not_drawn():
+    fid = pd.DataFrame(fid_rows())
+    near, far = (figures.fid_against_steps(fid, None, floor) for floor in (0.5, 0.001))
+    assert near.axes[0].get_ylim()[0] < 0.5
+    assert far.axes[0].get_ylim()[0] > 0.5
+    assert "real against real: 0.001, below" in [text.get_text() for text in far.axes[0].texts]
+
+
+def test_an_arm_that_is_best_at_the_end_is_told_once(tmp_path, tiny):
+    write_synthetic(tmp_path / "tables")
+    rows = fid_rows()
+    for row in rows:
+        if row["arm"] == "repa":
+            row["fid"] = 40.0 * 250 / row["step"] * (0.9 if row["step"] == max(STEPS) else 0.95) + row["seed"]
+    write_table(tmp_path / "tables" / "fid.csv", rows, FID_COLUMNS)
+    sentence = next(s for s in report.answer(report.Report(tiny, tmp_path)) if s.startswith("repa:"))
+    assert sentence.count("%") == 1
+    assert "lowest against vanilla's at the end" in sentence
+
+
 # README
 
 

@@ -8,6 +8,9 @@ import pandas as pd
 
 from haste_core.figures.style import VERDICT_COLOUR, Figure, mark_switch, plain_numbers, style, tile
 
+# A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.
+NEAR = 30
+
 
 def one_card(fid: pd.DataFrame) -> str:
     """The card all rows share.
@@ -36,7 +39,10 @@ def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = 
     axis.set_yscale("log")
     plain_numbers(axis.yaxis)
     mark_switch(axis, tau)
-    if floor is not None:
+    if floor is not None and floor < fid["fid"].min() / NEAR:
+        axis.annotate(f"real against real: {floor:.2g}, below", (0.02, 0.03), xycoords="axes fraction", fontsize=8,
+                      color="#666666")  # fmt: skip
+    elif floor is not None:
         axis.axhline(floor, color="#999999", linewidth=0.8)
         axis.annotate("real against real", (fid["step"].min(), floor), xytext=(0, 3), textcoords="offset points",
                       fontsize=8, color="#666666")  # fmt: skip
