@@ -20,6 +20,7 @@ from haste_core.errors import HasteError, Interrupted
 from haste_core.models import SiT
 from haste_core.runs import Run
 from haste_core.teacher import Teacher
+from haste_core.termination import Termination
 from haste_core.training import draw_noise, fit, open_state, train_step
 
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
@@ -166,7 +167,7 @@ def test_a_phase_two_step_is_a_vanilla_step_from_the_same_state_to_the_bit(outpu
     tensors, rest = Run(tiny, "haste", 0).load(8)
     haste, vanilla = open_state(Run(tiny, "haste", 1)), open_state(Run(tiny, "vanilla", 1))
     training.restore(haste, tensors, rest)
-    training.restore(vanilla, tensors, rest | {"termination": {"phase": 2, "switched_at": None}})
+    training.restore(vanilla, tensors, rest | {"termination": Termination(tiny.run("vanilla")).state_dict()})
     for _ in range(3):
         one, other = train_step(haste), train_step(vanilla)
         assert one == other
