@@ -20,7 +20,7 @@ from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
 
 SIZE, NAMES = 16, ("ant", "bee", "cat")
-SHARED = [Path(__file__).parents[up] / "shared" / "data" for up in (2, 3)] + [Path("/work/shared/data")]
+SHARED = [Path(__file__).parents[up] / "shared" / "data" for up in (2, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def write_images(folder, numbers, size=SIZE):
 
 
 def write_parquet(path, numbers, image="img", label="label", labels=None):
-    """The layout of /work/shared/data: an image column of {bytes, path} and one of int64."""
+    """The layout of many hub data sets: an image column of {bytes, path} and one of int64."""
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = [{"bytes": png(picture(i)), "path": f"{i}.png"} for i in numbers]
     labels = [i % 3 for i in numbers] if labels is None else labels
