@@ -14,8 +14,10 @@ from haste_core import config
 
 # One logged line: "step" and the means of what was measured since the line before.
 Line = Mapping[str, float]
-# The measurement an angle trigger reads, by kind; nobody else's business.
-ANGLE = {"gradient_angle": "gradient_angle", "online_angle": "online_angle"}
+# Kinds of trigger that read an angle; it is logged under the same name.
+ANGLES = ("gradient_angle", "online_angle")
+# What of a line any trigger reads; the rest is not kept.
+_SEEN = {"step", "feature", "attention", *ANGLES}
 
 
 class Trigger(Protocol):
@@ -108,9 +110,8 @@ def build_trigger(settings: config.Termination) -> Trigger:
     if settings.kind == "iteration":
         assert settings.at is not None  # the settings have seen to it
         return FixedIteration(settings.at)
-    if settings.kind in ANGLE:
-        key = ANGLE[settings.kind]
-        return Angle(key, settings.after, settings.threshold, settings.smoothing, settings.patience)
+    if settings.kind in ANGLES:
+        return Angle(settings.kind, settings.after, settings.threshold, settings.smoothing, settings.patience)
     if settings.kind == "plateau":
         return Plateau(settings.after, settings.window, settings.gain)
     return Never()
@@ -173,6 +174,3 @@ class Termination:
         """Go on in the phase that was saved."""
         self.phase, self.switched_at = state["phase"], state["switched_at"]
         self.fired_at, self.log = state["fired_at"], list(state["log"])
-
-
-_SEEN = {"step", "feature", "attention", *ANGLE.values()}
