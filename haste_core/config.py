@@ -107,6 +107,8 @@ class Study(Section):
     """A base, its arms and its seeds, as read from a study file.
 
     title: the question, in a line. note: what a reader of the report must know before the numbers.
+    groups: lists of arms that belong to one question, by name; `main` are those of the report's own figures, by
+    default all. They change no run.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -123,7 +125,21 @@ class Study(Section):
     analysis: Analysis = Analysis()
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")], dict[str, Any]]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
+    groups: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
     profiles: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Study:
+        for name, members in self.groups.items():
+            for arm in members:
+                if arm not in self.arms:
+                    raise ValueError(f"groups.{name} names arm {arm!r}; possible: {', '.join(self.arms)}")
+        return self
+
+    @property
+    def main(self) -> list[str]:
+        """The arms of the report's own figures and of the claims that are read early."""
+        return self.groups.get("main", list(self.arms))
 
     def run(self, arm: str) -> RunConfig:
         """The complete configuration of one arm.
@@ -166,8 +182,8 @@ class Study(Section):
         return [self.teacher, *(t for i, t in enumerate(brought) if t not in brought[:i])]
 
     def check_claims(self) -> None:
-        """Raise HasteError where the step at which early gains are read is not a kept one of every arm."""
-        for arm in self.arms:
+        """Raise HasteError where the step at which early gains are read is not a kept one of every main arm."""
+        for arm in self.main:
             kept = self.run(arm).train.kept_steps
             if self.claims.early not in kept:
                 raise HasteError(
