@@ -103,6 +103,12 @@ class RunConfig(Section):
         return digest([self.lineage, ending])
 
 
+class Arm(RunConfig):
+    """What an arm of a study may override: all that decides its run but the data, and how its images are drawn."""
+
+    sample: Sample = Sample()
+
+
 class Study(Section):
     """A base, its arms and its seeds, as read from a study file.
 
@@ -152,11 +158,17 @@ class Study(Section):
         sections = set(RunConfig.model_fields)
         base = {k: v for k, v in self.model_dump(mode="json").items() if k in sections}
         # All arms learn from the same images, so that their scores can be compared.
-        possible = sorted(sections - {"data"})
+        possible = sorted(set(Arm.model_fields) - {"data"})
         for key in self.arms[arm]:
             if key not in possible:
                 raise unknown(f"section in arm {arm!r}", key, possible)
-        return validate(RunConfig, merge(base, self.arms[arm]), f"arm {arm!r}")
+        own = {key: value for key, value in self.arms[arm].items() if key != "sample"}
+        return validate(RunConfig, merge(base, own), f"arm {arm!r}")
+
+    def sample_of(self, arm: str) -> Sample:
+        """How images of an arm are drawn: as the study says, bar what the arm overrides (a DiT needs `ddpm`)."""
+        own = self.arms[arm].get("sample", {})
+        return validate(Sample, merge(self.sample.model_dump(mode="json"), own), f"arm {arm!r}")
 
     def donor(self, arm: str) -> str | None:
         """The arm from whose checkpoint at the switch this arm can start, or None.
@@ -200,7 +212,11 @@ class Study(Section):
     @property
     def evaluation_hash(self) -> str:
         """Hash of everything that moves a score except the weights that are scored."""
-        return digest([self.sample.model_dump(), self.evaluate.model_dump(), self.extractor_hash])
+        return self.evaluation_hash_of(self.sample)
+
+    def evaluation_hash_of(self, sample: Sample) -> str:
+        """`evaluation_hash` where images are drawn by `sample`."""
+        return digest([sample.model_dump(), self.evaluate.model_dump(), self.extractor_hash])
 
 
 def studies() -> list[str]:
@@ -234,6 +250,7 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
     loaded = validate(Study, content, f"study {path.stem!r}")
     for arm in loaded.arms:
         loaded.run(arm)
+        loaded.sample_of(arm)
     return loaded
 
 
@@ -288,7 +305,7 @@ def _check_key(parts: list[str], content: Mapping[str, Any]) -> None:
             arms = content.get("arms") or {}
             if part not in arms:
                 raise unknown("arm", part, arms)
-            section = RunConfig
+            section = Arm
             continue
         if section is None:
             return

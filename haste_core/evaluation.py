@@ -21,7 +21,7 @@ from haste_core.models import DiffusionTransformer
 from haste_core.runs import Run, study_dir
 from haste_core.sample_set import SampleSet, drawer, plan
 from haste_core.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
-from haste_core.scoring.scorers import Scorer, Scoring, card, columns, metrics_of, open_scorer, with_ema
+from haste_core.scoring.scorers import Scorer, Scoring, card, card_of, columns, metrics_of, open_scorer
 from haste_core.state import build_generator
 
 __all__ = [
@@ -51,8 +51,8 @@ def evaluation_samples(run: Run, step: int, classes: int, progress: str | None =
     model, fingerprint = generator_at(run, step)
     labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
     seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
-    drawn = sampling.draw(model, labels, seeds, study.sample, progress)
-    return sampling.to_uint8(decoding.to_images(drawn, study.data, study.sample)), fingerprint
+    drawn = sampling.draw(model, labels, seeds, run.sample, progress)
+    return sampling.to_uint8(decoding.to_images(drawn, study.data, run.sample)), fingerprint
 
 
 def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSet:
@@ -64,7 +64,7 @@ def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSe
     evaluate = run.study.evaluate
     manifest = plan(run, step, fingerprint, model.classes, evaluate.n, evaluate.seed, SHARD_SIZE)
     samples = SampleSet(samples_path(run, fingerprint).with_suffix(""), manifest)
-    samples.fill(drawer(model, run.study), run.study.sample.batch_size, progress)
+    samples.fill(drawer(model, run.study.data, run.sample), run.sample.batch_size, progress)
     return samples
 
 
@@ -91,7 +91,7 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scoring | None = None)
     torch.set_num_threads(run.config.train.threads)
     with locked(run.dir / "evaluation.lock", f"the evaluation of {run.arm} seed {run.seed}"):
         scorer = scorer or open_scorer(run.study, progress)
-        own = with_ema(scorer.card, run.config.train.ema_decay)
+        own = card_of(scorer.card, run)
         known = known_scores(run, own["card_id"])
         with provenance.session(run.dir, what="evaluation"):
             for step in run.config.train.kept_steps:
@@ -143,7 +143,7 @@ def save_scores(run: Run, card: dict[str, Any], scores: dict[str, dict[str, floa
 
 def samples_path(run: Run, fingerprint: str) -> Path:
     """Where the first images of an evaluation are kept, by its settings and the generator's fingerprint."""
-    return run.dir / "samples" / f"evaluation-{run.study.evaluation_hash}-{fingerprint}.npy"
+    return run.dir / "samples" / f"evaluation-{run.evaluation_hash}-{fingerprint}.npy"
 
 
 def find_samples(run: Run, step: int) -> Path:

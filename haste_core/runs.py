@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from haste_core import checkpoint
-from haste_core.config import RunConfig, Study, Teacher
+from haste_core.config import RunConfig, Sample, Study, Teacher
 from haste_core.errors import HasteError
 from haste_core.files import output_root, write_text
 
@@ -63,6 +63,16 @@ class Run:
         return self.study.run(self.arm)
 
     @cached_property
+    def sample(self) -> Sample:
+        """How the arm's images are drawn."""
+        return self.study.sample_of(self.arm)
+
+    @cached_property
+    def evaluation_hash(self) -> str:
+        """Hash of everything that moves a score of this run except its weights."""
+        return self.study.evaluation_hash_of(self.sample)
+
+    @cached_property
     def dir(self) -> Path:
         """runs/<study>/<arm>-<hash>/seed<k>."""
         return study_dir(self.study) / f"{self.arm}-{self.config.hash}" / f"seed{self.seed}"
@@ -75,7 +85,7 @@ class Run:
     @property
     def evaluation_path(self) -> Path:
         """Scores of this run under the study's present evaluation settings."""
-        return self.dir / f"evaluation-{self.study.evaluation_hash}.json"
+        return self.dir / f"evaluation-{self.evaluation_hash}.json"
 
     def checkpoint_path(self, step: int) -> Path:
         """The checkpoint after `step` steps."""

@@ -48,7 +48,7 @@ def plan(
         shard_size: images in a shard.
     """
     return {
-        **drawing_facts(run.study.data, run.study.sample),
+        **drawing_facts(run.study.data, run.sample),
         "from": f"{run.study.name} {run.arm} seed {run.seed} step {step}",
         "checkpoint": checkpoint,
         "classes": classes,
@@ -59,11 +59,11 @@ def plan(
     }
 
 
-def drawer(model: DiffusionTransformer, study: config.Study) -> Draw:
-    """What draws uint8 images (b, C, S, S) from a generator of the study, decoded where its data are latents."""
+def drawer(model: DiffusionTransformer, data: config.Data, how: config.Sample) -> Draw:
+    """What draws uint8 images (b, C, S, S) from a generator of `data`, decoded where these are latents."""
 
     def draw(labels: Tensor, seeds: range) -> Tensor:
-        return to_uint8(to_images(sample(model, labels, seeds, study.sample), study.data, study.sample))
+        return to_uint8(to_images(sample(model, labels, seeds, how), data, how))
 
     return draw
 

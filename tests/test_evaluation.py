@@ -378,11 +378,20 @@ def test_a_preset_changes_the_card_as_its_fields_do(suite, make_study):
     assert evaluation.card(by_name, "x")["card_id"] != evaluation.card(own, "x")["card_id"]
 
 
-def test_card_for_another_average_differs_in_that_alone(tiny):
-    content = evaluation.card(tiny, "x")
-    other = scorers.with_ema(content, 0.5)
+def test_card_of_a_run_differs_in_its_own_average_alone(make_study):
+    study = make_study("arms.vanilla.train={ema_decay: 0.5}")
+    content = evaluation.card(study, "x")
+    other = scorers.card_of(content, Run(study, "vanilla", 0))
     assert {key for key in content if content[key] != other[key]} == {"ema_decay", "card_id"}
-    assert other == evaluation.card(tiny, "x", 0.5)
+    assert other == evaluation.card(study, "x", 0.5)
+
+
+def test_card_of_a_run_that_draws_its_images_in_its_own_way(make_study):
+    study = make_study("arms.vanilla.sample={solver_steps: 3}")
+    content = evaluation.card(study, "x")
+    other = scorers.card_of(content, Run(study, "vanilla", 0))
+    assert {key for key in content if content[key] != other[key]} == {"solver_steps", "card_id"}
+    assert scorers.card_of(content, Run(study, "repa", 0)) == content
 
 
 @pytest.mark.parametrize(

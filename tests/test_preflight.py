@@ -162,7 +162,7 @@ def test_hours_are_operations_over_the_rate():
 )
 def test_drawing_counts_solver_calls_and_guided_steps_twice(settings, calls):
     study = config.load("imagenet256").model_copy(update={"sample": config.Sample(**settings)})
-    assert estimates.scoring_flops(study, 10) == 50_000 * calls * 10
+    assert estimates.scoring_flops(Run(study, next(iter(study.arms)), 0), 10) == 50_000 * calls * 10
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def test_batch_and_shard_size_move_at_most_a_rounding(tmp_path, randomise, tiny,
     for batch, shard in ((20, 20), (7, 20), (1, 5)):
         sample = config.Sample(sampler=sampler, solver_steps=4, batch_size=batch)
         samples = SampleSet(tmp_path / f"{batch}-{shard}", manifest(n=60, shard_size=shard))
-        samples.fill(drawer(model, tiny.model_copy(update={"sample": sample})), batch)
+        samples.fill(drawer(model, tiny.data, sample), batch)
         results.append(torch.cat(list(samples.batches(60))).int())
     assert results[0].float().std() > 10
     for other in results[1:]:

@@ -144,8 +144,8 @@ def _draw_few(arguments: argparse.Namespace, found: Run) -> None:
     study = found.study
     labels = sampling.sample_labels(arguments.n, model.classes, study.evaluate.labels, arguments.first_seed)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.n)
-    x = sampling.draw(model, labels, seeds, study.sample, "sampling")
-    drawn = sampling.to_uint8(decoding.to_images(x, study.data, study.sample))
+    x = sampling.draw(model, labels, seeds, found.sample, "sampling")
+    drawn = sampling.to_uint8(decoding.to_images(x, study.data, found.sample))
     if arguments.out.suffix == ".png":
         images.save_grid(drawn, arguments.out, columns=min(10, arguments.n))
         return
@@ -167,7 +167,7 @@ def _draw_set(arguments: argparse.Namespace, found: Run) -> None:
     samples = SampleSet(_folder(arguments), plan(found, step, fingerprint, model.classes, *sizes))
     if samples.missing() and (arguments.out.suffix or not samples.merged.is_file()):
         label = "sampling" if arguments.worker is None else None
-        samples.fill(drawer(model, found.study), found.study.sample.batch_size, label)
+        samples.fill(drawer(model, found.study.data, found.sample), found.sample.batch_size, label)
     samples.merge(_result(arguments), None if arguments.out.suffix else 3)
 
 

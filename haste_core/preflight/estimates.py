@@ -11,6 +11,7 @@ from torch import nn
 
 from haste_core import config
 from haste_core.preflight.tracing import Cost, Example, Networks, cost, matrices, teacher_flops, without_contents
+from haste_core.runs import Run
 
 # Published dense matrix rates in FLOP/s: 16-bit inputs with float32 sums, and plain float32 (torch's default).
 RATES = {
@@ -128,12 +129,12 @@ def memory(nets: Networks, found: Cost, phase: int, train: config.Train) -> Memo
     )
 
 
-def scoring_flops(study: config.Study, forward: int) -> int:
+def scoring_flops(run: Run, forward: int) -> int:
     """Operations of drawing the images that one checkpoint is scored on; decoding and features are left out."""
-    sample = study.sample
+    sample = run.sample
     calls = sample.solver_steps * (2 if sample.sampler == "heun" else 1) - (sample.sampler == "heun")
     guided = max(0.0, sample.guidance_high - sample.guidance_low) if sample.guidance != 1 else 0.0
-    return int(study.evaluate.n * calls * (1 + guided) * forward)
+    return int(run.study.evaluate.n * calls * (1 + guided) * forward)
 
 
 def rates(precision: str) -> dict[str, float]:

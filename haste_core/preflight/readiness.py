@@ -55,7 +55,7 @@ def check(study: config.Study, arm: str, seed: int = 0) -> Preflight:
         HasteError: the arm does not exist, or the seed is negative.
     """
     run = Run(study, arm, seed)
-    settings, sample = run.config, study.sample
+    settings, sample = run.config, run.sample
     found = [_attempt("settings", lambda: _settings(run))]
     data, example = checks.data(settings.data, settings.train.batch_size)
     found.append(data)
@@ -73,7 +73,7 @@ def check(study: config.Study, arm: str, seed: int = 0) -> Preflight:
     found += [_attempt("run", lambda: _existing(run)), _device(settings.train.precision)]
     if estimate is not None:
         found += [c for c in (_attempt("disk", lambda: _disk(run, estimate)), _memory(estimate)) if c is not None]
-    scoring = estimates.scoring_flops(study, estimate.forward) if estimate else 0
+    scoring = estimates.scoring_flops(run, estimate.forward) if estimate else 0
     return Preflight(f"{study.name} {arm}, seed {seed}", found, estimate, scoring, settings.train.precision)
 
 

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from haste_core import config, provenance, sampling
 from haste_core.data import Batches, Dataset, open_dataset
 from haste_core.preparation import load_extractor
+from haste_core.runs import Run
 from haste_core.scoring import adm
 from haste_core.scoring.image_sources import Images, MemoryImages, TrainingImages, training_hash
 from haste_core.scoring.metrics import METRICS, CopyCheck, compare, extract_features, register_extractor
@@ -86,9 +87,10 @@ def card(
     return content | {"card_id": config.digest(content)}
 
 
-def with_ema(known: dict[str, Any], ema_decay: float) -> dict[str, Any]:
-    """A card for a run that averages its weights with `ema_decay`."""
-    content = {key: value for key, value in known.items() if key != "card_id"} | {"ema_decay": ema_decay}
+def card_of(known: dict[str, Any], run: Run) -> dict[str, Any]:
+    """A study's card for one of its runs, which may average its weights and draw its images in its own way."""
+    own = {**sampling.drawing_facts(run.study.data, run.sample), "ema_decay": run.config.train.ema_decay}
+    content = {key: value for key, value in known.items() if key != "card_id"} | own
     return content | {"card_id": config.digest(content)}
 
 
