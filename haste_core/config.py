@@ -87,6 +87,12 @@ class RunConfig(Section):
         return float("inf") if self.termination.at is None else self.termination.at
 
     @property
+    def unaligned(self) -> str:
+        """Hash of what decides the run apart from its alignment."""
+        content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
+        return digest([content, self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)])
+
+    @property
     def lineage(self) -> str:
         """Hash of what decides the run up to the switch: equal for runs that share their first part."""
         content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
@@ -114,7 +120,7 @@ class Study(Section):
 
     title: the question, in a line. note: what a reader of the report must know before the numbers.
     groups: lists of arms that belong to one question, by name; `main` are those of the report's own figures, by
-    default all. They change no run.
+    default all. triggers: what notebook 07 replays over the logs of always-on runs, by name. Neither changes a run.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -132,6 +138,7 @@ class Study(Section):
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")], dict[str, Any]]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
     groups: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    triggers: dict[str, Termination] = {}
     profiles: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
@@ -180,6 +187,16 @@ class Study(Section):
             candidate = self.run(other)
             shares = other != arm and candidate.lineage == own.lineage and candidate.tau > own.tau
             if shares and own.tau in candidate.train.kept_steps:
+                return other
+        return None
+
+    def baseline(self, arm: str) -> str | None:
+        """The arm without alignment that differs from this one in nothing else, or None."""
+        own = self.run(arm)
+        for other in self.arms:
+            candidate = self.run(other)
+            same = candidate.unaligned == own.unaligned
+            if not candidate.alignment.active and same and self.sample_of(other) == self.sample_of(arm):
                 return other
         return None
 

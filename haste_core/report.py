@@ -63,6 +63,12 @@ class Report:
         """Every arm with the first seed, for pictures."""
         return [Run(self.study, arm, self.study.seeds[0]) for arm in self.study.arms]
 
+    def scores(self) -> pd.DataFrame:
+        """The rows of fid.csv: from the runs where all of them are scored, else as they came with the project."""
+        if all(evaluation.is_scored(run) for run in self.all_runs()):
+            return pd.DataFrame([row for run in self.all_runs() for row in evaluation.rows(run)])
+        return self.table("fid")
+
     def samples(self) -> dict[tuple[str, int], np.ndarray]:
         """The first evaluation images by arm and step, first seed, uint8 (n, C, S, S), from tables/samples.npz."""
         with np.load(self.dir / "tables" / "samples.npz", allow_pickle=False) as stored:

@@ -127,7 +127,7 @@ def test_an_unknown_name_is_refused_naming_the_known_ones(place, capsys, command
         ("train.stepz=3", ["'stepz'", "did you mean 'steps'", "batch_size"]),
         ("trian.steps=3", ["'trian'", "did you mean 'train'", "alignment"]),
         ("arms.hast.train.steps=3", ["unknown arm 'hast'", "haste"]),
-        ("arms.haste.sample.solver_steps=3", ["'sample'", "termination"]),
+        ("arms.haste.evaluate.n=3", ["'evaluate'", "termination", "sample"]),
         ("train.steps.more=3", ["train.steps.more", "no keys below"]),
         ("train.steps=many", ["train.steps", "valid integer", "'many'"]),
         ("train.steps=0", ["train.steps", "greater than 0", "given 0"]),
