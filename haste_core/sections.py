@@ -334,9 +334,14 @@ class Evaluate(Section):
 
 
 class Claims(Section):
-    """Which arms and steps stand for the paper's settings. early: the step at which early gains are read."""
+    """Which arms and steps stand for the paper's settings.
+
+    early: the step at which early gains are read. roles: the arm (or trigger) of the study by the name that a claim of
+    `haste_core.claims` uses, where it has another, such as `repa_midway: repa_1600`.
+    """
 
     early: Positive = 1
+    roles: dict[str, str] = {}
     confidence: float = Field(0.95, gt=0, lt=1)
 
 
