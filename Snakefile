@@ -107,10 +107,27 @@ for arm in STUDY.arms:
             retries: 1
             shell: NOTEBOOK + " 02_fid {log.notebook:q} " + COMMON + " -p arm={params.arm} -p seed={params.seed} && touch {output:q}"
 
-# Times steps of all arms side by side, so it has the machine to itself.
+# Analyses of finished and scored runs, one notebook each; their tables go into the report.
+ANALYSED = []
+for name, parameters in STUDY.analyses.items():
+    mark = haste.digest([parameters, STUDY.evaluation_hash, STUDY.analysis.model_dump(mode="json"),
+                         STUDY.groups, {n: t.model_dump(mode="json") for n, t in STUDY.triggers.items()},
+                         [(stamp_hash(STUDY.run(a)), STUDY.run(a).hash, STUDY.seeds) for a in STUDY.arms]])
+    ANALYSED.append(str(RUNS / f"analysed-{name}-{mark}.stamp"))
+    rule:
+        name: f"analyse_{name}"
+        input: [stamp(arm, seed, "evaluated") for arm in STUDY.arms for seed in STUDY.seeds]
+        output: ANALYSED[-1]
+        log: notebook=EXECUTED / f"{name}.ipynb"
+        params: notebook=name, words=words(*(w for k, v in parameters.items() for w in ("-p", f"{k}={json.dumps(v)}")))
+        threads: STUDY.train.threads
+        retries: 1
+        shell: NOTEBOOK + " {params.notebook:q} {log.notebook:q} " + COMMON + " {params.words} && touch {output:q}"
+
+# Times steps of all main arms side by side, so it has the machine to itself.
 rule step_time:
     input: PREPARED
-    output: RUNS / f"step_time-{haste.digest([STUDY.run(a).hash for a in STUDY.arms])}.stamp"
+    output: RUNS / f"step_time-{haste.digest([STUDY.run(a).hash for a in STUDY.main])}.stamp"
     threads: workflow.cores
     shell: HASTE + " cost " + SETTINGS + " && touch {output:q}"
 
@@ -119,6 +136,7 @@ rule report:
         [stamp(arm, seed, "evaluated") for arm in STUDY.arms for seed in STUDY.seeds],
         rules.step_time.output,
         PREPARED,
+        ANALYSED,
     output: REPORT / "report.html"
     log: notebook=EXECUTED / "10_report.ipynb"
     params: settings=haste.digest(STUDY.model_dump(mode="json"))

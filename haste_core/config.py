@@ -120,7 +120,8 @@ class Study(Section):
 
     title: the question, in a line. note: what a reader of the report must know before the numbers.
     groups: lists of arms that belong to one question, by name; `main` are those of the report's own figures, by
-    default all. triggers: what notebook 07 replays over the logs of always-on runs, by name. Neither changes a run.
+    default all. triggers: what notebook 07 replays over the logs of always-on runs, by name.
+    analyses: notebooks that the study runs before its report, with their parameters. None of these changes a run.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -139,6 +140,7 @@ class Study(Section):
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
     groups: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
     triggers: dict[str, Termination] = {}
+    analyses: dict[str, dict[str, Any]] = {}
     profiles: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")

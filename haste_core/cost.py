@@ -21,7 +21,7 @@ COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ra
 def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
     """A training state for each arm and phase; a phase II state really went through its switch."""
     found: dict[tuple[str, int], TrainState] = {}
-    for arm in study.arms:
+    for arm in study.main:
         run = study.run(arm)
         if not run.alignment.active:
             found[arm, 2] = create(run, 0, None)
@@ -38,13 +38,13 @@ def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
 
 
 def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str = "vanilla") -> list[dict[str, Any]]:
-    """Median seconds per training step of every arm and phase, and the ratio to a vanilla step with its spread.
+    """Median seconds per training step of every main arm and phase, and the ratio to a vanilla step with its spread.
 
     Every round times each state once, in a new order; ratios are taken within a round, so that a machine whose speed
     drifts does not tilt them. `ratio_low` and `ratio_high` are a 95 % bootstrap interval of the median ratio.
     """
-    if vanilla not in study.arms or study.run(vanilla).alignment.active:
-        raise HasteError(f"step times are ratios to a run without alignment; {vanilla!r} is none of {list(study.arms)}")
+    if vanilla not in study.main or study.run(vanilla).alignment.active:
+        raise HasteError(f"step times are ratios to a run without alignment; {vanilla!r} is none of {study.main}")
     running = states(study)
     device = next(iter(running.values())).accelerator.device
     times: dict[tuple[str, int], list[float]] = {key: [] for key in running}

@@ -18,11 +18,16 @@ from haste_core.analysis import attention
 from haste_core.data import open_dataset
 from haste_core.errors import HasteError
 from haste_core.files import write_bytes, write_json, write_table, write_text
+from haste_core.report_sections import sections
 from haste_core.runs import Run
 from haste_core.training import find_teacher
+from haste_core.wording import measured, not_measured, readme_block, score_table, sentences
 
-# Columns of fid.csv that are no scores.
-DESCRIPTIONS = ("arm", "seed", "step", "images_seen", "n", "card")
+__all__ = [
+    "Report", "answer", "collect_samples", "draw_figures", "open_report", "readme_block", "refresh", "score_table",
+    "study_provenance", "write_report", "write_tables",
+]  # fmt: skip
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -49,6 +54,10 @@ class Report:
             raise HasteError(f"no table {path}; possible: haste study {self.study.name}")
         return pd.read_csv(path)
 
+    def has(self, name: str) -> bool:
+        """True where the table exists."""
+        return (self.tables / f"{name}.csv").is_file()
+
     @property
     def tau(self) -> int | None:
         """The switch of the study's first arm that has one."""
@@ -59,9 +68,17 @@ class Report:
         """Every arm with every seed."""
         return [Run(self.study, arm, seed) for arm in self.study.arms for seed in self.study.seeds]
 
+    def main_runs(self) -> list[Run]:
+        """Every main arm with every seed."""
+        return [run for run in self.all_runs() if run.arm in self.study.main]
+
     def shown_runs(self) -> list[Run]:
-        """Every arm with the first seed, for pictures."""
-        return [Run(self.study, arm, self.study.seeds[0]) for arm in self.study.arms]
+        """Every main arm with the first seed, for pictures."""
+        return [Run(self.study, arm, self.study.seeds[0]) for arm in self.study.main]
+
+    def main(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a table that belong to main arms."""
+        return table[table["arm"].isin(self.study.main)]
 
     def scores(self) -> pd.DataFrame:
         """The rows of fid.csv: from the runs where all of them are scored, else as they came with the project."""
@@ -135,15 +152,13 @@ def write_tables(report: Report) -> None:
         write_json(folder / "cards" / f"{card['card_id']}.json", card)
     times = json.loads((runs.study_dir(study) / "step_time.json").read_text())
     write_table(folder / "step_time.csv", times, cost.COLUMNS)
-    study.check_claims()
-    judged = claims.judge_all(claims.curves_of(pd.DataFrame(fid)), study.claims, study.train.steps)
-    write_table(folder / "claims.csv", judged, claims.COLUMNS)
+    write_table(folder / "claims.csv", judge(report, pd.DataFrame(fid)), claims.COLUMNS)
     maps = attention.token_maps(report.shown_runs(), find_teacher(study, study.teacher))
     write_table(folder / "attention.csv", maps, tuple(maps[0]))
     names = ("arm", "seed", "step", "phase", "loss", "denoising", "feature", "attention", "grad_norm")
     curves = [
         {"arm": run.arm, "seed": run.seed, **{k: line.get(k) for k in names[2:]}}
-        for run in report.all_runs()
+        for run in report.main_runs()
         for line in run.metrics()
     ]
     write_table(folder / "metrics.csv", curves, names)
@@ -151,6 +166,17 @@ def write_tables(report: Report) -> None:
     np.savez_compressed(stream, **collect_samples(report))  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", stream.getvalue())
     write_json(folder / "provenance.json", study_provenance(report))
+
+
+def judge(report: Report, fid: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of claims.csv, from the rows of fid.csv and the tables of analyses that there are."""
+    study = report.study
+    study.check_claims()
+    tables = {name: report.table(name) for name in claims.TABLES if report.has(name)}
+    evidence = claims.Evidence(
+        claims.curves_of(fid), study.claims.early, study.train.steps, study.claims.roles, claims.cards_of(fid), tables
+    )
+    return claims.judge_all(claims.CLAIMS, evidence, study.claims.confidence)
 
 
 def study_provenance(report: Report) -> dict[str, Any]:
@@ -165,6 +191,7 @@ def study_provenance(report: Report) -> dict[str, Any]:
     return {
         "study": study.name,
         "study_hash": config.digest(study.model_dump(mode="json")),
+        "main": study.main,
         "commits": sorted({s["commit"] for s in sessions}),
         "environment": provenance.environment(),
         "machine": provenance.machine(),
@@ -186,7 +213,8 @@ def study_provenance(report: Report) -> dict[str, Any]:
 
 def draw_figures(report: Report) -> dict[str, Any]:
     """Every figure of the report by name, drawn from its tables (and the sample images)."""
-    fid, samples = report.table("fid"), report.samples()
+    fid, samples = report.main(report.table("fid")), report.samples()
+    judged = report.table("claims")
     floor = report.table("floor").set_index("pair")["fid"]["augmented held-in against held-in"]
     return {
         "summary": figures.summary(fid, samples, report.tau),
@@ -196,7 +224,8 @@ def draw_figures(report: Report) -> dict[str, Any]:
         "attention": figures.attention_maps(report.table("attention"), report.test_image()),
         "curves": figures.training_curves(report.table("metrics"), report.tau),
         "step_time": figures.step_cost(report.table("step_time")),
-        "claims": figures.claims_forest(report.table("claims")),
+        "claims": figures.claims_forest(judged[measured(judged)]),
+        **{name: draw(report) for section in sections(report) for name, draw in section.pictures.items()},
     }
 
 
@@ -209,20 +238,22 @@ def write_report(report: Report) -> Path:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     facts = json.loads((report.dir / "tables" / "provenance.json").read_text())
-    fid = report.table("fid")
+    fid, judged = report.main(report.table("fid")), report.table("claims")
     card = json.loads((report.dir / "tables" / "cards" / f"{figures.one_card(fid)}.json").read_text())
     html = environment.get_template("report.html").render(
         study=report.study,
         tau=report.tau,
         facts=facts,
         card=card,
-        claims=report.table("claims").to_dict("records"),
+        claims=judged[measured(judged)].to_dict("records"),
         final=score_table(fid, report.study.train.steps),
         early=score_table(fid, report.study.claims.early),
         floor=report.table("floor").to_dict("records"),
         times=report.table("step_time").to_dict("records"),
         attention=report.table("attention"),
         answer=answer(report),
+        missing=not_measured(judged),
+        sections=sections(report),
         picture=lambda name: _picture(report.dir / "figures" / f"{name}.png"),
     )
     path = report.dir / "report.html"
@@ -230,82 +261,9 @@ def write_report(report: Report) -> Path:
     return path
 
 
-def score_table(fid: pd.DataFrame, step: int) -> list[dict[str, Any]]:
-    """One row per arm at a step: mean, lowest and highest FID over seeds, and means of the other scores."""
-    chosen = fid[fid["step"] == step]
-    rows = []
-    for arm, group in chosen.groupby("arm", sort=False):
-        means = {name: float(group[name].mean()) for name in group.columns if name not in DESCRIPTIONS}
-        rows.append({"arm": arm, "low": group["fid"].min(), "high": group["fid"].max(), "seeds": len(group), **means})
-    return rows
-
-
 def answer(report: Report) -> list[str]:
     """The study's outcome in plain sentences, put together from the tables alone."""
-    fid = report.table("fid")
-    curves = claims.curves_of(fid)
-    sentences = []
-    for row in report.table("claims").to_dict("records"):
-        number = f"{row['effect']:.2f}" if np.isfinite(row["effect"]) else "not measured"
-        span = f", interval {row['low']:.2f} to {row['high']:.2f}" if np.isfinite(row["low"]) else ""
-        sentences.append(f"{row['id']}, “{row['claim']}”: {row['verdict']} ({row['unit']}: {number}{span}).")
-    for arm in curves if "vanilla" in curves else ():
-        if arm != "vanilla":
-            sentences.append(f"{arm}: {_course(curves, arm)}.")
-    return sentences
-
-
-def _course(curves: claims.Curves, arm: str) -> str:
-    """One arm against vanilla over training, in words: its best step and its end."""
-    steps = sorted(set.intersection(*(set(by_step) for by_step in curves[arm].values())))
-    gains = {s: [np.log(curves["vanilla"][k][s] / curves[arm][k][s]) for k in curves[arm]] for s in steps}
-    mean = {s: float(np.mean(v)) for s, v in gains.items()}
-    best, last = max(mean, key=lambda s: mean[s]), steps[-1]
-    if mean[best] <= 0:
-        return f"FID is above vanilla's at every step ({np.exp(-mean[last]) - 1:.0%} at the end)"
-    seeds = f"{sum(g > 0 for g in gains[last])} of {len(gains[last])} seeds better than vanilla"
-    end = f"{abs(1 - np.exp(-mean[last])):.0%} {'lower' if mean[last] > 0 else 'higher'} at step {last} ({seeds})"
-    if best == last:
-        return f"FID is lowest against vanilla's at the end, {end}"
-    return f"FID is {1 - np.exp(-mean[best]):.0%} lower than vanilla's at step {best}, its best, and {end}"
-
-
-def readme_block(folder: Path) -> str:
-    """The results as README shows them, from the tables in `folder` alone (markdown)."""
-    fid, judged = pd.read_csv(folder / "fid.csv"), pd.read_csv(folder / "claims.csv")
-    facts, times = json.loads((folder / "provenance.json").read_text()), pd.read_csv(folder / "step_time.csv")
-    steps = sorted(fid["step"].unique())
-    lines = ["| FID, mean over seeds | " + " | ".join(f"step {s}" for s in steps) + " |"]
-    lines.append("|---|" + "---:|" * len(steps))
-    for arm, group in fid.groupby("arm", sort=False):
-        means = group.groupby("step")["fid"].mean()
-        lines.append(f"| {arm} | " + " | ".join(f"{means[s]:.2f}" for s in steps) + " |")
-    lines += ["", "| claim | effect (interval) | seeds | verdict |", "|---|---|---:|---|"]
-    for row in judged.to_dict("records"):
-        effect = f"{row['effect']:.2f} ({row['low']:.2f} to {row['high']:.2f}) {row['unit']}"
-        lines.append(f"| {row['id']}: {row['claim']} | {effect} | {row['seeds']} | **{row['verdict']}** |")
-    ratios = [
-        f"{row['arm']} phase {'I' if row['phase'] == 1 else 'II'} {row['ratio_to_vanilla']:.2f}"
-        for row in times.to_dict("records")
-        if row["arm"] != "vanilla"
-    ]
-    lines += ["", f"Step time over a vanilla step: {', '.join(ratios)}."]
-    run, machine = facts["invocation"], facts["machine"]
-    if run and not run["resumed"]:
-        installing = f" after {run['install_minutes']:.1f} minutes of installing" if "install_minutes" in run else ""
-        lines.append(
-            f"From nothing to this report: {run['minutes']:.1f} minutes{installing}, {run['peak_memory_gib']:.1f} GiB "
-            f"of memory at most, on {machine['cores']} cores ({machine['cpu']})."
-        )
-    accuracies = [
-        f"{name} {facts[name]['test_accuracy']:.1%}"
-        for name in ("teacher", "extractor")
-        if (facts[name] or {}).get("test_accuracy") is not None
-    ]
-    if accuracies:
-        lines.append(f"Of held-out images classified correctly: {', '.join(accuracies)}.")
-    lines.append(f"Commit {', '.join(facts['commits'])}, study {facts['study_hash']}.")
-    return "\n".join(lines) + "\n"
+    return sentences(report.table("fid"), report.table("claims"), report.study.main)
 
 
 def _picture(path: Path) -> str:

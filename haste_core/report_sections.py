@@ -1,0 +1,89 @@
+"""The sections that analyses add to a report: each a question, how to read its pictures, and pictures from tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from haste_core import figures
+from haste_core.figures import Figure
+
+if TYPE_CHECKING:
+    from haste_core.report import Report
+
+Draw = Callable[["Report"], Figure]
+
+
+class Section(NamedTuple):
+    """One section. tables: what it is drawn from; it is left out where one of them is missing."""
+
+    name: str
+    title: str
+    text: str
+    tables: tuple[str, ...]
+    pictures: dict[str, Draw]
+
+
+def _conflict(report: Report) -> Figure:
+    table = report.table("gradient_conflict")
+    return figures.conflict_over_training(table, report.tau, "repa" if "repa" in set(table["arm"]) else table["arm"][0])
+
+
+def _capacity(report: Report) -> Figure:
+    table = report.table("capacity")
+    level = float(table.loc[table["who"] == "student", "t"].min())
+    block = report.study.alignment.depth - 1
+    return figures.capacity_over_training(table, block=block, t=level, kind="tokens", tau=report.tau)
+
+
+def _spectrum(report: Report) -> Figure:
+    table = report.table("spectrum")
+    return figures.error_by_arm(table, step=int(table["step"].max()))
+
+
+SECTIONS = (
+    Section(
+        "conflict",
+        "Do alignment and denoising pull the same way?",
+        "The cosine between the gradients of both losses over one block's parameters, on held-out images: above 0 "
+        "alignment helps denoising, below 0 they work against each other. A line per noise level t (0 is data); bars "
+        "are bootstrap intervals over groups of images. Below: the estimate that an ordinary step gives at no extra "
+        "pass, against the exact cosine.",
+        ("gradient_conflict", "gradient_conflict_online"),
+        {
+            "conflict": _conflict,
+            "online": lambda r: figures.online_against_exact(
+                r.table("gradient_conflict"), r.table("gradient_conflict_online")
+            ),
+        },
+    ),
+    Section(
+        "similarity",
+        "Do student and teacher see alike?",
+        "Unbiased linear CKA of the aligned pair of blocks on held-out images; thin lines are the same on shuffled "
+        "pairs of images, so what is not above its thin line is no similarity.",
+        ("similarity",),
+        {"similarity": lambda r: figures.aligned_similarity(r.table("similarity"), r.tau, "cka")},
+    ),
+    Section(
+        "cross-effects",
+        "Does one alignment do the other's work?",
+        "Left, the divergence of student from teacher attention (0: equal); right, how much of the teacher's tokens a "
+        "linear map of the student's explains on images it was not fitted on. Thin lines are baselines: another image.",
+        ("cross_effects",),
+        {"cross_effects": lambda r: figures.cross_effects(r.table("cross_effects"), r.tau)},
+    ),
+    Section(
+        "capacity",
+        "The capacity mismatch",
+        "How many directions the aligned block's tokens use, beside the teacher's; and the share of the image that a "
+        "linear readout of the tokens does not find, by spatial frequency (0: all is there, 1: nothing is).",
+        ("capacity", "spectrum"),
+        {"capacity": _capacity, "spectrum": _spectrum},
+    ),
+)
+
+
+def sections(report: Report) -> list[Section]:
+    """The sections whose tables there are."""
+    return [section for section in SECTIONS if all(report.has(table) for table in section.tables)]
