@@ -44,7 +44,7 @@ PREPARED = RUNS / f"prepared-{haste.digest([STUDY.teacher_hash(t) for t in STUDY
 
 def stamp(arm, seed, kind):
     run = Run(STUDY, arm, seed)
-    mark = stamp_hash(run.config) + (f"-{STUDY.evaluation_hash}" if kind == "evaluated" else "")
+    mark = stamp_hash(run.config) + (f"-{run.evaluation_hash}" if kind == "evaluated" else "")
     return str(run.dir / f"{kind}-{mark}.stamp")
 
 
