@@ -45,6 +45,31 @@ def obtain(
     Raises:
         HasteError: runs are missing and there is no such table.
     """
+
+    def whole() -> pd.DataFrame:
+        parts = []
+        for run in tqdm(runs, desc=name, unit="run", disable=not progress, mininterval=1.0):
+            rows = measure(run)
+            rows.insert(0, "seed", run.seed)
+            rows.insert(0, "arm", run.arm)
+            parts.append(rows)
+        return pd.concat(parts, ignore_index=True)
+
+    return obtain_whole(folder, name, whole, runs, settings)
+
+
+def obtain_whole(
+    folder: Path,
+    name: str,
+    measure: Callable[[], pd.DataFrame],
+    runs: Sequence[Run],
+    settings: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """The same for a table that comes from all runs at once: `measure` returns it whole.
+
+    Raises:
+        HasteError: runs are missing and there is no such table.
+    """
     path = folder / f"{name}.csv"
     card = {"analysis": runs[0].study.analysis.model_dump(mode="json"), **(settings or {})}
     whose = {
@@ -66,13 +91,7 @@ def obtain(
         )
         return pd.read_csv(path)
     begun = time.perf_counter()
-    parts = []
-    for run in tqdm(runs, desc=name, unit="run", disable=not progress, mininterval=1.0):
-        rows = measure(run)
-        rows.insert(0, "seed", run.seed)
-        rows.insert(0, "arm", run.arm)
-        parts.append(rows)
-    table = pd.concat(parts, ignore_index=True)
+    table = measure()
     write_table(path, table.to_dict("records"), list(table.columns))  # type: ignore[arg-type]
     facts = {"table": name, "key": key, "card": card, "runs": whose, "rows": len(table)}
     facts |= {"commit": provenance.commit(), "environment": provenance.environment(), "written": provenance.now()}

@@ -19,6 +19,7 @@ from haste_core.claims.judging import (
     interval,
     judge,
     judge_all,
+    one_card,
     verdict,
 )
 from haste_core.claims.paper import CLAIMS, TABLES
@@ -26,5 +27,5 @@ from haste_core.claims.statistics import speed_up
 
 __all__ = [
     "CLAIMS", "COLUMNS", "TABLES", "Claim", "Curves", "Evidence", "cards_of", "curves_of", "interval", "judge",
-    "judge_all", "speed_up", "verdict",
+    "judge_all", "one_card", "speed_up", "verdict",
 ]  # fmt: skip

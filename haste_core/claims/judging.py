@@ -205,6 +205,18 @@ def curves_of(fid: pd.DataFrame) -> dict[str, dict[int, dict[int, float]]]:
     return curves
 
 
+def one_card(fid: pd.DataFrame) -> str:
+    """The card all rows share.
+
+    Raises:
+        ValueError: rows carry different cards; such scores are not compared, nor drawn on one axis.
+    """
+    cards = sorted(fid["card"].unique())
+    if len(cards) != 1:
+        raise ValueError(f"scores with different cards cannot share an axis: {', '.join(cards)}")
+    return cards[0]
+
+
 def cards_of(fid: pd.DataFrame) -> dict[str, str]:
     """The evaluation card of every arm.
 

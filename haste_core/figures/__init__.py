@@ -3,6 +3,10 @@
 Every function takes rows of a table (pandas) and returns a Figure; `save` writes it as PNG and SVG.
 """
 
+from haste_core.figures.ablations import (
+    gain_by_setting,
+    group_effects,
+)
 from haste_core.figures.attention import (
     attention_similarity,
     cross_effects,
@@ -46,12 +50,19 @@ from haste_core.figures.style import (
     save,
     style,
 )
+from haste_core.figures.termination import (
+    fid_over_tau,
+    regret_by_trigger,
+    sweep_over_steps,
+    trigger_logs,
+)
 
 __all__ = [
     "Figure", "aligned_similarity", "attention_maps", "attention_similarity", "capacity_over_depth",
     "capacity_over_training", "claims_forest", "conflict_by_arm", "conflict_over_t", "conflict_over_training",
-    "cross_effects", "error_by_arm", "error_per_band", "fid_against_steps", "gain_over_vanilla", "head_map",
-    "head_statistics", "image_rows", "one_card", "online_against_exact", "probing_over_depth",
-    "probing_over_training", "query_maps", "sample_sheet", "save", "similarity_maps", "similarity_over_t",
-    "step_cost", "style", "summary", "training_curves",
+    "cross_effects", "error_by_arm", "error_per_band", "fid_against_steps", "fid_over_tau", "gain_by_setting",
+    "gain_over_vanilla", "group_effects", "head_map", "head_statistics", "image_rows", "one_card",
+    "online_against_exact", "probing_over_depth", "probing_over_training", "query_maps", "regret_by_trigger",
+    "sample_sheet", "save", "similarity_maps", "similarity_over_t", "step_cost", "style", "summary",
+    "sweep_over_steps", "training_curves", "trigger_logs",
 ]  # fmt: skip

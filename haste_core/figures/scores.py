@@ -6,22 +6,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
+from haste_core.claims import one_card
 from haste_core.figures.style import VERDICT_COLOUR, Figure, mark_switch, plain_numbers, style, tile
 
 # A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.
 NEAR = 30
-
-
-def one_card(fid: pd.DataFrame) -> str:
-    """The card all rows share.
-
-    Raises:
-        ValueError: rows carry different cards; such scores are not drawn on one axis.
-    """
-    cards = sorted(fid["card"].unique())
-    if len(cards) != 1:
-        raise ValueError(f"scores with different cards cannot share an axis: {', '.join(cards)}")
-    return cards[0]
 
 
 def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = None) -> Figure:
