@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from haste_core import figures
+from haste_core.analysis import ablations, switching
 from haste_core.figures import Figure
 
 if TYPE_CHECKING:
@@ -39,6 +40,31 @@ def _capacity(report: Report) -> Figure:
 def _spectrum(report: Report) -> Figure:
     table = report.table("spectrum")
     return figures.error_by_arm(table, step=int(table["step"].max()))
+
+
+def _effects(report: Report, table: str) -> Figure:
+    rows = report.table(table)
+    return figures.group_effects(rows, ablations.effects(rows, report.study.claims.confidence))
+
+
+def _family(report: Report) -> str:
+    """The family of arms with the most switches."""
+    taus = report.table("termination_sweep").groupby("family")["tau"].nunique()
+    return str(taus.idxmax())
+
+
+def _sweep(report: Report) -> Figure:
+    swept, fired = report.table("termination_sweep"), report.table("termination_fired")
+    return figures.fid_over_tau(swept, fired, _family(report))
+
+
+def _triggers(report: Report) -> Figure:
+    return figures.trigger_logs(report.table("termination_logs"), report.study.triggers, _family(report))
+
+
+def _regret(report: Report) -> Figure:
+    near = report.table("termination_nearest")
+    return figures.regret_by_trigger(near, switching.ranking(near, report.study.claims.confidence), _family(report))
 
 
 SECTIONS = (
@@ -81,9 +107,48 @@ SECTIONS = (
         ("capacity", "spectrum"),
         {"capacity": _capacity, "spectrum": _spectrum},
     ),
+    Section(
+        "help",
+        "What the help consists of",
+        "Early gain over plain training: of REPA, of REPA whose teacher sees only low spatial frequencies (the number "
+        "is a share of Nyquist), of alignment at some noise levels only (low, mid, high thirds of t), and of the control "
+        "without any alignment that trains on high noise more often (shift). Small dots are seeds; grey means that the "
+        "interval over seeds holds 0.",
+        ("help_consists_of",),
+        {"help": lambda r: _effects(r, "help_consists_of")},
+    ),
+    Section(
+        "termination",
+        "When should alignment end?",
+        "FID at the end over the step of the switch: all points of a line branch from one always-on run. Marks above "
+        "show where triggers fired that look at the run itself; below, how far above the best switch FID ends with each "
+        "trigger's own step, and what never switching costs.",
+        ("termination_sweep", "termination_fired", "termination_nearest", "termination_logs"),
+        {"termination": _sweep, "triggers": _triggers, "regret": _regret},
+    ),
+    Section(
+        "ablations",
+        "Which choices matter?",
+        "Groups of arms that differ in one choice, against the reference named in each title; right of 0 is better than "
+        "the reference. haste_teacher_random is aligned with a teacher that was never trained.",
+        ("ablations",),
+        {"ablations": lambda r: _effects(r, "ablations")},
+    ),
+    Section(
+        "late",
+        "Where does alignment begin to hurt?",
+        "Each aligned arm against the run without alignment that differs in nothing else: green points help, orange ones "
+        "hurt, grey ones are left open by the seeds.",
+        ("late_gain",),
+        {"late": lambda r: figures.gain_by_setting(r.table("late_gain"))},
+    ),
 )
 
 
 def sections(report: Report) -> list[Section]:
     """The sections whose tables there are."""
-    return [section for section in SECTIONS if all(report.has(table) for table in section.tables)]
+    return [
+        section
+        for section in SECTIONS
+        if all(report.has(table) and len(report.table(table)) for table in section.tables)
+    ]

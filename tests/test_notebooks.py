@@ -27,7 +27,9 @@ ANALYSES = {
     "03_gradient_conflict": ("gradient_conflict", "gradient_conflict_online"),
     "04_representation_similarity": ("similarity", "probing"),
     "05_attention_similarity": ("attention_similarity", "attention_statistics", "cross_effects"),
-    "06_capacity": ("capacity", "spectrum"),
+    "06_capacity": ("capacity", "spectrum", "help_consists_of"),
+    "07_termination": ("termination_logs", "termination_fired", "termination_sweep", "termination_nearest"),
+    "08_ablations": ("ablations", "late_gain"),
 }
 
 pytestmark = pytest.mark.timeout(900)
