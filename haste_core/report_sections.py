@@ -111,9 +111,9 @@ SECTIONS = (
         "help",
         "What the help consists of",
         "Early gain over plain training: of REPA, of REPA whose teacher sees only low spatial frequencies (the number "
-        "is a share of Nyquist), of alignment at some noise levels only (low, mid, high thirds of t), and of the control "
-        "without any alignment that trains on high noise more often (shift). Small dots are seeds; grey means that the "
-        "interval over seeds holds 0.",
+        "is a share of Nyquist), of alignment at some noise levels only (low, mid, high thirds of t), and of the "
+        "control without any alignment that trains on high noise more often (shift). Small dots are seeds; grey means "
+        "that the interval over seeds holds 0.",
         ("help_consists_of",),
         {"help": lambda r: _effects(r, "help_consists_of")},
     ),
@@ -121,24 +121,24 @@ SECTIONS = (
         "termination",
         "When should alignment end?",
         "FID at the end over the step of the switch: all points of a line branch from one always-on run. Marks above "
-        "show where triggers fired that look at the run itself; below, how far above the best switch FID ends with each "
-        "trigger's own step, and what never switching costs.",
+        "show where triggers fired that look at the run itself; below, how far above the best switch FID ends with "
+        "each trigger's own step, and what never switching costs.",
         ("termination_sweep", "termination_fired", "termination_nearest", "termination_logs"),
         {"termination": _sweep, "triggers": _triggers, "regret": _regret},
     ),
     Section(
         "ablations",
         "Which choices matter?",
-        "Groups of arms that differ in one choice, against the reference named in each title; right of 0 is better than "
-        "the reference. haste_teacher_random is aligned with a teacher that was never trained.",
+        "Groups of arms that differ in one choice, against the reference named in each title; right of 0 is better "
+        "than the reference. haste_teacher_random is aligned with a teacher that was never trained.",
         ("ablations",),
         {"ablations": lambda r: _effects(r, "ablations")},
     ),
     Section(
         "late",
         "Where does alignment begin to hurt?",
-        "Each aligned arm against the run without alignment that differs in nothing else: green points help, orange ones "
-        "hurt, grey ones are left open by the seeds.",
+        "Each aligned arm against the run without alignment that differs in nothing else: green points help, orange "
+        "ones hurt, grey ones are left open by the seeds.",
         ("late_gain",),
         {"late": lambda r: figures.gain_by_setting(r.table("late_gain"))},
     ),

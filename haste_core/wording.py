@@ -85,8 +85,8 @@ def readme_block(folder: Path) -> str:
     for row in judged[measured(judged)].to_dict("records"):
         effect = f"{row['effect']:.2f} ({row['low']:.2f} to {row['high']:.2f}) {row['unit']}"
         lines.append(f"| {row['id']}: {row['claim']} | {effect} | {row['seeds']} | **{row['verdict']}** |")
-    missing = not_measured(judged)
-    lines += ["", f"Not measured in this study: {missing}."] if missing else []
+    missing = ", ".join(judged.loc[~measured(judged), "id"])
+    lines += ["", f"Not measured in this study: {missing} (the report says what each lacks)."] if missing else []
     ratios = [
         f"{row['arm']} phase {'I' if row['phase'] == 1 else 'II'} {row['ratio_to_vanilla']:.2f}"
         for row in times.to_dict("records")
