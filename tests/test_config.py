@@ -4,8 +4,10 @@ import pytest
 import yaml
 
 from haste_core import config
+from haste_core.claims import CLAIMS
 from haste_core.config import STUDIES, Alignment, RunConfig
 from haste_core.errors import HasteError
+from haste_core.runs import Run
 
 
 def refused(*args, **kwargs):
@@ -368,3 +370,67 @@ def test_alignment_is_active_when_either_weight_is():
     assert not Alignment(layer_pairs=pairs).active
     assert Alignment(lambda_feature=0.1).active
     assert Alignment(lambda_attention=0.1, layer_pairs=pairs).active
+
+
+# Groups, roles, baselines
+
+
+def test_groups_name_arms_that_there_are(make_study):
+    study = make_study("groups={main: [vanilla, haste], late: [repa]}")
+    assert study.main == ["vanilla", "haste"]
+    assert make_study().main == list(make_study().arms)
+    with pytest.raises(HasteError, match=r"groups.late names arm 'rapa'.*repa"):
+        make_study("groups={late: [rapa]}")
+    with pytest.raises(HasteError, match="at least 1"):
+        make_study("groups={late: []}")
+
+
+def test_groups_triggers_roles_and_analyses_change_no_run(make_study):
+    plain = make_study()
+    more = make_study(
+        "groups={main: [vanilla]}", "analyses={06_capacity: {}}", "claims.roles={repa_midway: repa}",
+        "triggers={mine: {kind: plateau}}",
+    )  # fmt: skip
+    assert [more.run(a).hash for a in more.arms] == [plain.run(a).hash for a in plain.arms]
+    assert more.evaluation_hash == plain.evaluation_hash
+    assert more.triggers["mine"].kind == "plateau"
+
+
+def test_only_main_arms_must_keep_the_early_step(make_study):
+    short = ["arms.atta.train={steps: 4, keep: []}", "claims.early=8"]
+    make_study(*short, "groups={main: [vanilla, repa]}").check_claims()
+    with pytest.raises(HasteError, match=r"claims.early 8 is no kept step of arm 'atta'"):
+        make_study(*short).check_claims()
+
+
+def test_the_baseline_differs_in_alignment_alone(make_study):
+    study = make_study("arms.atta.model={width: 16}", "arms.repa.teacher={low_pass: 0.5}")
+    assert study.baseline("haste") == study.baseline("repa") == study.baseline("vanilla") == "vanilla"
+    assert study.baseline("atta") is None  # no plain run of that width
+    assert make_study("arms.atta.train={lr: 0.1}").baseline("atta") is None
+    assert make_study("arms.atta.train={steps: 4, keep: []}").baseline("atta") == "vanilla"
+    assert make_study("arms.atta.sample={solver_steps: 9}").baseline("atta") is None
+
+
+def test_an_arm_may_draw_its_images_in_its_own_way(make_study):
+    study = make_study("arms.haste.sample={sampler: euler}")
+    assert study.sample_of("haste").sampler == "euler"
+    assert study.sample_of("haste").solver_steps == study.sample.solver_steps
+    assert study.sample_of("repa") == study.sample
+    assert study.run("haste").hash == make_study().run("haste").hash
+    run, other = (Run(study, arm, 0) for arm in ("haste", "repa"))
+    assert run.evaluation_hash != other.evaluation_hash == study.evaluation_hash
+    with pytest.raises(HasteError, match=r"sampler.*'huen'"):
+        make_study("arms.haste.sample.sampler=huen")
+
+
+def test_the_full_profile_of_digits_can_read_every_claim_that_digits_can_answer():
+    study = config.load("digits", "full")
+    study.check_claims()
+    named = set(study.arms) | set(study.triggers)
+    assert set(study.claims.roles.values()) <= named
+    missing = {claim.id for claim in CLAIMS for arm in claim.arms if study.claims.roles.get(arm, arm) not in study.arms}
+    assert missing == {"C16", "C20"}
+    assert {arm for members in study.groups.values() for arm in members} == set(study.arms)
+    # Every switched arm of the sweep costs its tail alone.
+    assert [study.donor(arm) for arm in ("haste_400", "haste", "haste_1600", "haste_2400")] == ["holistic"] * 4

@@ -188,6 +188,21 @@ def test_another_weight_in_one_arm_trains_that_arm_alone(study, capfd):
     assert listed == {"train_haste_0", "evaluate_haste_0", "step_time", "report"}
 
 
+def test_analyses_run_after_the_scores_and_before_the_report(study, capfd):
+    wanted = "analyses={07_termination: {}, 08_ablations: {groups: [main]}}"
+    assert jobs(capfd, "--set", wanted) == {"analyse_07_termination", "analyse_08_ablations", "report"}
+
+
+def test_an_analysis_of_the_study_leaves_its_tables_for_the_report(study, tmp_path, monkeypatch, capfd):
+    copy = copy_of(study, tmp_path / "copy")
+    monkeypatch.setenv("HASTE_OUTPUT", str(copy.dir))
+    assert main(["study", *SETTINGS, "--cores", "2", "--set", "analyses={08_ablations: {groups: [main]}}"]) == 0
+    assert (copy.report / "tables" / "ablations.csv").is_file()
+    assert (copy.report / "notebooks" / "08_ablations.ipynb").is_file()
+    assert "Which choices matter?" in (copy.report / "report.html").read_text()
+    assert "Which choices matter?" not in (study.report / "report.html").read_text()
+
+
 def test_another_seed_runs_that_seed_alone(study, capfd):
     listed = jobs(capfd, "--set", "seeds=[0, 1]")
     assert listed == {*(f"{kind}_{arm}_1" for kind in ("train", "evaluate") for arm in ARMS), "report"}
