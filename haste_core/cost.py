@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,39 @@ def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str 
     """
     if vanilla not in study.main or study.run(vanilla).alignment.active:
         raise HasteError(f"step times are ratios to a run without alignment; {vanilla!r} is none of {study.main}")
-    running = states(study)
+    rows = interleaved(states(study), (vanilla, 2), rounds, steps)
+    return [dict(zip(COLUMNS, (*key, *row), strict=True)) for key, row in rows.items()]
+
+
+def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) -> list[dict[str, Any]]:
+    """What the online estimate of the gradient angle (`train.watch_angle`) adds to a step of phase I.
+
+    Returns:
+        Two rows, without and with it: arm, watched, median_step_s, ratio (to the step without it), ratio_low,
+        ratio_high (95 % bootstrap interval), rounds.
+
+    Raises:
+        HasteError: the arm has no phase I.
+    """
+    run = study.run(arm)
+    if not run.alignment.active:
+        raise HasteError(f"arm {arm!r} is never aligned, there is no angle to watch; possible: an aligned arm")
+    teacher = training.find_teacher(study, run.teacher)
+    running = {}
+    for watched in (False, True):
+        own = run.model_copy(update={"train": run.train.model_copy(update={"watch_angle": watched})})
+        running[watched] = create(own, 0, teacher, training.Termination(own))
+    names = ("median_step_s", "ratio", "ratio_low", "ratio_high", "rounds")
+    rows = interleaved(running, False, rounds, steps)
+    return [{"arm": arm, "watched": key} | dict(zip(names, row, strict=True)) for key, row in rows.items()]
+
+
+def interleaved(
+    running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int
+) -> dict[Any, tuple[float, float, float, float, int]]:
+    """Median seconds of a step, its ratio to that of `base`, the ratio's interval and the rounds, for each state."""
     device = next(iter(running.values())).accelerator.device
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in running}
+    times: dict[Any, list[float]] = {key: [] for key in running}
     order, rng = list(running), np.random.default_rng(0)
     for warmup in tqdm(range(-2, rounds), desc="step time", unit="round", mininterval=1.0):
         rng.shuffle(order)
@@ -57,14 +88,12 @@ def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str 
                 training.train_step(running[key])
             if warmup >= 0:
                 times[key].append((_now(device) - begun) / steps)
-    base = np.array(times[vanilla, 2])
-    rows = []
-    for (arm, phase), taken in times.items():
-        ratios = np.array(taken) / base
+    rows = {}
+    for key, taken in times.items():
+        ratios = np.array(taken) / np.array(times[base])
         medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
         low, high = np.quantile(medians, [0.025, 0.975])
-        values = (arm, phase, float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        rows[key] = (float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
     return rows
 
 

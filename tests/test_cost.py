@@ -4,6 +4,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from haste_core import cost, training
+from haste_core.errors import HasteError
 from haste_core.runs import study_dir
 
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
@@ -120,3 +121,17 @@ def test_an_arm_with_a_teacher_of_its_own_is_aligned_with_that_teacher(output, m
     assert study.run("repa").teacher.kwargs["embed_dim"] == 48
     assert found["repa", 1].alignment.teacher.width == 48
     assert found["haste", 1].alignment.teacher.width == 24
+
+
+def test_what_watching_the_angle_adds_is_a_ratio_to_the_same_step_without_it(tiny):
+    without, watched = cost.watching(tiny, "holistic", rounds=3, steps=1)
+    assert (without["watched"], watched["watched"]) == (False, True)
+    assert without["ratio"] == without["ratio_low"] == without["ratio_high"] == 1
+    assert 0.3 < watched["ratio"] < 5
+    assert watched["ratio_low"] <= watched["ratio"] <= watched["ratio_high"]
+    assert watched["rounds"] == 3
+
+
+def test_a_run_without_alignment_has_no_angle_to_watch(tiny):
+    with pytest.raises(HasteError, match="'vanilla' is never aligned"):
+        cost.watching(tiny, "vanilla")

@@ -24,7 +24,7 @@ HASTE = str(Path(sys.executable).with_name("haste"))
 IN_ORDER = ("00_data_and_teacher", "01_train", "02_fid")
 # Each with the tables it leaves beside the report.
 ANALYSES = {
-    "03_gradient_conflict": ("gradient_conflict", "gradient_conflict_online"),
+    "03_gradient_conflict": ("gradient_conflict", "gradient_conflict_online", "online_cost"),
     "04_representation_similarity": ("similarity", "probing"),
     "05_attention_similarity": ("attention_similarity", "attention_statistics", "cross_effects"),
     "06_capacity": ("capacity", "spectrum", "help_consists_of"),
