@@ -477,7 +477,7 @@ def agrees(text, folders, name="digits"):
     return any(results_in(text, name) == report.readme_block(folder).strip() for folder in folders)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10-two-cores"])
+@pytest.mark.parametrize("name", ["digits", "digits-full", "cifar10-two-cores"])
 def test_the_results_in_readme_are_those_of_the_tables(name, tmp_path):
     text, here = (ROOT / "README.md").read_text(), ROOT / "reports" / name / "tables"
     assert results_in(text, name), f"README.md has no block between its two results marks of {name}"
