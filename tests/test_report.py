@@ -409,9 +409,11 @@ def test_the_committed_tables_begin_with_the_agreed_columns():
 
 
 @committed
-def test_the_committed_report_is_small():
+@pytest.mark.parametrize("name", ["digits", "digits-full", "cifar10-two-cores"])
+def test_the_committed_reports_are_small(name):
     # Executed notebooks are written beside it and never committed.
-    files = [p for p in DIGITS.rglob("*") if p.is_file() and "notebooks" not in p.relative_to(DIGITS).parts]
+    folder = ROOT / "reports" / name
+    files = [p for p in folder.rglob("*") if p.is_file() and "notebooks" not in p.relative_to(folder).parts]
     assert sum(p.stat().st_size for p in files) < 5 * 2**20
 
 
@@ -421,11 +423,12 @@ def test_the_committed_report_opens_offline():
 
 
 @committed
-def test_the_committed_claims_follow_from_the_committed_scores():
-    tables = DIGITS / "tables"
-    study = config.load("digits")
+@pytest.mark.parametrize("profile", [None, "full"])
+def test_the_committed_claims_follow_from_the_committed_tables(profile):
+    folder = ROOT / "reports" / (f"digits-{profile}" if profile else "digits")
+    tables, study = folder / "tables", config.load("digits", profile)
     fid = pd.read_csv(tables / "fid.csv", dtype={"card": str})
-    judged = pd.DataFrame(report.judge(report.Report(study, DIGITS), fid))
+    judged = pd.DataFrame(report.judge(report.Report(study, folder), fid))
     written = pd.read_csv(tables / "claims.csv")
     assert list(written["verdict"]) == list(judged["verdict"])
     for name in ("effect", "low", "high"):
