@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
@@ -50,7 +51,7 @@ def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str 
     return [dict(zip(COLUMNS, (*key, *row), strict=True)) for key, row in rows.items()]
 
 
-def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) -> list[dict[str, Any]]:
+def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) -> pd.DataFrame:
     """What the online estimate of the gradient angle (`train.watch_angle`) adds to a step of phase I.
 
     Returns:
@@ -70,7 +71,7 @@ def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) ->
         running[watched] = create(own, 0, teacher, training.Termination(own))
     names = ("median_step_s", "ratio", "ratio_low", "ratio_high", "rounds")
     rows = interleaved(running, False, rounds, steps)
-    return [{"arm": arm, "watched": key} | dict(zip(names, row, strict=True)) for key, row in rows.items()]
+    return pd.DataFrame({"arm": arm, "watched": key} | dict(zip(names, row, strict=True)) for key, row in rows.items())
 
 
 def interleaved(

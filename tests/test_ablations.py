@@ -108,6 +108,8 @@ def test_pictures_have_a_row_for_every_arm_and_a_panel_for_every_group(study):
     figure = figures.group_effects(rows, ablations.effects(rows, 0.95))
     labels = [[tick.get_text() for tick in axis.get_yticklabels()] for axis in figure.axes]
     assert [[text.split()[0] for text in panel] for panel in labels] == [["haste", "holistic"], ["repa", "atta"]]
+    alone = figures.group_effects(rows, ablations.effects(rows, 0.95), "early")
+    assert [axis.get_title(loc="left").split(":")[0] for axis in alone.axes] == ["early"]
     late = ablations.late(study, scores(FLAT), ["repa", "holistic"])
     titles = [axis.get_title(loc="left") for axis in figures.gain_by_setting(late).axes]
     assert titles == ["repa, against vanilla", "holistic, against vanilla"]

@@ -124,8 +124,8 @@ def test_an_arm_with_a_teacher_of_its_own_is_aligned_with_that_teacher(output, m
 
 
 def test_what_watching_the_angle_adds_is_a_ratio_to_the_same_step_without_it(tiny):
-    without, watched = cost.watching(tiny, "holistic", rounds=3, steps=1)
-    assert (without["watched"], watched["watched"]) == (False, True)
+    without, watched = cost.watching(tiny, "holistic", rounds=3, steps=1).to_dict("records")
+    assert (bool(without["watched"]), bool(watched["watched"])) == (False, True)
     assert without["ratio"] == without["ratio_low"] == without["ratio_high"] == 1
     assert 0.3 < watched["ratio"] < 5
     assert watched["ratio_low"] <= watched["ratio"] <= watched["ratio_high"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,27 +13,27 @@ from haste_core.figures.style import Figure
 _GREEN, _RED, _GREY = "#009E73", "#D55E00", "#888888"
 
 
-def group_effects(rows: pd.DataFrame, means: pd.DataFrame) -> Figure:
+def group_effects(rows: pd.DataFrame, means: pd.DataFrame, group: str | None = None) -> Figure:
     """A panel per group, an arm per row: how far its FID lies below the reference's, in percent.
 
     Small dots are seeds, the large one their mean with its interval (where there are two seeds or more), coloured by
     whether the interval lies above or below zero.
 
     Args:
-        rows: of `analysis.ablations.paired`. means: of `analysis.ablations.effects`.
+        rows: of `analysis.ablations.paired`. means: of `analysis.ablations.effects`. group: one alone; all by default.
     """
-    groups = list(rows["group"].unique())
-    heights = [means["group"].eq(group).sum() + 1.6 for group in groups]
+    groups = list(rows["group"].unique()) if group is None else [group]
+    heights = [means["group"].eq(name).sum() + 1.6 for name in groups]
     figure = Figure(figsize=(7.6, 0.34 * sum(heights) + 0.3), layout="constrained")
     axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for axis, group in zip(axes, groups, strict=True):
-        chosen = means[means["group"] == group].reset_index(drop=True)
-        for place, mean in chosen.iterrows():
-            seeds = rows[(rows["group"] == group) & (rows["arm"] == mean["arm"])]
-            _row(axis, int(place), mean, _percent(seeds["gain"]))  # type: ignore[arg-type]
+    for axis, name in zip(axes, groups, strict=True):
+        chosen = means[means["group"] == name].reset_index(drop=True)
+        for place, mean in enumerate(chosen.to_dict("records")):
+            seeds = rows[(rows["group"] == name) & (rows["arm"] == mean["arm"])]
+            _row(axis, place, mean, _percent(seeds["gain"]))
         _frame(axis, [f"{arm}  {fid:.2f}" for arm, fid in zip(chosen["arm"], chosen["fid"], strict=True)])
         first = chosen.iloc[0]
-        axis.set_title(f"{group}: against {first['reference']} at step {first['step']}", fontsize=9, loc="left")
+        axis.set_title(f"{name}: against {first['reference']} at step {first['step']}", fontsize=9, loc="left")
     axes[-1].set_xlabel("FID below the reference's, % (right of 0: better); FID beside the arm's name")
     return figure
 
@@ -72,11 +73,11 @@ def _percent(gain: Any) -> Any:
     return 100 * (1 - np.exp(-gain))
 
 
-def _colour(row: pd.Series) -> str:
+def _colour(row: Any) -> str:
     return _GREEN if row["low"] > 0 else _RED if row["high"] < 0 else _GREY
 
 
-def _row(axis: Any, place: int, mean: pd.Series, seeds: pd.Series) -> None:
+def _row(axis: Any, place: int, mean: Mapping[Any, Any], seeds: pd.Series) -> None:
     axis.plot(seeds, [place] * len(seeds), ".", color="#555555", markersize=4, alpha=0.7)
     if mean["arm"] == mean["reference"]:
         return
