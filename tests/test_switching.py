@@ -141,10 +141,9 @@ def test_pictures_of_a_sweep(study, output):
         log(run, [0.5, 0.2, -0.1, -0.2])
     swept, found = switching.sweep(study, scores()), switching.fired(study.triggers, runs)
     near = switching.nearest(swept, found)
-    legend = figures.fid_over_tau(swept, found, "holistic").axes[0].get_legend().get_texts()
-    said = [text.get_text() for text in legend]
-    assert "exact: nothing to read in the logs" in said
-    assert "online: fired with 2 of 2 seeds" in said
+    labels = figures.fid_over_tau(swept, found, "holistic").axes[0].get_yticklabels()
+    said = [label.get_text() for label in labels]
+    assert said == ["fixed (2 of 2)", "exact (nothing to read)", "online (2 of 2)", "never (0 of 2)"]
     assert len(figures.sweep_over_steps(swept, "holistic").axes[0].get_legend().get_texts()) == 2
     panels = [axis.get_title() for axis in figures.trigger_logs(switching.logs(runs), study.triggers, "holistic").axes]
     assert panels == ["online estimate of the angle", "alignment loss"]

@@ -24,8 +24,8 @@ _MARKERS = "ovs^DPX*"
 def fid_over_tau(swept: pd.DataFrame, fired: pd.DataFrame, family: str) -> Figure:
     """FID at the end of training over the step of the switch; the always-on run is the point furthest right.
 
-    Thin lines are seeds, the thick one their geometric mean, diamonds arms that fade instead of switching. Marks above
-    the axis show where each trigger fired, one per seed.
+    Thin lines are seeds, the thick one their geometric mean, diamonds arms that fade instead of switching. The upper
+    panel has a row per trigger and a mark where it fired, one per seed.
 
     Args:
         swept: of `analysis.switching.sweep`. fired: of `analysis.switching.fired`. family: the always-on arm.
@@ -34,8 +34,10 @@ def fid_over_tau(swept: pd.DataFrame, fired: pd.DataFrame, family: str) -> Figur
         HasteError: there is no such family.
     """
     end = _end(swept, family)
-    figure = Figure(figsize=(7.4, 4.4), layout="constrained")
-    axis = figure.subplots()
+    found = fired[fired["family"] == family]
+    rows = max(1, found["trigger"].nunique())
+    figure = Figure(figsize=(7.4, 3.6 + 0.24 * rows), layout="constrained")
+    above, axis = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [0.24 * rows + 0.2, 3.4]})
     switched = end[end["fade"] == 0]
     for _, part in switched.groupby("seed"):
         part = part.sort_values("tau")
@@ -45,15 +47,15 @@ def fid_over_tau(swept: pd.DataFrame, fired: pd.DataFrame, family: str) -> Figur
     for name, part in end[end["fade"] > 0].groupby("arm"):
         label = f"{name}: fades over {part['fade'].iloc[0]} steps"
         axis.plot(part["tau"], part["fid"], "D", color="#E69F00", markersize=5, label=label)
-    _mark_fired(axis, fired[fired["family"] == family])
     axis.set_xscale("log")
     axis.set_yscale("log")
     plain_numbers(axis.xaxis)
     plain_numbers(axis.yaxis)
     last = int(switched["tau"].max())
     axis.set(xlabel=f"step of the switch (furthest right, {last}: never)", ylabel=f"FID at step {end['step'].iloc[0]}")
-    axis.set_title(f"{family}, {end['seed'].nunique()} seeds, {end['n'].iloc[0]} samples", fontsize=9, loc="left")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=8)
+    _mark_fired(above, found)
+    above.set_title(f"{family}, {end['seed'].nunique()} seeds, {end['n'].iloc[0]} samples", fontsize=9, loc="left")
     return figure
 
 
@@ -152,15 +154,13 @@ def _end(swept: pd.DataFrame, family: str) -> pd.DataFrame:
 
 
 def _mark_fired(axis: Any, fired: pd.DataFrame) -> None:
-    """A mark per seed where a trigger fired, a row per trigger, in the upper part of the axes."""
-    names = list(fired["trigger"].unique())
-    for i, name in enumerate(names):
-        part = fired[fired["trigger"] == name]
+    """A row per trigger with a mark where it fired, one per seed."""
+    labels = []
+    for place, (name, part) in enumerate(fired.groupby("trigger", sort=False)):
         taus = part["tau"].dropna()
-        if not part["readings"].any():
-            note = "nothing to read in the logs"
-        else:
-            note = f"fired with {len(taus)} of {len(part)} seeds"
-        axis.plot(taus, [1.03 + 0.035 * i] * len(taus), _MARKERS[i % len(_MARKERS)], markersize=5, clip_on=False,
-                  color=mpl.colormaps["tab10"](i), label=f"{name}: {note}",
-                  transform=axis.get_xaxis_transform())  # fmt: skip
+        readable = part["readings"].any()
+        labels.append(f"{name} ({len(taus)} of {len(part)})" if readable else f"{name} (nothing to read)")
+        axis.plot(taus, [place] * len(taus), "|", color="#0072B2", markersize=9, markeredgewidth=2)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.tick_params(axis="x", labelbottom=False)
