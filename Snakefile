@@ -65,6 +65,14 @@ def scores_needed(arm, seed):
     return [str(PREPARED), trained(arm, seed)] + ([stamp(donor, seed, "evaluated")] if donor else [])
 
 
+def analysed(name):
+    """The stamp of an analysis: it changes with all that the notebook looks at."""
+    mark = haste.digest([STUDY.analyses[name], STUDY.evaluation_hash, STUDY.analysis.model_dump(mode="json"),
+                         STUDY.groups, {n: t.model_dump(mode="json") for n, t in STUDY.triggers.items()},
+                         [(stamp_hash(STUDY.run(a)), STUDY.run(a).hash, STUDY.seeds) for a in STUDY.arms]])
+    return str(RUNS / f"analysed-{name}-{mark}.stamp")
+
+
 localrules: all
 
 rule all:
@@ -72,6 +80,7 @@ rule all:
     input:
         REPORT / "report.html",
         PREPARED,
+        [analysed(name) for name in STUDY.analyses],
         [stamp(arm, seed, kind) for arm in STUDY.arms for seed in STUDY.seeds for kind in ("trained", "evaluated")],
 
 rule prepare:
@@ -108,16 +117,11 @@ for arm in STUDY.arms:
             shell: NOTEBOOK + " 02_fid {log.notebook:q} " + COMMON + " -p arm={params.arm} -p seed={params.seed} && touch {output:q}"
 
 # Analyses of finished and scored runs, one notebook each; their tables go into the report.
-ANALYSED = []
 for name, parameters in STUDY.analyses.items():
-    mark = haste.digest([parameters, STUDY.evaluation_hash, STUDY.analysis.model_dump(mode="json"),
-                         STUDY.groups, {n: t.model_dump(mode="json") for n, t in STUDY.triggers.items()},
-                         [(stamp_hash(STUDY.run(a)), STUDY.run(a).hash, STUDY.seeds) for a in STUDY.arms]])
-    ANALYSED.append(str(RUNS / f"analysed-{name}-{mark}.stamp"))
     rule:
         name: f"analyse_{name}"
         input: [stamp(arm, seed, "evaluated") for arm in STUDY.arms for seed in STUDY.seeds]
-        output: ANALYSED[-1]
+        output: analysed(name)
         log: notebook=EXECUTED / f"{name}.ipynb"
         params: notebook=name, words=words(*(w for k, v in parameters.items() for w in ("-p", f"{k}={json.dumps(v)}")))
         threads: STUDY.train.threads
@@ -136,7 +140,7 @@ rule report:
         [stamp(arm, seed, "evaluated") for arm in STUDY.arms for seed in STUDY.seeds],
         rules.step_time.output,
         PREPARED,
-        ANALYSED,
+        [analysed(name) for name in STUDY.analyses],
     output: REPORT / "report.html"
     log: notebook=EXECUTED / "10_report.ipynb"
     params: settings=haste.digest(STUDY.model_dump(mode="json"))
