@@ -288,7 +288,7 @@ def test_a_report_without_runs_and_tables_is_an_error_that_names_the_command(out
 def test_answer_says_every_claim_and_every_arm(finished):
     sentences = report.answer(finished)
     # Two arms: one claim can be read, the others are named with what they lack.
-    assert [s.split(",")[0] for s in sentences] == ["C18", *[s.split(",")[0] for s in sentences[1:]]]
+    assert sentences[0].startswith("C18, ")
     assert sentences[1].startswith("Not measured in this study: C1 (arms missing: repa); C2")
     assert "C4a (table missing: gradient_conflict)" in sentences[1]
     assert sentences[2].startswith("haste: FID is")
