@@ -147,9 +147,13 @@ def write_tables(report: Report) -> None:
         evaluation.floor(scorer, study),
         ("pair", "n", "n_reference", *evaluation.metrics_of(study)),
     )
-    for run in report.all_runs():
-        card = json.loads(run.evaluation_path.read_text())["card"]
+    cards = [json.loads(run.evaluation_path.read_text())["card"] for run in report.all_runs()]
+    for card in cards:
         write_json(folder / "cards" / f"{card['card_id']}.json", card)
+    # A card of earlier scores would explain numbers that are no longer there.
+    for old in (folder / "cards").glob("*.json"):
+        if old.stem not in {card["card_id"] for card in cards}:
+            old.unlink()
     times = json.loads((runs.study_dir(study) / "step_time.json").read_text())
     write_table(folder / "step_time.csv", times, cost.COLUMNS)
     write_table(folder / "claims.csv", judge(report, pd.DataFrame(fid)), claims.COLUMNS)

@@ -255,6 +255,14 @@ def test_fid_table_has_every_arm_seed_and_step(finished):
     assert (finished.dir / "tables" / "cards" / f"{fid['card'][0]}.json").is_file()
 
 
+def test_tables_keep_the_cards_of_their_scores_alone(finished):
+    cards = finished.dir / "tables" / "cards"
+    current = sorted(path.name for path in cards.iterdir())
+    (cards / "0123456789.json").write_text("{}")
+    report.write_tables(finished)
+    assert sorted(path.name for path in cards.iterdir()) == current
+
+
 def test_fid_table_holds_the_scores_of_the_runs(finished):
     rows = evaluation.rows(Run(finished.study, "haste", 1))
     table = finished.table("fid").query("arm == 'haste' and seed == 1")

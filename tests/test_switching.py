@@ -100,6 +100,32 @@ def test_triggers_fire_where_the_log_says_and_say_when_they_cannot_read(study, o
     assert found["readings"]["exact"].eq(0).all()
 
 
+def test_a_log_that_begins_late_is_not_taken_for_a_trigger_that_fires_late(study, output):
+    run = Run(study, "holistic", 0)
+    log(run, [None, None, -0.1, -0.2])
+    found = switching.fired(study.triggers, [run])
+    row = found.set_index("trigger")
+    assert list(row.loc[["online", "never", "fixed"], "gaps"]) == [2, 2, 0]
+    near = switching.nearest(switching.sweep(study, scores()), found).set_index("trigger")
+    assert near.loc[["online", "never", "exact"], "regret"].isna().all()
+    assert near.loc["fixed", "regret"] == 0
+    labels = figures.fid_over_tau(switching.sweep(study, scores()), found, "holistic").axes[0].get_yticklabels()
+    assert labels[2].get_text() == "online (log with gaps)"
+
+
+def test_readings_count_from_where_a_trigger_looks(study, output):
+    run = Run(study, "holistic", 0)
+    lines = [{"step": 2 * (i + 1), "gradient_angle": 0.1 if i % 2 else None} for i in range(4)]
+    write_text(run.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+    triggers = {
+        "every 4": config.Termination(kind="gradient_angle", every=4),
+        "every 2": config.Termination(kind="gradient_angle", every=2),
+        "late": config.Termination(kind="gradient_angle", every=2, after=6),
+    }
+    found = switching.fired(triggers, [run]).set_index("trigger")
+    assert list(found["gaps"]) == [0, 2, 0]
+
+
 def test_regret_is_what_a_trigger_loses_to_the_best_switch(study, output):
     runs = [Run(study, "holistic", seed) for seed in (0, 1)]
     log(runs[0], [0.5, 0.2, -0.1, -0.2])

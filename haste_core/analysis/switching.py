@@ -24,7 +24,7 @@ from haste_core.termination import Line, alignment_loss, build_trigger, replay
 READS = {"gradient_angle": "gradient_angle", "online_angle": "online_angle", "plateau": "alignment"}
 LOGGED = ["arm", "seed", "step", "alignment", "gradient_angle", "online_angle"]
 SWEEP = ["family", "arm", "seed", "tau", "fade", "step", "fid", "log_ratio", "n"]
-FIRED = ["family", "trigger", "kind", "seed", "tau", "readings"]
+FIRED = ["family", "trigger", "kind", "seed", "tau", "readings", "gaps"]
 NEAREST = ["family", "trigger", "seed", "tau", "fid", "best_tau", "best_fid", "regret", "regret_never", "steps_away"]
 # So many switches make a sweep.
 FEWEST = 3
@@ -91,7 +91,9 @@ def fired(triggers: Mapping[str, config.Termination], runs: Iterable[Run]) -> pd
 
     Returns:
         family (the run's arm), trigger (its name), kind, seed, tau (step; NaN where it never fired), readings (logged
-        lines it could read; 0 where the run did not log what it reads, which is not the same as never firing).
+        lines it could read; 0 where the run did not log what it reads, which is not the same as never firing), gaps
+        (lines up to tau at which it would have looked and found no reading, as where a run went on with
+        `train.watch_angle` that it had not begun with; such a tau says nothing about the trigger).
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -99,11 +101,18 @@ def fired(triggers: Mapping[str, config.Termination], runs: Iterable[Run]) -> pd
         for name, settings in triggers.items():
             readings = sum(_readable(settings.kind, line) for line in log)
             tau = replay(build_trigger(settings), log) if readings else None
+            looked = [line for line in log if _looks(settings, line["step"]) and line["step"] <= (tau or math.inf)]
+            gaps = sum(not _readable(settings.kind, line) for line in looked)
             rows.append(
                 {"family": run.arm, "trigger": name, "kind": settings.kind, "seed": run.seed,
-                 "tau": math.nan if tau is None else tau, "readings": readings}
+                 "tau": math.nan if tau is None else tau, "readings": readings, "gaps": gaps}
             )  # fmt: skip
     return pd.DataFrame(rows, columns=FIRED)
+
+
+def _looks(settings: config.Termination, step: int) -> bool:
+    # The exact angle is measured every so many steps; everything else is in every line.
+    return step > settings.after and (settings.kind != "gradient_angle" or step % settings.every == 0)
 
 
 def _readable(kind: str, line: Line) -> bool:
@@ -123,8 +132,8 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         family, trigger, seed, tau (NaN: never), fid (there), best_tau, best_fid (of the sweep), regret (log FID there
-        minus the best, at least 0; NaN where the trigger had nothing to read), regret_never (of the always-on run),
-        steps_away (tau minus best_tau). Families with fewer than three taus have no rows.
+        minus the best, at least 0; NaN where the log held nothing to read or had gaps), regret_never (of the
+        always-on run), steps_away (tau minus best_tau). Families with fewer than three taus have no rows.
     """
     rows: list[dict[str, Any]] = []
     for (family, seed), part in swept[swept["fade"] == 0].groupby(["family", "seed"], sort=False):
@@ -135,12 +144,13 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
         best, never = int(np.argmin(values)), taus[-1]
         for trigger in found[(found["family"] == family) & (found["seed"] == seed)].to_dict("records"):
             used = trigger["tau"] if trigger["tau"] == trigger["tau"] else never
-            there = float(np.interp(math.log(used), np.log(taus), values)) if trigger["readings"] else math.nan
+            judged = trigger["readings"] > 0 and trigger["gaps"] == 0
+            there = float(np.interp(math.log(used), np.log(taus), values)) if judged else math.nan
             rows.append(
                 {"family": family, "trigger": trigger["trigger"], "seed": seed, "tau": trigger["tau"],
                  "fid": math.exp(there), "best_tau": taus[best], "best_fid": math.exp(values[best]),
                  "regret": there - values[best], "regret_never": values[-1] - values[best],
-                 "steps_away": used - taus[best] if trigger["readings"] else math.nan}
+                 "steps_away": used - taus[best] if judged else math.nan}
             )  # fmt: skip
     return pd.DataFrame(rows, columns=NEAREST)
 

@@ -157,9 +157,10 @@ def _mark_fired(axis: Any, fired: pd.DataFrame) -> None:
     """A row per trigger with a mark where it fired, one per seed."""
     labels = []
     for place, (name, part) in enumerate(fired.groupby("trigger", sort=False)):
-        taus = part["tau"].dropna()
-        readable = part["readings"].any()
-        labels.append(f"{name} ({len(taus)} of {len(part)})" if readable else f"{name} (nothing to read)")
+        whole = part[(part["readings"] > 0) & (part["gaps"] == 0)]
+        taus = whole["tau"].dropna()
+        unread = "log with gaps" if part["readings"].any() else "nothing to read"
+        labels.append(f"{name} ({f'{len(taus)} of {len(whole)}' if len(whole) else unread})")
         axis.plot(taus, [place] * len(taus), "|", color="#0072B2", markersize=9, markeredgewidth=2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_ylim(len(labels) - 0.4, -0.6)
