@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from haste_core import config
 from haste_core.errors import HasteError, unknown
@@ -19,6 +20,9 @@ from haste_core.models import DiffusionTransformer
 from haste_core.models.layers import QK, Tapped, Taps
 from haste_core.teacher import Teacher
 from haste_core.token_grids import Grid, resample_attention, resample_tokens
+
+# Where chunks begin to be faster than whole maps on a CPU, and their size (`make bench`: attention).
+DENSE_UP_TO, QUERIES_AT_ONCE = 512, 128
 
 
 def feature_loss(projected: Tensor, teacher_tokens: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -34,13 +38,34 @@ def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.mean() if weights is None else (values.flatten(1).mean(1) * weights).mean()
 
 
-def attention_loss(student: QK, teacher: QK) -> Tensor:
+def attention_loss(student: QK, teacher: QK, weights: Tensor | None = None, chunk: int | None = None) -> Tensor:
     """The cross-entropy H(teacher attention, student attention) in nats, mean over batch, heads and queries.
 
     Sec. 2.3, arXiv 2505.16792. Each q and k is (B, H, N, d), the widths d of student and teacher may differ; logits
-    are scaled by 1 / sqrt(d). Dense: it holds one (B, H, N, N) map of each side.
+    are scaled by 1 / sqrt(d). Up to `DENSE_UP_TO` tokens one (B, H, N, N) map of each side is held. With more, queries
+    go `chunk` at a time and their maps are made a second time in the backward pass: the same numbers, and memory that
+    grows with N instead of N^2.
+
+    Args:
+        student, teacher: q and k on the same tokens.
+        weights: (B,) of the samples, all one by default.
+        chunk: queries held at once; by default all of them up to `DENSE_UP_TO` tokens, else `QUERIES_AT_ONCE`.
     """
-    return attention_cross_entropy(student, attention_probabilities(*teacher))
+    tokens = student[0].shape[2]
+    chunk = chunk or (tokens if tokens <= DENSE_UP_TO else QUERIES_AT_ONCE)
+    if chunk >= tokens:
+        return attention_cross_entropy(student, attention_probabilities(*teacher), weights)
+    (q_s, k_s), (q_t, k_t) = student, teacher
+    queries = zip(q_s.split(chunk, dim=2), q_t.split(chunk, dim=2), strict=True)
+    rows = [
+        checkpoint(_expected_log, s, k_s, t, k_t, use_reentrant=False, preserve_rng_state=False) for s, t in queries
+    ]
+    return -_mean(torch.cat(rows, dim=2), weights)
+
+
+def _expected_log(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    """Of each query (B, H, n), the student's log attention expected under the teacher's."""
+    return (attention_probabilities(q_t, k_t) * attention_logits(q_s, k_s).log_softmax(-1)).sum(-1)
 
 
 def attention_cross_entropy(student: QK, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -149,6 +174,8 @@ class Alignment:
     def _attention_loss(self, student: QK, teacher: QK, weights: Tensor | None) -> Tensor:
         student, teacher = self._pick_heads(student), self._pick_heads(teacher)
         student_grid, teacher_grid = self.grids
+        if student_grid == teacher_grid:
+            return attention_loss(student, teacher, weights)
         target = resample_attention(attention_probabilities(*teacher), teacher_grid, student_grid)
         return attention_cross_entropy(student, target, weights)
 

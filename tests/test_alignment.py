@@ -7,7 +7,14 @@ import torch
 from torch.testing import assert_close
 
 from haste_core import config, training
-from haste_core.alignment import Alignment, attention_cross_entropy, attention_loss, feature_loss, projector
+from haste_core.alignment import (
+    DENSE_UP_TO,
+    Alignment,
+    attention_cross_entropy,
+    attention_loss,
+    feature_loss,
+    projector,
+)
 from haste_core.data import contexts
 from haste_core.errors import HasteError
 from haste_core.models import SiT, build
@@ -85,6 +92,49 @@ def test_attention_loss_is_torchs_cross_entropy_and_at_least_the_teachers_entrop
     entropy = torch.distributions.Categorical(probs=target).entropy().mean()
     assert_close(attention_loss((q, k), (q, k)), entropy)
     assert attention_loss(other, (q, k)) > entropy
+
+
+def loss_and_gradients(chunk, weights=None, dtype=torch.float32):
+    """Attention loss of 40 tokens and its gradients to the student's q and k; the teacher is twice as wide."""
+    student = tuple(draw(2, 3, 40, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1))
+    teacher = tuple(draw(2, 3, 40, 16, seed=s).to(dtype) for s in (2, 3))
+    loss = attention_loss(student, teacher, weights, chunk)
+    return loss.detach(), *torch.autograd.grad(loss, student)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 39])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 1.0])])
+def test_chunks_of_queries_give_the_numbers_of_whole_maps(chunk, weights):
+    for whole, parts in zip(loss_and_gradients(40, weights), loss_and_gradients(chunk, weights), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_chunks_of_bfloat16_queries_are_near_those_of_float32():
+    exact, rounded = loss_and_gradients(40), loss_and_gradients(16, dtype=torch.bfloat16)
+    assert rounded[0].dtype == torch.float32
+    assert float(rounded[0]) == pytest.approx(float(exact[0]), rel=0.01)
+    for gradient, expected in zip(rounded[1:], exact[1:], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_memory_for_the_backward_pass_grows_with_tokens_and_not_with_their_square():
+    def kept(tokens):
+        storages = {}
+
+        def count(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage
+            return tensor
+
+        q, k = (draw(1, 1, tokens, 4, seed=s).requires_grad_() for s in (0, 1))
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            attention_loss((q, k), (q.detach(), k.detach()))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    dense = 4 * DENSE_UP_TO**2
+    assert kept(DENSE_UP_TO) > dense
+    assert kept(4 * DENSE_UP_TO) < dense
 
 
 def test_attention_loss_stays_finite_for_huge_logits():
