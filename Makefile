@@ -1,4 +1,4 @@
-# make study | test | lint | lab | clean     STUDY=digits PROFILE= ARGS='--set train.steps=200'
+# make study | test | lint | lab | bench | clean     STUDY=digits PROFILE= ARGS='--set train.steps=200'
 PYTHON ?= python3
 STUDY ?= digits
 PROFILE ?=
@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL := /bin/bash
 
-.PHONY: study test lint lab lock clean help
+.PHONY: study test lint lab bench lock clean help
 
 help:
 	@echo "make study   set up and run the study $(STUDY); ends with the path of its report"
 	@echo "make test    set up and run the test suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make lab     JupyterLab on notebooks/"
+	@echo "make bench   what things cost on this machine; writes benchmarks/results/<machine>/report.md"
 	@echo "make clean   remove .venv and runs/ (reports/ stay)"
 
 study: $(READY)
@@ -39,6 +40,9 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
 	$(PYTHON) -c "print(round(($$(date +%s) - $$begun) / 60, 2))" > $(VENV)/install_minutes
 	@touch $(READY)
+
+bench: $(READY)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 # Pin what is installed now; run it after changing versions in pyproject.toml, then commit the file.
 lock: $(READY)

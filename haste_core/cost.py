@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,16 @@ from haste_core.runs import study_dir
 from haste_core.state import TrainState, create
 
 COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
+
+
+class Timed(NamedTuple):
+    """Median seconds of an action, the median ratio to the base's, its 95 % bootstrap interval, and the rounds."""
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
 
 
 def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
@@ -42,12 +53,11 @@ def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
 def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str = "vanilla") -> list[dict[str, Any]]:
     """Median seconds per training step of every main arm and phase, and the ratio to a vanilla step with its spread.
 
-    Every round times each state once, in a new order; ratios are taken within a round, so that a machine whose speed
-    drifts does not tilt them. `ratio_low` and `ratio_high` are a 95 % bootstrap interval of the median ratio.
+    `ratio_low` and `ratio_high` are a 95 % bootstrap interval of the median ratio (`interleaved`).
     """
     if vanilla not in study.main or study.run(vanilla).alignment.active:
         raise HasteError(f"step times are ratios to a run without alignment; {vanilla!r} is none of {study.main}")
-    rows = interleaved(states(study), (vanilla, 2), rounds, steps)
+    rows = _steps(states(study), (vanilla, 2), rounds, steps)
     return [dict(zip(COLUMNS, (*key, *row), strict=True)) for key, row in rows.items()]
 
 
@@ -70,32 +80,51 @@ def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) ->
         own = run.model_copy(update={"train": run.train.model_copy(update={"watch_angle": watched})})
         running[watched] = create(own, 0, teacher, training.Termination(own))
     names = ("median_step_s", "ratio", "ratio_low", "ratio_high", "rounds")
-    rows = interleaved(running, False, rounds, steps)
+    rows = _steps(running, False, rounds, steps)
     return pd.DataFrame({"arm": arm, "watched": key} | dict(zip(names, row, strict=True)) for key, row in rows.items())
 
 
 def interleaved(
-    running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int
-) -> dict[Any, tuple[float, float, float, float, int]]:
-    """Median seconds of a step, its ratio to that of `base`, the ratio's interval and the rounds, for each state."""
-    device = next(iter(running.values())).accelerator.device
-    times: dict[Any, list[float]] = {key: [] for key in running}
-    order, rng = list(running), np.random.default_rng(0)
-    for warmup in tqdm(range(-2, rounds), desc="step time", unit="round", mininterval=1.0):
+    actions: Mapping[Any, Callable[[], object]],
+    base: Any,
+    rounds: int,
+    steps: int = 1,
+    device: torch.device | None = None,
+    label: str = "step time",
+) -> dict[Any, Timed]:
+    """What each action takes, and its ratio to that of `base`, measured in turns in one process.
+
+    Every round times each action once, in a new order; ratios are taken within a round, so that a machine whose speed
+    drifts does not tilt them. Two rounds of warming up come first and do not count.
+
+    Args:
+        actions: by any key. base: the key of the one that others are compared with.
+        rounds: that count. steps: calls timed together. device: to wait for, the CPU by default.
+        label: of the progress bar.
+    """
+    times: dict[Any, list[float]] = {key: [] for key in actions}
+    order, rng = list(actions), np.random.default_rng(0)
+    for warmup in tqdm(range(-2, rounds), desc=label, unit="round", mininterval=1.0):
         rng.shuffle(order)
         for key in order:
             begun = _now(device)
             for _ in range(steps):
-                training.train_step(running[key])
+                actions[key]()
             if warmup >= 0:
                 times[key].append((_now(device) - begun) / steps)
-    rows = {}
+    found = {}
     for key, taken in times.items():
         ratios = np.array(taken) / np.array(times[base])
         medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
         low, high = np.quantile(medians, [0.025, 0.975])
-        rows[key] = (float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
-    return rows
+        found[key] = Timed(float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
+    return found
+
+
+def _steps(running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int) -> dict[Any, Timed]:
+    device = next(iter(running.values())).accelerator.device
+    actions = {key: partial(training.train_step, state) for key, state in running.items()}
+    return interleaved(actions, base, rounds, steps, device)
 
 
 def write(study: config.Study, rounds: int = 30) -> list[dict[str, Any]]:
@@ -105,7 +134,7 @@ def write(study: config.Study, rounds: int = 30) -> list[dict[str, Any]]:
     return rows
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
+def _now(device: torch.device | None) -> float:
+    if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,0 +1,82 @@
+"""The machine a benchmark runs on: its name, its matrix rate, its memory, and where its tables go."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from haste_core import cost, provenance
+from haste_core.devices import default_device
+from haste_core.files import write_json, write_text
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def name() -> str:
+    """The folder name of this machine: its GPU, or its CPU and the number of cores."""
+    facts = provenance.machine()
+    return re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or f"{facts['cpu']} {facts['cores']} cores").lower()).strip("-")
+
+
+def keep(table: pd.DataFrame, called: str, **facts: Any) -> Path:
+    """Write a table and beside it where its numbers come from; returns its path."""
+    path = RESULTS / name() / f"{called}.csv"
+    write_text(path, table.to_csv(index=False, float_format="%.5g"))
+    origin = {
+        "commit": provenance.commit(),
+        "written": provenance.now(),
+        "machine": provenance.machine(),
+        "environment": provenance.environment(),
+        "threads": torch.get_num_threads(),
+        **facts,
+    }
+    write_json(path.with_suffix(".json"), origin)
+    return path
+
+
+def kept(folder: Path, called: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A table that `keep` wrote, and where it comes from."""
+    return pd.read_csv(folder / f"{called}.csv"), json.loads((folder / f"{called}.json").read_text())
+
+
+def matrix_rate(dtype: torch.dtype, side: int | None = None, rounds: int = 10) -> float:
+    """FLOP/s of square matrix products on this machine's device, the median of several."""
+    device = default_device()
+    side = side or (8192 if device.type == "cuda" else 2048)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    timed = cost.interleaved({"product": lambda: a @ a}, "product", rounds, device=device, label="matrix rate")
+    return 2 * side**3 / timed["product"].seconds
+
+
+def peak_gib(action: Callable[..., None], *arguments: Any) -> float:
+    """GiB at most of resident memory (CPU) or allocated memory (GPU) of a new process that does `action` alone.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_measured, (action, torch.get_num_threads(), *arguments))
+
+
+def _measured(action: Callable[..., None], threads: int, *arguments: Any) -> float:
+    torch.set_num_threads(threads)
+    action(*arguments)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return provenance.peak_memory_gib()
+
+
+def use_all_cores() -> int:
+    """Let torch use every core of this machine; returns how many."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    return cores

@@ -1,0 +1,79 @@
+"""The report of a machine's benchmarks, from its tables alone: one figure and `report.md`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from benchmarks import machine
+from haste_core.alignment import QUERIES_AT_ONCE
+from haste_core.figures import save
+from haste_core.figures.style import Figure
+from haste_core.files import write_text
+
+UNITS = {"batch": "images in a batch", "depth": "blocks", "tokens": "tokens", "jobs": "jobs of a study"}
+
+
+def write(folder: Path) -> Path:
+    """Draw `figure.png` and write `report.md` in a folder of results; returns the path of the latter."""
+    tables = {path.stem: machine.kept(folder, path.stem) for path in sorted(folder.glob("*.csv"))}
+    save(draw({name: table for name, (table, _) in tables.items()}), folder, "figure")
+    parts = [f"# Benchmarks on {folder.name}", "![time and memory as work grows](figure.png)"]
+    for name, (table, facts) in tables.items():
+        parts += [f"## {name}", table.to_markdown(index=False, floatfmt=".3g"), _origin(facts)]
+    path = folder / "report.md"
+    write_text(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def _origin(facts: dict[str, Any]) -> str:
+    rate = f", {facts['matrix_rate'] / 1e9:.0f} GFLOP/s of matrix products" if "matrix_rate" in facts else ""
+    where = facts["machine"]
+    cpu = f"{where['cores']} cores of {where['cpu']}"
+    return (
+        f"Commit {facts['commit']}, {facts['written'][:10]}, torch {facts['environment']['torch']}, "
+        f"{where['gpu'] or cpu}, {facts['threads']} threads{rate}."
+    )
+
+
+def draw(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Time over the smallest amount's and GiB, for everything that grows; whole maps and chunks side by side."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3)
+    growth = tables["growth"]
+    for axis, (grows, part) in zip(axes.flat[:4], growth.groupby("grows", sort=False), strict=False):
+        _grown(axis, str(grows), part)
+    _attention(axes.flat[4], tables["attention"], "seconds", "seconds, both passes")
+    _attention(axes.flat[5], tables["attention"], "peak_gib", "GiB of a process alone")
+    return figure
+
+
+def _grown(axis: Axes, grows: str, part: pd.DataFrame) -> None:
+    part = part.sort_values("amount")
+    axis.fill_between(part["amount"], part["low"], part["high"], color="#0072B2", alpha=0.2, linewidth=0)
+    axis.plot(part["amount"], part["ratio"], "o-", color="#0072B2", label="time")
+    axis.plot(part["amount"], part["amount"] / part["amount"].min(), ":", color="#555555", label="in proportion")
+    axis.set(xscale="log", yscale="log", xlabel=UNITS[grows], ylabel="time over the first")
+    if part["peak_gib"].notna().all():
+        twin = axis.twinx()
+        twin.plot(part["amount"], part["peak_gib"], "s--", color="#D55E00", markersize=4)
+        twin.set_ylabel("GiB (orange)")
+        twin.set_ylim(bottom=0)
+        twin.grid(visible=False)
+    axis.set_xticks(part["amount"], [str(amount) for amount in part["amount"]])
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+
+
+def _attention(axis: Axes, table: pd.DataFrame, column: str, label: str) -> None:
+    whole = table[table["queries"] == table["tokens"]]
+    chunks = table[(table["queries"] == QUERIES_AT_ONCE) & (table["tokens"] > QUERIES_AT_ONCE)]
+    for held, part in (("whole maps", whole), (f"{QUERIES_AT_ONCE} queries at once", chunks)):
+        axis.plot(part["tokens"], part[column], "o-", label=held)
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+    axis.set_xticks(sorted(table["tokens"].unique()), [str(n) for n in sorted(table["tokens"].unique())])
+    axis.minorticks_off()
+    axis.legend(fontsize=8)

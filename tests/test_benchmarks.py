@@ -1,0 +1,63 @@
+"""What benchmarks write and draw; how long things take is nothing a test waits for."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from benchmarks import attention, growth, machine, pictures, step
+from haste_core.data import open_dataset
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_attention_is_timed_with_whole_maps_and_in_chunks(monkeypatch):
+    monkeypatch.setattr(attention, "TOKENS", (64, 200))
+    monkeypatch.setattr(machine, "peak_gib", lambda *_: 1.0)
+    table = attention.measure(2)
+    assert list(zip(table["tokens"], table["queries"], strict=True)) == [(64, 64), (200, 128), (200, 200)]
+    assert list(table["chosen"]) == [True, False, True]
+    whole = table[table["tokens"] == table["queries"]]
+    assert (whole["ratio"] == 1).all()
+    assert (table["seconds"] > 0).all()
+
+
+def test_pairs_of_noise_are_a_data_set_like_prepared_ones(tmp_path):
+    folder = step.random_folder(tmp_path, 8)
+    chosen = step.study(folder)
+    batch = open_dataset(chosen.data).examples("train")
+    assert batch.x.shape[1:] == (4, 32, 32)
+    assert batch.images.shape[1:] == (3, 256, 256)
+    assert chosen.main == step.ARMS
+    assert chosen.run("repa").alignment.active
+
+
+def test_operations_of_a_step_grow_with_its_phase(tmp_path):
+    chosen = step.study(step.random_folder(tmp_path, 4))
+    vanilla, first, second = (step._flops(chosen, *which) for which in (("vanilla", 2), ("haste", 1), ("haste", 2)))
+    assert first > vanilla == second
+
+
+def test_jobs_of_a_study_are_those_of_its_graph():
+    assert growth._jobs(3) == 34
+
+
+def test_tables_keep_their_origin_and_the_report_shows_both(results):
+    timed = {"seconds": 1.0, "ratio": 1.0, "low": 0.9, "high": 1.1, "peak_gib": 2.0, "rounds": 3}
+    grown = [{"grows": grows, "amount": n, **timed} for grows in pictures.UNITS for n in (1, 2)]
+    held = [
+        {"tokens": n, "batch": 1, "queries": q, "chosen": True, **timed} for n, q in ((64, 64), (256, 128), (256, 256))
+    ]
+    machine.keep(pd.DataFrame(grown), "growth", matrix_rate=5e10)
+    folder = machine.keep(pd.DataFrame(held), "attention").parent
+    assert folder.parent == results
+    table, origin = machine.kept(folder, "growth")
+    assert list(table["amount"]) == [row["amount"] for row in grown]
+    text = pictures.write(folder).read_text()
+    assert f"Commit {origin['commit']}" in text
+    assert "50 GFLOP/s" in text
+    assert (folder / "figure.png").stat().st_size > 10_000
