@@ -1,4 +1,4 @@
-"""`python -m benchmarks [step attention growth]`: measure, keep the tables, and write the report."""
+"""`python -m benchmarks [step attention cores growth]`: measure, keep the tables, and write the report."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import argparse
 
 import torch
 
-from benchmarks import attention, growth, machine, pictures, step
+from benchmarks import attention, cores, growth, machine, pictures, step
 
-ALL = {"step": (step.measure, 10), "attention": (attention.measure, 10), "growth": (growth.measure, 20)}
+ALL = {
+    "step": (step.measure, 10),
+    "attention": (attention.measure, 10),
+    "cores": (cores.measure, 10),
+    "growth": (growth.measure, 20),
+}
 
 
 def main() -> None:
