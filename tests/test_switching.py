@@ -67,6 +67,17 @@ def log(run, angles):
     write_text(run.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def test_a_table_is_measured_again_when_what_it_depends_on_changes(study):
+    card = switching.card(study)
+    quiet = study.model_copy(
+        update={"arms": {**study.arms, "holistic": {"alignment": study.arms["holistic"]["alignment"]}}}
+    )
+    fewer = study.model_copy(update={"triggers": {}})
+    assert card["watched"] == ["holistic"]
+    assert len({json.dumps(switching.card(s)) for s in (study, quiet, fewer)}) == 3
+    assert json.loads(json.dumps(card)) == card
+
+
 def test_families_are_arms_that_differ_in_their_switch_alone(study):
     assert switching.families(study) == {"holistic": ["holistic", "haste_4", "haste"]}
 

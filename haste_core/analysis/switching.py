@@ -30,6 +30,17 @@ NEAREST = ["family", "trigger", "seed", "tau", "fid", "best_tau", "best_fid", "r
 FEWEST = 3
 
 
+def card(study: config.Study) -> dict[str, Any]:
+    """What this module's tables depend on beside their runs: triggers, what runs log, scoring, and their columns."""
+    return {
+        "triggers": {name: trigger.model_dump(mode="json") for name, trigger in study.triggers.items()},
+        "watched": [arm for arm in study.arms if study.run(arm).train.watch_angle],
+        "evaluation": study.evaluation_hash,
+        # A table that an earlier version wrote with others is measured again.
+        "columns": [LOGGED, SWEEP, FIRED, NEAREST],
+    }
+
+
 def families(study: config.Study) -> dict[str, list[str]]:
     """Arms that differ in their switch alone, by the always-on arm they branch from, itself first."""
     found: dict[str, list[str]] = {}
