@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -78,17 +79,8 @@ def interleaved(
     running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int
 ) -> dict[Any, tuple[float, float, float, float, int]]:
     """Median seconds of a step, its ratio to that of `base`, the ratio's interval and the rounds, for each state."""
-    device = next(iter(running.values())).accelerator.device
-    times: dict[Any, list[float]] = {key: [] for key in running}
-    order, rng = list(running), np.random.default_rng(0)
-    for warmup in tqdm(range(-2, rounds), desc="step time", unit="round", mininterval=1.0):
-        rng.shuffle(order)
-        for key in order:
-            begun = _now(device)
-            for _ in range(steps):
-                training.train_step(running[key])
-            if warmup >= 0:
-                times[key].append((_now(device) - begun) / steps)
+    times = timed(running, rounds, steps)
+    rng = np.random.default_rng(0)
     rows = {}
     for key, taken in times.items():
         ratios = np.array(taken) / np.array(times[base])
@@ -96,6 +88,32 @@ def interleaved(
         low, high = np.quantile(medians, [0.025, 0.975])
         rows[key] = (float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
     return rows
+
+
+def timed(
+    running: Mapping[Any, TrainState], rounds: int, steps: int = 1, seconds: float = math.inf
+) -> dict[Any, list[float]]:
+    """Seconds of a training step of each state, once for every round, after two rounds that warm up.
+
+    Args:
+        running: the states; every round takes each of them, in a new order.
+        rounds: how many at most. steps: how many steps one time is the mean of.
+        seconds: no further round begins after so many, once three are done.
+    """
+    device = next(iter(running.values())).accelerator.device
+    times: dict[Any, list[float]] = {key: [] for key in running}
+    order, rng, first = list(running), np.random.default_rng(0), _now(device)
+    for warmup in tqdm(range(-2, rounds), desc="step time", unit="round", mininterval=1.0):
+        if warmup >= 3 and _now(device) - first > seconds:
+            break
+        rng.shuffle(order)
+        for key in order:
+            begun = _now(device)
+            for _ in range(steps):
+                training.train_step(running[key])
+            if warmup >= 0:
+                times[key].append((_now(device) - begun) / steps)
+    return times
 
 
 def write(study: config.Study, rounds: int = 30) -> list[dict[str, Any]]:
