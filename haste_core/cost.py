@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,11 @@ def interleaved(
 
 
 def timed(
-    running: Mapping[Any, TrainState], rounds: int, steps: int = 1, seconds: float = math.inf
+    running: Mapping[Any, TrainState],
+    rounds: int,
+    steps: int = 1,
+    seconds: float = math.inf,
+    each_round: Callable[[], object] = lambda: None,
 ) -> dict[Any, list[float]]:
     """Seconds of a training step of each state, once for every round, after two rounds that warm up.
 
@@ -99,6 +103,7 @@ def timed(
         running: the states; every round takes each of them, in a new order.
         rounds: how many at most. steps: how many steps one time is the mean of.
         seconds: no further round begins after so many, once three are done.
+        each_round: called before every round that counts; what it takes is not in the times.
     """
     device = next(iter(running.values())).accelerator.device
     times: dict[Any, list[float]] = {key: [] for key in running}
@@ -106,6 +111,8 @@ def timed(
     for warmup in tqdm(range(-2, rounds), desc="step time", unit="round", mininterval=1.0):
         if warmup >= 3 and _now(device) - first > seconds:
             break
+        if warmup >= 0:
+            each_round()
         rng.shuffle(order)
         for key in order:
             begun = _now(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,22 +210,32 @@ def test_the_matrix_rate_is_the_median_and_plausible(monkeypatch):
 def test_shares_are_operations_over_time_and_rate(tiny, output, monkeypatch):
     flops = estimated(tiny, "holistic").step_flops[1], estimated(tiny, "vanilla").step_flops[2]
     times = {1: [1.0, 2.0, 4.0], 2: [1.0, 1.0, 1.0]}
-    monkeypatch.setattr(cost, "timed", lambda states, *_, **__: {phase: times[phase] for phase in states})
-    monkeypatch.setattr(estimates, "matrix_rate", lambda *_: 1e9)
+    rates = iter([7.0, 1e9, 3e9, 0.5e9])  # the first one decides how many images go into a step
+
+    def timed(states, *_, each_round, **__):
+        for _ in times[1]:
+            each_round()
+        return {phase: times[phase] for phase in states}
+
+    monkeypatch.setattr(cost, "timed", timed)
+    monkeypatch.setattr(estimates, "matrix_rate", lambda *_, **__: next(rates))
     found = calibration.calibrate(tiny, checks.DIGITS)
-    assert found.shares[1].median == pytest.approx(flops[0] / 2 / 1e9)
+    assert found.rate == 1e9
+    assert found.shares[1].median == pytest.approx(flops[0] / 16 / 2 / 1e9)
     assert found.shares[1].low < found.shares[1].median < found.shares[1].high
-    assert found.shares[2] == pytest.approx((flops[1] / 1e9,) * 3 + (3,))
+    assert found.shares[2] == pytest.approx((flops[1] / 16 / 1e9,) * 3 + (3,))
     assert found.utilisation[2] == found.shares[2].median
-    assert "3 of the 3 blocks of arm holistic, 16 images" in found.timed
+    assert "3 of the 3 blocks of arm holistic, 1 of 16 images (the optimizer" in found.timed
 
 
 def test_timing_stops_when_its_time_is_up(tiny, output, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(cost, "_now", lambda _: next(clock))
     monkeypatch.setattr(training, "train_step", lambda _: None)
+    called = []
     state = {"one": cost.states(tiny.model_copy(update={"arms": {"vanilla": {}}}))["vanilla", 2]}
-    assert len(cost.timed(state, 20, seconds=0)["one"]) == 3
+    assert len(cost.timed(state, 20, seconds=0, each_round=lambda: called.append(1))["one"]) == 3
+    assert len(called) == 3
     assert len(cost.timed(state, 20)["one"]) == 20
 
 
@@ -313,7 +324,10 @@ def test_what_was_measured_on_what_is_said(settings, output, capsys, monkeypatch
     text = printed(capsys, "digits", *settings, "--set", "train.precision=fp16")
     assert "precision fp16 needs a GPU and there is none here" in text
     assert "not of any GPU" in text
+    busy = replace(found, shares=shares | {1: shares[1]._replace(median=1.1)})
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: busy)
     text = printed(capsys, "digits", *settings, "--rate", "3e14")
+    assert "a share above 100%" in text
     assert "rate: 300 TFLOP/s a device, given" in text
     assert "the share is this device's" in text
 

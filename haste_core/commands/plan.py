@@ -104,6 +104,8 @@ def _warnings(study: config.Study, arguments: argparse.Namespace, measured: Cali
         said.append(f"note: precision {study.train.precision} needs a GPU and there is none here")
     if arguments.rate is not None and arguments.utilisation is None:
         said.append("note: the share is this device's, not one of the device whose rate was given: --utilisation")
+    if any(share.median > 1 for share in measured.shares.values()):
+        said.append("note: a share above 100% says that this machine was busy: measure again when it is idle")
     if arguments.rate is None and measured.device_type == "cpu" and (arguments.gpus > 1 or said):
         said.append("note: the times are those of such CPUs, not of any GPU: --rate and --utilisation give a GPU's")
     return said

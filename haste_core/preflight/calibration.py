@@ -19,14 +19,14 @@ from haste_core.teacher import build_teacher
 
 # Parameters of the student that is timed: steps of a few seconds on a slow core, a few GiB on a GPU.
 _LIMIT = {"cpu": 5e7, "cuda": 4e8}
-_ROUNDS = 15
+_ROUNDS = 30
 _BY_HAND = "--rate and --utilisation of the device that is meant"
 
 
 class Share(NamedTuple):
     """The share of the matrix rate that a training step reaches, the median of `steps` steps and their 10 % and 90 %.
 
-    It can exceed 1 where the step's own products suit the device better than the large ones.
+    It can exceed 1 where other work slowed the products down more than the steps.
     """
 
     median: float
@@ -89,12 +89,12 @@ def calibrate(
     small = small.model_copy(update={"train": run.train.model_copy(update={"precision": precision})})
     most = -(-run.train.batch_size // gpus)
     try:
-        shares, batch = _shares(small, example, rate, most, seconds)
+        rate, shares, batch = _shares(small, example, rate, most, seconds)
     except torch.OutOfMemoryError as error:
         raise HasteError(f"{name} has no memory for the steps to time; possible: more --gpus, or {_BY_HAND}") from error
-    words = f"{small.model.depth} of the {run.model.depth} blocks of arm {model_arm(study)}, {batch} images"
+    words = f"{small.model.depth} of the {run.model.depth} blocks of arm {model_arm(study)}, {batch} of {most} images"
     if batch < most:
-        words += f" instead of {most} (the optimizer then weighs more, so the share is on the low side)"
+        words += " (the optimizer then weighs more, so the share is on the low side)"
     return Calibration(name, device, precision, rate, shares, words)
 
 
@@ -106,18 +106,28 @@ def model_arm(study: config.Study) -> str:
 
 def _shares(
     run: config.RunConfig, example: Example, rate: float, most: int, seconds: float
-) -> tuple[dict[int, Share], int]:
-    """Shares by phase, and how many images were in a step."""
+) -> tuple[float, dict[int, Share], int]:
+    """The rate in between the steps, shares by phase, and how many images were in a step.
+
+    A machine that others use, too, is not equally fast in one moment and the next: what is divided by each other has
+    to be measured over the same time.
+    """
     found = estimates.follow(run, example, networks_of(run, example)).costs
     runs = {1: run, 2: stand_in.unaligned(run)} if run.alignment.active else {2: run}
     # Two rounds warm up and five count; a half of the rate is a guess at the time only.
     batch = int(0.5 * rate * seconds / 7 / sum(found[phase].flops for phase in runs))
     batch = max(1, min(most, batch))
-    train = run.train.model_copy(update={"batch_size": batch})
+    train, rates = run.train.model_copy(update={"batch_size": batch}), list[float]()
     with stand_in.images(run.data, example, batch) as dataset:
         states = {p: _state(r.model_copy(update={"train": train}), dataset) for p, r in runs.items()}
-        times = cost.timed(states, _ROUNDS, seconds=seconds)
-    return {p: _share(found[p].flops * batch / rate / np.array(taken)) for p, taken in times.items()}, batch
+        device = next(iter(states.values())).accelerator.device.type
+
+        def again() -> None:
+            rates.append(estimates.matrix_rate(run.train.precision, device, repeats=1))
+
+        times = cost.timed(states, _ROUNDS, seconds=seconds, each_round=again)
+    rate = float(np.median(rates))
+    return rate, {p: _share(found[p].flops * batch / rate / np.array(taken)) for p, taken in times.items()}, batch
 
 
 def _state(run: config.RunConfig, dataset: Any) -> TrainState:
