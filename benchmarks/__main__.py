@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from benchmarks import attention, cores, growth, machine, pictures, step
+from haste_core.devices import default_device
+from haste_core.preflight import estimates
 
 ALL = {
     "step": (step.measure, 10),
@@ -27,7 +27,7 @@ def main() -> None:
         measure, rounds = ALL[name]
         table = measure(arguments.rounds or rounds)
         print(table.to_string(index=False))
-        machine.keep(table, name, matrix_rate=machine.matrix_rate(torch.float32))
+        machine.keep(table, name, matrix_rate=estimates.matrix_rate("no", default_device().type))
     print(pictures.write(machine.RESULTS / machine.name()))
 
 

@@ -58,12 +58,12 @@ def _jobs(seeds: int) -> int:
 
 def _grown(grows: str, studies: dict[int, Callable[[], config.Study]], rounds: int) -> list[dict[str, object]]:
     running = {amount: create(study().run("vanilla"), 0, None) for amount, study in studies.items()}
-    actions = {amount: partial(training.train_step, state) for amount, state in running.items()}
+    actions = {amount: cost.step_of(state) for amount, state in running.items()}
     timed = cost.interleaved(actions, min(actions), rounds, device=default_device(), label=grows)
     return [_row(grows, amount, t, machine.peak_gib(_alone, studies[amount])) for amount, t in timed.items()]
 
 
-def _row(grows: str, amount: int, t: cost.Timed, peak: float | None) -> dict[str, object]:
+def _row(grows: str, amount: int, t: cost.Timing, peak: float | None) -> dict[str, object]:
     facts = {"seconds": t.seconds, "ratio": t.ratio, "low": t.low, "high": t.high}
     return {"grows": grows, "amount": amount, **facts, "peak_gib": peak, "rounds": t.rounds}
 

@@ -13,8 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from haste_core import cost, provenance
-from haste_core.devices import default_device
+from haste_core import provenance
 from haste_core.files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,15 +44,6 @@ def keep(table: pd.DataFrame, called: str, **facts: Any) -> Path:
 def kept(folder: Path, called: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A table that `keep` wrote, and where it comes from."""
     return pd.read_csv(folder / f"{called}.csv"), json.loads((folder / f"{called}.json").read_text())
-
-
-def matrix_rate(dtype: torch.dtype, side: int | None = None, rounds: int = 10) -> float:
-    """FLOP/s of square matrix products on this machine's device, the median of several."""
-    device = default_device()
-    side = side or (8192 if device.type == "cuda" else 2048)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    timed = cost.interleaved({"product": lambda: a @ a}, "product", rounds, device=device, label="matrix rate")
-    return 2 * side**3 / timed["product"].seconds
 
 
 def peak_gib(action: Callable[..., None], *arguments: Any) -> float:

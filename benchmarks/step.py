@@ -73,12 +73,12 @@ def measure(rounds: int) -> pd.DataFrame:
         running = cost.states(chosen)
         device = next(iter(running.values())).accelerator.device
         actions: dict[str, Callable[[], object]]
-        actions = {_title(arm, phase): partial(training.train_step, s) for (arm, phase), s in running.items()}
+        actions = {_title(arm, phase): cost.step_of(s) for (arm, phase), s in running.items()}
         actions |= {"teacher forward": _teacher_forward(running["haste", 1])}
         timed = cost.interleaved(actions, "vanilla", rounds, device=device, label="SiT-B/2")
         flops = {_title(a, p): _flops(chosen, a, p) for a, p in running}
         memory = {_title(a, p): machine.peak_gib(_alone, folder, a, p) for a, p in running}
-    rate = machine.matrix_rate({"no": torch.float32, "bf16": torch.bfloat16}[chosen.train.precision])
+    rate = estimates.matrix_rate(chosen.train.precision, device.type)
     rows = [
         {"what": what, "seconds": t.seconds, "ratio": t.ratio, "low": t.low, "high": t.high,
          "images_per_s": chosen.train.batch_size / t.seconds, "peak_gib": memory.get(what),

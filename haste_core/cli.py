@@ -1,4 +1,4 @@
-"""The command line: haste train | sample | evaluate | score | study | teacher | latents | convert | cost | notebook."""
+"""The command line: haste train, sample, evaluate, score, study, teacher, latents, convert, cost, plan, notebook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from haste_core import __version__
-from haste_core.commands import convert, latents, sample, score
+from haste_core.commands import convert, latents, plan, sample, score
 from haste_core.commands.common import add_study, run_of, settings, study_of
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 
@@ -23,6 +23,7 @@ _EXAMPLES = """examples:
   haste sample digits haste --n 64 --out digits.png     images from a trained run
   haste evaluate digits haste                           FID, KID, precision and recall of its checkpoints
   haste train imagenet256 haste --dry-run               what is missing for the paper's own scale, and what it takes
+  haste plan imagenet256 --gpus 8                       time, memory and space of every arm, measured on this device
   haste convert 0400000.pt haste.safetensors            a released checkpoint of DiT, SiT, REPA or HASTE
 """
 
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add(commands)
     cost = add("cost", measure_cost, "measure the time of a training step in every arm and phase")
     cost.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default: %(default)s)")
+    plan.add(commands)
 
     notebook = commands.add_parser(
         "notebook", help="run one of the notebooks by papermill, with parameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,7 +22,7 @@ from haste_core.state import TrainState, create
 COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
 
 
-class Timed(NamedTuple):
+class Timing(NamedTuple):
     """Median seconds of an action, the median ratio to the base's, its 95 % bootstrap interval, and the rounds."""
 
     seconds: float
@@ -91,20 +92,52 @@ def interleaved(
     steps: int = 1,
     device: torch.device | None = None,
     label: str = "step time",
-) -> dict[Any, Timed]:
+) -> dict[Any, Timing]:
     """What each action takes, and its ratio to that of `base`, measured in turns in one process.
 
-    Every round times each action once, in a new order; ratios are taken within a round, so that a machine whose speed
-    drifts does not tilt them. Two rounds of warming up come first and do not count.
+    Ratios are taken within a round, so that a machine whose speed drifts does not tilt them.
 
     Args:
         actions: by any key. base: the key of the one that others are compared with.
-        rounds: that count. steps: calls timed together. device: to wait for, the CPU by default.
+        rounds, steps, device, label: as in `timed`.
+    """
+    times = timed(actions, rounds, steps, device, label=label)
+    rng = np.random.default_rng(0)
+    found = {}
+    for key, taken in times.items():
+        ratios = np.array(taken) / np.array(times[base])
+        medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+        low, high = np.quantile(medians, [0.025, 0.975])
+        found[key] = Timing(float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
+    return found
+
+
+def timed(
+    actions: Mapping[Any, Callable[[], object]],
+    rounds: int,
+    steps: int = 1,
+    device: torch.device | None = None,
+    seconds: float = math.inf,
+    each_round: Callable[[], object] = lambda: None,
+    label: str = "step time",
+) -> dict[Any, list[float]]:
+    """Seconds of each action, once for every round, after two rounds that warm up.
+
+    Args:
+        actions: by any key; every round takes each of them, in a new order.
+        rounds: how many at most. steps: how many calls one time is the mean of.
+        device: to wait for, the CPU by default.
+        seconds: no further round begins after so many, once three are done.
+        each_round: called before every round that counts; what it takes is not in the times.
         label: of the progress bar.
     """
     times: dict[Any, list[float]] = {key: [] for key in actions}
-    order, rng = list(actions), np.random.default_rng(0)
+    order, rng, first = list(actions), np.random.default_rng(0), _now(device)
     for warmup in tqdm(range(-2, rounds), desc=label, unit="round", mininterval=1.0):
+        if warmup >= 3 and _now(device) - first > seconds:
+            break
+        if warmup >= 0:
+            each_round()
         rng.shuffle(order)
         for key in order:
             begun = _now(device)
@@ -112,19 +145,17 @@ def interleaved(
                 actions[key]()
             if warmup >= 0:
                 times[key].append((_now(device) - begun) / steps)
-    found = {}
-    for key, taken in times.items():
-        ratios = np.array(taken) / np.array(times[base])
-        medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
-        low, high = np.quantile(medians, [0.025, 0.975])
-        found[key] = Timed(float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
-    return found
+    return times
 
 
-def _steps(running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int) -> dict[Any, Timed]:
+def step_of(state: TrainState) -> Callable[[], object]:
+    """A training step of a state, as an action to time."""
+    return partial(training.train_step, state)
+
+
+def _steps(running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int) -> dict[Any, Timing]:
     device = next(iter(running.values())).accelerator.device
-    actions = {key: partial(training.train_step, state) for key, state in running.items()}
-    return interleaved(actions, base, rounds, steps, device)
+    return interleaved({key: step_of(state) for key, state in running.items()}, base, rounds, steps, device)
 
 
 def write(study: config.Study, rounds: int = 30) -> list[dict[str, Any]]:

@@ -78,7 +78,13 @@ def seeds_of(seed: int) -> Seeds:
     return Seeds(*range(1000 * seed, 1000 * seed + 5))
 
 
-def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: Termination | None = None) -> TrainState:
+def create(
+    config: RunConfig,
+    seed: int,
+    teacher: Teacher | None,
+    termination: Termination | None = None,
+    dataset: Dataset | None = None,
+) -> TrainState:
     """A run before its first step; every initial value comes from `seed`.
 
     Args:
@@ -86,6 +92,7 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
         seed: of weights, projector, data order and noise, each of which gets a stream of its own.
         teacher: the frozen encoder; needed in phase I and never used otherwise.
         termination: the phase to begin in; by default that of step 0.
+        dataset: what to learn from in place of the run's data; for timing.
     """
     accelerator = Accelerator(mixed_precision=config.train.precision)
     if accelerator.num_processes > 1:
@@ -97,7 +104,7 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
         torch.set_num_threads(config.train.threads)
     seeds = seeds_of(seed)
     torch.manual_seed(seeds.rest)  # nothing draws from it; set so that it is the same in every run
-    dataset = open_dataset(config.data)
+    dataset = open_dataset(config.data) if dataset is None else dataset
     student = build_generator(config, dataset, seeds.weights).to(accelerator.device)
     if termination is None:
         termination = Termination(config)

@@ -62,7 +62,7 @@ def trained(folder, output, monkeypatch):
 
 def test_help_names_every_command_and_shows_examples(capsys):
     text = help_of(capsys)
-    for command in ("train", "sample", "evaluate", "study", "teacher", "cost", "notebook"):
+    for command in ("train", "sample", "evaluate", "study", "teacher", "cost", "plan", "notebook"):
         assert f"\n    {command} " in text
     assert "examples:" in text
     assert "haste study digits" in text
@@ -77,6 +77,7 @@ def test_help_names_every_command_and_shows_examples(capsys):
         ("study", ["study", "--profile", "--set", "--cores", "--dry-run"]),
         ("teacher", ["study", "--profile", "--set"]),
         ("cost", ["study", "--profile", "--set", "--rounds"]),
+        ("plan", ["study", "--profile", "--set", "--gpus", "--rate", "--utilisation", "--json"]),
         ("notebook", ["name", "out", "-p NAME=VALUE"]),
     ],
 )

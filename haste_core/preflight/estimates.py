@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +13,7 @@ from torch import nn
 
 from haste_core import config
 from haste_core.preflight.tracing import Cost, Example, Networks, cost, matrices, teacher_flops, without_contents
+from haste_core.preflight.units import bytes_text, count_text, hours_text, phase_name
 from haste_core.runs import Run
 
 # Published dense matrix rates in FLOP/s: 16-bit inputs with float32 sums, and plain float32 (torch's default).
@@ -19,6 +22,19 @@ RATES = {
     "float32": {"A100": 19.5e12, "H100 SXM": 67e12, "RTX 4090": 82.6e12},
 }
 UTILISATION = 0.4
+
+# A product this wide keeps a device busy for long enough to be timed; a GPU does several of them between two looks at
+# the clock.
+_SIDE = {"cuda": 4096, "cpu": 1024}
+_PRODUCTS = {"cuda": 10, "cpu": 1}
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Traced(NamedTuple):
+    """What following a step found: one image's share by phase, and operations of the teacher's forward pass."""
+
+    costs: Mapping[int, Cost]
+    teacher_forward: int
 
 
 class Memory(NamedTuple):
@@ -44,7 +60,7 @@ class Estimate:
 
     student, projector, teacher: number of parameters. forward: operations of the student's forward pass of one image;
     teacher_forward: the teacher's. step_flops: of one step, the whole batch. memory: at a step's peak. steps: how many
-    the run has. checkpoint: bytes of one; kept: how many stay.
+    the run takes itself. checkpoint: bytes of one; kept: how many of its own stay.
     """
 
     student: int
@@ -74,34 +90,60 @@ class Estimate:
         return {p: self.step_flops[p] * n / (rate * utilisation) / 3600 for p, n in self.steps.items()}
 
 
-def estimate(run: config.RunConfig, example: Example, nets: Networks) -> Estimate:
-    """What a run costs, from its networks."""
-    steps = phases(run)
-    precision, batch = run.train.precision, run.train.batch_size
-    with without_contents(nets) as shapes:
-        costs = {phase: cost(shapes, example, phase, precision) for phase in {*steps, 2}}  # phase 2 has the forward
-        teacher_forward = teacher_flops(shapes, example)
+def estimate(
+    run: config.RunConfig,
+    example: Example,
+    nets: Networks,
+    micro_batch: int | None = None,
+    shared: int = 0,
+    found: Traced | None = None,
+) -> Estimate:
+    """What a run costs, from its networks.
+
+    Args:
+        run, example, nets: the run, what it learns from, and its networks.
+        micro_batch: images on a device at a time, which memory goes by; the whole batch by default.
+        shared: steps that another arm takes for this one (`Study.donor`); they and their checkpoints do not count.
+        found: what `follow` found for the same networks; followed now by default.
+    """
+    found = found or follow(run, example, nets)
+    steps, micro_batch = phases(run), micro_batch or run.train.batch_size
     projector_size = parameters(nets.alignment.projector) if nets.alignment else 0
     student_size = parameters(nets.student)
     sizes = {1: student_size + projector_size, 2: student_size}
+    own = [step for step in run.train.kept_steps if step > shared]
     return Estimate(
         student=student_size,
         projector=projector_size,
         teacher=parameters(nets.teacher),
-        forward=costs[2].forward,
-        teacher_forward=teacher_forward,
-        step_flops={phase: costs[phase].flops * batch for phase in steps},
-        memory={phase: memory(nets, costs[phase], phase, run.train) for phase in steps},
-        steps=steps,
+        forward=found.costs[2].forward,
+        teacher_forward=found.teacher_forward,
+        step_flops={phase: found.costs[phase].flops * run.train.batch_size for phase in steps},
+        memory={phase: memory(nets, found.costs[phase], phase, run.train.precision, micro_batch) for phase in steps},
+        steps={phase: count - shared * (phase == min(steps)) for phase, count in steps.items()},
         # Four float32 copies: weights, their average, and AdamW's two moments; the projector is not averaged.
         checkpoint={phase: 4 * (3 * sizes[phase] + student_size) for phase in steps},
-        kept={phase: sum((s <= run.tau) == (phase == 1) for s in run.train.kept_steps) for phase in steps},
+        kept={phase: sum((step <= phase_one(run)) == (phase == 1) for step in own) for phase in steps},
     )
+
+
+def follow(run: config.RunConfig, example: Example, nets: Networks) -> Traced:
+    """A step of a run followed in every phase that its networks allow, and its teacher's forward pass."""
+    with without_contents(nets) as shapes:
+        costs = {
+            phase: cost(shapes, example, phase, run.train.precision) for phase in ((1, 2) if nets.alignment else (2,))
+        }
+        return Traced(costs, teacher_flops(shapes, example))
+
+
+def phase_one(run: config.RunConfig) -> float:
+    """The step at which phase I ends, after fading; infinity where it never ends or a trigger decides."""
+    return run.tau + run.termination.fade if run.alignment.active else 0
 
 
 def phases(run: config.RunConfig) -> dict[int, int]:
     """Number of steps by phase; phases without a step are left out."""
-    first = int(min(run.tau, run.train.steps))
+    first = int(min(phase_one(run), run.train.steps))
     return {phase: n for phase, n in ((1, first), (2, run.train.steps - first)) if n}
 
 
@@ -110,21 +152,21 @@ def parameters(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def memory(nets: Networks, found: Cost, phase: int, train: config.Train) -> Memory:
-    """Bytes on the device at a step's peak, all in float32 but the 16-bit copies that autocast makes of matrices.
+def memory(nets: Networks, found: Cost, phase: int, precision: str, micro_batch: int) -> Memory:
+    """Bytes on a device at a step's peak, all in float32 but the 16-bit copies that autocast makes of matrices.
 
-    The device's own context, workspaces and fragmentation come on top.
+    micro_batch: images on the device at a time. The device's own context, workspaces and fragmentation come on top.
     """
     projector = nets.alignment.projector if nets.alignment and phase == 1 else None
     student, trained = parameters(nets.student), parameters(nets.student) + parameters(projector)
-    copied = matrices(nets.student) + matrices(projector) if train.precision != "no" else 0
+    copied = matrices(nets.student) + matrices(projector) if precision != "no" else 0
     return Memory(
         weights=4 * trained,
         average=4 * student,
         optimizer=8 * trained,
         teacher=4 * parameters(nets.teacher) if phase == 1 else 0,
         copies=2 * copied,
-        activations=found.activations * train.batch_size,
+        activations=found.activations * micro_batch,
         gradients=4 * trained,
     )
 
@@ -145,34 +187,35 @@ def rates(precision: str) -> dict[str, float]:
     return {f"this {torch.cuda.get_device_name(0)}, measured": matrix_rate(precision), **known}
 
 
-def matrix_rate(precision: str, side: int = 4096, repeats: int = 20) -> float:
-    """FLOP/s of square matrix products on the GPU, in the precision of a run."""
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    a = torch.ones(side, side, device="cuda", dtype=dtype)
-    for _ in range(3):
-        a @ a
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begun.record()
-    for _ in range(repeats):
-        a @ a
-    ended.record()
-    torch.cuda.synchronize()
-    return 2 * side**3 * repeats / (begun.elapsed_time(ended) / 1000)
+def matrix_rate(precision: str, device: str = "cuda", repeats: int = 7) -> float:
+    """FLOP/s of large square matrix products on a device in the precision of a run, the median of `repeats` times."""
+    side, products = _SIDE[device], _PRODUCTS[device]
+    a, b = (torch.randn(side, side, device=device).to(_DTYPES[precision]) for _ in range(2))
+    taken = []
+    for _ in range(repeats + 2):  # the first two warm up
+        begun = time.perf_counter()
+        for _ in range(products):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+    return 2 * side**3 * products / statistics.median(taken[2:])
 
 
 def lines(estimate: Estimate, precision: str, scoring: int) -> list[str]:
     """An estimate as indented lines. scoring: operations of drawing the images of one score."""
-    work = ", ".join(f"{flops / 1e12:.3g} in {_phase(phase)}" for phase, flops in estimate.step_flops.items())
-    sizes = [f"{name} {_count(getattr(estimate, name))}" for name in ("student", "projector", "teacher")]
+    work = ", ".join(f"{flops / 1e12:.3g} in {phase_name(phase)}" for phase, flops in estimate.step_flops.items())
+    kept = sum(estimate.kept.values())
+    sizes = [f"{name} {count_text(getattr(estimate, name))}" for name in ("student", "projector", "teacher")]
     rows = [
         ("parameters", ", ".join(sizes)),
-        ("forward", f"{_count(estimate.forward // 2)} multiply-adds per image, the teacher's "
-                    f"{_count(estimate.teacher_forward // 2)}"),
-        ("steps", ", ".join(f"{count:,} in {_phase(phase)}" for phase, count in estimate.steps.items())),
+        ("forward", f"{count_text(estimate.forward // 2)} multiply-adds per image, the teacher's "
+                    f"{count_text(estimate.teacher_forward // 2)}"),
+        ("steps", ", ".join(f"{count:,} in {phase_name(phase)}" for phase, count in estimate.steps.items())),
         ("TFLOP/step", f"{work} (forward and backward, a multiply-add as two; element-wise work left out)"),
-        *(("memory", f"{_phase(phase)}: {_parts(found)}") for phase, found in estimate.memory.items()),
+        *(("memory", f"{phase_name(phase)}: {_parts(found)}") for phase, found in estimate.memory.items()),
         ("", "on one GPU, plus one block's working memory and CUDA's own"),
-        ("checkpoints", f"{_bytes(estimate.disk)}: {sum(estimate.kept.values())} that stay, two more while writing"),
+        ("checkpoints", f"{bytes_text(estimate.disk)}: {kept} that stay, two more while writing"),
         *(("time", _hours(estimate, scoring, name, rate)) for name, rate in rates(precision).items()),
         ("", "small networks take longer: they wait for kernels to start, not for arithmetic"),
     ]  # fmt: skip
@@ -181,10 +224,10 @@ def lines(estimate: Estimate, precision: str, scoring: int) -> list[str]:
 
 def _hours(estimate: Estimate, scoring: int, name: str, rate: float) -> str:
     by_phase = estimate.hours(rate, UTILISATION)
-    each = ", ".join(f"{_phase(phase)} {_time(hours)}" for phase, hours in by_phase.items())
-    drawing = _time(scoring / (rate * UTILISATION) / 3600)
+    each = ", ".join(f"{phase_name(phase)} {hours_text(hours)}" for phase, hours in by_phase.items())
+    drawing = hours_text(scoring / (rate * UTILISATION) / 3600)
     return (
-        f"{_time(sum(by_phase.values()))} ({each}) and {drawing} of drawing per scored checkpoint, at "
+        f"{hours_text(sum(by_phase.values()))} ({each}) and {drawing} of drawing per scored checkpoint, at "
         f"{UTILISATION:.0%} (an assumption) of {rate / 1e12:.4g} TFLOP/s ({name})"
     )
 
@@ -192,29 +235,4 @@ def _hours(estimate: Estimate, scoring: int, name: str, rate: float) -> str:
 def _parts(found: Memory) -> str:
     smaller = "gradients" if found.activations >= found.gradients else "activations"
     parts = {name: size for name, size in found._asdict().items() if size and name != smaller}
-    return f"{_bytes(found.peak)} = " + " + ".join(f"{_bytes(size)} {name}" for name, size in parts.items())
-
-
-def _phase(phase: int) -> str:
-    return "phase I" if phase == 1 else "phase II"
-
-
-def _count(number: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return str(number)
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 2**10:.1f} KiB"
-
-
-def _time(hours: float) -> str:
-    for unit, size in (("days", 24.0), ("h", 1.0), ("min", 1 / 60)):
-        if hours >= 2 * size:
-            return f"{hours / size:.1f} {unit}"
-    return f"{hours * 3600:.1f} s"
+    return f"{bytes_text(found.peak)} = " + " + ".join(f"{bytes_text(size)} {name}" for name, size in parts.items())

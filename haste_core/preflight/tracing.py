@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from haste_core import config
 from haste_core.alignment import Alignment
+from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
 from haste_core.objectives import objective_of
 from haste_core.teacher import Teacher, build_teacher
@@ -92,6 +93,18 @@ def networks(run: config.RunConfig, student: DiffusionTransformer, teacher: Teac
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of token grids that differ, which is said elsewhere
         return Networks(student, teacher, Alignment(run.alignment, student, teacher, seed=0))
+
+
+def networks_of(run: config.RunConfig, example: Example) -> Networks:
+    """The networks of a run from its settings alone.
+
+    Raises:
+        HasteError: the patch does not divide the example, or teacher and student do not fit together.
+    """
+    if example.size % run.model.patch:
+        possible = ", ".join(str(n) for n in range(1, example.size + 1) if example.size % n == 0)
+        raise HasteError(f"model.patch {run.model.patch} does not divide the size {example.size}; possible: {possible}")
+    return networks(run, student_of(run, example), teacher_of(run) if run.alignment.active else None)
 
 
 def matrices(module: nn.Module | None) -> int:
