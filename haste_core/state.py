@@ -20,6 +20,7 @@ from haste_core.data.contexts import Contexts
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
 from haste_core.objectives import Objective, objective_of
+from haste_core.processes import micro_batches
 from haste_core.teacher import Teacher
 from haste_core.termination import Termination
 
@@ -28,6 +29,7 @@ from haste_core.termination import Termination
 class TrainState:
     """A run between two steps. `alignment`, its optimizer and `angle` exist in phase I only.
 
+    micro_batches: the parts of a batch that one forward and backward pass each takes.
     angle: the online estimate of the gradient angle, where the run watches it.
     """
 
@@ -43,6 +45,7 @@ class TrainState:
     batches: Batches
     noise: Generator
     objective: Objective
+    micro_batches: list[slice]
     step: int = 0
     angle: OnlineAngle | None = None
     window: dict[str, Tensor] = field(default_factory=dict)  # sums since the last logged step
@@ -119,6 +122,7 @@ def create(config: RunConfig, seed: int, teacher: Teacher | None, termination: T
         batches=Batches(dataset, config.train.batch_size, seeds.order, with_images=alignment is not None),
         noise=Generator().manual_seed(seeds.noise),
         objective=objective_of(config.model.kind),
+        micro_batches=micro_batches(config.train),
         angle=OnlineAngle(accelerator.device) if alignment is not None and watches(config) else None,
     )  # fmt: skip
 

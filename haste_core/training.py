@@ -48,12 +48,29 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
     """One optimizer step of the phase `s` is in; returns its losses and gradient norm as scalars on the device.
 
     In phase I the student hands out what alignment asks for. In phase II nothing of that exists, and the work is
-    that of a vanilla step.
+    that of a vanilla step. What is random is drawn for the whole batch, in however many micro-batches it goes through.
     """
     if s.termination.update(s.step):
         s.enter_phase_two()
-    batch, device = s.batches.next(), s.accelerator.device
+    batch = s.batches.next()
     draws = draw_noise(batch, s.ema.null_label, s.config.train.label_dropout, s.noise)
+    found = [
+        accumulate_gradients(s, Batch(*(b[part] for b in batch)), Draws(*(d[part] for d in draws)))
+        for part in s.micro_batches
+    ]
+    measured = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+    grad_norm = s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm)
+    for optimizer in s.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    update_ema(s)
+    s.step += 1
+    return measured | {"grad_norm": grad_norm.detach()}
+
+
+def accumulate_gradients(s: TrainState, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    """Add one micro-batch's part to the gradients of the step; returns its losses as scalars on the device."""
+    device = s.accelerator.device
     batch, (u, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
     u = shifted(u, s.config.train.timestep_shift)
     t = s.objective.timesteps(u)
@@ -71,14 +88,9 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
     denoising = s.objective.loss(predicted, batch.x, eps, t).mean()
     loss = denoising if s.alignment is None else denoising + s.termination.weight(s.step) * aligned.total
 
-    s.accelerator.backward(loss)
-    grad_norm = s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm)
-    for optimizer in s.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    update_ema(s)
-    s.step += 1
-    measured = {"loss": loss, "denoising": denoising, **measured, "grad_norm": grad_norm}
+    # Every loss is a mean over its images and micro-batches are equally large: their mean is the batch's.
+    s.accelerator.backward(loss / len(s.micro_batches))
+    measured = {"loss": loss, "denoising": denoising, **measured}
     return {name: value.detach() for name, value in measured.items()}
 
 

@@ -124,7 +124,7 @@ def memory(nets: Networks, found: Cost, phase: int, train: config.Train) -> Memo
         optimizer=8 * trained,
         teacher=4 * parameters(nets.teacher) if phase == 1 else 0,
         copies=2 * copied,
-        activations=found.activations * train.batch_size,
+        activations=found.activations * train.batch_size // train.accumulate,
         gradients=4 * trained,
     )
 

@@ -241,7 +241,7 @@ def _memory(estimate: Estimate) -> Check | None:
     peak = max(memory.peak for memory in estimate.memory.values())
     text = f"about {peak / GIB:.1f} of {total / GIB:.1f} GiB at the step's peak"
     if peak > total:
-        return Check("memory", "problem", f"{text}; possible: a smaller train.batch_size, or a larger GPU")
+        return Check("memory", "problem", f"{text}; possible: a larger train.accumulate, or a larger GPU")
     return Check("memory", "ok", text)
 
 
