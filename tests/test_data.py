@@ -106,9 +106,9 @@ class Counting:
     def __len__(self):
         return 10
 
-    def batch(self, indices, generator, with_images=True):
-        noise = torch.rand(len(indices), 1, 1, 1, generator=generator)
-        return Batch(noise, indices, noise)
+    def batch(self, indices, generator, with_images=True, part=slice(None)):
+        noise = torch.rand(len(indices), 1, 1, 1, generator=generator)[part]
+        return Batch(noise, indices[part], noise)
 
 
 def test_every_image_comes_once_per_pass_in_a_new_order():

@@ -44,7 +44,7 @@ class Estimate:
 
     student, projector, teacher: number of parameters. forward: operations of the student's forward pass of one image;
     teacher_forward: the teacher's. step_flops: of one step, the whole batch. memory: at a step's peak. steps: how many
-    the run has. checkpoint: bytes of one; kept: how many stay.
+    the run has. checkpoint: bytes of one; kept: how many stay. processes: devices that share a step; memory is of each.
     """
 
     student: int
@@ -57,6 +57,7 @@ class Estimate:
     steps: Mapping[int, int]
     checkpoint: Mapping[int, int]
     kept: Mapping[int, int]
+    processes: int = 1
 
     @property
     def flops(self) -> int:
@@ -70,12 +71,13 @@ class Estimate:
         return kept + 2 * max(self.checkpoint.values())
 
     def hours(self, rate: float, utilisation: float) -> dict[int, float]:
-        """Hours by phase at `rate` floating-point operations a second, of which a share `utilisation` is reached."""
-        return {p: self.step_flops[p] * n / (rate * utilisation) / 3600 for p, n in self.steps.items()}
+        """Hours by phase at `rate` floating-point operations a second on each device, a share `utilisation` reached."""
+        together = rate * utilisation * self.processes
+        return {p: self.step_flops[p] * n / together / 3600 for p, n in self.steps.items()}
 
 
-def estimate(run: config.RunConfig, example: Example, nets: Networks) -> Estimate:
-    """What a run costs, from its networks."""
+def estimate(run: config.RunConfig, example: Example, nets: Networks, processes: int = 1) -> Estimate:
+    """What a run costs, from its networks; memory and time on so many devices that share each step's images."""
     steps = phases(run)
     precision, batch = run.train.precision, run.train.batch_size
     with without_contents(nets) as shapes:
@@ -91,11 +93,12 @@ def estimate(run: config.RunConfig, example: Example, nets: Networks) -> Estimat
         forward=costs[2].forward,
         teacher_forward=teacher_forward,
         step_flops={phase: costs[phase].flops * batch for phase in steps},
-        memory={phase: memory(nets, costs[phase], phase, run.train) for phase in steps},
+        memory={phase: memory(nets, costs[phase], phase, run.train, processes) for phase in steps},
         steps=steps,
         # Four float32 copies: weights, their average, and AdamW's two moments; the projector is not averaged.
         checkpoint={phase: 4 * (3 * sizes[phase] + student_size) for phase in steps},
         kept={phase: sum((s <= run.tau) == (phase == 1) for s in run.train.kept_steps) for phase in steps},
+        processes=processes,
     )
 
 
@@ -110,8 +113,8 @@ def parameters(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def memory(nets: Networks, found: Cost, phase: int, train: config.Train) -> Memory:
-    """Bytes on the device at a step's peak, all in float32 but the 16-bit copies that autocast makes of matrices.
+def memory(nets: Networks, found: Cost, phase: int, train: config.Train, processes: int = 1) -> Memory:
+    """Bytes on each device at a step's peak, all in float32 but the 16-bit copies that autocast makes of matrices.
 
     The device's own context, workspaces and fragmentation come on top.
     """
@@ -124,7 +127,7 @@ def memory(nets: Networks, found: Cost, phase: int, train: config.Train) -> Memo
         optimizer=8 * trained,
         teacher=4 * parameters(nets.teacher) if phase == 1 else 0,
         copies=2 * copied,
-        activations=found.activations * train.batch_size // train.accumulate,
+        activations=found.activations * (train.batch_size // (train.accumulate * processes)),
         gradients=4 * trained,
     )
 
@@ -171,7 +174,7 @@ def lines(estimate: Estimate, precision: str, scoring: int) -> list[str]:
         ("steps", ", ".join(f"{count:,} in {_phase(phase)}" for phase, count in estimate.steps.items())),
         ("TFLOP/step", f"{work} (forward and backward, a multiply-add as two; element-wise work left out)"),
         *(("memory", f"{_phase(phase)}: {_parts(found)}") for phase, found in estimate.memory.items()),
-        ("", "on one GPU, plus one block's working memory and CUDA's own"),
+        ("", f"on {_devices(estimate)}, plus one block's working memory and CUDA's own"),
         ("checkpoints", f"{_bytes(estimate.disk)}: {sum(estimate.kept.values())} that stay, two more while writing"),
         *(("time", _hours(estimate, scoring, name, rate)) for name, rate in rates(precision).items()),
         ("", "small networks take longer: they wait for kernels to start, not for arithmetic"),
@@ -193,6 +196,10 @@ def _parts(found: Memory) -> str:
     smaller = "gradients" if found.activations >= found.gradients else "activations"
     parts = {name: size for name, size in found._asdict().items() if size and name != smaller}
     return f"{_bytes(found.peak)} = " + " + ".join(f"{_bytes(size)} {name}" for name, size in parts.items())
+
+
+def _devices(estimate: Estimate) -> str:
+    return "one GPU" if estimate.processes == 1 else f"each of {estimate.processes} GPUs"
 
 
 def _phase(phase: int) -> str:
