@@ -29,7 +29,6 @@ from haste_core.runs import Run
 
 # A stopped worker saves a checkpoint first, which may take longer than the launcher's own 30 s.
 GRACE_SECONDS = 600
-_ERROR = "haste: error: "
 
 
 def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
@@ -61,10 +60,10 @@ def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
             _watch(run, launcher, stopping, progress)
         finally:
             _stop(launcher)
-        if stopping.is_set() and run.missing_steps():
-            raise Interrupted(f"{run.arm} seed {run.seed} stopped, saved; run again to go on")
-        if launcher.returncode and run.missing_steps():
-            raise HasteError(_reason(place))
+        if launcher.returncode:
+            raise _ending(
+                place, f"{run.arm} seed {run.seed} stopped; run again to go on" if stopping.is_set() else None
+            )
 
 
 def _fit_here(run: Run, progress: bool) -> None:
@@ -154,12 +153,18 @@ def _stop(launcher: subprocess.Popen[bytes]) -> None:
     launcher.wait()
 
 
-def _reason(place: Path) -> str:
-    """The error that a worker named, or the last words of the first that failed, and where to read on."""
+def _ending(place: Path, stopped: str | None) -> HasteError | Interrupted:
+    """Why the workers ended: the error they name, that they saved and left, or the last words of the first that fell.
+
+    stopped: what to say where they were stopped and name nothing.
+    """
     logs = sorted(place.glob("workers/**/stderr.log"), key=lambda log: log.stat().st_mtime)
     said = [log.read_text(errors="replace").splitlines() for log in [*logs, place / "launcher.log"]]
-    for line in (line for lines in said for line in lines):
-        if line.startswith(_ERROR):
-            return line.removeprefix(_ERROR)
+    named = [line for lines in said for line in lines if line.startswith("haste: ")]
+    errors = [line.removeprefix("haste: error: ") for line in named if line.startswith("haste: error: ")]
+    if errors:
+        return HasteError(errors[0])
+    if named or stopped:
+        return Interrupted(named[0].removeprefix("haste: ") if named else stopped)
     last = next((line.strip() for lines in said for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"a process of the training failed: {last}; all they said is in {place}"
+    return HasteError(f"a process of the training failed: {last}; all they said is in {place}")

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from haste_core import checkpoint
 from haste_core.alignment import Alignment
@@ -140,6 +141,10 @@ def create(
             broadcast(list(teacher.state_dict().values()))  # one with random weights was drawn by each
         alignment = Alignment(config.alignment, student, teacher, seeds.projector)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
+    # Buffers are constants, equal in all processes; by default they would be sent round before every forward pass.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        student, [n for n, _ in student.named_buffers()]
+    )
     model, optimizer = accelerator.prepare(student, adamw(student, config))
     alignment_optimizer = None
     if alignment is not None and alignment.projector is not None:
@@ -168,8 +173,8 @@ def accelerator_of(config: RunConfig) -> Accelerator:
     Raises:
         HasteError: the precision does not exist here, or accelerate was set up for more than data-parallel training.
     """
-    # No parameter goes unused in either phase, and no buffer ever changes.
-    averaging = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # No parameter goes unused in either phase, so nobody has to look for such.
+    averaging = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision=config.train.precision, kwargs_handlers=[averaging])
     possible = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.num_processes > 1 and accelerator.distributed_type not in possible:

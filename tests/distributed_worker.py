@@ -1,12 +1,13 @@
-"""What each of two processes does for tests/test_distributed.py: several runs, one after the other, on gloo.
+"""Two processes for tests/test_distributed.py, which train several runs together on gloo, one after the other.
 
-python distributed_worker.py INDEX FOLDER TASKS: a JSON list of [name, settings, what happens], each a run of the arm
-`haste` under FOLDER/name; what came of them goes to FOLDER/outcome-INDEX.json.
+python distributed_worker.py FOLDER TASKS: a JSON list of [name, settings, what happens], each a run of the arm `haste`
+under FOLDER/name; what came of them goes to FOLDER/outcome-INDEX.json.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -44,17 +45,24 @@ def work(index, folder, name, settings, happens, together):
     return "done"
 
 
-def main():
-    index, folder = int(sys.argv[1]), Path(sys.argv[2])
+def process(index, folder, tasks):
     os.environ |= {"ACCELERATE_USE_CPU": "true", "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     # They meet in a file: there is no port that could be taken.
     torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=index, world_size=2)
     together = Processes()
-    outcomes = {task[0]: work(index, folder, *task, together) for task in json.loads(sys.argv[3])}
+    outcomes = {task[0]: work(index, folder, *task, together) for task in tasks}
     (folder / f"outcome-{index}.json").write_text(json.dumps(outcomes))
     together.close()
 
 
 if __name__ == "__main__":
-    main()
+    folder, tasks = Path(sys.argv[1]), json.loads(sys.argv[2])
+    # Importing takes far longer than the tasks: it is done once, before there is a thread or a gradient.
+    forking = multiprocessing.get_context("fork")
+    processes = [forking.Process(target=process, args=(index, folder, tasks), daemon=True) for index in range(2)]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join()
+    sys.exit(any(one.exitcode for one in processes))

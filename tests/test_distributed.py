@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from haste_core import config, launching
+from haste_core.data import contexts
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.processes import micro_batches
@@ -172,14 +173,7 @@ def two(tmp_path_factory, tiny_overrides, new_output):
             trained(half, place / "resumed", patch, on_step=stop_after_three)
         with locked(run_in(place / "taken", half, patch).dir / "run.lock", "it"):
             tasks = [(name, [*tiny_overrides, *SHORT, *more], what) for name, (more, what) in TASKS.items()]
-            words = [sys.executable, str(WORKER)]
-            workers = [subprocess.Popen([*words, str(i), str(place), json.dumps(tasks)]) for i in range(2)]
-            try:
-                codes = [worker.wait(timeout=200) for worker in workers]
-            finally:
-                for worker in workers:
-                    worker.kill()
-    assert codes == [0, 0]
+            subprocess.run([sys.executable, str(WORKER), str(place), json.dumps(tasks)], check=True, timeout=250)
     return place
 
 
@@ -269,10 +263,13 @@ def test_an_error_is_the_same_in_both(two, name, message):
     assert message in first
 
 
-@pytest.mark.parametrize("kind", ["sit", "dit"])
+@pytest.mark.parametrize("kind", ["sit", "dit", "mmdit"])
 @pytest.mark.parametrize("arm", ["vanilla", "haste"])
 def test_every_parameter_has_a_gradient_in_either_phase(output, short, kind, arm):
-    state = open_state(Run(short(f"model.kind={kind}", "model.qk_norm=true"), arm, 0))
+    contexts.write(output / "captions.safetensors", torch.randn(10, 3, 6), torch.randn(3, 6))
+    text = ("model.context_width=6", f"data.contexts={output / 'captions.safetensors'}")
+    more = text if kind == "mmdit" else ("model.qk_norm=true",)
+    state = open_state(Run(short(f"model.kind={kind}", *more), arm, 0))
     missing = []
     for optimizer in state.optimizers:
         optimizer.optimizer.register_step_pre_hook(
@@ -297,7 +294,7 @@ def test_a_launch_stops_at_a_signal_and_the_run_goes_on(output, make_study, monk
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_on_the_way, daemon=True).start()
-    with pytest.raises(Interrupted, match="haste seed 0 stopped, saved; run again to go on"):
+    with pytest.raises(Interrupted, match=r"haste seed 0 stopped at step \d+, saved; run again to go on"):
         launching.fit(run, processes=2, progress=False)
     (step,) = run.steps()
     assert 3 <= step < 2000
@@ -328,8 +325,10 @@ def test_what_a_worker_said_last_is_the_reason(tmp_path):
         log.write_text(f"Traceback\nRuntimeError: {i}\n")
         os.utime(log, (10 - i, 10 - i))
     (tmp_path / "launcher.log").write_text("ChildFailedError\n")
-    assert launching._reason(tmp_path) == (
-        f"a process of the training failed: RuntimeError: 1; all they said is in {tmp_path}"
-    )
-    logs[0].write_text("haste: error: no room\n")
-    assert launching._reason(tmp_path) == "no room"
+    crashed = f"a process of the training failed: RuntimeError: 1; all they said is in {tmp_path}"
+    assert repr(launching._ending(tmp_path, None)) == repr(HasteError(crashed))
+    assert repr(launching._ending(tmp_path, "stopped")) == repr(Interrupted("stopped"))
+    logs[0].write_text("haste: at step 3, saved\n")
+    assert repr(launching._ending(tmp_path, "stopped")) == repr(Interrupted("at step 3, saved"))
+    logs[1].write_text("haste: error: no room\n")
+    assert repr(launching._ending(tmp_path, "stopped")) == repr(HasteError("no room"))
