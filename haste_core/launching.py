@@ -80,15 +80,13 @@ def _prepare(run: Run) -> None:
 
 
 def _check(run: Run, processes: int) -> None:
-    if processes < 1:
-        raise HasteError(f"{processes} processes; possible: 1 and above")
-    if processes > 1 and launched() > 1:
+    if processes != 1 and launched() > 1:
         raise HasteError(f"{processes} processes in one of {launched()} that were launched already; possible: 1")
     if processes > 1 and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         gpus = torch.cuda.device_count()
         if processes > gpus:
             raise HasteError(f"{processes} processes on {gpus} GPU(s), of which each needs one; possible: 1 to {gpus}")
-    micro_batches(run.config.train, max(processes, launched()))
+    micro_batches(run.config.train, launched() if launched() > 1 else processes)
 
 
 @contextmanager

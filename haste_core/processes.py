@@ -120,8 +120,10 @@ def micro_batches(train: config.Train, processes: int) -> list[slice]:
     """Where in one process's share of a step's images each of its micro-batches lies; all are equally large.
 
     Raises:
-        HasteError: the images cannot be divided equally.
+        HasteError: the images cannot be divided equally, or there is no process.
     """
+    if processes < 1:
+        raise HasteError(f"{processes} processes; possible: 1 and above")
     size, rest = divmod(train.batch_size, processes * train.accumulate)
     if rest:
         share = train.batch_size // processes if train.batch_size % processes == 0 else 0
