@@ -14,6 +14,7 @@ import pandas as pd
 from benchmarks import machine, step
 from haste_core import config, cost, training
 from haste_core.devices import default_device
+from haste_core.preflight import stand_in
 from haste_core.state import create
 
 BATCHES, DEPTHS, SEEDS = (8, 32, 128, 512), (3, 6, 12, 24), (1, 3, 9, 27)
@@ -28,7 +29,8 @@ def measure(rounds: int) -> pd.DataFrame:
         which the graph alone is made), amount, seconds, ratio, low, high (to the smallest amount), peak_gib, rounds.
     """
     with tempfile.TemporaryDirectory() as made:
-        folder = step.random_folder(Path(made), 64)
+        folder = Path(made)
+        stand_in.write_pairs(folder, step.EXAMPLE, 64)
         rows = _grown("batch", {n: partial(digits, f"train.batch_size={n}") for n in BATCHES}, rounds)
         rows += _grown("depth", {n: partial(digits, f"model.depth={n}") for n in DEPTHS}, rounds)
         rows += _grown("tokens", {n: partial(step.study, folder, m, ["vanilla"]) for n, m in PRESETS.items()}, rounds)

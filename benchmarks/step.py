@@ -6,22 +6,18 @@ out as prepared ones are, so reading them counts.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from benchmarks import machine
 from haste_core import config, cost, training
-from haste_core.data.pairs import IMAGES, LATENTS
 from haste_core.devices import default_device
-from haste_core.preflight import estimates, tracing
+from haste_core.preflight import estimates, stand_in, tracing
 from haste_core.state import TrainState, create
 from haste_core.teacher import build_teacher
 
@@ -30,21 +26,8 @@ PRECISION = {"cpu": "no", "cuda": "bf16"}
 BATCH = {"cpu": 4, "cuda": 64}
 
 
-def random_folder(root: Path, count: int) -> Path:
-    """`count` random pairs of a 256-pixel image and its latents, laid out as REPA's preparation does."""
-    rng = np.random.default_rng(0)
-    for side in (IMAGES, LATENTS):
-        (root / side / "00000").mkdir(parents=True)
-    names: dict[str, list[tuple[str, int]]] = {IMAGES: [], LATENTS: []}
-    for i in range(count):
-        image, latents = f"00000/img{i:08d}.png", f"00000/img-mean-std-{i:08d}.npy"
-        Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(root / IMAGES / image)
-        np.save(root / LATENTS / latents, rng.uniform(0.1, 1, (8, 32, 32)).astype(np.float32))
-        names[IMAGES].append((image, i % 2))
-        names[LATENTS].append((latents, i % 2))
-    for side, entries in names.items():
-        (root / side / "dataset.json").write_text(json.dumps({"labels": entries}))
-    return root
+# A latent and its image, of two classes.
+EXAMPLE = tracing.Example(size=32, channels=4, classes=2, image_size=256, image_channels=3)
 
 
 def study(folder: Path, model: str = "SiT-B/2", arms: list[str] = ARMS) -> config.Study:
@@ -68,7 +51,8 @@ def measure(rounds: int) -> pd.DataFrame:
         peak_gib, tflop (of the batch), share (of the device's measured matrix rate), rounds.
     """
     with tempfile.TemporaryDirectory() as made:
-        folder = random_folder(Path(made), 4 * BATCH[default_device().type])
+        folder = Path(made)
+        stand_in.write_pairs(folder, EXAMPLE, 4 * BATCH[default_device().type])
         chosen = study(folder)
         running = cost.states(chosen)
         device = next(iter(running.values())).accelerator.device
@@ -108,9 +92,7 @@ def _under_autocast(state: TrainState, images: torch.Tensor) -> None:
 
 def _flops(study: config.Study, arm: str, phase: int) -> int:
     run = study.run(arm)
-    example = tracing.Example(32, 4, 2, 256, 3)
-    nets = tracing.networks(run, tracing.student_of(run, example), tracing.teacher_of(run))
-    return estimates.estimate(run, example, nets).step_flops[phase]
+    return estimates.estimate(run, EXAMPLE, tracing.networks_of(run, EXAMPLE)).step_flops[phase]
 
 
 def _alone(folder: Path, arm: str, phase: int) -> None:

@@ -53,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
 
     training = add("train", train, "train one arm with one seed, or go on where it stopped", arm=True)
     training.add_argument(
+        "--processes", type=int, default=1,
+        help="how many processes train it together, each on a GPU of its own or on the CPU (default: %(default)s)",
+    )  # fmt: skip
+    training.add_argument(
         "--dry-run", action="store_true",
         help="check settings, data, teacher and disk, estimate memory and time, say what is missing; train nothing",
     )  # fmt: skip
@@ -105,23 +109,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace) -> None:
     """haste train."""
-    from haste_core import preparation, training
-
     run = run_of(arguments)
     if arguments.dry_run:
         from haste_core import preflight
 
-        found = preflight.check(run.study, run.arm, run.seed)
+        found = preflight.check(run.study, run.arm, run.seed, arguments.processes)
         preflight.show(found)
         lacking = [check.name for check in found.checks if check.state != "ok"]
         if lacking:
             raise HasteError(f"not ready to train: {', '.join(lacking)}; possible: what the lines above say")
         return
-    if run.config.alignment.active and run.missing_steps():
-        preparation.prepare_teacher(run.study, run.config.teacher)
-    training.fit(run)
-    last = run.metrics()[-1]
-    print(f"{run.dir}: step {last['step']}, denoising loss {last['denoising']:.4f}")
+    from haste_core import launching
+
+    launching.fit(run, arguments.processes)
+    if os.environ.get("RANK", "0") == "0":  # of the workers of a launch one reports
+        last = run.metrics()[-1]
+        print(f"{run.dir}: step {last['step']}, denoising loss {last['denoising']:.4f}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

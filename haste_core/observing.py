@@ -58,11 +58,12 @@ def exact(state: TrainState) -> float:
     model = state.accelerator.unwrap_model(state.model)
     batch = state.batches.dataset.examples("test", settings.n)
     which = [loss for loss in reaching(state.alignment, block) if loss != "holistic"]
-    cosines = [
-        products.rho()
-        for t in settings.timesteps
-        for products in gradient_cosine(model, state.alignment, state.objective, batch, t, block, which).values()
-    ]
+    with state.unsynchronised():  # every process looks at the same images
+        cosines = [
+            products.rho()
+            for t in settings.timesteps
+            for products in gradient_cosine(model, state.alignment, state.objective, batch, t, block, which).values()
+        ]
     return float(np.mean(cosines))
 
 

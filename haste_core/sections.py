@@ -240,6 +240,9 @@ class Termination(Section):
 class Train(Section):
     """Optimisation (Table 16). Steps are optimizer steps; `keep` lists the steps whose checkpoints stay for good.
 
+    batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
+    share of them in; it divides the memory and changes no number but by rounding, as the number of processes does.
+
     watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.analysis.online`), which changes
     no number of the run.
 
@@ -249,6 +252,7 @@ class Train(Section):
 
     steps: Positive
     batch_size: Positive = 256
+    accumulate: Positive = 1
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Unit, Unit] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -280,8 +284,9 @@ class Train(Section):
         return [s for s in self.keep if s < self.steps] + [self.steps]
 
 
-# What of `Train` changes no number of a run: how far it goes, and what is written on the way.
-TRAIN_BOOKKEEPING = {"steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every"}
+# What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, and how many
+# images the device holds at a time.
+TRAIN_BOOKKEEPING = {"steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate"}
 
 
 class Sample(Section):

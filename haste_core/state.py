@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, broadcast
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from haste_core import checkpoint
 from haste_core.alignment import Alignment
@@ -20,6 +23,7 @@ from haste_core.data.contexts import Contexts
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
 from haste_core.objectives import Objective, objective_of
+from haste_core.processes import Processes, micro_batches
 from haste_core.teacher import Teacher
 from haste_core.termination import Termination
 
@@ -28,6 +32,9 @@ from haste_core.termination import Termination
 class TrainState:
     """A run between two steps. `alignment`, its optimizer and `angle` exist in phase I only.
 
+    processes: those that train the run together, each with a state of its own; weights, average, optimizers and
+    generators are equal in all of them. batches: hands out this process's share. micro_batches: the parts of that share
+    that one forward and backward pass each takes. window: of this process alone until `gather`.
     angle: the online estimate of the gradient angle, where the run watches it.
     """
 
@@ -43,6 +50,8 @@ class TrainState:
     batches: Batches
     noise: Generator
     objective: Objective
+    processes: Processes
+    micro_batches: list[slice]
     step: int = 0
     angle: OnlineAngle | None = None
     window: dict[str, Tensor] = field(default_factory=dict)  # sums since the last logged step
@@ -56,6 +65,22 @@ class TrainState:
         """Everything that is trained now: the student, and in phase I the projector."""
         projector = self.alignment.projector if self.alignment else None
         return [*self.model.parameters(), *(projector.parameters() if projector else ())]
+
+    @contextmanager
+    def unsynchronised(self) -> Iterator[None]:
+        """While open, gradients add up in each process by itself, and forward passes expect no average of them."""
+        projector = self.alignment.projector if self.alignment else None
+        with ExitStack() as held:
+            for module in (self.model, projector):
+                if module is not None:
+                    held.enter_context(self.accelerator.no_sync(module))
+            yield
+
+    def gather(self) -> None:
+        """Make what was summed up since the last logged step the mean over all processes, in each of them."""
+        self.window = self.processes.mean(self.window)
+        if self.angle is not None:
+            self.angle.sums = self.processes.mean({"sums": self.angle.sums})["sums"]
 
     def enter_phase_two(self) -> None:
         """Drop teacher, projector and their optimizer state for good; nobody looks at clean images any more."""
@@ -84,6 +109,7 @@ def create(
     teacher: Teacher | None,
     termination: Termination | None = None,
     dataset: Dataset | None = None,
+    processes: Processes | None = None,
 ) -> TrainState:
     """A run before its first step; every initial value comes from `seed`.
 
@@ -93,15 +119,14 @@ def create(
         teacher: the frozen encoder; needed in phase I and never used otherwise.
         termination: the phase to begin in; by default that of step 0.
         dataset: what to learn from in place of the run's data; for timing.
+        processes: those that train the run together; by default those that a launcher started.
+
+    Raises:
+        HasteError: there is no teacher, or settings, data and machine do not fit together.
     """
-    accelerator = Accelerator(mixed_precision=config.train.precision)
-    if accelerator.num_processes > 1:
-        raise HasteError(f"{accelerator.num_processes} processes were launched; possible: one")
-    if accelerator.device.type == "cpu":
-        if config.train.precision == "fp16":
-            # accelerate would train in float32 without a word.
-            raise HasteError("train.precision fp16 needs a GPU; possible here: bf16, no")
-        torch.set_num_threads(config.train.threads)
+    processes = processes or Processes()
+    parts = micro_batches(config.train, processes.count)
+    accelerator = accelerator_of(config)
     seeds = seeds_of(seed)
     torch.manual_seed(seeds.rest)  # nothing draws from it; set so that it is the same in every run
     dataset = open_dataset(config.data) if dataset is None else dataset
@@ -113,8 +138,15 @@ def create(
     if termination.phase == 1:
         if teacher is None:
             raise HasteError("an aligned run needs its teacher; possible: haste teacher <study> prepares it")
-        alignment = Alignment(config.alignment, student, teacher.to(accelerator.device), seeds.projector)
+        teacher = teacher.to(accelerator.device)
+        if processes.count > 1:
+            broadcast(list(teacher.state_dict().values()))  # one with random weights was drawn by each
+        alignment = Alignment(config.alignment, student, teacher, seeds.projector)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
+    # Buffers are constants, equal in all processes; by default they would be sent round before every forward pass.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        student, [n for n, _ in student.named_buffers()]
+    )
     model, optimizer = accelerator.prepare(student, adamw(student, config))
     alignment_optimizer = None
     if alignment is not None and alignment.projector is not None:
@@ -123,11 +155,39 @@ def create(
         )
     return TrainState(
         config, seed, accelerator, model, ema, optimizer, alignment, alignment_optimizer, termination,
-        batches=Batches(dataset, config.train.batch_size, seeds.order, with_images=alignment is not None),
+        batches=Batches(
+            dataset, config.train.batch_size, seeds.order, alignment is not None, processes.share(config.train)
+        ),
         noise=Generator().manual_seed(seeds.noise),
         objective=objective_of(config.model.kind),
-        angle=OnlineAngle(accelerator.device) if alignment is not None and watches(config) else None,
+        processes=processes,
+        micro_batches=parts,
+        angle=(
+            OnlineAngle(accelerator.device, processes=processes.count)
+            if alignment is not None and watches(config) else None
+        ),
     )  # fmt: skip
+
+
+def accelerator_of(config: RunConfig) -> Accelerator:
+    """accelerate's handle on device, precision and, among several processes, the averaging of gradients.
+
+    Raises:
+        HasteError: the precision does not exist here, or accelerate was set up for more than data-parallel training.
+    """
+    # No parameter goes unused in either phase, so nobody has to look for such.
+    averaging = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision=config.train.precision, kwargs_handlers=[averaging])
+    possible = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.num_processes > 1 and accelerator.distributed_type not in possible:
+        names = ", ".join(kind.value for kind in possible)
+        raise HasteError(f"accelerate is set up for {accelerator.distributed_type.value}; possible: {names}")
+    if accelerator.device.type == "cpu":
+        if config.train.precision == "fp16":
+            # accelerate would train in float32 without a word.
+            raise HasteError("train.precision fp16 needs a GPU; possible here: bf16, no")
+        torch.set_num_threads(config.train.threads)
+    return accelerator
 
 
 def watches(config: RunConfig) -> bool:
@@ -167,7 +227,10 @@ def adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything `restore` needs: tensors by dotted name, and a JSON-like rest."""
+    """Everything `restore` needs: tensors by dotted name, and a JSON-like rest.
+
+    The same in all processes after `TrainState.gather`; nothing in it depends on their number.
+    """
     tensors: dict[str, Tensor] = {}
     model, ema = state.accelerator.unwrap_model(state.model), state.ema.state_dict()
     _put(tensors, "model.", model.state_dict())

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TextIO
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -18,10 +19,11 @@ from tqdm.auto import tqdm
 
 from haste_core import checkpoint, config, images, provenance, runs, sampling, signals
 from haste_core.data import Batch
-from haste_core.errors import HasteError, Interrupted, is_disk_full
-from haste_core.files import locked, write_bytes, write_text
+from haste_core.errors import Interrupted
+from haste_core.files import write_bytes, write_text
+from haste_core.meter import Meter, check_finite
 from haste_core.objectives import shifted
-from haste_core.observing import observe
+from haste_core.processes import Processes
 from haste_core.runs import Run
 from haste_core.state import TrainState, capture, create, restore
 from haste_core.teacher import Teacher, build_teacher, load_pretrained
@@ -36,11 +38,22 @@ class Draws(NamedTuple):
     y: Tensor
 
 
-def draw_noise(batch: Batch, null_label: int, dropout: float, generator: Generator) -> Draws:
-    """Draws for one step, taken on the CPU so that they are the same on every device."""
-    t = torch.rand(len(batch.x), generator=generator)
-    eps = torch.randn(batch.x.shape, generator=generator)
-    dropped = torch.rand(len(batch.x), generator=generator) < dropout
+def draw_noise(
+    batch: Batch,
+    null_label: int,
+    dropout: float,
+    generator: Generator,
+    drawn: int | None = None,
+    part: slice = slice(None),
+) -> Draws:
+    """Draws for one step, taken on the CPU so that they are the same on every device.
+
+    drawn, part: draws are taken for so many images (by default as many as there are), of which `batch` is this part.
+    """
+    drawn = drawn or len(batch.x)
+    t = torch.rand(drawn, generator=generator)[part]
+    eps = torch.randn(drawn, *batch.x.shape[1:], generator=generator)[part]
+    dropped = torch.rand(drawn, generator=generator)[part] < dropout
     return Draws(t, eps, batch.y.masked_fill(dropped, null_label))
 
 
@@ -48,12 +61,32 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
     """One optimizer step of the phase `s` is in; returns its losses and gradient norm as scalars on the device.
 
     In phase I the student hands out what alignment asks for. In phase II nothing of that exists, and the work is
-    that of a vanilla step.
+    that of a vanilla step. What is random is drawn for the whole batch, through however many processes and
+    micro-batches it goes; the losses returned are means over this process's share.
     """
     if s.termination.update(s.step):
         s.enter_phase_two()
-    batch, device = s.batches.next(), s.accelerator.device
-    draws = draw_noise(batch, s.ema.null_label, s.config.train.label_dropout, s.noise)
+    batch = s.batches.next()
+    whole, dropout = (s.batches.batch_size, s.batches.part), s.config.train.label_dropout
+    draws = draw_noise(batch, s.ema.null_label, dropout, s.noise, *whole)
+    found = []
+    for i, part in enumerate(s.micro_batches, 1):
+        # Gradients are averaged over processes once a step, on the way back from the last micro-batch.
+        with nullcontext() if i == len(s.micro_batches) else s.unsynchronised():
+            found.append(accumulate_gradients(s, Batch(*(b[part] for b in batch)), Draws(*(d[part] for d in draws))))
+    measured = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+    grad_norm = s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm)
+    for optimizer in s.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    update_ema(s)
+    s.step += 1
+    return measured | {"grad_norm": grad_norm.detach()}
+
+
+def accumulate_gradients(s: TrainState, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    """Add one micro-batch's part to the gradients of the step; returns its losses as scalars on the device."""
+    device = s.accelerator.device
     batch, (u, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
     u = shifted(u, s.config.train.timestep_shift)
     t = s.objective.timesteps(u)
@@ -71,14 +104,9 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
     denoising = s.objective.loss(predicted, batch.x, eps, t).mean()
     loss = denoising if s.alignment is None else denoising + s.termination.weight(s.step) * aligned.total
 
-    s.accelerator.backward(loss)
-    grad_norm = s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm)
-    for optimizer in s.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    update_ema(s)
-    s.step += 1
-    measured = {"loss": loss, "denoising": denoising, **measured, "grad_norm": grad_norm}
+    # Every loss is a mean over its images and micro-batches are equally large: their mean is the batch's.
+    s.accelerator.backward(loss / len(s.micro_batches))
+    measured = {"loss": loss, "denoising": denoising, **measured}
     return {name: value.detach() for name, value in measured.items()}
 
 
@@ -88,39 +116,64 @@ def update_ema(s: TrainState) -> None:
     torch._foreach_lerp_(list(s.ema.parameters()), list(s.model.parameters()), 1 - s.config.train.ema_decay)
 
 
-def fit(run: Run, on_step: Callable[[TrainState], None] | None = None, progress: bool = True) -> None:
+def fit(
+    run: Run,
+    on_step: Callable[[TrainState], None] | None = None,
+    progress: bool = True,
+    processes: Processes | None = None,
+) -> None:
     """Train a run until every checkpoint its configuration asks for exists; does nothing when they all do.
 
     It resumes from the latest usable checkpoint of its own, else from a donor's at the switch (`Study.donor`), else
     starts from scratch; all three end in the same bits on the CPU. SIGTERM and SIGINT save a checkpoint and leave.
+    Under a launcher every process calls this: all train, the main one writes, and a signal to any stops all.
 
     Args:
         run: the arm, seed and directory.
         on_step: called after every step; for tests and notebooks.
         progress: show a progress bar.
+        processes: those that train together; by default those that a launcher started.
 
     Raises:
         HasteError: bad configuration, another process on the run, no room, or a loss that is not finite.
         Interrupted: a signal arrived; the run is saved.
     """
-    with locked(run.dir / "run.lock", f"run {run.arm} seed {run.seed}"):
-        if not run.missing_steps():
+    processes = processes or Processes()
+    with processes.locked(run.dir / "run.lock", f"run {run.arm} seed {run.seed}"):
+        if not processes.from_main(lambda: _begin(run)):
             return
-        run.describe()
-        if run.resume_step() is None:
-            adopt_shared_part(run)
-        state = open_state(run)
-        run.keep_metrics_until(state.step)
-        with provenance.session(run.dir, first_step=state.step) as record, signals.catch() as stopping:
-            bar = tqdm(
-                total=run.config.train.steps, initial=state.step, disable=not progress, unit="step", mininterval=1.0,
-                desc=f"{run.arm} seed {run.seed}",
-            )  # fmt: skip
-            with bar, run.metrics_path.open("a") as log:
-                _loop(run, state, Meter(log, bar, state), stopping, on_step)
-                record["last_step"] = state.step
-    if stopping.is_set() and run.missing_steps():
+        state = open_state(run, processes)
+        processes.from_main(lambda: run.keep_metrics_until(state.step))
+        stopped = _train(run, state, on_step, progress)
+        missing = processes.from_main(run.missing_steps)  # and the others stay until the main process is done
+    if stopped and missing:
         raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {state.step}, saved; run again to go on")
+
+
+def _begin(run: Run) -> bool:
+    """Prepare a run's directory; False when there is nothing left to train."""
+    if not run.missing_steps():
+        return False
+    run.describe()
+    if run.resume_step() is None:
+        adopt_shared_part(run)
+    return True
+
+
+def _train(run: Run, state: TrainState, on_step: Callable[[TrainState], None] | None, progress: bool) -> bool:
+    """The loop, with its bar, log and record, which the main process keeps; True when a signal ended it."""
+    main = state.processes.is_main
+    facts = {"first_step": state.step, "processes": state.processes.count}
+    session: AbstractContextManager[dict[str, Any]] = provenance.session(run.dir, **facts) if main else nullcontext({})
+    with session as record, signals.catch() as stopping:
+        bar = tqdm(
+            total=run.config.train.steps, initial=state.step, disable=not (progress and main), unit="step",
+            mininterval=1.0, desc=f"{run.arm} seed {run.seed}",
+        )  # fmt: skip
+        with bar, (run.metrics_path if main else Path(os.devnull)).open("a") as log:
+            stopped = _loop(run, state, Meter(log, bar, state), stopping, on_step)
+            record["last_step"] = state.step
+    return stopped
 
 
 def _loop(
@@ -129,10 +182,11 @@ def _loop(
     meter: Meter,
     stopping: threading.Event,
     on_step: Callable[[TrainState], None] | None,
-) -> None:
-    train = run.config.train
+) -> bool:
+    train, processes = run.config.train, state.processes
     kept = set(train.kept_steps)
-    while state.step < train.steps and not stopping.is_set():
+    stopped = processes.any(stopping.is_set())
+    while state.step < train.steps and not stopped:
         meter.add(train_step(state))
         due = state.step in kept or state.step % train.checkpoint_every == 0
         if state.step % train.log_every == 0 or state.step == train.steps:
@@ -140,67 +194,14 @@ def _loop(
         if due:
             save_checkpoint(run, state)
         if state.step % train.sample_every == 0 or state.step == train.steps:
-            preview(run, state)
+            processes.from_main(lambda: preview(run, state))
         if on_step is not None:
             on_step(state)
-    if stopping.is_set():
+        # All leave after the same step, whichever of them the signal reached.
+        stopped = processes.any(stopping.is_set())
+    if stopped:
         save_checkpoint(run, state)
-
-
-class Meter:
-    """Sums measurements on the device, and writes their means when asked: one line of metrics.jsonl, one bar update.
-
-    Reading a value waits for the device, so nothing is read between two logged steps.
-    """
-
-    def __init__(self, log: TextIO, bar: Any, state: TrainState) -> None:
-        self.log, self.bar, self.state = log, bar, state
-        self.time, self.step = time.perf_counter(), state.step
-
-    def add(self, measured: dict[str, Tensor]) -> None:
-        """Add one step's measurements."""
-        window = self.state.window
-        for name, value in measured.items():
-            for key, amount in ((name, value), (f"count_{name}", torch.ones_like(value))):
-                window[key] = window[key] + amount if key in window else amount
-
-    def write(self) -> None:
-        """Log the means since the last call.
-
-        Raises:
-            HasteError: the loss is not finite, or there is no room for the line.
-        """
-        state, window = self.state, self.state.window
-        means = {k: float(window[k] / window[f"count_{k}"]) for k in window if not k.startswith("count_")}
-        check_finite(means["loss"], state)
-        now = time.perf_counter()
-        rate = (state.step - self.step) / max(now - self.time, 1e-9)
-        phase = state.termination.phase
-        line = {"step": state.step, "images_seen": state.step * state.config.train.batch_size, "phase": phase, **means}
-        line |= observe(state)
-        try:
-            self.log.write(json.dumps(line | {"steps_per_s": round(rate, 3)}) + "\n")
-            self.log.flush()
-        except OSError as error:
-            if is_disk_full(error):
-                raise HasteError(
-                    f"no room to write metrics ({error}); checkpoints are intact, free some space"
-                ) from error
-            raise
-        state.termination.observe(line)
-        self.bar.set_postfix(phase=phase, **{k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
-        self.bar.update(state.step - self.step)
-        window.clear()
-        self.time, self.step = now, state.step
-
-
-def check_finite(loss: float, state: TrainState) -> None:
-    """Raise HasteError when a loss is NaN or infinite."""
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise HasteError(
-            f"the loss is {loss} at or before step {state.step}; possible: a lower train.lr, precision 'no' or "
-            f"'bf16'; the checkpoints before it are intact"
-        )
+    return stopped
 
 
 def save_checkpoint(run: Run, state: TrainState) -> None:
@@ -209,6 +210,11 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
     Raises:
         HasteError: a weight is not finite (nothing is written), or there is no room.
     """
+    state.gather()
+    state.processes.from_main(lambda: _write_checkpoint(run, state))
+
+
+def _write_checkpoint(run: Run, state: TrainState) -> None:
     tensors, rest = capture(state)
     broken = [name for name, value in tensors.items() if name.startswith("model.") and not value.isfinite().all()]
     if broken:
@@ -247,9 +253,13 @@ def adopt_shared_part(run: Run) -> bool:
     return True
 
 
-def open_state(run: Run) -> TrainState:
-    """The run's training state, at its latest usable checkpoint or before the first step."""
-    step = run.resume_step()
+def open_state(run: Run, processes: Processes | None = None) -> TrainState:
+    """The run's training state, at its latest usable checkpoint or before the first step.
+
+    processes: those that train the run together, all of which call this; by default those that a launcher started.
+    """
+    processes = processes or Processes()
+    step = processes.from_main(run.resume_step)
     loaded = run.load(step) if step is not None else None
     termination = Termination(run.config)
     if loaded is not None:
@@ -257,7 +267,7 @@ def open_state(run: Run) -> TrainState:
     termination.update(step or 0)
     # A run that is past its switch never builds a teacher.
     teacher = find_teacher(run.study, run.config.teacher) if termination.phase == 1 else None
-    state = create(run.config, run.seed, teacher, termination)
+    state = create(run.config, run.seed, teacher, termination, processes=processes)
     if loaded is not None:
         restore(state, *loaded)
     return state

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import attention, growth, machine, pictures, step
 from haste_core.data import open_dataset
+from haste_core.preflight import stand_in
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def test_attention_is_timed_with_whole_maps_and_in_chunks(monkeypatch):
 
 
 def test_pairs_of_noise_are_a_data_set_like_prepared_ones(tmp_path):
-    folder = step.random_folder(tmp_path, 8)
-    chosen = step.study(folder)
+    stand_in.write_pairs(tmp_path, step.EXAMPLE, 8)
+    chosen = step.study(tmp_path)
     batch = open_dataset(chosen.data).examples("train")
     assert batch.x.shape[1:] == (4, 32, 32)
     assert batch.images.shape[1:] == (3, 256, 256)
@@ -37,7 +38,7 @@ def test_pairs_of_noise_are_a_data_set_like_prepared_ones(tmp_path):
 
 
 def test_operations_of_a_step_grow_with_its_phase(tmp_path):
-    chosen = step.study(step.random_folder(tmp_path, 4))
+    chosen = step.study(tmp_path)
     vanilla, first, second = (step._flops(chosen, *which) for which in (("vanilla", 2), ("haste", 1), ("haste", 2)))
     assert first > vanilla == second
 

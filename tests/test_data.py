@@ -64,6 +64,19 @@ def test_augmented_batches_stay_in_range_and_carry_their_labels():
     assert not torch.allclose(batch.x, data.images("train")[0][:200], atol=0.1)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_parts_of_a_batch_make_up_the_whole_and_leave_the_stream_alike(flip):
+    data, indices = digits(augment=STRONG.model_copy(update={"flip": flip})), torch.arange(30)
+    streams = [generator() for _ in range(4)]
+    whole, *parts = (
+        data.batch(indices, stream, part=part)
+        for stream, part in zip(streams, [slice(None), *(slice(i, i + 10) for i in (0, 10, 20))], strict=True)
+    )
+    assert_close(torch.cat([part.x for part in parts]), whole.x)
+    assert torch.equal(torch.cat([part.y for part in parts]), whole.y)
+    assert all(torch.equal(stream.get_state(), streams[0].get_state()) for stream in streams)
+
+
 def test_augmentation_is_the_identity_at_zero():
     x = digits().images("train")[0][:50]
     assert_close(affine(x, config.Augment(), generator()), x, atol=1e-5, rtol=0)
@@ -106,9 +119,9 @@ class Counting:
     def __len__(self):
         return 10
 
-    def batch(self, indices, generator, with_images=True):
-        noise = torch.rand(len(indices), 1, 1, 1, generator=generator)
-        return Batch(noise, indices, noise)
+    def batch(self, indices, generator, with_images=True, part=slice(None)):
+        noise = torch.rand(len(indices), 1, 1, 1, generator=generator)[part]
+        return Batch(noise, indices[part], noise)
 
 
 def test_every_image_comes_once_per_pass_in_a_new_order():

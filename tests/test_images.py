@@ -253,6 +253,8 @@ def test_half_of_the_images_are_mirrored_and_the_seed_says_which(folder):
     first, again, other = (data.batch(indices, torch.Generator().manual_seed(s)).x for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    part = data.batch(indices, torch.Generator().manual_seed(0), part=slice(500, 700))
+    assert torch.equal(part.x, first[500:700])
     same = (first == original).flatten(1).all(1)
     turned = (first == original.flip(-1)).flatten(1).all(1)
     assert bool((same ^ turned).all()), "every image is there as it is or mirrored left to right"

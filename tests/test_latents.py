@@ -170,6 +170,14 @@ def test_without_images_no_image_is_opened_and_the_latents_stay_the_same(folder,
     assert alone.images.shape == (0, *whole.images.shape[1:])
 
 
+def test_parts_of_a_batch_make_up_the_whole(folder):
+    data, indices = latents(folder), torch.arange(6)
+    whole = data.batch(indices, torch.Generator().manual_seed(3))
+    parts = [data.batch(indices, torch.Generator().manual_seed(3), part=slice(i, i + 3)) for i in (0, 3)]
+    for together, separate in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.cat(separate).equal(together)
+
+
 @pytest.mark.parametrize(("arm", "reads"), [("vanilla", 0), ("haste", 8), ("holistic", 12)])
 def test_training_reads_images_in_phase_one_only(folder, arm, reads, output, make_study, monkeypatch):
     counted, original = [], Folder.pixels

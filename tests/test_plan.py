@@ -125,6 +125,8 @@ def test_memory_goes_by_the_images_on_one_device_and_time_by_the_fullest(tiny):
     one, three = planned_of(tiny), planned_of(tiny, gpus=3)
     assert set(three["micro_batch"]) == {6}  # 16 images: 6, 5, 5
     assert three["days"].tolist() == pytest.approx([days * 6 / 16 for days in one["days"]])
+    halved = tiny.model_copy(update={"train": tiny.train.model_copy(update={"accumulate": 2})})
+    assert set(planned_of(halved, gpus=3)["micro_batch"]) == {3}
     small = planned_of(tiny, gpus=3, micro_batch=2)
     assert small["days"].tolist() == three["days"].tolist()
     few, many = (estimated(tiny, "holistic", micro_batch=n).memory[1] for n in (2, 6))

@@ -45,9 +45,12 @@ class OnlineAngle:
     Args:
         device: of the training step.
         edges: of the bins of noise levels, ascending; values outside fall into the outermost bins.
+        processes: how many train together. Each one's loss is a mean over its own samples, so its gradients are so many
+            times longer; sums are kept in units in which their mean over processes is what one alone would have.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", edges: Sequence[float] = EDGES) -> None:
+    def __init__(self, device: torch.device | str = "cpu", edges: Sequence[float] = EDGES, processes: int = 1) -> None:
+        self.units = torch.tensor([1 / processes] * 3 + [processes], dtype=torch.float64, device=device)
         self.edges = torch.tensor(edges, dtype=torch.float32, device=device)
         # own * rest, own^2, rest^2, samples; a long run adds up more samples than float32 can count.
         self.sums = torch.zeros(len(LOSSES), len(edges) - 1, 4, dtype=torch.float64, device=device)
@@ -92,7 +95,7 @@ class OnlineAngle:
         rest = total - own
         count = torch.full((len(own),), float(counts), device=own.device)
         parts = torch.stack([(own * rest).sum(1), own.square().sum(1), rest.square().sum(1), count], dim=1)
-        parts = torch.where(parts.isfinite().all(1, keepdim=True), parts, 0.0).double()
+        parts = torch.where(parts.isfinite().all(1, keepdim=True), parts, 0.0).double() * self.units
         # Not index_add_, whose order of additions a GPU does not fix.
         self.sums[loss] += (member[:, :, None] * parts[:, None, :]).sum(0)
 

@@ -45,10 +45,14 @@ class Dataset(Protocol):
         """Number of training images."""
         ...
 
-    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
         """Training examples `indices` (B,), augmented with draws from `generator`.
 
         with_images: False where nobody looks at the images, which then need not be read where they are not x itself.
+        part: which of the examples are wanted; draws are taken for all of them all the same, so that processes which
+            want different parts stay in step.
         """
         ...
 
@@ -68,25 +72,27 @@ class Batches:
     """An endless, seeded stream of batches; every image once per pass, the short last batch of a pass left out.
 
     Its state (order of the pass, position in it, generator) can be saved and restored exactly. `with_images` can be
-    set to False at any time, see `Dataset.batch`.
+    set to False at any time, see `Dataset.batch`. `part` is what is handed out of each batch.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, with_images: bool = True) -> None:
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed: int, with_images: bool = True, part: slice = slice(None)
+    ) -> None:
         if batch_size > len(dataset):
             raise HasteError(f"train.batch_size {batch_size} exceeds the {len(dataset)} training images")
-        self.dataset, self.batch_size, self.with_images = dataset, batch_size, with_images
+        self.dataset, self.batch_size, self.with_images, self.part = dataset, batch_size, with_images, part
         self.generator = Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
 
     def next(self) -> Batch:
-        """The next batch of the stream."""
+        """The next batch of the stream, or the part of it."""
         if self.position + self.batch_size > len(self.order):
             self.order = torch.randperm(len(self.dataset), generator=self.generator)
             self.position = 0
         indices = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return self.dataset.batch(indices, self.generator, self.with_images)
+        return self.dataset.batch(indices, self.generator, self.with_images, self.part)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on with exactly the next batch."""
@@ -103,17 +109,28 @@ class Batches:
         self.generator.set_state(state["generator"])
 
 
-def augmented(x: Tensor, augment: config.Augment, generator: Generator) -> Tensor:
-    """x (B, C, S, S) in [-1, 1], each image mirrored and moved at random as `augment` says."""
+def augmented(
+    x: Tensor, augment: config.Augment, generator: Generator, drawn: int | None = None, part: slice = slice(None)
+) -> Tensor:
+    """x (B, C, S, S) in [-1, 1], each image mirrored and moved at random as `augment` says.
+
+    drawn, part: draws are taken for so many images (by default B), of which x is this part.
+    """
+    drawn = drawn or len(x)
     if augment.flip:
-        mirrored = torch.rand(len(x), generator=generator) < 0.5
+        mirrored = torch.rand(drawn, generator=generator)[part] < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-    return affine(x, augment, generator) if augment.moves else x
+    return affine(x, augment, generator, drawn, part) if augment.moves else x
 
 
-def affine(x: Tensor, augment: config.Augment, generator: Generator) -> Tensor:
-    """x (B, C, S, S) shifted, rotated and scaled at random, bilinear, the background (-1) filling the border."""
-    u = torch.rand(len(x), 4, generator=generator) * 2 - 1
+def affine(
+    x: Tensor, augment: config.Augment, generator: Generator, drawn: int | None = None, part: slice = slice(None)
+) -> Tensor:
+    """x (B, C, S, S) shifted, rotated and scaled at random, bilinear, the background (-1) filling the border.
+
+    drawn, part: as in `augmented`.
+    """
+    u = torch.rand(drawn or len(x), 4, generator=generator)[part] * 2 - 1
     angle = u[:, 0] * augment.rotation * math.pi / 180
     scale = 1 + u[:, 1] * augment.scale
     shift = u[:, 2:] * augment.shift * 2 / x.shape[-1]

@@ -43,8 +43,10 @@ class Digits:
         x, y = self.images(split, count)
         return Batch(x, y, x)
 
-    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
         """Training examples augmented at random, drawn from `generator`."""
         x, y = self._splits["train"]
-        x = augmented(x[indices], self.augment, generator)
-        return Batch(x, y[indices], x)
+        x = augmented(x[indices[part]], self.augment, generator, len(indices), part)
+        return Batch(x, y[indices[part]], x)

@@ -60,11 +60,13 @@ class Images:
         x, y = self.images(split, count)
         return Batch(x, y, x)
 
-    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
         """Training examples, augmented at random."""
-        chosen = self._splits["train"]
-        x = augmented(to_signed(chosen.pixels(indices)), self.augment, generator)
-        return Batch(x, chosen.labels[indices], x)
+        chosen, wanted = self._splits["train"], indices[part]
+        x = augmented(to_signed(chosen.pixels(wanted)), self.augment, generator, len(indices), part)
+        return Batch(x, chosen.labels[wanted], x)
 
 
 class Split:

@@ -185,11 +185,13 @@ class Latents:
         mean = self.folder.posterior(chosen).mean
         return Batch(self.scaled(mean), self.labels[chosen], to_signed(self.folder.pixels(chosen)))
 
-    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
         """Training examples, the latents drawn from their posteriors."""
-        chosen = self._splits["train"][indices]
+        chosen = self._splits["train"][indices[part]]
         mean, std = self.folder.posterior(chosen)
-        drawn = mean + std * torch.randn(mean.shape, generator=generator)
+        drawn = mean + std * torch.randn(len(indices), *mean.shape[1:], generator=generator)[part]
         images = to_signed(self.folder.pixels(chosen)) if with_images else torch.empty(0, 3, *[self.pixel_size] * 2)
         return Batch(self.scaled(drawn), self.labels[chosen], images)
 

@@ -117,7 +117,7 @@ def _shares(
     # Two rounds warm up and five count; a half of the rate is a guess at the time only.
     batch = int(0.5 * rate * seconds / 7 / sum(found[phase].flops for phase in runs))
     batch = max(1, min(most, batch))
-    train, rates = run.train.model_copy(update={"batch_size": batch}), list[float]()
+    train, rates = run.train.model_copy(update={"batch_size": batch, "accumulate": 1}), list[float]()
     with stand_in.images(run.data, example, batch) as dataset:
         states = {p: _state(r.model_copy(update={"train": train}), dataset) for p, r in runs.items()}
         device = next(iter(states.values())).accelerator.device

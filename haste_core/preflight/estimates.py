@@ -60,7 +60,8 @@ class Estimate:
 
     student, projector, teacher: number of parameters. forward: operations of the student's forward pass of one image;
     teacher_forward: the teacher's. step_flops: of one step, the whole batch. memory: at a step's peak. steps: how many
-    the run takes itself. checkpoint: bytes of one; kept: how many of its own stay.
+    the run takes itself. checkpoint: bytes of one; kept: how many of its own stay. processes: devices that share a
+    step; memory is of each.
     """
 
     student: int
@@ -73,6 +74,7 @@ class Estimate:
     steps: Mapping[int, int]
     checkpoint: Mapping[int, int]
     kept: Mapping[int, int]
+    processes: int = 1
 
     @property
     def flops(self) -> int:
@@ -86,8 +88,9 @@ class Estimate:
         return kept + 2 * max(self.checkpoint.values())
 
     def hours(self, rate: float, utilisation: float) -> dict[int, float]:
-        """Hours by phase at `rate` floating-point operations a second, of which a share `utilisation` is reached."""
-        return {p: self.step_flops[p] * n / (rate * utilisation) / 3600 for p, n in self.steps.items()}
+        """Hours by phase at `rate` floating-point operations a second on each device, a share `utilisation` reached."""
+        together = rate * utilisation * self.processes
+        return {p: self.step_flops[p] * n / together / 3600 for p, n in self.steps.items()}
 
 
 def estimate(
@@ -97,17 +100,21 @@ def estimate(
     micro_batch: int | None = None,
     shared: int = 0,
     found: Traced | None = None,
+    processes: int = 1,
 ) -> Estimate:
     """What a run costs, from its networks.
 
     Args:
         run, example, nets: the run, what it learns from, and its networks.
-        micro_batch: images on a device at a time, which memory goes by; the whole batch by default.
+        micro_batch: images on a device at a time, which memory goes by; by default what `train.accumulate` and
+            `processes` leave of the batch.
         shared: steps that another arm takes for this one (`Study.donor`); they and their checkpoints do not count.
         found: what `follow` found for the same networks; followed now by default.
+        processes: devices that share each step's images.
     """
     found = found or follow(run, example, nets)
-    steps, micro_batch = phases(run), micro_batch or run.train.batch_size
+    steps = phases(run)
+    micro_batch = micro_batch or -(-run.train.batch_size // (run.train.accumulate * processes))
     projector_size = parameters(nets.alignment.projector) if nets.alignment else 0
     student_size = parameters(nets.student)
     sizes = {1: student_size + projector_size, 2: student_size}
@@ -124,6 +131,7 @@ def estimate(
         # Four float32 copies: weights, their average, and AdamW's two moments; the projector is not averaged.
         checkpoint={phase: 4 * (3 * sizes[phase] + student_size) for phase in steps},
         kept={phase: sum((step <= phase_one(run)) == (phase == 1) for step in own) for phase in steps},
+        processes=processes,
     )
 
 
@@ -214,7 +222,7 @@ def lines(estimate: Estimate, precision: str, scoring: int) -> list[str]:
         ("steps", ", ".join(f"{count:,} in {phase_name(phase)}" for phase, count in estimate.steps.items())),
         ("TFLOP/step", f"{work} (forward and backward, a multiply-add as two; element-wise work left out)"),
         *(("memory", f"{phase_name(phase)}: {_parts(found)}") for phase, found in estimate.memory.items()),
-        ("", "on one GPU, plus one block's working memory and CUDA's own"),
+        ("", f"on {_devices(estimate)}, plus one block's working memory and CUDA's own"),
         ("checkpoints", f"{bytes_text(estimate.disk)}: {kept} that stay, two more while writing"),
         *(("time", _hours(estimate, scoring, name, rate)) for name, rate in rates(precision).items()),
         ("", "small networks take longer: they wait for kernels to start, not for arithmetic"),
@@ -236,3 +244,7 @@ def _parts(found: Memory) -> str:
     smaller = "gradients" if found.activations >= found.gradients else "activations"
     parts = {name: size for name, size in found._asdict().items() if size and name != smaller}
     return f"{bytes_text(found.peak)} = " + " + ".join(f"{bytes_text(size)} {name}" for name, size in parts.items())
+
+
+def _devices(estimate: Estimate) -> str:
+    return "one GPU" if estimate.processes == 1 else f"each of {estimate.processes} GPUs"

@@ -39,7 +39,8 @@ def planned(
         gpus: devices that share the batch of a run evenly; `train.batch_size` is that of all of them together.
         rate: FLOP/s of matrix products of one device.
         utilisation: the share of it that a training step reaches, for both phases or by phase (1, 2).
-        micro_batch: images on a device at a time, which memory goes by; by default all that come to it.
+        micro_batch: images on a device at a time, which memory goes by; by default what `train.accumulate`
+            leaves of those that come to it.
 
     Returns:
         A row for each arm and phase: arm, phase (1 or 2), seeds (how many), shared_with (the arm that takes the first
@@ -62,11 +63,12 @@ def planned(
         run = study.run(arm)
         images = images_of(arm, run, gpus)
         donor, shared = shared_part(study, arm)
-        estimated = _estimate(run, example, micro_batch or images, shared, found)
+        at_once = micro_batch or -(-images // run.train.accumulate)
+        estimated = _estimate(run, example, at_once, shared, found)
         # The device with the most images decides how long a step takes.
         together = rate * run.train.batch_size / images
         named = {"arm": arm, "seeds": len(study.seeds), "shared_with": "", "shared_steps": 0}
-        named["micro_batch"] = micro_batch or images
+        named["micro_batch"] = at_once
         taken = [named | row for row in _rows(estimated, run.train.batch_size, together, shares)]
         taken[0] |= {"shared_with": donor or "", "shared_steps": shared}
         rows += taken

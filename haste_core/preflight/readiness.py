@@ -18,6 +18,7 @@ from haste_core.preflight import checks, estimates
 from haste_core.preflight.checks import Check
 from haste_core.preflight.estimates import Estimate
 from haste_core.preflight.tracing import Example, Networks, networks, student_of, teacher_of
+from haste_core.processes import micro_batches
 from haste_core.runs import Run
 
 GIB = 2**30
@@ -48,13 +49,16 @@ class Preflight:
         return 0 if self.ready else 2
 
 
-def check(study: config.Study, arm: str, seed: int = 0) -> Preflight:
+def check(study: config.Study, arm: str, seed: int = 0, processes: int = 1) -> Preflight:
     """Everything that one run and its scores need, as far as this machine can tell, and what the run will cost.
 
+    processes: how many train it together, each on a GPU of its own; memory is that of one of them.
+
     Raises:
-        HasteError: the arm does not exist, or the seed is negative.
+        HasteError: the arm does not exist, the seed is negative, or so many processes cannot share a step's images.
     """
     run = Run(study, arm, seed)
+    micro_batches(run.config.train, processes)
     settings, sample = run.config, run.sample
     found = [_attempt("settings", lambda: _settings(run))]
     data, example = checks.data(settings.data, settings.train.batch_size)
@@ -67,7 +71,7 @@ def check(study: config.Study, arm: str, seed: int = 0) -> Preflight:
     estimate = None
     if nets is not None and example is not None:
         try:
-            estimate = estimates.estimate(settings, example, nets)
+            estimate = estimates.estimate(settings, example, nets, processes=processes)
         except HasteError as error:
             found.append(Check("teacher", "problem", str(error)))
     found += [_attempt("run", lambda: _existing(run)), _device(settings.train.precision)]
@@ -241,7 +245,7 @@ def _memory(estimate: Estimate) -> Check | None:
     peak = max(memory.peak for memory in estimate.memory.values())
     text = f"about {peak / GIB:.1f} of {total / GIB:.1f} GiB at the step's peak"
     if peak > total:
-        return Check("memory", "problem", f"{text}; possible: a smaller train.batch_size, or a larger GPU")
+        return Check("memory", "problem", f"{text}; possible: a larger train.accumulate, or a larger GPU")
     return Check("memory", "ok", text)
 
 

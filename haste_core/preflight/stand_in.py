@@ -99,10 +99,13 @@ class Noise:
     def __len__(self) -> int:
         return len(self.x)
 
-    def batch(self, indices: Tensor, generator: Generator, with_images: bool = True) -> Batch:
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
         """Training examples, augmented at random."""
-        x = augmented(self.x[indices], self.augment, generator)
-        return Batch(x, self.y[indices], x)
+        wanted = indices[part]
+        x = augmented(self.x[wanted], self.augment, generator, len(indices), part)
+        return Batch(x, self.y[wanted], x)
 
     def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels, the same of every split."""

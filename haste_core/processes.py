@@ -1,0 +1,136 @@
+"""The processes that train one run together: how a step's images are divided, what they decide as one, who writes.
+
+A launcher (`haste train --processes`, torchrun, accelerate launch) starts them; a process by itself is a group of one,
+in which every method here is free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor, distributed
+
+from haste_core import config
+from haste_core.errors import HasteError
+from haste_core.files import locked
+
+T = TypeVar("T")
+# How long the others wait for what the main process does alone (a teacher trained, a checkpoint written); if it dies
+# they learn of it at once.
+PATIENCE = timedelta(hours=6)
+
+
+class Processes:
+    """The group that this process trains in: `count` of them, numbered by `index`; number 0 is the main one.
+
+    What is agreed on goes by gloo beside the gradients' own way: it never waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        # accelerate takes processes without GPUs for single ones unless it is told that the CPU is meant.
+        several_on_cpu = launched() > 1 and not torch.cuda.is_available()
+        environment = PartialState(cpu=several_on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self.count: int = environment.num_processes
+        self.index: int = environment.process_index
+        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files."""
+        return self.index == 0
+
+    def any(self, flag: bool) -> bool:
+        """True in every process when `flag` is true in one of them."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self._group)
+        return bool(found)
+
+    def mean(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over the processes of tensors that all of them have by the same names, each where it was."""
+        if self.count == 1:
+            return dict(tensors)
+        means = {}
+        for name in sorted(tensors):
+            total = tensors[name].detach().to("cpu", copy=True)
+            distributed.all_reduce(total, group=self._group)
+            means[name] = (total / self.count).to(tensors[name].device)
+        return means
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns in the main process, the only one to call it, given to all once it is done.
+
+        Raises:
+            HasteError: `action` raised one; all processes do.
+        """
+        if self.count == 1:
+            return action()
+        told: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                told[0] = action()
+            except HasteError as error:
+                told[1] = error
+        distributed.broadcast_object_list(told, src=0, group=self._group)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
+    @contextmanager
+    def locked(self, path: Path, what: str) -> Iterator[None]:
+        """The main process holds the lock file `path` for all (`haste_core.files.locked`).
+
+        Raises:
+            HasteError: somebody else holds it.
+        """
+        with ExitStack() as held:
+            self.from_main(lambda: held.enter_context(locked(path, what)))
+            yield
+
+    def share(self, train: config.Train) -> slice:
+        """Where in a step's images those of this process lie.
+
+        Raises:
+            HasteError: the images cannot be divided equally.
+        """
+        size = micro_batches(train, self.count)[-1].stop
+        return slice(self.index * size, (self.index + 1) * size)
+
+    def close(self) -> None:
+        """Leave the group; nothing can be agreed on afterwards."""
+        if self.count > 1:
+            PartialState().destroy_process_group()
+
+
+def launched() -> int:
+    """How many processes a launcher has started, this one among them; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def micro_batches(train: config.Train, processes: int) -> list[slice]:
+    """Where in one process's share of a step's images each of its micro-batches lies; all are equally large.
+
+    Raises:
+        HasteError: the images cannot be divided equally, or there is no process.
+    """
+    if processes < 1:
+        raise HasteError(f"{processes} processes; possible: 1 and above")
+    size, rest = divmod(train.batch_size, processes * train.accumulate)
+    if rest:
+        share = train.batch_size // processes if train.batch_size % processes == 0 else 0
+        counts = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise HasteError(
+            f"train.batch_size {train.batch_size} cannot go through {processes} process(es) in {train.accumulate} "
+            f"equal micro-batches each; possible: a multiple of {processes * train.accumulate} for train.batch_size"
+            + (f", or {counts} for train.accumulate" if counts else "")
+        )
+    return [slice(i * size, (i + 1) * size) for i in range(train.accumulate)]
