@@ -335,6 +335,15 @@ def test_ablations_are_read_at_the_last_step_all_arms_have():
     assert judged("C12", found)["effect"] == pytest.approx(math.log(9 / 6))
 
 
+def test_an_arm_that_ended_earlier_is_not_read_at_the_last_step():
+    found = curves(**SUPPORTED["C10"])
+    for seed in range(3):
+        del found["repa"][seed][LAST]
+    row = judged("C10", found)
+    assert (row["verdict"], row["seeds"]) == ("not decided", 0)
+    assert f"no score at step {LAST}: repa" in row["rule"]
+
+
 def test_arms_without_a_common_step_are_an_error_that_names_them():
     found = {"dit_vanilla": {0: {1: 2.0}}, "dit_haste": {0: {2: 2.0}}}
     with pytest.raises(HasteError, match="dit_vanilla, dit_haste share no scored step"):

@@ -82,7 +82,7 @@ class Claim:
     """One claim: `statistic(evidence, seed)` must lie inside `region` for the claim to hold.
 
     arms: roles (`Evidence.roles`) it is read from. table: of an analysis, for claims that are not on FID; its rows must
-    have all the arms. early: it reads the step `Evidence.early`. log_scale: the logarithm is averaged and its
+    have all the arms. early, last: it reads the step `Evidence.early` or `Evidence.last` of all of them. log_scale: the logarithm is averaged and its
     exponential reported. needs: what is missing where no study here can have the arms.
     """
 
@@ -96,6 +96,7 @@ class Claim:
     statistic: Callable[[Evidence, int], float]
     table: str | None = None
     early: bool = False
+    last: bool = False
     log_scale: bool = False
     needs: str = ""
 
@@ -163,7 +164,12 @@ def _missing(claim: Claim, evidence: Evidence) -> str:
         there = set(evidence.tables[claim.table][column].astype(str))
     arms = [evidence.name(role) for role in claim.arms if evidence.name(role) not in there]
     if not arms:
-        return "" if _seeds(claim, evidence) else "no seed has all of it"
+        seeds = _seeds(claim, evidence)
+        names = [evidence.name(role) for role in claim.arms] if claim.last else []
+        short = [name for name in names if any(evidence.last not in evidence.curves[name][s] for s in seeds)]
+        if short:
+            return f"no score at step {evidence.last}: {', '.join(short)}"
+        return "" if seeds else "no seed has all of it"
     return f"arms missing: {', '.join(arms)}" + (f" ({claim.needs})" if claim.needs else "")
 
 

@@ -34,6 +34,7 @@ CLAIMS = (
         ABOVE_ZERO,
         POSITIVE,
         partial(of.difference, worse="repa", better="repa_midway"),
+        last=True,
     ),
     Claim(
         "C3",
@@ -44,6 +45,7 @@ CLAIMS = (
         ABOVE_ZERO,
         POSITIVE,
         partial(of.difference, worse="repa_too_early", better="repa_midway"),
+        last=True,
     ),
     Claim(
         "C4a",
@@ -144,6 +146,7 @@ CLAIMS = (
         ABOVE_ZERO,
         POSITIVE,
         partial(of.difference, worse="holistic", better="repa"),
+        last=True,
     ),
     Claim(
         "C11",
@@ -154,6 +157,7 @@ CLAIMS = (
         ABOVE_ZERO,
         POSITIVE,
         lambda e, seed: of.lead(e, seed, "haste", OTHERS, e.last),
+        last=True,
     ),
     Claim(
         "C12",
@@ -237,6 +241,7 @@ CLAIMS = (
         ABOVE_ZERO,
         POSITIVE,
         partial(of.difference, worse="haste_too_late", better="haste"),
+        last=True,
     ),
     Claim(
         "C20",
