@@ -82,8 +82,8 @@ class Claim:
     """One claim: `statistic(evidence, seed)` must lie inside `region` for the claim to hold.
 
     arms: roles (`Evidence.roles`) it is read from. table: of an analysis, for claims that are not on FID; its rows must
-    have all the arms. early, last: it reads the step `Evidence.early` or `Evidence.last` of all of them. log_scale: the logarithm is averaged and its
-    exponential reported. needs: what is missing where no study here can have the arms.
+    have all the arms. early, last: it reads the step `Evidence.early` or `Evidence.last` of all of them. log_scale: the
+    logarithm is averaged and its exponential reported. needs: what is missing where no study here can have the arms.
     """
 
     id: str
