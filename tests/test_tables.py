@@ -54,3 +54,13 @@ def test_without_runs_the_table_that_is_there_is_read(run, output, make_study, c
 def test_without_runs_and_table_the_error_names_the_command(run, output):
     with pytest.raises(HasteError, match="vanilla seed 0; possible: haste study digits"):
         tables.obtain(output, "values", counting([]), [run], progress=False)
+
+
+def test_a_table_from_scores_is_made_again_when_the_scores_are_others(make_study):
+    study = make_study()
+    scores = pd.DataFrame({"arm": ["vanilla", "haste"], "seed": 0, "step": 8, "fid": [3.0, 2.0]})
+    card = tables.scores_card(study, scores)
+    assert card == tables.scores_card(study, scores.assign(fid=[3.0, 2.0000001]))  # as read back from a table
+    assert card["evaluation"] == study.evaluation_hash
+    for other in (scores.assign(fid=[3.0, 2.1]), scores.assign(step=4), scores.head(1)):
+        assert tables.scores_card(study, other) != card

@@ -31,11 +31,10 @@ FEWEST = 3
 
 
 def card(study: config.Study) -> dict[str, Any]:
-    """What this module's tables depend on beside their runs: triggers, what runs log, scoring, and their columns."""
+    """What this module's tables depend on beside their runs: triggers, what runs log, and their columns."""
     return {
         "triggers": {name: trigger.model_dump(mode="json") for name, trigger in study.triggers.items()},
         "watched": [arm for arm in study.arms if study.run(arm).train.watch_angle],
-        "evaluation": study.evaluation_hash,
         # A table that an earlier version wrote with others is measured again.
         "columns": [LOGGED, SWEEP, FIRED, NEAREST],
     }

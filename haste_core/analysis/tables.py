@@ -58,6 +58,17 @@ def obtain(
     return obtain_whole(folder, name, whole, runs, settings)
 
 
+def scores_card(study: config.Study, scores: pd.DataFrame) -> dict[str, Any]:
+    """What a table made from scores depends on beside its runs: how they were scored, and what came out.
+
+    Scores may be those that came with the project until all runs are there; a table made from the one is no table of
+    the other.
+    """
+    rows = zip(scores["arm"], scores["seed"], scores["step"], scores["fid"], strict=True)
+    known = [[str(arm), int(seed), int(step), f"{fid:.5g}"] for arm, seed, step, fid in rows]
+    return {"evaluation": study.evaluation_hash, "scores": config.digest(known)}
+
+
 def obtain_whole(
     folder: Path,
     name: str,
