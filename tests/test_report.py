@@ -417,7 +417,7 @@ def test_the_committed_tables_begin_with_the_agreed_columns():
 
 
 @committed
-@pytest.mark.parametrize("name", ["digits", "digits-full", "cifar10-two-cores"])
+@pytest.mark.parametrize("name", ["digits", "digits-full", "digits-more", "cifar10-two-cores"])
 def test_the_committed_reports_are_small(name):
     # Executed notebooks are written beside it and never committed.
     folder = ROOT / "reports" / name
@@ -488,7 +488,7 @@ def agrees(text, folders, name="digits"):
     return any(results_in(text, name) == report.readme_block(folder).strip() for folder in folders)
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-full", "cifar10-two-cores"])
+@pytest.mark.parametrize("name", ["digits", "digits-full", "digits-more", "cifar10-two-cores"])
 def test_the_results_in_readme_are_those_of_the_tables(name, tmp_path):
     text, here = (ROOT / "README.md").read_text(), ROOT / "reports" / name / "tables"
     assert results_in(text, name), f"README.md has no block between its two results marks of {name}"

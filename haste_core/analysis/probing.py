@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from haste_core.analysis import probe
 from haste_core.analysis.similarity import middle_level, teacher_means
@@ -41,8 +42,10 @@ def linear_probe(features_train: Any, labels_train: Any, features_test: Any, lab
             f"{int((~np.isin(tested, known)).sum())} are new; possible: more training images, at least two classes"
         )
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, tol=1e-6))
-    classifier.fit(np.asarray(features_train, dtype=np.float64), np.asarray(labels_train))
-    return float(classifier.score(np.asarray(features_test, dtype=np.float64), np.asarray(labels_test)))
+    # So small a problem takes ten times as long when threads are woken for each of its products.
+    with threadpool_limits(1):
+        classifier.fit(np.asarray(features_train, dtype=np.float64), np.asarray(labels_train))
+        return float(classifier.score(np.asarray(features_test, dtype=np.float64), np.asarray(labels_test)))
 
 
 def wilson(accuracy: float, n: int, confidence: float) -> tuple[float, float]:
