@@ -29,7 +29,8 @@ def words(*parts):
 
 # Relative paths in the settings are seen from where the study was started.
 HASTE = words("cd", config["here"]) + " && " + words(sys.executable, "-m", "haste_core.cli")
-NOTEBOOK = HASTE + " notebook"
+# A job's libraries take the threads it was given: more of them than cores wait for each other, ten times as long.
+NOTEBOOK = "export OMP_NUM_THREADS={threads} && " + HASTE + " notebook"
 # What every notebook needs to load the same study again.
 COMMON = words(
     "-p", f"study={json.dumps(config['study'])}",
