@@ -43,11 +43,13 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     """Time over the smallest amount's and GiB, for everything that grows; whole maps and chunks side by side."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     axes = figure.subplots(2, 3)
-    growth = tables["growth"]
-    for axis, (grows, part) in zip(axes.flat[:4], growth.groupby("grows", sort=False), strict=False):
-        _grown(axis, str(grows), part)
-    _attention(axes.flat[4], tables["attention"], "seconds", "seconds, both passes")
-    _attention(axes.flat[5], tables["attention"], "peak_gib", "GiB of a process alone")
+    # One benchmark may have run by itself: panels of the others stay empty.
+    if "growth" in tables:
+        for axis, (grows, part) in zip(axes.flat[:4], tables["growth"].groupby("grows", sort=False), strict=False):
+            _grown(axis, str(grows), part)
+    if "attention" in tables:
+        _attention(axes.flat[4], tables["attention"], "seconds", "seconds, both passes")
+        _attention(axes.flat[5], tables["attention"], "peak_gib", "GiB of a process alone")
     return figure
 
 

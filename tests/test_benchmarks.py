@@ -53,7 +53,8 @@ def test_tables_keep_their_origin_and_the_report_shows_both(results):
     held = [
         {"tokens": n, "batch": 1, "queries": q, "chosen": True, **timed} for n, q in ((64, 64), (256, 128), (256, 256))
     ]
-    machine.keep(pd.DataFrame(grown), "growth", matrix_rate=5e10)
+    alone = machine.keep(pd.DataFrame(grown), "growth", matrix_rate=5e10).parent
+    assert "## attention" not in pictures.write(alone).read_text()
     folder = machine.keep(pd.DataFrame(held), "attention").parent
     assert folder.parent == results
     table, origin = machine.kept(folder, "growth")
