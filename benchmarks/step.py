@@ -25,7 +25,6 @@ ARMS = ["vanilla", "repa", "haste"]
 PRECISION = {"cpu": "no", "cuda": "bf16"}
 BATCH = {"cpu": 4, "cuda": 64}
 
-
 # A latent and its image, of two classes.
 EXAMPLE = tracing.Example(size=32, channels=4, classes=2, image_size=256, image_channels=3)
 
@@ -46,9 +45,9 @@ def measure(rounds: int) -> pd.DataFrame:
     """Seconds, ratio to a vanilla step, images/s, memory and share of the matrix rate of every arm and phase.
 
     Returns:
-        what ("vanilla", "repa phase 1", ..., "teacher forward", and "vanilla + teacher forward", of which phase I
-        should be at most 1.05), seconds (median), ratio, low, high (to vanilla; 95 % interval), images_per_s,
-        peak_gib, tflop (of the batch), share (of the device's measured matrix rate), rounds.
+        what ("vanilla", "repa phase 1", ..., and "teacher forward" alone, which phase I has on top of vanilla), seconds
+        (median), ratio, low, high (to vanilla; 95 % interval), images_per_s, peak_gib, tflop (of the batch), share (of
+        the device's measured matrix rate), rounds.
     """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
