@@ -136,37 +136,53 @@ def create(
         termination.update(0)
     alignment = None
     if termination.phase == 1:
-        if teacher is None:
-            raise HasteError("an aligned run needs its teacher; possible: haste teacher <study> prepares it")
-        teacher = teacher.to(accelerator.device)
-        if processes.count > 1:
-            broadcast(list(teacher.state_dict().values()))  # one with random weights was drawn by each
-        alignment = Alignment(config.alignment, student, teacher, seeds.projector)
+        alignment = _alignment(config, student, teacher, seeds.projector, accelerator.device, processes)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
-    # Buffers are constants, equal in all processes; by default they would be sent round before every forward pass.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        student, [n for n, _ in student.named_buffers()]
-    )
-    model, optimizer = accelerator.prepare(student, adamw(student, config))
+    model, optimizer = _prepared(accelerator, student, config)
     alignment_optimizer = None
     if alignment is not None and alignment.projector is not None:
-        alignment.projector, alignment_optimizer = accelerator.prepare(
-            alignment.projector, adamw(alignment.projector, config)
-        )
+        alignment.projector, alignment_optimizer = _prepared(accelerator, alignment.projector, config)
+    angle = None
+    if alignment is not None and watches(config):
+        angle = OnlineAngle(accelerator.device, processes=processes.count)
+    share = processes.share(config.train)
     return TrainState(
         config, seed, accelerator, model, ema, optimizer, alignment, alignment_optimizer, termination,
-        batches=Batches(
-            dataset, config.train.batch_size, seeds.order, alignment is not None, processes.share(config.train)
-        ),
+        batches=Batches(dataset, config.train.batch_size, seeds.order, alignment is not None, share),
         noise=Generator().manual_seed(seeds.noise),
         objective=objective_of(config.model.kind),
         processes=processes,
         micro_batches=parts,
-        angle=(
-            OnlineAngle(accelerator.device, processes=processes.count)
-            if alignment is not None and watches(config) else None
-        ),
+        angle=angle,
     )  # fmt: skip
+
+
+def _alignment(
+    config: RunConfig,
+    student: DiffusionTransformer,
+    teacher: Teacher | None,
+    seed: int,
+    device: torch.device,
+    processes: Processes,
+) -> Alignment:
+    """Phase I's teacher and projector, the same in all processes."""
+    if teacher is None:
+        raise HasteError("an aligned run needs its teacher; possible: haste teacher <study> prepares it")
+    teacher = teacher.to(device)
+    if processes.count > 1:
+        broadcast(list(teacher.state_dict().values()))  # one with random weights was drawn by each
+    return Alignment(config.alignment, student, teacher, seed)
+
+
+def _prepared(
+    accelerator: Accelerator, module: nn.Module, config: RunConfig
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A module and its optimizer, ready to be trained here alone or by several processes."""
+    # Buffers are constants, equal in all processes; by default they would be sent round before every forward pass.
+    constants = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
+    prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(module, adamw(module, config))
+    return prepared
 
 
 def accelerator_of(config: RunConfig) -> Accelerator:
