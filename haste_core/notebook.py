@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -30,10 +32,17 @@ def find(name: str) -> Path:
     return path
 
 
-def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
-    """Raise HasteError when the notebook has no such parameter; papermill itself only warns."""
+def _papermill() -> ModuleType:
+    # jsonschema, with which notebooks are validated, would build a grammar of IRIs first, for two seconds of every job.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
 
+    return papermill
+
+
+def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
+    """Raise HasteError when the notebook has no such parameter; papermill itself only warns."""
+    papermill = _papermill()
     try:
         known = papermill.inspect_notebook(str(path))
     except ValueError as error:
@@ -55,7 +64,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
         HasteError: a parameter does not exist, or a cell raised (its message is passed on).
         Interrupted: a signal arrived; the cell in progress saved what it had.
     """
-    import papermill
+    papermill = _papermill()
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
