@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -145,21 +146,69 @@ def test_streams_come_from_their_seed():
     assert not all(torch.equal(a.y, b.y) for a, b in zip(drawn[0], drawn[2], strict=True))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("before", [0, 1, 7, 11])
-def test_a_stream_goes_on_from_its_state_to_the_bit(before):
+def test_a_stream_goes_on_from_its_state_to_the_bit(before, ahead):
     """1,347 images in batches of 200: six batches a pass, so 7 and 11 lie in the second pass."""
     data = digits(augment=STRONG)
-    stream = Batches(data, 200, seed=0)
+    stream = Batches(data, 200, seed=0, ahead=ahead)
     for _ in range(before):
         stream.next()
     saved = {name: value.clone() for name, value in stream.state_dict().items()}
     expected = [stream.next() for _ in range(8)]
-    other = Batches(data, 200, seed=99)
+    # A stream that reads ahead goes on from one that does not, and the other way round.
+    other = Batches(data, 200, seed=99, ahead=not ahead)
     other.next()
     other.load_state_dict(saved)
     for batch in expected:
         again = other.next()
         assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+
+
+def test_a_batch_knows_which_images_it_holds():
+    stream = Batches(Counting(), 4, seed=0, part=slice(1, 3))
+    for _ in range(3):
+        batch = stream.next()
+        assert batch.indices.tolist() == batch.y.tolist()
+        assert len(batch.indices) == 2
+
+
+class Waiting(Counting):
+    """Tells when it is asked for a batch, and gives none before it may."""
+
+    def __init__(self):
+        self.asked, self.may = threading.Semaphore(0), threading.Semaphore(1)
+
+    def batch(self, *given):
+        self.asked.release()
+        assert self.may.acquire(timeout=20)
+        return super().batch(*given)
+
+
+def test_the_next_batch_is_read_while_the_one_before_is_used():
+    data = Waiting()
+    stream = Batches(data, 4, seed=0, ahead=True)
+    stream.next()
+    assert data.asked.acquire(timeout=20)
+    assert data.asked.acquire(timeout=20)  # the second, which nobody has asked the stream for
+    data.may.release(2)
+    assert len(stream.next().y) == 4
+
+
+def test_what_cannot_be_read_ahead_is_an_error_of_the_batch_it_belongs_to():
+    class Broken(Counting):
+        read = 0
+
+        def batch(self, *given):
+            self.read += 1
+            if self.read == 3:
+                raise HasteError("image 7 cannot be read")
+            return super().batch(*given)
+
+    stream = Batches(Broken(), 4, seed=0, ahead=True)
+    stream.next(), stream.next()
+    with pytest.raises(HasteError, match="image 7"):
+        stream.next()
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -85,7 +85,7 @@ def token_maps(
         Rows: source ("teacher" or the arm), seed, step, block (from 0), t, query, key, probability, divergence, n.
     """
     study = runs[0].study
-    x, labels, images = open_dataset(study.data).examples("test", count)
+    x, labels, images, _ = open_dataset(study.data).examples("test", count)
     shown_grid = token_grid(study.model, x)
     queries = queries or middle_tokens(shown_grid)
     pairs = [layer_pairs(run, teacher)[-1] for run in runs]

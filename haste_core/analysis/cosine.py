@@ -137,7 +137,7 @@ def losses_at(
 
 def split(batch: Batch, eps: Tensor, chunks: int) -> Iterator[tuple[Batch, Tensor]]:
     """A batch and its noise in `chunks` parts of (nearly) equal size, at most one per image."""
-    pieces = (part.tensor_split(min(chunks, len(eps))) for part in (*batch, eps))
+    pieces = (part.tensor_split(min(chunks, len(eps))) for part in (batch.x, batch.y, batch.images, eps))
     for x, y, images, noise_part in zip(*pieces, strict=True):
         yield Batch(x, y, images), noise_part
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,16 +19,22 @@ class Batch(NamedTuple):
 
     x: what the generator models, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents.
     y: labels (B,) int64. images: what the teacher sees, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space,
-    and none of them, (0, C', S', S'), where latents were asked for without their images.
+    and none of them, (0, C', S', S'), where latents were asked for without their images. indices: which of the training
+    images these are, (B,) int64; none of them, (0,), where they come from elsewhere.
     """
 
     x: Tensor
     y: Tensor
     images: Tensor
+    indices: Tensor = torch.empty(0, dtype=torch.int64)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU can copy from without anybody waiting."""
+        return Batch(*(part.pin_memory() for part in self))
 
 
 class Dataset(Protocol):
@@ -72,11 +79,18 @@ class Batches:
     """An endless, seeded stream of batches; every image once per pass, the short last batch of a pass left out.
 
     Its state (order of the pass, position in it, generator) can be saved and restored exactly. `with_images` can be
-    set to False at any time, see `Dataset.batch`. `part` is what is handed out of each batch.
+    set to False at any time, see `Dataset.batch`. `part` is what is handed out of each batch. `ahead`: a thread reads
+    the batch after each one that is handed out; the stream and its states stay the same.
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, with_images: bool = True, part: slice = slice(None)
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        with_images: bool = True,
+        part: slice = slice(None),
+        ahead: bool = False,
     ) -> None:
         if batch_size > len(dataset):
             raise HasteError(f"train.batch_size {batch_size} exceeds the {len(dataset)} training images")
@@ -84,18 +98,38 @@ class Batches:
         self.generator = Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
+        self._reader = ThreadPoolExecutor(1, "batches") if ahead else None
+        self._coming: Future[Batch] | None = None
+        self._before: dict[str, Tensor] = {}  # the stream's state before the batch that is being read
 
     def next(self) -> Batch:
-        """The next batch of the stream, or the part of it."""
+        """The next batch of the stream, or the part of it.
+
+        Raises:
+            HasteError: it cannot be read.
+        """
+        coming, self._coming = self._coming, None
+        batch = self._read() if coming is None else coming.result()
+        if self._reader is not None:
+            self._before = self._state()
+            self._coming = self._reader.submit(self._read)
+        return batch
+
+    def _read(self) -> Batch:
         if self.position + self.batch_size > len(self.order):
             self.order = torch.randperm(len(self.dataset), generator=self.generator)
             self.position = 0
         indices = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        return self.dataset.batch(indices, self.generator, self.with_images, self.part)
+        batch = self.dataset.batch(indices, self.generator, self.with_images, self.part)
+        batch = batch._replace(indices=indices[self.part])
+        return batch.pinned() if self._reader is not None and torch.cuda.is_available() else batch
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on with exactly the next batch."""
+        return self._state() if self._coming is None else self._before
+
+    def _state(self) -> dict[str, Tensor]:
         return {
             "order": self.order,
             "position": torch.tensor(self.position),
@@ -104,6 +138,9 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where `state` was saved."""
+        if self._coming is not None:
+            self._coming.exception()  # the reader is done with the generator; its batch belongs to another stream
+            self._coming = None
         self.order = state["order"]
         self.position = int(state["position"])
         self.generator.set_state(state["generator"])
