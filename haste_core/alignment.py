@@ -18,7 +18,7 @@ from haste_core import config
 from haste_core.errors import HasteError, unknown
 from haste_core.models import DiffusionTransformer
 from haste_core.models.layers import QK, Tapped, Taps
-from haste_core.teacher import Teacher
+from haste_core.teacher import Teacher, TeacherOutput
 from haste_core.token_grids import Grid, resample_attention, resample_tokens
 
 # Where chunks begin to be faster than whole maps on a CPU, and their size (`make bench`: attention).
@@ -149,16 +149,19 @@ class Alignment:
         """1 for samples whose noise level t (B,) lies in the aligned interval, else 0, float32."""
         return ((t >= self.config.t_low) & (t <= self.config.t_high)).float()
 
-    def losses(self, tapped: Tapped, images: Tensor, t: Tensor | None = None) -> AlignmentLosses:
+    def losses(
+        self, tapped: Tapped, images: Tensor, t: Tensor | None = None, seen: TeacherOutput | None = None
+    ) -> AlignmentLosses:
         """Alignment of what the student handed out with the teacher's view of the clean images.
 
         Args:
             tapped: from a forward pass with `self.taps`.
             images: (B, C, S, S) in [-1, 1], the teacher's input.
             t: noise levels (B,) in [0, 1], for an alignment restricted to some of them; all are aligned without it.
+            seen: what the teacher makes of the images, where that is known; they are not looked at then.
         """
         weights = None if t is None or self.everywhere else self.inside(t)
-        seen = self.teacher(images, self.teacher_blocks)
+        seen = self.teacher(images, self.teacher_blocks) if seen is None else seen
         feature = attention = None
         total = torch.zeros((), device=images.device)
         if self.projector is not None:

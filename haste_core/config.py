@@ -204,7 +204,8 @@ class Study(Section):
 
     def teacher_hash(self, teacher: Teacher) -> str:
         """Hash of what decides a teacher's weights in this study, not what it is shown."""
-        return digest([self.data.model_dump(mode="json"), teacher.model_dump(mode="json", exclude={"low_pass"})])
+        weights = teacher.model_dump(mode="json", exclude={"low_pass", "precision"})
+        return digest([self.data.model_dump(mode="json"), weights])
 
     def teachers(self) -> list[Teacher]:
         """The study's own teacher, then those that aligned arms bring."""

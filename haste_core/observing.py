@@ -12,6 +12,7 @@ import numpy as np
 from haste_core import config
 from haste_core.analysis.cosine import gradient_cosine, reaching
 from haste_core.analysis.online import OnlineAngle
+from haste_core.compiling import uncompiled
 from haste_core.state import TrainState
 
 
@@ -58,7 +59,8 @@ def exact(state: TrainState) -> float:
     model = state.accelerator.unwrap_model(state.model)
     batch = state.batches.dataset.examples("test", settings.n)
     which = [loss for loss in reaching(state.alignment, block) if loss != "holistic"]
-    with state.unsynchronised():  # every process looks at the same images
+    # Every process looks at the same images, and one graph gives gradients of several losses.
+    with state.unsynchronised(), uncompiled():
         cosines = [
             products.rho()
             for t in settings.timesteps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from haste_core.errors import unknown
 
@@ -34,6 +34,10 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "haste-xl-512": {"sampler": "sde", "solver_steps": 250, "guidance": 1.25},
 }
 
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"],
+    BeforeValidator(lambda given: "no" if given is False else given),  # YAML reads a bare no as false
+]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -118,6 +122,8 @@ class Teacher(Section):
     `random` (timing and tests only), or the path of a local checkpoint. mean, std: of inputs in [0, 1]; taken from
     timm's `pretrained_cfg` when not given. Input size and interpolation come from it too; `kwargs: {img_size: 224}`
     overrides the size. resize: `reference` normalises and then resizes bicubic without antialias, as the paper's code.
+    precision: of its passes, whatever the run's (`no`: float32); the run's own by default. Its tokens, q and k must
+    keep a cosine of 0.999 to float32.
     low_pass: the teacher sees only frequencies up to this share of the Nyquist frequency (Fig 5, arXiv 2505.16792;
     `haste_core.teacher.low_passed`).
     """
@@ -128,6 +134,8 @@ class Teacher(Section):
     mean: list[float] | None = None
     std: list[float] | None = None
     resize: Literal["antialias", "reference"] = "antialias"
+    # Left out of hashes where it is not given, so that runs made before there was such a setting keep their names.
+    precision: Precision | None = Field(None, exclude_if=lambda precision: precision is None)
     low_pass: float | None = Field(None, gt=0, le=1)
     fitting: Fitting = Fitting()
 
@@ -243,6 +251,13 @@ class Train(Section):
     batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
     share of them in; it divides the memory and changes no number but by rounding, as the number of processes does.
 
+    compile: torch.compile the blocks (`haste_core.compiling`); it too changes no number but by rounding, and pays where
+    a run is much longer than the seconds to a minute that compiling takes (`make bench`).
+
+    prefetch: a thread reads the next batch while a step runs, for data on disk. cache_teacher: what the teacher makes
+    of every training image is written down once and read from then on (`haste_core.teacher_cache`); for data without
+    augmentation.
+
     watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.analysis.online`), which changes
     no number of the run.
 
@@ -260,18 +275,16 @@ class Train(Section):
     ema_decay: Unit = 0.9999
     label_dropout: Unit = 0.1
     timestep_shift: float = Field(1.0, gt=0)
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    precision: Precision = "no"
+    compile: bool = False
+    prefetch: bool = False
+    cache_teacher: bool = False
     threads: Positive = 1
     keep: list[Positive] = []
     watch_angle: bool = False
     log_every: Positive = 50
     checkpoint_every: Positive = 500
     sample_every: Positive = 1000
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _undo_yaml(cls, precision: Any) -> Any:
-        return "no" if precision is False else precision  # YAML reads a bare no as false
 
     @field_validator("keep")
     @classmethod
@@ -284,9 +297,12 @@ class Train(Section):
         return [s for s in self.keep if s < self.steps] + [self.steps]
 
 
-# What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, and how many
-# images the device holds at a time.
-TRAIN_BOOKKEEPING = {"steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate"}
+# What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, how many
+# images the device holds at a time, and how its kernels are made.
+TRAIN_BOOKKEEPING = {
+    "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "compile",
+    "prefetch", "cache_teacher",
+}  # fmt: skip
 
 
 class Sample(Section):
@@ -294,7 +310,8 @@ class Sample(Section):
 
     Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
     guidance_channels: how many leading channels are guided, all by default; 3 repeats DiT's released numbers. vae:
-    decoder of latents, by hub name or folder; the one the latents were made with by default.
+    decoder of latents, by hub name or folder; the one the latents were made with by default. precision: of the network
+    (`no`: float32); the integrator is float64 all the same. compile: torch.compile its blocks, for many images.
     """
 
     preset: str | None = None
@@ -306,6 +323,9 @@ class Sample(Section):
     guidance_channels: Positive | None = None
     vae: str | None = None
     batch_size: Positive = 256
+    # Left out of hashes and cards where they are not set, so that scores made before there were such settings stay.
+    precision: Precision = Field("no", exclude_if=lambda precision: precision == "no")
+    compile: bool = Field(False, exclude_if=lambda compiled: not compiled)
 
     @model_validator(mode="before")
     @classmethod

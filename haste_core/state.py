@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from haste_core import checkpoint
 from haste_core.alignment import Alignment
 from haste_core.analysis.online import OnlineAngle
+from haste_core.compiling import compile_blocks
 from haste_core.config import RunConfig
 from haste_core.data import Batches, Dataset, open_dataset
 from haste_core.data.contexts import Contexts
@@ -24,7 +26,8 @@ from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
 from haste_core.objectives import Objective, objective_of
 from haste_core.processes import Processes, micro_batches
-from haste_core.teacher import Teacher
+from haste_core.teacher import Teacher, check_precision
+from haste_core.teacher_cache import TeacherCache
 from haste_core.termination import Termination
 
 
@@ -35,7 +38,8 @@ class TrainState:
     processes: those that train the run together, each with a state of its own; weights, average, optimizers and
     generators are equal in all of them. batches: hands out this process's share. micro_batches: the parts of that share
     that one forward and backward pass each takes. window: of this process alone until `gather`.
-    angle: the online estimate of the gradient angle, where the run watches it.
+    angle: the online estimate of the gradient angle, where the run watches it. cache: what the teacher makes of every
+    training image, where it was written down.
     """
 
     config: RunConfig
@@ -54,6 +58,7 @@ class TrainState:
     micro_batches: list[slice]
     step: int = 0
     angle: OnlineAngle | None = None
+    cache: TeacherCache | None = None
     window: dict[str, Tensor] = field(default_factory=dict)  # sums since the last logged step
 
     @property
@@ -84,8 +89,24 @@ class TrainState:
 
     def enter_phase_two(self) -> None:
         """Drop teacher, projector and their optimizer state for good; nobody looks at clean images any more."""
-        self.alignment = self.alignment_optimizer = self.angle = None
+        self.alignment = self.alignment_optimizer = self.angle = self.cache = None
         self.batches.with_images = False
+        self.compile()
+
+    def read_teacher_from(self, folder: Path) -> None:
+        """From now on take what the teacher sees from the cache in `folder`; images need not be read for it."""
+        self.cache = TeacherCache(folder)
+        self.batches.with_images = False
+
+    def compile(self) -> None:
+        """Where the run is compiled, let its blocks be; those whose q and k are watched stay as they are meanwhile.
+
+        The watch catches gradients on the way from q and k into the block's own attention, which a compiled block has
+        nowhere to hang it on.
+        """
+        if self.config.train.compile:
+            watched = self.alignment.taps.blocks if self.alignment is not None and self.angle is not None else ()
+            compile_blocks(self.accelerator.unwrap_model(self.model), leave=watched)
 
 
 class Seeds(NamedTuple):
@@ -137,6 +158,7 @@ def create(
     alignment = None
     if termination.phase == 1:
         alignment = _alignment(config, student, teacher, seeds.projector, accelerator.device, processes)
+        check_precision(alignment.teacher, dataset, alignment.teacher_blocks, config.train.precision)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
     model, optimizer = _prepared(accelerator, student, config)
     alignment_optimizer = None
@@ -146,15 +168,19 @@ def create(
     if alignment is not None and watches(config):
         angle = OnlineAngle(accelerator.device, processes=processes.count)
     share = processes.share(config.train)
-    return TrainState(
+    state = TrainState(
         config, seed, accelerator, model, ema, optimizer, alignment, alignment_optimizer, termination,
-        batches=Batches(dataset, config.train.batch_size, seeds.order, alignment is not None, share),
+        batches=Batches(
+            dataset, config.train.batch_size, seeds.order, alignment is not None, share, config.train.prefetch
+        ),
         noise=Generator().manual_seed(seeds.noise),
         objective=objective_of(config.model.kind),
         processes=processes,
         micro_batches=parts,
         angle=angle,
     )  # fmt: skip
+    state.compile()
+    return state
 
 
 def _alignment(

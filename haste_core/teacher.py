@@ -8,6 +8,7 @@ registers) are cut from everything handed out, so attention over patches alone i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,14 @@ from torch.nn import functional as F
 from haste_core import config
 from haste_core.classifier import fit_classifier
 from haste_core.data import Dataset
+from haste_core.devices import in_precision
 from haste_core.encoders import build_encoder
 from haste_core.errors import HasteError
 from haste_core.models.layers import QK
 from haste_core.teacher_qk import read_qk
+
+# What a teacher in half precision keeps of itself in float32, looked at on so many images.
+LEAST_COSINE, CHECKED_ON = 0.999, 8
 
 
 class TeacherOutput(NamedTuple):
@@ -43,6 +48,7 @@ class Teacher(nn.Module):
         resize: how images that are not of `image_size` are resized: "bicubic" or "bilinear".
         antialias: of that resizing.
         low_pass: the share of the Nyquist frequency up to which the encoder sees anything; None shows it all.
+        precision: "no" (float32), "bf16" or "fp16", whatever autocast is on around it; None takes what is on.
     """
 
     def __init__(
@@ -55,11 +61,12 @@ class Teacher(nn.Module):
         resize: str = "bicubic",
         antialias: bool = True,
         low_pass: float | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.image_size, self.grid, self.resize, self.antialias = image_size, grid, resize, antialias
-        self.low_pass = low_pass
+        self.low_pass, self.precision = low_pass, precision
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
         self.mean: Tensor
@@ -101,7 +108,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, blocks: tuple[int, ...] = ()) -> TeacherOutput:
         """Patch tokens of images (B, C, S, S) in [-1, 1], and q, k of `blocks` (counted from 0)."""
-        with read_qk(self.encoder, blocks) as qk:
+        with self._own_precision(images.device), read_qk(self.encoder, blocks) as qk:
             tokens = self.encoder.forward_features(self.prepare(images))  # type: ignore[operator]
         # Encoders pooled by averaging keep their final norm in `fc_norm`.
         final = getattr(self.encoder, "fc_norm", None)
@@ -113,10 +120,50 @@ class Teacher(nn.Module):
     def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Patch tokens (B, N, D) after each of `blocks` (from 0), before the final norm, prefix tokens cut."""
         chosen = sorted(set(blocks))
-        found = self.encoder.forward_intermediates(  # type: ignore[operator]
-            self.prepare(images), indices=chosen, norm=False, output_fmt="NLC", intermediates_only=True
-        )
+        with self._own_precision(images.device):
+            found = self.encoder.forward_intermediates(  # type: ignore[operator]
+                self.prepare(images), indices=chosen, norm=False, output_fmt="NLC", intermediates_only=True
+            )
         return dict(zip(chosen, found, strict=True))
+
+    def _own_precision(self, device: torch.device) -> AbstractContextManager[object]:
+        return nullcontext() if self.precision is None else in_precision(self.precision, device)
+
+    def cosine_to_float32(self, images: Tensor, blocks: tuple[int, ...], precision: str) -> float:
+        """The mean cosine, in [-1, 1], of tokens, q and k made in a precision to those made in float32; the least one.
+
+        Args:
+            images: (B, C, S, S) in [-1, 1]. blocks: whose q and k count. precision: as of the teacher.
+        """
+        found = []
+        own = self.precision
+        try:
+            for self.precision in ("no", precision):
+                seen = self(images, blocks)
+                found.append([seen.tokens, *(part for pair in seen.qk.values() for part in pair)])
+        finally:
+            self.precision = own
+        pairs = zip(*found, strict=True)
+        return min(float(F.cosine_similarity(a.double(), b.double(), dim=-1).mean()) for a, b in pairs)
+
+
+def check_precision(teacher: Teacher, dataset: Dataset, blocks: tuple[int, ...], precision: str) -> None:
+    """Raise HasteError where a teacher in a precision is no longer the teacher: a cosine to float32 below 0.999.
+
+    Args:
+        teacher: where it will be used. dataset: what it looks at. blocks: whose q and k are used.
+        precision: of the run, where the teacher has none of its own.
+    """
+    precision = teacher.precision or precision
+    if precision == "no":
+        return
+    images = dataset.examples("train", CHECKED_ON).images.to(teacher.mean.device)
+    cosine = teacher.cosine_to_float32(images, blocks, precision)
+    if not cosine >= LEAST_COSINE:
+        raise HasteError(
+            f"the teacher in {precision} has a cosine of {cosine:.5f} to itself in float32, below {LEAST_COSINE}; "
+            f"possible: teacher.precision=no, which the run's own precision does not change"
+        )
 
 
 def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = None) -> Teacher:
@@ -154,6 +201,7 @@ def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = 
         resize=own if teacher.resize == "antialias" else "bicubic",
         antialias=teacher.resize == "antialias",
         low_pass=teacher.low_pass,
+        precision=teacher.precision,
     )
 
 

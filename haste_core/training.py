@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from haste_core import checkpoint, config, images, provenance, runs, sampling, signals
+from haste_core import checkpoint, config, images, provenance, runs, sampling, signals, teacher_cache
 from haste_core.data import Batch
 from haste_core.errors import Interrupted
 from haste_core.files import write_bytes, write_text
@@ -86,7 +86,7 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
 
 def accumulate_gradients(s: TrainState, batch: Batch, draws: Draws) -> dict[str, Tensor]:
     """Add one micro-batch's part to the gradients of the step; returns its losses as scalars on the device."""
-    device = s.accelerator.device
+    device, indices = s.accelerator.device, batch.indices
     batch, (u, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
     u = shifted(u, s.config.train.timestep_shift)
     t = s.objective.timesteps(u)
@@ -99,7 +99,8 @@ def accumulate_gradients(s: TrainState, batch: Batch, draws: Draws) -> dict[str,
         else:
             tapped = s.model(x_t, t, y, s.alignment.taps)
             watched = tapped if s.angle is None else s.angle.watch(tapped, u)
-            predicted, aligned = tapped.output, s.alignment.losses(watched, batch.images, u)
+            seen = None if s.cache is None else s.cache.seen(indices, device)
+            predicted, aligned = tapped.output, s.alignment.losses(watched, batch.images, u, seen)
             measured = {k: v for k, v in aligned._asdict().items() if k != "total" and v is not None}
     denoising = s.objective.loss(predicted, batch.x, eps, t).mean()
     loss = denoising if s.alignment is None else denoising + s.termination.weight(s.step) * aligned.total
@@ -268,6 +269,11 @@ def open_state(run: Run, processes: Processes | None = None) -> TrainState:
     # A run that is past its switch never builds a teacher.
     teacher = find_teacher(run.study, run.config.teacher) if termination.phase == 1 else None
     state = create(run.config, run.seed, teacher, termination, processes=processes)
+    if teacher is not None and run.config.train.cache_teacher:
+        place = runs.teacher_path(run.study, run.config.teacher).parent
+        alignment, dataset = state.alignment, state.batches.dataset
+        assert alignment is not None
+        state.read_teacher_from(processes.from_main(lambda: teacher_cache.write(place, run.config, alignment, dataset)))
     if loaded is not None:
         restore(state, *loaded)
     return state

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from haste_core import _torchvision_guard, config
+from haste_core.data import Batch
+from haste_core.devices import in_precision
 from haste_core.errors import HasteError
-from haste_core.teacher import build_teacher, low_passed
+from haste_core.teacher import build_teacher, check_precision, low_passed
 from haste_core.teacher_qk import project_qk, read_qk
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -437,3 +439,69 @@ def test_tokens_after_a_block_are_what_the_final_norm_makes_the_output_of(tiny):
     found = teacher.block_tokens(images, [3, 1])
     assert sorted(found) == [1, 3]
     assert_close(teacher.encoder.norm(found[3]), teacher(images).tokens)
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+class Noise:
+    """Training images for the check of a teacher's precision."""
+
+    def examples(self, split, count=None):
+        x = images(count or 8)
+        return Batch(x, torch.zeros(len(x), dtype=torch.int64), x)
+
+
+@pytest.mark.parametrize(("own", "around", "expected"), [
+    (None, None, torch.float32), (None, "bf16", torch.bfloat16), ("no", "bf16", torch.float32),
+    ("bf16", None, torch.bfloat16), ("bf16", "bf16", torch.bfloat16),
+])  # fmt: skip
+def test_a_teacher_keeps_its_own_precision_whatever_the_runs(randomise, own, around, expected):
+    teacher = make(precision=own)
+    randomise(teacher.encoder)
+    exact = make()
+    exact.encoder.load_state_dict(teacher.encoder.state_dict())
+    with in_precision(around or "no", torch.device("cpu")):
+        q, k = teacher(images(), (1,)).qk[1]
+    assert q.dtype == k.dtype == expected
+    if expected == torch.float32:
+        assert torch.equal(q, exact(images(), (1,)).qk[1][0])
+
+
+def test_a_teacher_in_half_precision_is_still_the_teacher(randomise):
+    teacher = make()
+    randomise(teacher.encoder)
+    assert teacher.cosine_to_float32(images(4), (0, 1), "no") == pytest.approx(1, abs=1e-12)
+    assert 0.999 < teacher.cosine_to_float32(images(4), (0, 1), "bf16") < 1
+    assert teacher.precision is None
+    check_precision(teacher, Noise(), (0, 1), "bf16")
+
+
+def test_a_teacher_that_half_precision_changes_is_refused(randomise, monkeypatch):
+    teacher = make(precision="bf16")
+    randomise(teacher.encoder)
+    monkeypatch.setattr("haste_core.teacher.LEAST_COSINE", 1.0)
+    with pytest.raises(
+        HasteError, match=r"teacher in bf16 has a cosine of (0\.99\d+|1\.0+) .* possible: teacher.precision=no"
+    ):
+        check_precision(teacher, Noise(), (1,), "no")
+    teacher.precision = "no"
+    check_precision(teacher, Noise(), (1,), "bf16")
+
+
+def test_half_precision_of_an_encoder_that_overflows_is_refused(randomise):
+    teacher = make(precision="fp16")
+    randomise(teacher.encoder)
+    teacher.encoder.patch_embed.proj.weight.data *= 1e6
+    with pytest.raises(HasteError, match="cosine of nan"):
+        check_precision(teacher, Noise(), (), "no")
+
+
+def test_a_precision_that_is_not_given_leaves_every_hash_as_it_was(make_study):
+    """Runs that were made before there was such a setting keep their names."""
+    assert "precision" not in make_study().teacher.model_dump(mode="json")
+    own, other = make_study(), make_study("teacher.precision=bf16")
+    assert own.run("haste").hash != other.run("haste").hash
+    assert own.run("vanilla").hash == other.run("vanilla").hash
+    assert own.teacher_hash(own.teacher) == other.teacher_hash(other.teacher)
+    assert make_study("teacher.precision=no").teacher.precision == "no"

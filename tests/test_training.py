@@ -113,6 +113,19 @@ def test_a_phase_two_step_runs_exactly_the_operators_of_a_vanilla_step(output, t
     assert counted["haste"][7].total() > counted["vanilla"][7].total()
 
 
+# Operators whose result Python or a shape depends on: on a GPU each of them waits for all that was asked before.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "_unique2"}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_no_step_reads_what_the_device_computes(output, make_study, precision):
+    state = open_state(Run(make_study("train.watch_angle=true", f"train.precision={precision}"), "haste", 0))
+    for _ in range(11):
+        names = {name.split(".")[1] for name in operators_of_a_step(state)}
+        assert "mm" in names or "addmm" in names
+        assert not names & WAITING
+
+
 def test_alignment_and_its_optimizer_are_gone_after_the_switch(output, tiny):
     seen = {}
 

@@ -1,0 +1,52 @@
+"""torch.compile of a generator, block by block: blocks of one make share one graph, so that compiling takes seconds.
+
+Blocks that hand out q and k are a second graph. Phase II needs none that phase I had not, so the switch compiles
+nothing. Numbers are those of uncompiled blocks but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+
+import torch
+
+from haste_core.errors import HasteError
+from haste_core.models import DiffusionTransformer
+
+
+def compile_blocks(model: DiffusionTransformer, leave: Collection[int] = ()) -> None:
+    """Let the blocks of `model` be compiled at their next forward pass, in place; names of weights stay.
+
+    Args:
+        model: the generator. leave: blocks, from 0, that are not compiled.
+
+    Raises:
+        HasteError: this machine has no compiler that torch could use.
+    """
+    check_compiler(model.pos_embed.device)
+    for index, block in enumerate(model.blocks):
+        if index not in leave and block._compiled_call_impl is None:
+            block.compile()
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """While open, compiled blocks run as they were written: for passes that ask more of a graph than training does."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise HasteError where torch.compile lacks what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise HasteError("compile=true needs a C++ compiler; possible: install g++, or compile=false") from error
+    else:
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise HasteError("compile=true needs Triton on this GPU; possible: install triton, or compile=false")
