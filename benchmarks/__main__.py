@@ -1,16 +1,17 @@
-"""`python -m benchmarks [step attention cores growth]`: measure, keep the tables, and write the report."""
+"""`python -m benchmarks [step attention sampling cores growth]`: measure, keep the tables, and write the report."""
 
 from __future__ import annotations
 
 import argparse
 
-from benchmarks import attention, cores, growth, machine, pictures, step
+from benchmarks import attention, cores, growth, machine, pictures, sampling, step
 from haste_core.devices import default_device
 from haste_core.preflight import estimates
 
 ALL = {
     "step": (step.measure, 10),
     "attention": (attention.measure, 10),
+    "sampling": (sampling.measure, 5),
     "cores": (cores.measure, 10),
     "growth": (growth.measure, 20),
 }

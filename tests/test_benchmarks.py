@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import torch
 
-from benchmarks import attention, growth, machine, pictures, step
+from benchmarks import attention, growth, machine, pictures, sampling, step
+from haste_core import config
 from haste_core.data import open_dataset
 from haste_core.preflight import stand_in
 
@@ -45,6 +47,32 @@ def test_operations_of_a_step_grow_with_its_phase(tmp_path):
 
 def test_jobs_of_a_study_are_those_of_its_graph():
     assert growth._jobs(3) == 34
+
+
+def test_passes_are_those_of_the_sampler_and_its_guidance():
+    """Guidance counts twice, inside its interval alone; Heun evaluates twice on every step but the last."""
+    model, dit = (sampling.generator(kind, torch.device("cpu")) for kind in ("sit", "dit"))
+    counted = {
+        name: sampling.passes(dit if "ddpm" in name else model, config.Sample(**fields))
+        for name, fields in sampling.SETTINGS.items()
+    }
+    inside, everywhere = (counted[f"sde-250, guided 1.65 {where}"] for where in ("for t <= 0.72", "everywhere"))
+    assert counted["Euler, 50 steps"] == 50
+    assert counted["ode-heun-50"] == 99
+    assert counted["sde-250"] == 250
+    assert everywhere == 2 * counted["sde-250"]
+    assert counted["sde-250"] < inside < everywhere
+    assert inside / counted["sde-250"] == pytest.approx(1.71, abs=0.02)
+    assert counted["ddpm-250"] == 250
+
+
+def test_samplers_are_timed_in_every_way(monkeypatch):
+    monkeypatch.setattr(sampling, "SETTINGS", {"Euler": {"sampler": "euler", "solver_steps": 1}})
+    monkeypatch.setattr(sampling, "WAYS", {"plain": {}, "bf16": {"precision": "bf16"}})
+    table = sampling.measure(2)
+    assert list(table["way"]) == ["plain", "bf16"]
+    assert (table["images_per_s"] == table["images"] / table["seconds"]).all()
+    assert table["ratio"][0] == 1
 
 
 def test_tables_keep_their_origin_and_the_report_shows_both(results):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from haste_core import config, ddpm, sampling
@@ -402,3 +405,64 @@ def test_latents_are_decoded_by_the_vae_and_pixels_are_not(tiny, tmp_path, monke
     assert asked == [("folder/vae", None)]
     facts = sampling.drawing_facts(latents, sample)
     assert facts["vae"] == {"name": "folder/vae", "weights": "0123456789abcdef"}
+
+
+# -- precision and compiled blocks ------------------------------------------------------------------------------------
+
+
+def drawn(model, **settings):
+    sample = config.Sample(sampler="heun", solver_steps=3, batch_size=4, guidance=2, guidance_high=0.5, **settings)
+    return sampling.draw(model, torch.arange(6) % 3, range(6), sample)
+
+
+def test_in_half_precision_the_network_is_cast_and_the_integrator_is_not(model, monkeypatch):
+    seen = []
+    heun = sampling.heun
+
+    def spied(velocity, x, steps):
+        def noting(x, t):
+            v = velocity(x, t)
+            seen.append((x.dtype, v.dtype))
+            return v
+
+        return heun(noting, x, steps)
+
+    monkeypatch.setattr(sampling, "heun", spied)
+    handle = model.blocks[0].attn.qkv.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    half, exact = drawn(model, precision="bf16"), None
+    handle.remove()
+    assert torch.bfloat16 in seen
+    assert {pair for pair in seen if isinstance(pair, tuple)} == {(torch.float64, torch.float64)}
+    exact = drawn(model)
+    assert not torch.equal(half, exact)
+    assert_close(half, exact, rtol=0.1, atol=0.05)
+
+
+def test_compiled_blocks_draw_the_same_images_in_batches_of_any_size(model, monkeypatch):
+    exact = drawn(model)
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = drawn(model, compile=True)
+    assert_close(compiled, exact, rtol=1e-4, atol=1e-5)
+    made = counters["stats"]["unique_graphs"]
+    # Batches of 4 and 2, guided and not: one graph for a size, then one for all.
+    assert 1 <= made <= 3
+    drawn(model, compile=True)
+    assert counters["stats"]["unique_graphs"] == made
+    torch.compiler.reset()
+
+
+def test_what_is_as_ever_changes_no_hash_and_no_card(make_study):
+    plain = make_study()
+    assert not {"precision", "compile"} & plain.sample.model_dump().keys()
+    assert make_study("sample.precision=no", "sample.compile=false").evaluation_hash == plain.evaluation_hash
+    for setting, fact in (
+        ("sample.precision=bf16", ("precision", "bf16")),
+        ("sample.compile=true", ("compiled", True)),
+    ):
+        other = make_study(setting)
+        assert other.evaluation_hash != plain.evaluation_hash
+        facts = sampling.drawing_facts(other.data, other.sample)
+        assert dict([fact]).items() <= facts.items()
+        assert fact[0] not in sampling.drawing_facts(plain.data, plain.sample)

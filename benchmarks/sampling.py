@@ -1,0 +1,77 @@
+"""Images per second of the samplers: plain, compiled and in bf16, guided inside an interval and everywhere."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+
+from haste_core import config, cost, sampling
+from haste_core.devices import default_device
+from haste_core.models import DiffusionTransformer, build
+from haste_core.sections import Model
+
+IMAGES = {"cpu": 64, "cuda": 64}
+# What a generator of the machine's size is; class labels, image side and channels as of its data.
+STUDENTS = {"cpu": Model(depth=6, width=64, heads=4), "cuda": Model(preset="SiT-XL/2")}
+INPUTS = {"cpu": (8, 1, 10), "cuda": (32, 4, 1000)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Euler, 50 steps": {"sampler": "euler", "solver_steps": 50},
+    "ode-heun-50": {"preset": "ode-heun-50"},
+    "sde-250": {"preset": "sde-250"},
+    "sde-250, guided 1.65 for t <= 0.72": {"preset": "haste-xl-500ep"},
+    "sde-250, guided 1.65 everywhere": {"preset": "haste-xl-500ep", "guidance_high": 1.0},
+    "ddpm-250": {"preset": "ddpm-250"},
+}
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "compiled": {"compile": True}, "bf16": {"precision": "bf16"}}
+
+
+def measure(rounds: int) -> pd.DataFrame:
+    """Images per second by sampler and way of computing; weights are random.
+
+    Returns:
+        sampler, way ("plain", "compiled", "bf16"), passes (of the network for one image), seconds (of all images),
+        images_per_s, ratio, low, high (to plain with the same sampler; 95 % interval), images, rounds.
+    """
+    device = default_device()
+    models = {(kind, way): generator(kind, device) for kind in ("sit", "dit") for way in WAYS}
+    rows = []
+    for name, fields in SETTINGS.items():
+        kind = "dit" if fields.get("preset") == "ddpm-250" else "sit"
+        settings = {way: config.Sample(batch_size=IMAGES[device.type], **fields, **more) for way, more in WAYS.items()}
+        actions = {way: partial(draw, models[kind, way], sample) for way, sample in settings.items()}
+        timed = cost.interleaved(actions, "plain", rounds, device=device, label=name)
+        facts = {"sampler": name, "passes": passes(models[kind, "plain"], settings["plain"])}
+        rows += [
+            {**facts, "way": way, "seconds": t.seconds, "images_per_s": IMAGES[device.type] / t.seconds,
+             "ratio": t.ratio, "low": t.low, "high": t.high, "images": IMAGES[device.type], "rounds": t.rounds}
+            for way, t in timed.items()
+        ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def generator(kind: str, device: torch.device) -> DiffusionTransformer:
+    """A generator of this machine's size, on `device`."""
+    size, channels, classes = INPUTS[device.type]
+    model = STUDENTS[device.type].model_copy(update={"kind": kind})
+    built = build(model, image_size=size, channels=channels, classes=classes, seed=0)
+    return built.requires_grad_(False).eval().to(device)
+
+
+def draw(model: DiffusionTransformer, sample: config.Sample, images: int | None = None) -> torch.Tensor:
+    """So many images, one batch by default."""
+    count = images or sample.batch_size
+    return sampling.draw(model, torch.arange(count) % model.classes, range(count), sample)
+
+
+def passes(model: DiffusionTransformer, sample: config.Sample) -> int:
+    """How often the network is evaluated for one image; guided evaluations count twice."""
+    seen: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    try:
+        draw(model, sample, 1)
+    finally:
+        handle.remove()
+    return sum(seen)
