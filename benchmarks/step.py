@@ -7,10 +7,12 @@ out as prepared ones are, so reading them counts.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -24,19 +26,22 @@ from haste_core.teacher import build_teacher
 ARMS = ["vanilla", "repa", "haste"]
 PRECISION = {"cpu": "no", "cuda": "bf16"}
 BATCH = {"cpu": 4, "cuda": 64}
+COMPILED = ", compiled"
+PHASES = {"vanilla": ("vanilla", 2), "repa phase 1": ("repa", 1), "haste phase 1": ("haste", 1),
+          "haste phase 2": ("haste", 2)}  # fmt: skip
 
 # A latent and its image, of two classes.
 EXAMPLE = tracing.Example(size=32, channels=4, classes=2, image_size=256, image_channels=3)
 
 
-def study(folder: Path, model: str = "SiT-B/2", arms: list[str] = ARMS) -> config.Study:
+def study(folder: Path, model: str = "SiT-B/2", arms: list[str] = ARMS, compiled: bool = False) -> config.Study:
     """Study `imagenet256` at the size of `model` on random pairs with a random teacher, sized for this device."""
     device = default_device().type
     loaded = config.load(
         "imagenet256", "sit-b",
         [f"data.path={folder}", "data.test_fraction=0.5", "teacher.weights=random", f"model.preset={model}",
          f"train.batch_size={BATCH[device]}", f"train.precision={PRECISION[device]}",
-         f"train.threads={torch.get_num_threads()}"],
+         f"train.threads={torch.get_num_threads()}", f"train.compile={compiled}"],
     )  # fmt: skip
     return loaded.model_copy(update={"groups": {"main": arms}})
 
@@ -45,35 +50,69 @@ def measure(rounds: int) -> pd.DataFrame:
     """Seconds, ratio to a vanilla step, images/s, memory and share of the matrix rate of every arm and phase.
 
     Returns:
-        what ("vanilla", "repa phase 1", ..., and "teacher forward" alone, which phase I has on top of vanilla), seconds
-        (median), ratio, low, high (to vanilla; 95 % interval), images_per_s, peak_gib, tflop (of the batch), share (of
-        the device's measured matrix rate), rounds.
+        what ("vanilla", "repa phase 1", ..., "teacher forward" alone; then what is compiled, in a turn of its own),
+        seconds (median), ratio, low, high (to vanilla of the same turn, uncompiled; 95 % interval),
+        over_least (ratio to a vanilla step and a teacher forward together, the least that phase I could take),
+        images_per_s, peak_gib, tflop (of the batch), share (of the device's measured matrix rate), rounds.
     """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         stand_in.write_pairs(folder, EXAMPLE, 4 * BATCH[default_device().type])
         chosen = study(folder)
-        running = cost.states(chosen)
-        device = next(iter(running.values())).accelerator.device
-        actions: dict[str, Callable[[], object]]
-        actions = {_title(arm, phase): cost.step_of(s) for (arm, phase), s in running.items()}
-        actions |= {"teacher forward": _teacher_forward(running["haste", 1])}
-        timed = cost.interleaved(actions, "vanilla", rounds, device=device, label="SiT-B/2")
-        flops = {_title(a, p): _flops(chosen, a, p) for a, p in running}
-        memory = {_title(a, p): machine.peak_gib(_alone, folder, a, p) for a, p in running}
-    rate = estimates.matrix_rate(chosen.train.precision, device.type)
+        plain = _timed(cost.states(chosen), rounds, with_teacher=True)
+        memory = {title: machine.peak_gib(_alone, folder, *which) for title, which in PHASES.items()}
+        compiled = _timed(_compiled(folder), max(3, rounds // 2))
+    rate = estimates.matrix_rate(chosen.train.precision, default_device().type)
+    least = np.add(plain["vanilla"], plain["teacher forward"])
     rows = [
-        {"what": what, "seconds": t.seconds, "ratio": t.ratio, "low": t.low, "high": t.high,
-         "images_per_s": chosen.train.batch_size / t.seconds, "peak_gib": memory.get(what),
-         "tflop": flops[what] / 1e12 if what in flops else None,
-         "share": flops[what] / t.seconds / rate if what in flops else None, "rounds": t.rounds}
-        for what, t in timed.items()
+        _row(chosen, rate, what, cost.compared(taken, plain["vanilla"]))
+        | {"over_least": cost.compared(taken, least).ratio, "peak_gib": memory.get(what)}
+        for what, taken in plain.items()
+    ]
+    rows += [
+        _row(chosen, rate, what, cost.compared(taken, compiled["vanilla"])) for what, taken in compiled.items()
+        if what not in PHASES
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
+def _row(chosen: config.Study, rate: float, what: str, t: cost.Timing) -> dict[str, Any]:
+    row = {"what": what, "seconds": t.seconds, "ratio": t.ratio, "low": t.low, "high": t.high, "rounds": t.rounds}
+    row |= {"images_per_s": chosen.train.batch_size / t.seconds}
+    phase = PHASES.get(what.removesuffix(COMPILED))
+    if phase is not None:
+        flops = _flops(chosen, *phase)
+        row |= {"tflop": flops / 1e12, "share": flops / t.seconds / rate}
+    return row
+
+
+def _timed(
+    running: Mapping[tuple[str, int], TrainState], rounds: int, with_teacher: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of a step of each state in every round, and of the teacher's forward pass."""
+    actions: dict[str, Callable[[], object]]
+    actions = {_title(arm, phase): cost.step_of(s) for (arm, phase), s in running.items()}
+    if with_teacher:
+        actions |= {"teacher forward": _teacher_forward(running["haste", 1])}
+    device = next(iter(running.values())).accelerator.device
+    return cost.timed(actions, rounds, device=device, label="SiT-B/2")
+
+
+def _compiled(folder: Path) -> dict[tuple[str, int], TrainState]:
+    """A vanilla state as it is, and compiled ones of vanilla and of phase I."""
+    both = {compiled: study(folder, compiled=compiled) for compiled in (False, True)}
+    run = both[True].run("haste")
+    teacher = build_teacher(run.teacher)
+    return {
+        ("vanilla", 2): create(both[False].run("vanilla"), 0, None),
+        ("vanilla" + COMPILED, 2): create(both[True].run("vanilla"), 0, None),
+        ("haste" + COMPILED, 1): create(run, 0, teacher, training.Termination(run)),
+    }
+
+
 def _title(arm: str, phase: int) -> str:
-    return arm if arm == "vanilla" else f"{arm} phase {phase}"
+    arm, compiled = arm.removesuffix(COMPILED), COMPILED if arm.endswith(COMPILED) else ""
+    return (arm if arm == "vanilla" else f"{arm} phase {phase}") + compiled
 
 
 def _teacher_forward(state: TrainState) -> Callable[[], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,14 +102,15 @@ def interleaved(
         rounds, steps, device, label: as in `timed`.
     """
     times = timed(actions, rounds, steps, device, label=label)
-    rng = np.random.default_rng(0)
-    found = {}
-    for key, taken in times.items():
-        ratios = np.array(taken) / np.array(times[base])
-        medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
-        low, high = np.quantile(medians, [0.025, 0.975])
-        found[key] = Timing(float(np.median(taken)), float(np.median(ratios)), float(low), float(high), rounds)
-    return found
+    return {key: compared(taken, times[base]) for key, taken in times.items()}
+
+
+def compared(taken: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray) -> Timing:
+    """What an action took in each round, beside what another or several together took in the same rounds (seconds)."""
+    ratios = np.asarray(taken) / np.asarray(base)
+    medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return Timing(float(np.median(taken)), float(np.median(ratios)), float(low), float(high), len(ratios))
 
 
 def timed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -43,6 +45,29 @@ def test_operations_of_a_step_grow_with_its_phase(tmp_path):
     chosen = step.study(tmp_path)
     vanilla, first, second = (step._flops(chosen, *which) for which in (("vanilla", 2), ("haste", 1), ("haste", 2)))
     assert first > vanilla == second
+
+
+def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypatch):
+    whole = step.study
+
+    def small(folder, model="SiT-S/8", arms=step.ARMS, compiled=False):
+        loaded = whole(folder, "SiT-S/8", arms, compiled)
+        teacher = loaded.teacher.model_copy(update={"model": "vit_tiny_patch16_224", "kwargs": {"depth": 2, "img_size": 64}})
+        alignment = loaded.alignment.model_copy(update={"layer_pairs": [(4, 1)], "depth": 4})
+        arms = {name: {k: v for k, v in arm.items() if k != "teacher"} for name, arm in loaded.arms.items()}
+        return loaded.model_copy(update={"teacher": teacher, "alignment": alignment, "arms": arms})
+
+    monkeypatch.setattr(step, "study", small)
+    monkeypatch.setattr(machine, "peak_gib", lambda *_: 1.0)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    table = step.measure(3).set_index("what")
+    compiled = ["vanilla, compiled", "haste phase 1, compiled"]
+    assert list(table.index) == [*step.PHASES, "teacher forward", *compiled]
+    assert table["ratio"]["vanilla"] == 1
+    assert table["over_least"]["vanilla"] < 1 < table["ratio"]["haste phase 1"]
+    assert table["tflop"]["haste phase 1, compiled"] == table["tflop"]["haste phase 1"] > table["tflop"]["vanilla"]
+    assert table["peak_gib"].notna().sum() == 4
+    assert table["share"].drop("teacher forward").between(0, 2).all()
 
 
 def test_jobs_of_a_study_are_those_of_its_graph():
