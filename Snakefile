@@ -3,7 +3,11 @@
 # Every job is a notebook run by papermill. Checkpoints and scores stay in run directories that no rule lists as
 # output, so a job that failed or was stopped resumes; what a rule lists is a stamp. Paths hold the hash of the
 # settings, so changed settings need other files and only what they touch runs again.
+#
+# On a cluster every job reads this file again on its own node: what decides the graph comes with --config, and paths
+# are relative to --directory, the root of all output, which is what a storage provider asks for.
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,14 +16,33 @@ from haste_core import config as haste
 from haste_core.runs import Run, report_dir, study_dir
 from haste_core.workflow import stamp_hash
 
+
+def given(name, otherwise):
+    """A value of --config that was written as JSON; Snakemake itself reads some of these and not others."""
+    value = config.get(name) or otherwise
+    return json.loads(value) if isinstance(value, str) else value
+
+
+# The environment of the node that a job runs on may lack it.
+os.environ["HASTE_OUTPUT"] = OUTPUT = str(config["output"])
 PROFILE = config.get("profile") or None
-# Snakemake reads a value that looks like a list as one.
-OVERRIDES = config.get("overrides") or []
-OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else OVERRIDES
+OVERRIDES = given("overrides", [])
 STUDY = haste.load(config["study"], PROFILE, OVERRIDES)
-RUNS = study_dir(STUDY)
-REPORT = report_dir(STUDY, PROFILE)
-EXECUTED = REPORT / "notebooks"
+PROCESSES = int(config.get("processes", 1))
+# What a cluster's profile asks for by kind of job; locally nothing, so that nothing waits for a GPU that is not there.
+RESOURCES = given("resources", {})
+ON_CLUSTER = bool(config.get("on_cluster"))
+
+
+def below(path):
+    """A path in the output's root, relative to it."""
+    return Path(os.path.relpath(path, OUTPUT))
+
+
+RUNS = below(study_dir(STUDY))
+REPORT = below(report_dir(STUDY, PROFILE))
+# Executed notebooks are written by their jobs into the output itself, wherever Snakemake keeps its copies.
+EXECUTED = report_dir(STUDY, PROFILE) / "notebooks"
 
 
 def words(*parts):
@@ -27,10 +50,31 @@ def words(*parts):
     return shlex.join(str(part) for part in parts).replace("{", "{{").replace("}", "}}")
 
 
-# Relative paths in the settings are seen from where the study was started.
-HASTE = words("cd", config["here"]) + " && " + words(sys.executable, "-m", "haste_core.cli")
-# A job's libraries take the threads it was given: more of them than cores wait for each other, ten times as long.
-NOTEBOOK = "export OMP_NUM_THREADS={threads} && " + HASTE + " notebook"
+# Relative paths in the settings are seen from where the study was started; what Snakemake names, from its own folder.
+HASTE = words("cd", config["here"]) + " && exec " + words(sys.executable, "-m", "haste_core.cli")
+# A job's libraries take the threads it was given: more of them than cores wait for each other, ten times as long. The
+# processes of a job share them.
+THREADS = "export OMP_NUM_THREADS=$(({threads} > %d ? {threads} / %d : 1))"
+# A scheduler sends SIGTERM to all processes of a job at once. The shell stays until the notebook has saved: when it
+# goes, so does the job with all that is left of it.
+OUTLIVE = "trap : TERM; "
+
+
+def notebook(name, more="", processes=1, then="touch {output:q}"):
+    """The shell command of a job: run a notebook, then `then` beside Snakemake's own files.
+
+    Snakemake asks for it when a job begins, after all loops over rules: what differs in them comes by {params}, {log}.
+    """
+    run = f"{HASTE} notebook {name} {{log.notebook:q}} {COMMON} {more}"
+    return f"{OUTLIVE}{THREADS % (processes, processes)}; ( {run}) && {then}"
+
+
+def asked(kind):
+    """The resources of a kind of job (prepare, train, evaluate, analyse, step_time, report)."""
+    # Numbers in --config arrive as text.
+    return {name: int(v) if str(v).isdecimal() else v for name, v in RESOURCES.get(kind, {}).items()}
+
+
 # What every notebook needs to load the same study again.
 COMMON = words(
     "-p", f"study={json.dumps(config['study'])}",
@@ -40,13 +84,17 @@ COMMON = words(
 SETTINGS = words(
     config["study"], *(["--profile", PROFILE] if PROFILE else []), *(w for o in OVERRIDES for w in ("--set", o))
 )
+# The run of a job that has one.
+ONE_RUN = "-p arm={params.arm} -p seed={params.seed}"
+# A cluster's profile says how often a job that was stopped is tried again, to go on from its checkpoint.
+RETRIES = None if ON_CLUSTER else 1
 PREPARED = RUNS / f"prepared-{haste.digest([STUDY.teacher_hash(t) for t in STUDY.teachers()] + [STUDY.extractor_hash])}.json"
 
 
 def stamp(arm, seed, kind):
     run = Run(STUDY, arm, seed)
     mark = stamp_hash(run.config) + (f"-{run.evaluation_hash}" if kind == "evaluated" else "")
-    return str(run.dir / f"{kind}-{mark}.stamp")
+    return str(below(run.dir) / f"{kind}-{mark}.stamp")
 
 
 def trained(arm, seed):
@@ -86,11 +134,12 @@ rule all:
 
 rule prepare:
     output: PREPARED
-    log: notebook=EXECUTED / "00_data_and_teacher.ipynb"
+    log: notebook=local(str(EXECUTED / "00_data_and_teacher.ipynb"))
     threads: STUDY.train.threads
+    resources: **asked("prepare")
     priority: 100
-    retries: 1
-    shell: NOTEBOOK + " 00_data_and_teacher {log.notebook:q} " + COMMON + " && cp {RUNS:q}/prepared.json {output:q}"
+    retries: RETRIES
+    shell: notebook("00_data_and_teacher", then=words("cp", study_dir(STUDY) / "prepared.json") + " {output:q}")
 
 for arm in STUDY.arms:
     for seed in STUDY.seeds:
@@ -98,24 +147,27 @@ for arm in STUDY.arms:
             name: f"train_{arm}_{seed}"
             input: needs(arm, seed)
             output: trained(arm, seed)
-            log: notebook=EXECUTED / f"01_train_{arm}_seed{seed}.ipynb"
+            log: notebook=local(str(EXECUTED / f"01_train_{arm}_seed{seed}.ipynb"))
             params: arm=arm, seed=seed
-            threads: STUDY.train.threads
+            threads: STUDY.train.threads * PROCESSES
+            resources: **asked("train")
             # Runs that others branch from go first.
             priority: 60 if any(STUDY.donor(a) == arm for a in STUDY.arms) else 50
-            retries: 1
-            shell: NOTEBOOK + " 01_train {log.notebook:q} " + COMMON + " -p arm={params.arm} -p seed={params.seed} && touch {output:q}"
+            retries: RETRIES
+            # How many processes train is no parameter to Snakemake: the run is the same.
+            shell: notebook("01_train", f"{ONE_RUN} -p processes={PROCESSES}", PROCESSES)
 
         rule:
             name: f"evaluate_{arm}_{seed}"
             input: scores_needed(arm, seed)
             output: stamp(arm, seed, "evaluated")
-            log: notebook=EXECUTED / f"02_fid_{arm}_seed{seed}.ipynb"
+            log: notebook=local(str(EXECUTED / f"02_fid_{arm}_seed{seed}.ipynb"))
             params: arm=arm, seed=seed
             threads: STUDY.train.threads
+            resources: **asked("evaluate")
             priority: 10
-            retries: 1
-            shell: NOTEBOOK + " 02_fid {log.notebook:q} " + COMMON + " -p arm={params.arm} -p seed={params.seed} && touch {output:q}"
+            retries: RETRIES
+            shell: notebook("02_fid", ONE_RUN)
 
 # Analyses of finished and scored runs, one notebook each; their tables go into the report.
 for name, parameters in STUDY.analyses.items():
@@ -123,18 +175,20 @@ for name, parameters in STUDY.analyses.items():
         name: f"analyse_{name}"
         input: [stamp(arm, seed, "evaluated") for arm in STUDY.arms for seed in STUDY.seeds]
         output: analysed(name)
-        log: notebook=EXECUTED / f"{name}.ipynb"
+        log: notebook=local(str(EXECUTED / f"{name}.ipynb"))
         params: notebook=name, words=words(*(w for k, v in parameters.items() for w in ("-p", f"{k}={json.dumps(v)}")))
         threads: STUDY.train.threads
-        retries: 1
-        shell: NOTEBOOK + " {params.notebook:q} {log.notebook:q} " + COMMON + " {params.words} && touch {output:q}"
+        resources: **asked("analyse")
+        retries: RETRIES
+        shell: notebook("{params.notebook:q}", "{params.words}")
 
-# Times steps of all main arms side by side, so it has the machine to itself.
+# Times steps of all main arms side by side, so it has the machine to itself; on a cluster it has what it is given.
 rule step_time:
     input: PREPARED
     output: RUNS / f"step_time-{haste.digest([STUDY.run(a).hash for a in STUDY.main])}.stamp"
-    threads: workflow.cores
-    shell: HASTE + " cost " + SETTINGS + " && touch {output:q}"
+    threads: STUDY.train.threads if ON_CLUSTER else workflow.cores
+    resources: **asked("step_time")
+    shell: OUTLIVE + "( " + HASTE + " cost " + SETTINGS + " ) && touch {output:q}"
 
 rule report:
     input:
@@ -143,6 +197,8 @@ rule report:
         PREPARED,
         [analysed(name) for name in STUDY.analyses],
     output: REPORT / "report.html"
-    log: notebook=EXECUTED / "10_report.ipynb"
+    log: notebook=local(str(EXECUTED / "10_report.ipynb"))
     params: settings=haste.digest(STUDY.model_dump(mode="json"))
-    shell: NOTEBOOK + " 10_report {log.notebook:q} " + COMMON
+    resources: **asked("report")
+    # The notebook writes the report where it belongs, which is what Snakemake asks for unless it keeps a copy.
+    shell: notebook("10_report", then="{{ [ -e {output:q} ] || " + words("cp", report_dir(STUDY, PROFILE) / "report.html") + " {output:q}; }}")

@@ -64,7 +64,15 @@ def parser() -> argparse.ArgumentParser:
     add("evaluate", evaluate, "score every kept checkpoint of a trained run", arm=True)
     score.add(commands)
     study = add("study", whole, "run a whole study: teacher, every arm and seed, scores and report")
-    study.add_argument("--cores", type=int, help="jobs at a time (default: all cores)")
+    study.add_argument("--cores", type=int, help="jobs at a time on this machine (default: all cores)")
+    study.add_argument(
+        "--processes", type=int, default=1,
+        help="how many processes train each run together, as of haste train (default: %(default)s)",
+    )  # fmt: skip
+    study.add_argument(
+        "--on", metavar="CLUSTER",
+        help="run the jobs on a cluster: slurm, kubernetes, or a folder with a Snakemake profile (default: here)",
+    )  # fmt: skip
     study.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and run none")
     add("teacher", teacher, "prepare a study's teacher and feature extractor, and print their facts")
     latents.add(commands)
@@ -177,12 +185,11 @@ def whole(arguments: argparse.Namespace) -> None:
     """haste study."""
     from haste_core import workflow
 
-    study = study_of(arguments)
-    print(
-        workflow.run_study(
-            study, arguments.study, arguments.profile, arguments.overrides, arguments.cores, arguments.dry_run
-        )
-    )
+    report = workflow.run_study(
+        study_of(arguments), arguments.study, arguments.profile, arguments.overrides, arguments.cores,
+        arguments.dry_run, arguments.processes, arguments.on,
+    )  # fmt: skip
+    print(report)
 
 
 def run_notebook(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,10 @@ class HasteError(Exception):
     """One clear line for the user: what was given and what is possible. The command line exits with status 2."""
 
 
+class InUse(HasteError):
+    """Another process holds what this one needs."""
+
+
 class Interrupted(Exception):
     """SIGTERM or SIGINT arrived during training; everything up to this step is saved. Exit status 143."""
 

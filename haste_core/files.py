@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from haste_core.errors import HasteError, is_disk_full
+from haste_core.errors import HasteError, InUse, is_disk_full
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def project_root() -> Path:
@@ -40,7 +44,8 @@ def atomic(path: Path) -> Iterator[Path]:
         HasteError: there is no room; the temporary file is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share the folder number their processes alike.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -87,7 +92,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """Holds an exclusive lock on the file `path`; it vanishes with the process, however that ends.
 
     Raises:
-        HasteError: another process holds it.
+        InUse: another process holds it.
+        HasteError: the file system knows no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as stream:
@@ -96,10 +102,17 @@ def locked(path: Path, what: str) -> Iterator[None]:
         except BlockingIOError as error:
             stream.seek(0)
             holder = stream.read().strip() or "unknown"
-            raise HasteError(
+            raise InUse(
                 f"{what} is in use by process {holder} ({path}); possible: wait for it, or stop it first"
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise HasteError(
+                f"{path} cannot be locked ({error.strerror}); possible: a file system with locks for HASTE_OUTPUT, for "
+                f"instance NFS 4, or Lustre mounted with -o flock"
+            ) from error
         stream.truncate(0)
-        stream.write(str(os.getpid()))
+        stream.write(f"{os.getpid()} on {platform.node()}")
         stream.flush()
         yield

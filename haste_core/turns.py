@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from haste_core.errors import HasteError, Interrupted
+from haste_core.errors import Interrupted, InUse
 from haste_core.files import locked
 
 POLL_SECONDS = 0.5
@@ -20,7 +20,7 @@ def claimed(path: Path, what: str) -> Iterator[bool]:
         try:
             held.enter_context(locked(path, what))
             free = True
-        except HasteError:
+        except InUse:
             free = False
         yield free
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from haste_core import config, signals
+from haste_core import cluster, config, signals
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, output_root, project_root, write_json
 from haste_core.runs import report_dir, study_dir
@@ -33,6 +34,8 @@ def run_study(
     overrides: Sequence[str] = (),
     cores: int | None = None,
     dry_run: bool = False,
+    processes: int = 1,
+    on: str | None = None,
 ) -> Path:
     """Do everything of a study that is not done yet; returns the path of its report.
 
@@ -40,36 +43,34 @@ def run_study(
         study: as loaded from `name`, `profile` and `overrides`, which the jobs load again.
         name: a study's name or the path of its file.
         profile, overrides: as for `config.load`.
-        cores: jobs at a time; all cores of this process by default.
+        cores: jobs at a time; all cores of this process by default. A cluster's profile says itself how many.
         dry_run: print the jobs that would run, and run none.
+        processes: how many train each run together, as for `launching.fit`.
+        on: the cluster whose nodes run the jobs, as for `cluster.find`; this machine by default.
 
     Raises:
-        HasteError: a job failed; what the others computed is kept, and the next call goes on from there.
-        Interrupted: a signal arrived; runs in progress saved a checkpoint.
+        HasteError: a number or the cluster cannot be used, or a job failed; what the others computed is kept, and the
+            next call goes on from there.
+        Interrupted: a signal arrived; runs in progress saved a checkpoint, on a cluster as far as it gave them time.
     """
     study.check_claims()
     folder = study_dir(study)
-    if cores is not None and cores < 1:
-        raise HasteError(f"--cores {cores}; possible: 1 and above")
-    cores = cores or len(os.sched_getaffinity(0))
-    # Snakemake works in the output's root; jobs work here, where relative paths in the settings are seen from.
-    given = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-    settings = {"study": given, "profile": profile or "", "overrides": json.dumps(list(overrides)), "here": Path.cwd()}
+    _check(study, cores, processes, on)
+    place = cluster.find(on) if on else None
+    command = graph(name, profile, overrides, processes, place) + _where(place, cores, dry_run)
+    away = place is not None and place.remote
     environment = os.environ | {"HASTE_OUTPUT": str(output_root())}
-    command = [
-        sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile"),
-        "--directory", str(output_root()), "--cores", str(cores), "--rerun-incomplete", "--keep-going", "--nolock",
-        "--rerun-triggers", "input", "mtime", "params", "--quiet", "rules",
-        "--config", *(f"{key}={value}" for key, value in settings.items()),
-    ]  # fmt: skip
     if dry_run:
         if subprocess.run([*command, "--dry-run"], env=environment).returncode:
             raise HasteError(f"study {study.name}: the graph could not be built; the lines above say why")
         return report_dir(study, profile) / "report.html"
     with locked(folder / "study.lock", f"study {study.name}"), watch(folder, _done_before(study)) as watched:
-        process = subprocess.Popen(command, env=environment)
-        with signals.catch(lambda: _stop_graph(process.pid)) as stopping:
+        # A stop on the terminal reaches a graph of local jobs as a whole; one on a cluster is told by us alone.
+        process = subprocess.Popen(command, env=environment, start_new_session=away)
+        with signals.catch(lambda: _stop_graph(process.pid, away)) as stopping:
             status = process.wait()
+    if stopping.is_set() and away:
+        raise Interrupted(f"study {study.name} stopped and its jobs were cancelled; run again to go on")
     if stopping.is_set():
         raise Interrupted(f"study {study.name} stopped, runs in progress are saved; run again to go on")
     if status:
@@ -79,6 +80,53 @@ def run_study(
         )
     print(f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes")
     return report_dir(study, profile) / "report.html"
+
+
+def graph(
+    name: str,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    processes: int = 1,
+    place: cluster.Cluster | None = None,
+) -> list[str]:
+    """The command that runs a study's graph, but for Snakemake's options on where; arguments as for `run_study`."""
+    # Snakemake works in the output's root; jobs work here, where relative paths in the settings are seen from.
+    given = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
+    settings = {
+        "study": given, "profile": profile or "", "overrides": json.dumps(list(overrides)), "here": Path.cwd(),
+        "output": output_root(), **cluster.as_config(place, processes),
+    }  # fmt: skip
+    return [
+        sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile"),
+        "--directory", str(output_root()), "--rerun-incomplete", "--keep-going", "--nolock",
+        "--rerun-triggers", "input", "mtime", "params", "--quiet", "rules",
+        "--config", *(f"{key}={value}" for key, value in settings.items()),
+    ]  # fmt: skip
+
+
+def _check(study: config.Study, cores: int | None, processes: int, on: str | None) -> None:
+    """Raise HasteError for numbers that no job could work with."""
+    if cores is not None and cores < 1:
+        raise HasteError(f"--cores {cores}; possible: 1 and above")
+    if cores is not None and on:
+        raise HasteError(f"--cores {cores} with --on {on}; possible: one of them, a profile says `jobs`")
+    if processes < 1:
+        raise HasteError(f"--processes {processes}; possible: 1 and above")
+    if processes > 1:
+        from haste_core.processes import micro_batches
+
+        for arm in study.arms:
+            micro_batches(study.run(arm).train, processes)
+
+
+def _where(place: cluster.Cluster | None, cores: int | None, dry_run: bool) -> list[str]:
+    """Snakemake's options for where jobs run, and how many at a time.
+
+    A dry run of a cluster's graph works without the cluster's plugins, where only the profile's own words go unread.
+    """
+    if place is None or (dry_run and place.missing_plugins()):
+        return ["--cores", str(cores or len(os.sched_getaffinity(0)))]
+    return place.options(dry_run)
 
 
 def _done_before(study: config.Study) -> bool:
@@ -125,10 +173,16 @@ def memory_gib() -> float:
     return total / 2**30
 
 
-def _stop_graph(pid: int) -> None:
-    """Snakemake starts no more jobs and waits for those that run; these save and leave."""
+def _stop_graph(pid: int, away: bool = False) -> None:
+    """Snakemake starts no more jobs and waits for those that run; these save and leave. On a cluster it cancels them.
+
+    What is cancelled gets SIGTERM and saves, too, if the cluster waits long enough before it kills.
+    """
     try:
         scheduler = psutil.Process(pid)
+        if away:
+            scheduler.send_signal(signal.SIGINT)
+            return
         jobs = [child for child in scheduler.children(recursive=True) if _is_notebook_job(child)]
     except psutil.NoSuchProcess:
         return  # the graph had ended by itself

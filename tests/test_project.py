@@ -344,8 +344,16 @@ def test_a_notebook_builds_no_path_by_hand(path):
 
 
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "many_gpus.md").read_text()
 BARE = {"haste latents", "haste score"}  # named in a sentence, not to be typed
-COMMANDS = sorted({*re.findall(r"`(haste [a-z][^`\n]*)`", README), *re.findall(r"^(haste .*)$", README, re.M)} - BARE)
+
+
+def commands(text):
+    """The commands of haste in a page: in sentences, and on lines of their own."""
+    return {*re.findall(r"`(haste [a-z][^`]*)`", text), *re.findall(r"^(haste .*)$", text, re.M)} - BARE
+
+
+COMMANDS = sorted(commands(README))
 
 
 def block_below(heading, language):
@@ -392,8 +400,22 @@ def test_readme_has_commands():
     assert all(f"`{command}`" in README for command in BARE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_readme_is_understood(command):
+def test_the_page_on_many_gpus_has_commands_and_readme_leads_to_it():
+    assert "(docs/many_gpus.md)" in README
+    named = {command.split()[1] for command in commands(PAGE)}
+    assert named == {"latents", "train", "plan", "study", "sample", "score"}
+
+
+def test_the_page_on_many_gpus_names_what_profiles_hold():
+    for name in ("slurm", "kubernetes"):
+        settings = yaml.safe_load((ROOT / "workflow" / name / "config.yaml").read_text())
+        named = {"executor", "jobs", "retries", "latency-wait", "default-resources", "set-resources"}
+        assert named <= set(settings)
+        assert [key for key in (*named, *settings["set-resources"]) if f"`{key}`" not in PAGE] == []
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *commands(PAGE) - {"haste study"}}))
+def test_a_command_of_readme_or_page_is_understood(command):
     arguments = parser().parse_args(shlex.split(command, comments=True)[1:])
     if getattr(arguments, "study", None) in config.studies():
         study = study_of(arguments)

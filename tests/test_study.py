@@ -179,6 +179,10 @@ def test_a_second_call_runs_no_job_and_ends_with_the_same_path(study, capfd):
     assert jobs(capfd) == set()
 
 
+def test_what_was_done_here_is_not_done_again_on_a_cluster_or_by_more_processes(study, capfd):
+    assert jobs(capfd, "--on", "slurm", "--processes", "2") == set()
+
+
 def test_another_sampler_setting_scores_again_and_trains_nothing(study, capfd):
     assert jobs(capfd, "--set", "sample.solver_steps=3") == {*(f"evaluate_{arm}_0" for arm in ARMS), "report"}
 

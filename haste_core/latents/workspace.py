@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from haste_core.data.pairs import IMAGES, LATENTS
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, InUse
 from haste_core.files import locked
 
 
@@ -86,7 +86,7 @@ class Workspace:
         try:
             held = locked(self.work / f"{self.folder(shard)}.lock", f"shard {self.folder(shard)}")
             held.__enter__()
-        except HasteError:
+        except InUse:
             yield False
             return
         try:
