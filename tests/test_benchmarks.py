@@ -52,7 +52,8 @@ def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypa
 
     def small(folder, model="SiT-S/8", arms=step.ARMS, compiled=False):
         loaded = whole(folder, "SiT-S/8", arms, compiled)
-        teacher = loaded.teacher.model_copy(update={"model": "vit_tiny_patch16_224", "kwargs": {"depth": 2, "img_size": 64}})
+        encoder = {"model": "vit_tiny_patch16_224", "kwargs": {"depth": 2, "img_size": 64}}
+        teacher = loaded.teacher.model_copy(update=encoder)
         alignment = loaded.alignment.model_copy(update={"layer_pairs": [(4, 1)], "depth": 4})
         arms = {name: {k: v for k, v in arm.items() if k != "teacher"} for name, arm in loaded.arms.items()}
         return loaded.model_copy(update={"teacher": teacher, "alignment": alignment, "arms": arms})
