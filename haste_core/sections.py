@@ -243,6 +243,9 @@ class Train(Section):
     batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
     share of them in; it divides the memory and changes no number but by rounding, as the number of processes does.
 
+    sharded: divide weights, gradients, optimizer states and average among the processes, block by block; one process
+    has nobody to divide with and trains as without.
+
     watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.analysis.online`), which changes
     no number of the run.
 
@@ -253,6 +256,7 @@ class Train(Section):
     steps: Positive
     batch_size: Positive = 256
     accumulate: Positive = 1
+    sharded: bool = False
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Unit, Unit] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -285,8 +289,10 @@ class Train(Section):
 
 
 # What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, and how many
-# images the device holds at a time.
-TRAIN_BOOKKEEPING = {"steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate"}
+# images and whose weights the device holds at a time.
+TRAIN_BOOKKEEPING = {
+    "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "sharded",
+}  # fmt: skip
 
 
 class Sample(Section):
