@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from haste_core import sharding
 from haste_core.errors import HasteError
 from haste_core.files import atomic
 
@@ -98,4 +99,6 @@ def load_optimizer(optimizer: Any, module: nn.Module, tensors: Mapping[str, Tens
         if keys:
             # Only the fused kernel counts its steps on the device.
             places = {key: parameter.device if key != "step" or fused else "cpu" for key in keys}
-            inner.state[parameter] = {key: tensors[f"{name}.{key}"].clone().to(places[key]) for key in keys}
+            found = {key: tensors[f"{name}.{key}"] for key in keys}
+            parts = {key: value if key == "step" else sharding.part(value, parameter) for key, value in found.items()}
+            inner.state[parameter] = {key: value.clone().to(places[key]) for key, value in parts.items()}

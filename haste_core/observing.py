@@ -5,11 +5,12 @@ Exact (the paper's, passes of its own) or online (none): what the trigger or `tr
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 
-from haste_core import config
+from haste_core import config, sharding
 from haste_core.analysis.cosine import gradient_cosine, reaching
 from haste_core.analysis.online import OnlineAngle
 from haste_core.compiling import uncompiled
@@ -56,17 +57,22 @@ def exact(state: TrainState) -> float:
     """
     assert state.alignment is not None
     settings, block = state.config.termination, block_of(state.config)
-    model = state.accelerator.unwrap_model(state.model)
+    unwrap, main = state.accelerator.unwrap_model, state.processes.is_main
+    model, alignment = sharding.in_one_piece(unwrap(state.model), main), copy.copy(state.alignment)
+    if alignment.projector is not None:
+        alignment.projector = sharding.in_one_piece(unwrap(alignment.projector), main)
     batch = state.batches.dataset.examples("test", settings.n)
-    which = [loss for loss in reaching(state.alignment, block) if loss != "holistic"]
-    # Every process looks at the same images, and one graph gives gradients of several losses.
-    with state.unsynchronised(), uncompiled():
-        cosines = [
-            products.rho()
-            for t in settings.timesteps
-            for products in gradient_cosine(model, state.alignment, state.objective, batch, t, block, which).values()
-        ]
-    return float(np.mean(cosines))
+    which = [loss for loss in reaching(alignment, block) if loss != "holistic"]
+
+    def mean() -> float:
+        with uncompiled():  # one graph gives gradients of several losses
+            found = [
+                gradient_cosine(model, alignment, state.objective, batch, t, block, which) for t in settings.timesteps
+            ]
+        return float(np.mean([products.rho() for by_loss in found for products in by_loss.values()]))
+
+    # All would find the same: the images are not divided.
+    return state.processes.from_main(mean)
 
 
 def block_of(run: config.RunConfig) -> int:

@@ -251,6 +251,9 @@ class Train(Section):
     batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
     share of them in; it divides the memory and changes no number but by rounding, as the number of processes does.
 
+    sharded: divide weights, gradients, optimizer states and average among the processes, block by block; one process
+    has nobody to divide with and trains as without.
+
     compile: torch.compile the blocks (`haste_core.compiling`); it too changes no number but by rounding, and pays where
     a run is much longer than the seconds to a minute that compiling takes (`make bench`).
 
@@ -268,6 +271,7 @@ class Train(Section):
     steps: Positive
     batch_size: Positive = 256
     accumulate: Positive = 1
+    sharded: bool = False
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Unit, Unit] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -298,9 +302,9 @@ class Train(Section):
 
 
 # What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, how many
-# images the device holds at a time, and how its kernels are made.
+# images and whose weights the device holds at a time, and how its kernels are made.
 TRAIN_BOOKKEEPING = {
-    "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "compile",
+    "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "sharded", "compile",
     "prefetch", "cache_teacher",
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,10 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, broadcast
 from torch import Generator, Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from haste_core import checkpoint
+from haste_core import checkpoint, sharding
 from haste_core.alignment import Alignment
 from haste_core.analysis.online import OnlineAngle
 from haste_core.compiling import compile_blocks
@@ -79,6 +80,7 @@ class TrainState:
             for module in (self.model, projector):
                 if module is not None:
                     held.enter_context(self.accelerator.no_sync(module))
+                    held.enter_context(sharding.unsynchronised(module))
             yield
 
     def gather(self) -> None:
@@ -89,6 +91,10 @@ class TrainState:
 
     def enter_phase_two(self) -> None:
         """Drop teacher, projector and their optimizer state for good; nobody looks at clean images any more."""
+        # accelerate keeps what it prepared, and would keep the projector and its moments with it.
+        held = (self.alignment.projector if self.alignment is not None else None, self.alignment_optimizer)
+        for kept in (self.accelerator._models, self.accelerator._optimizers):
+            kept[:] = [one for one in kept if not any(one is dropped for dropped in held)]
         self.alignment = self.alignment_optimizer = self.angle = self.cache = None
         self.batches.with_images = False
         self.compile()
@@ -151,7 +157,12 @@ def create(
     seeds = seeds_of(seed)
     torch.manual_seed(seeds.rest)  # nothing draws from it; set so that it is the same in every run
     dataset = open_dataset(config.data) if dataset is None else dataset
-    student = build_generator(config, dataset, seeds.weights).to(accelerator.device)
+    student = build_generator(config, dataset, seeds.weights)
+    mesh = None
+    if config.train.sharded and processes.count > 1:
+        mesh = sharding.mesh_of(processes.count, accelerator.device)
+    else:
+        student.to(accelerator.device)  # a divided one goes there block by block
     if termination is None:
         termination = Termination(config)
         termination.update(0)
@@ -160,10 +171,12 @@ def create(
         alignment = _alignment(config, student, teacher, seeds.projector, accelerator.device, processes)
         check_precision(alignment.teacher, dataset, alignment.teacher_blocks, config.train.precision)
     ema = copy.deepcopy(student).requires_grad_(False).eval()
-    model, optimizer = _prepared(accelerator, student, config)
+    if mesh is not None:
+        sharding.divide(ema, ema.blocks, mesh)
+    model, optimizer = _prepared(accelerator, student, config, mesh, student.blocks)
     alignment_optimizer = None
     if alignment is not None and alignment.projector is not None:
-        alignment.projector, alignment_optimizer = _prepared(accelerator, alignment.projector, config)
+        alignment.projector, alignment_optimizer = _prepared(accelerator, alignment.projector, config, mesh)
     angle = None
     if alignment is not None and watches(config):
         angle = OnlineAngle(accelerator.device, processes=processes.count)
@@ -201,9 +214,21 @@ def _alignment(
 
 
 def _prepared(
-    accelerator: Accelerator, module: nn.Module, config: RunConfig
+    accelerator: Accelerator,
+    module: nn.Module,
+    config: RunConfig,
+    mesh: DeviceMesh | None,
+    blocks: Iterable[nn.Module] = (),
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A module and its optimizer, ready to be trained here alone or by several processes."""
+    """A module and its optimizer, ready to be trained here alone or by several processes.
+
+    mesh, blocks: what the module is divided among, if it is, and the units it is divided by.
+    """
+    if mesh is not None:
+        # Of the model accelerate sees to the precision alone, as of one that is not trained.
+        module = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
+        sharding.divide(module, blocks, mesh)
+        return module, accelerator.prepare_optimizer(adamw(module, config))
     # Buffers are constants, equal in all processes; by default they would be sent round before every forward pass.
     constants = [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
@@ -271,18 +296,20 @@ def adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything `restore` needs: tensors by dotted name, and a JSON-like rest.
 
-    The same in all processes after `TrainState.gather`; nothing in it depends on their number.
+    The same in all processes after `TrainState.gather`; nothing in it depends on their number. Where weights are
+    divided all processes call this together, and the main one alone has all of it.
     """
     tensors: dict[str, Tensor] = {}
-    model, ema = state.accelerator.unwrap_model(state.model), state.ema.state_dict()
+    model, main = state.accelerator.unwrap_model(state.model), state.processes.is_main
     _put(tensors, "model.", model.state_dict())
-    _put(tensors, "ema.", ema)
+    _put(tensors, "ema.", state.ema.state_dict())
     _put(tensors, "optimizer.", checkpoint.optimizer_tensors(state.optimizer, model))
     if state.alignment is not None and state.alignment.projector is not None:
         projector = state.accelerator.unwrap_model(state.alignment.projector)
         _put(tensors, "alignment.projector.", projector.state_dict())
         assert state.alignment_optimizer is not None
         _put(tensors, "alignment.optimizer.", checkpoint.optimizer_tensors(state.alignment_optimizer, projector))
+    tensors = sharding.whole(tensors, keep=main)
     if state.angle is not None:
         _put(tensors, "angle.", state.angle.state_dict())
     _put(tensors, "data.", state.batches.state_dict())
@@ -299,7 +326,7 @@ def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "run": state.config.hash,
         "termination": state.termination.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "ema_fingerprint": checkpoint.fingerprint(ema),
+        "ema_fingerprint": checkpoint.fingerprint(checkpoint.under(tensors, "ema.")) if main else None,
     }
     return tensors, rest
 
@@ -307,8 +334,8 @@ def capture(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore(state: TrainState, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
     """Bring a freshly created run to exactly where `capture` saw it."""
     model = state.accelerator.unwrap_model(state.model)
-    model.load_state_dict(checkpoint.under(tensors, "model."))
-    state.ema.load_state_dict(checkpoint.under(tensors, "ema."))
+    sharding.load(model, checkpoint.under(tensors, "model."))
+    sharding.load(state.ema, checkpoint.under(tensors, "ema."))
     checkpoint.load_optimizer(state.optimizer, model, checkpoint.under(tensors, "optimizer."))
     state.termination.load_state_dict(dict(rest["termination"]))
     state.termination.update(rest["step"])
@@ -316,7 +343,7 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], rest: Mapping[str,
         state.enter_phase_two()
     elif state.alignment is not None and state.alignment.projector is not None:
         projector = state.accelerator.unwrap_model(state.alignment.projector)
-        projector.load_state_dict(checkpoint.under(tensors, "alignment.projector."))
+        sharding.load(projector, checkpoint.under(tensors, "alignment.projector."))
         assert state.alignment_optimizer is not None
         checkpoint.load_optimizer(
             state.alignment_optimizer, projector, checkpoint.under(tensors, "alignment.optimizer.")

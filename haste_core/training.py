@@ -17,11 +17,12 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from haste_core import checkpoint, config, images, provenance, runs, sampling, signals, teacher_cache
+from haste_core import checkpoint, config, images, provenance, runs, sampling, sharding, signals, teacher_cache
 from haste_core.data import Batch
 from haste_core.errors import Interrupted
 from haste_core.files import write_bytes, write_text
 from haste_core.meter import Meter, check_finite
+from haste_core.models import DiffusionTransformer
 from haste_core.objectives import shifted
 from haste_core.processes import Processes
 from haste_core.runs import Run
@@ -75,7 +76,7 @@ def train_step(s: TrainState) -> dict[str, Tensor]:
         with nullcontext() if i == len(s.micro_batches) else s.unsynchronised():
             found.append(accumulate_gradients(s, Batch(*(b[part] for b in batch)), Draws(*(d[part] for d in draws))))
     measured = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
-    grad_norm = s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm)
+    grad_norm = sharding.together(s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm))
     for optimizer in s.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -195,7 +196,7 @@ def _loop(
         if due:
             save_checkpoint(run, state)
         if state.step % train.sample_every == 0 or state.step == train.steps:
-            processes.from_main(lambda: preview(run, state))
+            preview(run, state)
         if on_step is not None:
             on_step(state)
         # All leave after the same step, whichever of them the signal reached.
@@ -212,11 +213,11 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
         HasteError: a weight is not finite (nothing is written), or there is no room.
     """
     state.gather()
-    state.processes.from_main(lambda: _write_checkpoint(run, state))
-
-
-def _write_checkpoint(run: Run, state: TrainState) -> None:
     tensors, rest = capture(state)
+    state.processes.from_main(lambda: _write_checkpoint(run, state, tensors, rest))
+
+
+def _write_checkpoint(run: Run, state: TrainState, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
     broken = [name for name, value in tensors.items() if name.startswith("model.") and not value.isfinite().all()]
     if broken:
         check_finite(float("nan"), state)
@@ -290,12 +291,18 @@ def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> 
 def preview(run: Run, state: TrainState) -> None:
     """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time.
 
-    Of latents the first three channels are shown as they are; `haste sample` decodes.
+    Of latents the first three channels are shown as they are; `haste sample` decodes. All processes call this, the main
+    one draws.
     """
-    classes = state.ema.null_label
+    average = sharding.in_one_piece(state.ema, state.processes.is_main)
+    state.processes.from_main(lambda: _draw_preview(run, state.step, average))
+
+
+def _draw_preview(run: Run, step: int, average: DiffusionTransformer) -> None:
+    classes = average.null_label
     labels = torch.arange(min(classes, 10)).repeat(4)
-    quick = config.Sample(sampler="ddpm" if state.ema.kind == "dit" else "heun", solver_steps=10)
-    drawn = sampling.draw(state.ema, labels, range(len(labels)), quick)
+    quick = config.Sample(sampler="ddpm" if average.kind == "dit" else "heun", solver_steps=10)
+    drawn = sampling.draw(average, labels, range(len(labels)), quick)
     if drawn.shape[1] > 3:
         drawn = drawn[:, :3] / 3  # latents, of about unit variance: no decoder beside a run that needs the memory
-    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{state.step:08d}.png", min(classes, 10))
+    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{step:08d}.png", min(classes, 10))

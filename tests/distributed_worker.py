@@ -11,9 +11,13 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
 
 from haste_core import config
 from haste_core.errors import HasteError, Interrupted
@@ -22,7 +26,7 @@ from haste_core.runs import Run
 from haste_core.training import fit
 
 
-def stop(index):
+def stop(index, _folder=None):
     """The second process gets a signal after step 3."""
 
     def on_step(state):
@@ -32,14 +36,43 @@ def stop(index):
     return on_step
 
 
+def measure(index, folder):
+    """How many values lie in this process and how many there are, after steps 1 and 5: FOLDER/parts-INDEX.json."""
+    found = {}
+
+    def on_step(state):
+        projector = state.alignment.projector if state.alignment else None
+        kinds = {
+            "weights": state.model.parameters(),
+            "average": state.ema.parameters(),
+            "projector": projector.parameters() if projector else (),
+            "moments": (s[k] for o in state.optimizers for s in o.state.values() for k in ("exp_avg", "exp_avg_sq")),
+        }
+        if state.step in (1, 5):
+            parts = {kind: [(local(t).numel(), t.numel()) for t in tensors] for kind, tensors in kinds.items()}
+            found[state.step] = {kind: [sum(n) for n in zip(*sizes, strict=True)] for kind, sizes in parts.items()}
+            (folder / f"parts-{index}.json").write_text(json.dumps(found))
+
+    return on_step
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def work(index, folder, name, settings, happens, together):
     """What came of one run: "done", or the error's name and text."""
     os.environ["HASTE_OUTPUT"] = str(folder / name)
+    AcceleratorState._reset_state()  # each run has a precision of its own
     # The teacher's weights are random; the second process draws others and has to get the first one's.
     torch.manual_seed(index)
     try:
         run = Run(config.load("digits", overrides=settings), "haste", 0)
-        fit(run, on_step=stop(index) if happens == "stop" else None, progress=False, processes=together)
+        if happens == "stop and go on":
+            with suppress(Interrupted):
+                fit(run, on_step=stop(index), progress=False, processes=together)
+        on_step = {"stop": stop, "measure": measure}.get(happens, lambda *_: None)(index, folder / name)
+        fit(run, on_step=on_step, progress=False, processes=together)
     except (HasteError, Interrupted) as error:
         return f"{type(error).__name__}: {error}"
     return "done"
@@ -51,6 +84,8 @@ def process(index, folder, tasks):
     # They meet in a file: there is no port that could be taken.
     torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=index, world_size=2)
     together = Processes()
+    # Graphs as ever, without kernels of their own, which take long to make.
+    torch.compile = partial(torch.compile, backend="aot_eager")
     outcomes = {task[0]: work(index, folder, *task, together) for task in tasks}
     (folder / f"outcome-{index}.json").write_text(json.dumps(outcomes))
     together.close()

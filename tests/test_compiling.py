@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from haste_core import observing, training
-from haste_core.compiling import check_compiler, uncompiled
+from haste_core.compiling import check_compiler, is_compiled, uncompiled
 from haste_core.errors import HasteError
 from haste_core.runs import Run
 
@@ -68,10 +68,10 @@ def test_compiled_training_is_training(output, make_study, traced, more):
 
 def test_watched_blocks_are_compiled_from_the_switch_on(output, make_study, traced):
     _, state = steps(make_study(*SWITCH, "train.compile=true", "train.watch_angle=true"), "haste", 2)
-    assert [block._compiled_call_impl is None for block in state.model.blocks] == [False, True, True]
+    assert [is_compiled(block) for block in state.model.blocks] == [True, False, False]
     training.train_step(state)
     training.train_step(state)
-    assert all(block._compiled_call_impl is not None for block in state.model.blocks)
+    assert all(is_compiled(block) for block in state.model.blocks)
 
 
 def test_compiled_and_uncompiled_runs_are_one_run(output, make_study, traced):

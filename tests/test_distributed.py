@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from haste_core.training import draw_noise, fit, open_state, train_step, update_
 SHORT = ("train.steps=6", "train.keep=[3]", "train.log_every=1", "arms.haste.termination.at=4")
 MEASURED = ("loss", "denoising", "feature", "attention", "grad_norm", "online_angle", "gradient_angle")
 WORKER = Path(__file__).with_name("distributed_worker.py")
+DIVIDED = ("train.sharded=true",)
+CACHED = ("data.augment={shift: 0, rotation: 0, scale: 0}", "train.cache_teacher=true", "train.prefetch=true")
 EXACT = ("arms.haste.termination={kind: gradient_angle, at: null, every: 1, after: 2, threshold: 1, n: 8}",)
 
 
@@ -160,6 +163,22 @@ TASKS = {
     "indivisible": (("train.accumulate=5",), ""),
     "taken": ((), ""),  # finds its lock held
     "unwell": (("train.lr=1e30",), ""),
+    "halves": (("train.precision=bf16",), ""),
+    "compiled": (("train.compile=true",), ""),
+    "cached": (CACHED, ""),
+    # With weights divided between the two.
+    "divided": (DIVIDED, "measure"),
+    "divided accumulating": ((*DIVIDED, "train.accumulate=4"), ""),
+    "divided watching": ((*DIVIDED, "train.watch_angle=true", "train.log_every=2"), ""),
+    "divided exact": ((*DIVIDED, *EXACT), ""),
+    "divided compiled": ((*DIVIDED, "train.compile=true"), ""),
+    "divided halves": ((*DIVIDED, "train.precision=bf16"), ""),
+    "divided dit": ((*DIVIDED, "model.kind=dit"), ""),
+    "divided mmdit": ((*DIVIDED, "model.kind=mmdit", "model.context_width=6"), ""),
+    "divided stopped": ((*DIVIDED, "train.log_every=2"), "stop"),
+    "divided resumed": (DIVIDED, ""),  # finds the checkpoint of one process
+    "divided twice": (DIVIDED, "stop and go on"),
+    "divided unwell": ((*DIVIDED, "train.lr=1e30"), ""),
 }
 
 
@@ -169,12 +188,22 @@ def two(tmp_path_factory, tiny_overrides, new_output):
     place = tmp_path_factory.mktemp("two")
     with new_output(), pytest.MonkeyPatch.context() as patch:
         half = config.load("digits", overrides=[*tiny_overrides, *SHORT])
-        with pytest.raises(Interrupted):
-            trained(half, place / "resumed", patch, on_step=stop_after_three)
+        for name in ("resumed", "divided resumed"):
+            with pytest.raises(Interrupted):
+                trained(half, place / name, patch, on_step=stop_after_three)
+        contexts.write(place / "captions.safetensors", torch.randn(10, 3, 6), torch.randn(3, 6))
         with locked(run_in(place / "taken", half, patch).dir / "run.lock", "it"):
-            tasks = [(name, [*tiny_overrides, *SHORT, *more], what) for name, (more, what) in TASKS.items()]
+            tasks = [
+                (name, [*tiny_overrides, *SHORT, *settings(place, name)], what) for name, (_, what) in TASKS.items()
+            ]
             subprocess.run([sys.executable, str(WORKER), str(place), json.dumps(tasks)], check=True, timeout=250)
     return place
+
+
+def settings(place, name):
+    """Those of a task; a model of text has its captions in the folder of all tasks."""
+    captions = (f"data.contexts={place / 'captions.safetensors'}",) if "mmdit" in name else ()
+    return (*TASKS[name][0], *captions)
 
 
 def stop_after_three(state):
@@ -186,8 +215,10 @@ def stop_after_three(state):
 def compared(two, output, short, monkeypatch):
     """A function from a task to its run by two processes and the same by one."""
 
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
     def compare(name):
-        study = short(*TASKS[name][0])
+        study = short(*settings(two, name))
         alone = trained(study, output / "one", monkeypatch)
         return run_in(two / name, study, monkeypatch), alone
 
@@ -198,7 +229,11 @@ def outcomes(two, name):
     return [json.loads((two / f"outcome-{i}.json").read_text())[name] for i in range(2)]
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulating"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "accumulating", "compiled", "cached", "divided", "divided accumulating", "divided compiled",
+     "divided dit", "divided mmdit"],
+)  # fmt: skip
 def test_two_processes_train_as_one_does_across_the_switch(two, compared, name):
     together, alone = compared(name)
     assert outcomes(two, name) == ["done", "done"]
@@ -212,8 +247,9 @@ def test_two_processes_train_as_one_does_across_the_switch(two, compared, name):
     assert [p.name for p in (together.dir / "samples").iterdir()] == ["step_00000006.png"]
 
 
-def test_the_online_angle_is_that_of_all_samples(compared):
-    together, alone = compared("watching")
+@pytest.mark.parametrize("name", ["watching", "divided watching"])
+def test_the_online_angle_is_that_of_all_samples(compared, name):
+    together, alone = compared(name)
     for line, line_too in zip(together.metrics(), alone.metrics(), strict=True):
         assert line["loss"] == pytest.approx(line_too["loss"], rel=1e-5)
         assert line.get("online_angle") == pytest.approx(line_too.get("online_angle"), rel=1e-3, abs=1e-5)
@@ -222,27 +258,30 @@ def test_the_online_angle_is_that_of_all_samples(compared):
     assert torch.allclose(sums, expected, rtol=1e-3, atol=1e-9)
 
 
-def test_the_exact_angle_ends_phase_one_at_the_same_step(two, compared):
-    together, alone = compared("exact")
-    assert outcomes(two, "exact") == ["done", "done"]
+@pytest.mark.parametrize("name", ["exact", "divided exact"])
+def test_the_exact_angle_ends_phase_one_at_the_same_step(two, compared, name):
+    together, alone = compared(name)
+    assert outcomes(two, name) == ["done", "done"]
     assert [line["phase"] for line in together.metrics()] == [line["phase"] for line in alone.metrics()]
     assert_close_logs(logged(together), logged(alone), rel=1e-4)
 
 
-def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(two, output, short, monkeypatch):
+@pytest.mark.parametrize("name", ["stopped", "divided stopped"])
+def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(two, output, short, monkeypatch, name):
     study = short(*TASKS["stopped"][0])
-    assert outcomes(two, "stopped") == ["Interrupted: haste seed 0 stopped at step 3, saved; run again to go on"] * 2
-    stopped = run_in(two / "stopped", study, monkeypatch)
+    assert outcomes(two, name) == ["Interrupted: haste seed 0 stopped at step 3, saved; run again to go on"] * 2
+    stopped = run_in(two / name, study, monkeypatch)
     assert stopped.steps() == [3]
-    trained(study, two / "stopped", monkeypatch)
+    trained(study, two / name, monkeypatch)
     alone = trained(study, output / "one", monkeypatch)
     assert_close_logs(logged(stopped), logged(alone), lines=3)
     assert_close_checkpoints(stopped.load(6)[0], alone.load(6)[0])
 
 
-def test_two_processes_go_on_from_what_one_saved(two, compared):
-    together, alone = compared("resumed")
-    assert outcomes(two, "resumed") == ["done", "done"]
+@pytest.mark.parametrize("name", ["resumed", "divided resumed"])
+def test_two_processes_go_on_from_what_one_saved(two, compared, name):
+    together, alone = compared(name)
+    assert outcomes(two, name) == ["done", "done"]
     sessions = json.loads((together.dir / "provenance.json").read_text())["sessions"]
     assert [(s["first_step"], s["last_step"], s["processes"]) for s in sessions] == [(0, 3, 1), (3, 6, 2)]
     assert_close_logs(logged(together), logged(alone))
@@ -254,7 +293,8 @@ def test_two_processes_go_on_from_what_one_saved(two, compared):
     [("indivisible", "train.batch_size 16 cannot go through 2 process(es) in 5 equal micro-batches each; possible: a "
                      "multiple of 10 for train.batch_size, or 1, 2, 4, 8 for train.accumulate"),
      ("taken", "is in use by process"),
-     ("unwell", "checkpoints before it are intact")],
+     ("unwell", "checkpoints before it are intact"),
+     ("divided unwell", "checkpoints before it are intact")],
 )  # fmt: skip
 def test_an_error_is_the_same_in_both(two, name, message):
     first, second = outcomes(two, name)
@@ -279,6 +319,45 @@ def test_every_parameter_has_a_gradient_in_either_phase(output, short, kind, arm
         train_step(state)
     assert state.termination.phase == 2
     assert missing == []
+
+
+# -- weights divided between two --------------------------------------------------------------------------------------
+
+
+def test_each_process_holds_half_of_what_is_trained(two):
+    """And of the average; in phase II nothing is left of the projector."""
+    parts = [json.loads((two / "divided" / f"parts-{i}.json").read_text()) for i in range(2)]
+    for step, projected in (("1", True), ("5", False)):
+        first, second = (part[step] for part in parts)
+        assert bool(first["projector"]) == projected
+        for kind in ("weights", "average", "moments") + ("projector",) * projected:
+            (here, all_of_it), (there, known) = first[kind], second[kind]
+            assert here + there == all_of_it == known
+            assert abs(here - there) < 0.01 * all_of_it, kind
+
+
+def test_divided_weights_go_on_to_the_bit(two, short, monkeypatch):
+    study = short()
+    whole, twice = (run_in(two / name, study, monkeypatch) for name in ("divided", "divided twice"))
+    assert outcomes(two, "divided twice") == ["done", "done"]
+    assert len(json.loads((twice.dir / "provenance.json").read_text())["sessions"]) == 2
+    expected, found = (run.load(6)[0] for run in (whole, twice))
+    assert expected.keys() == found.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def test_half_precision_is_that_of_whole_weights(two, short, monkeypatch):
+    study = short(*TASKS["halves"][0])
+    whole, divided = (run_in(two / name, study, monkeypatch) for name in ("halves", "divided halves"))
+    assert_close_logs(logged(divided), logged(whole))
+
+
+def test_one_process_trains_as_without(output, short):
+    torch.manual_seed(0)
+    state = open_state(Run(short(*DIVIDED), "haste", 0))
+    plain = open_state(Run(short(), "haste", 0))
+    assert state.config.hash == plain.config.hash
+    assert [type(p) for p in state.parameters()] == [type(p) for p in plain.parameters()]
 
 
 # -- the launcher -----------------------------------------------------------------------------------------------------

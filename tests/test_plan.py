@@ -136,6 +136,25 @@ def test_memory_goes_by_the_images_on_one_device_and_time_by_the_fullest(tiny):
     assert rows_of(small, "holistic")["memory_bytes"][1] == few.peak
 
 
+def test_what_is_divided_takes_its_part_of_the_memory(make_study):
+    plain = make_study("train.precision=bf16")
+    divided = make_study("train.precision=bf16", "train.sharded=true")
+    alone, whole, found = (
+        estimated(study, "holistic", micro_batch=2, processes=n).memory[1]
+        for study, n in ((divided, 1), (plain, 4), (divided, 4))
+    )
+    assert alone == whole
+    for kind in ("weights", "average", "optimizer", "gradients"):
+        assert getattr(found, kind) == pytest.approx(getattr(whole, kind) / 4, abs=1)
+    assert (found.copies, found.activations, found.teacher) == (whole.copies, whole.activations, whole.teacher)
+    assert rows_of(planned_of(divided, gpus=4), "holistic")["memory_bytes"][1] == (
+        estimated(divided, "holistic", processes=4).memory[1].peak
+    )
+    # On the way from one micro-batch to the next each adds up whole gradients.
+    parts = estimated(make_study("train.sharded=true", "train.accumulate=2"), "holistic", processes=4).memory[1]
+    assert parts.gradients == whole.gradients
+
+
 def test_shares_by_phase_are_used_by_phase(tiny, table):
     by_phase = planning.planned(tiny, 1, RATE, {1: SHARE, 2: SHARE / 2})
     slower = [2 if phase == 2 else 1 for phase in table["phase"]]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 
 import pytest
@@ -111,6 +113,20 @@ def test_a_phase_two_step_runs_exactly_the_operators_of_a_vanilla_step(output, t
     assert counted["haste"][10] == counted["vanilla"][10]
     assert counted["haste"][9] == counted["vanilla"][9]
     assert counted["haste"][7].total() > counted["vanilla"][7].total()
+
+
+def test_nothing_of_phase_one_stays_in_memory_after_the_switch(output, tiny):
+    """Not even in what accelerate keeps of all that it prepared."""
+    state = open_state(Run(tiny, "haste", 0))
+    alignment, optimizer = state.alignment, state.alignment_optimizer
+    left = [weakref.ref(one) for one in (alignment, alignment.teacher, alignment.projector, optimizer)]
+    del alignment, optimizer
+    assert all(one() is not None for one in left)
+    for _ in range(9):
+        train_step(state)
+    gc.collect()
+    assert [one() for one in left] == [None] * 4
+    assert len(state.accelerator._models) == len(state.accelerator._optimizers) == 1
 
 
 # Operators whose result Python or a shape depends on: on a GPU each of them waits for all that was asked before.

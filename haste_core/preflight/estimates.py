@@ -61,7 +61,7 @@ class Estimate:
     student, projector, teacher: number of parameters. forward: operations of the student's forward pass of one image;
     teacher_forward: the teacher's. step_flops: of one step, the whole batch. memory: at a step's peak. steps: how many
     the run takes itself. checkpoint: bytes of one; kept: how many of its own stay. processes: devices that share a
-    step; memory is of each.
+    step; memory is of each. shards: parts that weights and what belongs to them are divided in, 1 where they are not.
     """
 
     student: int
@@ -75,6 +75,7 @@ class Estimate:
     checkpoint: Mapping[int, int]
     kept: Mapping[int, int]
     processes: int = 1
+    shards: int = 1
 
     @property
     def flops(self) -> int:
@@ -101,6 +102,7 @@ def estimate(
     shared: int = 0,
     found: Traced | None = None,
     processes: int = 1,
+    shards: int | None = None,
 ) -> Estimate:
     """What a run costs, from its networks.
 
@@ -111,9 +113,11 @@ def estimate(
         shared: steps that another arm takes for this one (`Study.donor`); they and their checkpoints do not count.
         found: what `follow` found for the same networks; followed now by default.
         processes: devices that share each step's images.
+        shards: devices that weights are divided among where `train.sharded` says so; by default all of them.
     """
     found = found or follow(run, example, nets)
     steps = phases(run)
+    shards = (shards or processes) if run.train.sharded else 1
     micro_batch = micro_batch or -(-run.train.batch_size // (run.train.accumulate * processes))
     projector_size = parameters(nets.alignment.projector) if nets.alignment else 0
     student_size = parameters(nets.student)
@@ -126,12 +130,13 @@ def estimate(
         forward=found.costs[2].forward,
         teacher_forward=found.teacher_forward,
         step_flops={phase: found.costs[phase].flops * run.train.batch_size for phase in steps},
-        memory={phase: memory(nets, found.costs[phase], phase, run.train.precision, micro_batch) for phase in steps},
+        memory={phase: memory(nets, found.costs[phase], phase, run.train, micro_batch, shards) for phase in steps},
         steps={phase: count - shared * (phase == min(steps)) for phase, count in steps.items()},
         # Four float32 copies: weights, their average, and AdamW's two moments; the projector is not averaged.
         checkpoint={phase: 4 * (3 * sizes[phase] + student_size) for phase in steps},
         kept={phase: sum((step <= phase_one(run)) == (phase == 1) for step in own) for phase in steps},
         processes=processes,
+        shards=shards,
     )
 
 
@@ -160,22 +165,26 @@ def parameters(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-def memory(nets: Networks, found: Cost, phase: int, precision: str, micro_batch: int) -> Memory:
+def memory(nets: Networks, found: Cost, phase: int, train: config.Train, micro_batch: int, shards: int = 1) -> Memory:
     """Bytes on a device at a step's peak, all in float32 but the 16-bit copies that autocast makes of matrices.
 
-    micro_batch: images on the device at a time. The device's own context, workspaces and fragmentation come on top.
+    Sixteen-bit copies are kept whole from the forward to the backward pass however weights are divided, and so are
+    gradients on the way from one micro-batch to the next. The device's own context, workspaces and fragmentation come
+    on top, and of divided weights the few blocks that are whole at a time.
+
+    micro_batch: images on the device at a time. shards: parts that weights are divided in.
     """
     projector = nets.alignment.projector if nets.alignment and phase == 1 else None
     student, trained = parameters(nets.student), parameters(nets.student) + parameters(projector)
-    copied = matrices(nets.student) + matrices(projector) if precision != "no" else 0
+    copied = matrices(nets.student) + matrices(projector) if train.precision != "no" else 0
     return Memory(
-        weights=4 * trained,
-        average=4 * student,
-        optimizer=8 * trained,
+        weights=-(-4 * trained // shards),
+        average=-(-4 * student // shards),
+        optimizer=-(-8 * trained // shards),
         teacher=4 * parameters(nets.teacher) if phase == 1 else 0,
         copies=2 * copied,
         activations=found.activations * micro_batch,
-        gradients=4 * trained,
+        gradients=-(-4 * trained // (shards if train.accumulate == 1 else 1)),
     )
 
 
@@ -247,4 +256,5 @@ def _parts(found: Memory) -> str:
 
 
 def _devices(estimate: Estimate) -> str:
-    return "one GPU" if estimate.processes == 1 else f"each of {estimate.processes} GPUs"
+    divided = "" if estimate.shards == 1 else ", weights divided, plus a few whole blocks"
+    return "one GPU" if estimate.processes == 1 else f"each of {estimate.processes} GPUs{divided}"

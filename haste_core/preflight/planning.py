@@ -64,7 +64,7 @@ def planned(
         images = images_of(arm, run, gpus)
         donor, shared = shared_part(study, arm)
         at_once = micro_batch or -(-images // run.train.accumulate)
-        estimated = _estimate(run, example, at_once, shared, found)
+        estimated = _estimate(run, example, at_once, shared, found, gpus)
         # The device with the most images decides how long a step takes.
         together = rate * run.train.batch_size / images
         named = {"arm": arm, "seeds": len(study.seeds), "shared_with": "", "shared_steps": 0}
@@ -138,9 +138,12 @@ def sums(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _estimate(
-    run: config.RunConfig, example: Example, micro_batch: int, shared: int, found: dict[str, Traced]
+    run: config.RunConfig, example: Example, micro_batch: int, shared: int, found: dict[str, Traced], gpus: int
 ) -> Estimate:
-    """The estimate of a run. found: steps followed so far, which arms of the same networks share."""
+    """The estimate of a run, its time as of one device.
+
+    found: steps followed so far, which arms of the same networks share. gpus: that weights may be divided among.
+    """
     nets = networks_of(run, example)
     # Weights of losses and of teachers change no operation; whether a loss is there does.
     aligned = run.alignment.model_dump(exclude={"lambda_feature", "lambda_attention"})
@@ -149,7 +152,7 @@ def _estimate(
     key = config.digest([run.model.model_dump(), run.train.precision, losses, taught])
     if key not in found:
         found[key] = estimates.follow(run, example, nets)
-    return estimates.estimate(run, example, nets, micro_batch, shared, found[key])
+    return estimates.estimate(run, example, nets, micro_batch, shared, found[key], shards=gpus)
 
 
 def _rows(estimated: Estimate, batch: int, rate: float, shares: Mapping[int, float]) -> list[dict[str, Any]]:

@@ -245,7 +245,8 @@ def _memory(estimate: Estimate) -> Check | None:
     peak = max(memory.peak for memory in estimate.memory.values())
     text = f"about {peak / GIB:.1f} of {total / GIB:.1f} GiB at the step's peak"
     if peak > total:
-        return Check("memory", "problem", f"{text}; possible: a larger train.accumulate, or a larger GPU")
+        larger = "a larger train.accumulate, train.sharded, or a larger GPU"
+        return Check("memory", "problem", f"{text}; possible: {larger}")
     return Check("memory", "ok", text)
 
 
