@@ -91,13 +91,18 @@ class TrainState:
 
     def enter_phase_two(self) -> None:
         """Drop teacher, projector and their optimizer state for good; nobody looks at clean images any more."""
-        # accelerate keeps what it prepared, and would keep the projector and its moments with it.
-        held = (self.alignment.projector if self.alignment is not None else None, self.alignment_optimizer)
-        for kept in (self.accelerator._models, self.accelerator._optimizers):
-            kept[:] = [one for one in kept if not any(one is dropped for dropped in held)]
+        self._release(self.alignment.projector if self.alignment is not None else None, self.alignment_optimizer)
         self.alignment = self.alignment_optimizer = self.angle = self.cache = None
         self.batches.with_images = False
         self.compile()
+
+    def _release(self, projector: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+        """Let accelerate forget what it prepared for phase I; it would keep the projector and its moments for good."""
+        if projector is None:
+            return
+        dropped = (projector, self.accelerator.unwrap_model(projector), optimizer)
+        for kept in (self.accelerator._models, self.accelerator._optimizers):
+            kept[:] = [one for one in kept if not any(one is gone for gone in dropped)]
 
     def read_teacher_from(self, folder: Path) -> None:
         """From now on take what the teacher sees from the cache in `folder`; images need not be read for it."""
