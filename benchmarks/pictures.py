@@ -29,6 +29,36 @@ def write(folder: Path) -> Path:
     return path
 
 
+def readme_block(folder: Path) -> str:
+    """README's lines on the step and the samplers, from a machine's tables alone."""
+    steps, facts = machine.kept(folder, "step")
+    lines = [
+        _origin(facts),
+        "",
+        "| a training step | s | over a vanilla step | over vanilla and a teacher forward | images/s | GiB | of the "
+        "matrix rate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in steps.to_dict("records"):
+        ratio = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        cells = [f"{row['seconds']:.2f}", ratio, _cell(row["over_least"], ".2f"), f"{row['images_per_s']:.2f}",
+                 _cell(row["peak_gib"], ".1f"), _cell(row["share"], ".0%")]  # fmt: skip
+        lines.append(f"| {' | '.join([row['what'], *cells])} |")
+    drawn = machine.kept(folder, "sampling")[0]
+    lines += ["", "| sampler | passes an image | images/s | compiled, over that time | bf16, over that time |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, rows in drawn.groupby("sampler", sort=False):
+        by_way = rows.set_index("way")
+        ratios = [f"{by_way['ratio'][way]:.2f}" for way in ("compiled", "bf16")]
+        plain = by_way.loc["plain"]
+        lines.append(f"| {' | '.join([str(name), str(plain['passes']), f'{plain.images_per_s:.2f}', *ratios])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float, how: str) -> str:
+    return "" if pd.isna(value) else format(value, how)
+
+
 def _origin(facts: dict[str, Any]) -> str:
     rate = f", {facts['matrix_rate'] / 1e9:.0f} GFLOP/s of matrix products" if "matrix_rate" in facts else ""
     where = facts["machine"]

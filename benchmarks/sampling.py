@@ -43,7 +43,7 @@ def measure(rounds: int) -> pd.DataFrame:
         settings = {way: config.Sample(batch_size=IMAGES[device.type], **fields, **more) for way, more in WAYS.items()}
         actions = {way: partial(draw, models[kind, way], sample) for way, sample in settings.items()}
         timed = cost.interleaved(actions, "plain", rounds, device=device, label=name)
-        facts = {"sampler": name, "passes": passes(models[kind, "plain"], settings["plain"])}
+        facts = {"sampler": name, "passes": sampling.passes(kind, settings["plain"])}
         rows += [
             {**facts, "way": way, "seconds": t.seconds, "images_per_s": IMAGES[device.type] / t.seconds,
              "ratio": t.ratio, "low": t.low, "high": t.high, "images": IMAGES[device.type], "rounds": t.rounds}
@@ -60,18 +60,7 @@ def generator(kind: str, device: torch.device) -> DiffusionTransformer:
     return built.requires_grad_(False).eval().to(device)
 
 
-def draw(model: DiffusionTransformer, sample: config.Sample, images: int | None = None) -> torch.Tensor:
-    """So many images, one batch by default."""
-    count = images or sample.batch_size
+def draw(model: DiffusionTransformer, sample: config.Sample) -> torch.Tensor:
+    """One batch of images."""
+    count = sample.batch_size
     return sampling.draw(model, torch.arange(count) % model.classes, range(count), sample)
-
-
-def passes(model: DiffusionTransformer, sample: config.Sample) -> int:
-    """How often the network is evaluated for one image; guided evaluations count twice."""
-    seen: list[int] = []
-    handle = model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    try:
-        draw(model, sample, 1)
-    finally:
-        handle.remove()
-    return sum(seen)

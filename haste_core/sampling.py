@@ -206,6 +206,29 @@ def draw(
     return torch.cat(drawn)
 
 
+def passes(kind: str, sample: config.Sample) -> int:
+    """How often the network of a generator of `kind` is evaluated for one image; guided evaluations count twice."""
+    counter = _Counter(2 if kind == "dit" else 1)
+    horizon = float(ddpm.STEPS) if kind == "dit" else 1.0
+    bounds = sample.guidance, sample.guidance_low, sample.guidance_high
+    output = guided(counter, torch.zeros(1, dtype=torch.int64), 0, *bounds, horizon=horizon)
+    integrate(output, torch.zeros(1, 1, 1, 1), sample, SeededNoise([0]))
+    return counter.count
+
+
+class _Counter(nn.Module):
+    """Says nothing and counts the images it is asked about."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs, self.count = outputs, 0
+        self.register_parameter("dtype", nn.Parameter(torch.zeros(())))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.count += len(x)
+        return x.repeat(1, self.outputs, 1, 1)
+
+
 def sample_labels(n: int, classes: int, how: str, seed: int) -> Tensor:
     """n labels (n,) int64: "balanced" repeats 0, 1, ..., classes - 1; "random" draws them from `seed`."""
     if how == "balanced":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
 from benchmarks import attention, growth, machine, pictures, sampling, step
-from haste_core import config
+from benchmarks.__main__ import ALL
 from haste_core.data import open_dataset
 from haste_core.preflight import stand_in
 
@@ -75,23 +77,6 @@ def test_jobs_of_a_study_are_those_of_its_graph():
     assert growth._jobs(3) == 34
 
 
-def test_passes_are_those_of_the_sampler_and_its_guidance():
-    """Guidance counts twice, inside its interval alone; Heun evaluates twice on every step but the last."""
-    model, dit = (sampling.generator(kind, torch.device("cpu")) for kind in ("sit", "dit"))
-    counted = {
-        name: sampling.passes(dit if "ddpm" in name else model, config.Sample(**fields))
-        for name, fields in sampling.SETTINGS.items()
-    }
-    inside, everywhere = (counted[f"sde-250, guided 1.65 {where}"] for where in ("for t <= 0.72", "everywhere"))
-    assert counted["Euler, 50 steps"] == 50
-    assert counted["ode-heun-50"] == 99
-    assert counted["sde-250"] == 250
-    assert everywhere == 2 * counted["sde-250"]
-    assert counted["sde-250"] < inside < everywhere
-    assert inside / counted["sde-250"] == pytest.approx(1.71, abs=0.02)
-    assert counted["ddpm-250"] == 250
-
-
 def test_samplers_are_timed_in_every_way(monkeypatch):
     monkeypatch.setattr(sampling, "SETTINGS", {"Euler": {"sampler": "euler", "solver_steps": 1}})
     monkeypatch.setattr(sampling, "WAYS", {"plain": {}, "bf16": {"precision": "bf16"}})
@@ -117,3 +102,12 @@ def test_tables_keep_their_origin_and_the_report_shows_both(results):
     assert f"Commit {origin['commit']}" in text
     assert "50 GFLOP/s" in text
     assert (folder / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("folder", sorted(machine.RESULTS.glob("*/")), ids=lambda folder: folder.name)
+def test_readme_and_the_report_show_the_committed_tables(folder, tmp_path):
+    assert pictures.readme_block(folder) in (Path(__file__).parents[1] / "README.md").read_text()
+    again = tmp_path / folder.name
+    shutil.copytree(folder, again)
+    assert pictures.write(again).read_text() == (folder / "report.md").read_text()
+    assert {path.stem for path in folder.glob("*.csv")} == set(ALL)

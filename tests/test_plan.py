@@ -299,6 +299,19 @@ def test_foretold_times_are_those_of_a_run_on_the_same_machine(make_study, outpu
     assert 1 / 2 < 86400 * haste["days"].sum() / (30 * sum(taken.values())) < 2
 
 
+def test_drawing_is_passes_of_the_network_for_every_image_that_is_scored(tiny, make_study, table):
+    found = planning.drawing(tiny, table)
+    assert found["images"] == 40
+    assert found["checkpoints"] == 5 * 3  # arms, kept steps
+    assert found["passes"] == 3  # Heun in two steps
+    images = 15 * 40 * 3
+    forward = estimated(tiny, "vanilla").forward
+    assert found["flops"] == pytest.approx(forward * images)
+    assert found["days"] == pytest.approx(found["flops"] / (RATE * SHARE) / 86400)
+    guided = make_study("sample.guidance=2", "seeds=[0, 1]")
+    assert planning.drawing(guided, planned_of(guided))["flops"] == pytest.approx(4 * found["flops"])
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -466,3 +466,25 @@ def test_what_is_as_ever_changes_no_hash_and_no_card(make_study):
         facts = sampling.drawing_facts(other.data, other.sample)
         assert dict([fact]).items() <= facts.items()
         assert fact[0] not in sampling.drawing_facts(plain.data, plain.sample)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [({"sampler": "euler", "solver_steps": 7}, "sit", 7),
+     ({"preset": "ode-heun-50"}, "sit", 99),  # twice on every step but the last
+     ({"preset": "sde-250"}, "sit", 250),
+     ({"preset": "haste-xl-512"}, "sit", 500),  # guided everywhere
+     ({"preset": "haste-xl-500ep"}, "sit", 250 + 177),  # guided where 1 - k 0.96 / 249 and 0.04 lie below 0.72
+     ({"preset": "ddpm-250"}, "dit", 250),
+     ({"preset": "ddpm-250", "guidance": 2.0, "guidance_high": 0.5}, "dit", 250 + 125)],
+)  # fmt: skip
+def test_passes_are_those_that_drawing_makes(settings, kind, expected, model, dit):
+    sample = config.Sample(batch_size=2, **settings)
+    assert sampling.passes(kind, sample) == expected
+    if expected > 100:
+        return  # drawing counts the same way
+    seen = []
+    network = dit if kind == "dit" else model
+    network.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    sampling.draw(network, torch.zeros(2, dtype=torch.int64), range(2), sample)
+    assert sum(seen) == 2 * expected

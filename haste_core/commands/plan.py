@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from haste_core.preflight.tracing import Example
 
 _LEFT_OUT = (
-    "not counted: waiting of GPUs for each other, training a teacher or extractor, drawing and scoring, triggers' "
+    "not counted: waiting of GPUs for each other, training a teacher or extractor, decoding and scoring, triggers' "
     "readings"
 )
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(_content(study, arguments, measured, table, said), indent=2))
     else:
-        print("\n".join([*said, "", *_table(table), "", *_sums(table), _LEFT_OUT]))
+        print("\n".join([*said, "", *_table(table), "", *_sums(table), _drawing(study, table), _LEFT_OUT]))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -149,7 +149,7 @@ def _content(
     rows = json.loads(table.to_json(orient="records", double_precision=15))
     return {
         "study": study.name, "given": given, "measured": found, "basis": said, "rows": rows,
-        "sums": planning.sums(table), "left_out": _LEFT_OUT,
+        "sums": planning.sums(table), "drawing": planning.drawing(study, table), "left_out": _LEFT_OUT,
     }  # fmt: skip
 
 
@@ -212,3 +212,14 @@ def _sums(table: pd.DataFrame) -> list[str]:
         f"while a run writes, at most {bytes_text(found['memory_bytes'])} of memory on a device",
         "memory is what a step holds at its peak; one block's working memory and CUDA's own come on top",
     ]
+
+
+def _drawing(study: config.Study, table: pd.DataFrame) -> str:
+    from haste_core.preflight import planning
+    from haste_core.preflight.units import flops_text, hours_text
+
+    found = planning.drawing(study, table)
+    return (
+        f"drawing what is scored: {found['images']:,} images for each of {found['checkpoints']} checkpoints, up to "
+        f"{found['passes']} passes an image, {flops_text(found['flops'])}, {hours_text(24 * found['days'])}"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from haste_core import config
+from haste_core import config, sampling
 from haste_core.errors import HasteError
 from haste_core.preflight import checks, estimates
 from haste_core.preflight.checks import Check
@@ -16,9 +16,9 @@ from haste_core.preflight.estimates import Estimate, Traced
 from haste_core.preflight.tracing import Example, networks_of
 
 COLUMNS = (
-    "arm", "phase", "seeds", "shared_with", "shared_steps", "steps", "student", "projector", "teacher", "step_flops",
-    "run_flops", "micro_batch", "memory_bytes", "images_per_s", "days", "days_all_seeds", "checkpoint_bytes",
-    "writing_bytes",
+    "arm", "phase", "seeds", "shared_with", "shared_steps", "steps", "student", "projector", "teacher", "forward",
+    "step_flops", "run_flops", "micro_batch", "memory_bytes", "images_per_s", "days", "days_all_seeds",
+    "checkpoint_bytes", "writing_bytes",
 )  # fmt: skip
 
 
@@ -44,10 +44,11 @@ def planned(
 
     Returns:
         A row for each arm and phase: arm, phase (1 or 2), seeds (how many), shared_with (the arm that takes the first
-        steps, or ""), shared_steps, steps (beyond those), student, projector, teacher (parameters), step_flops (of the
-        whole batch), run_flops (of `steps`), micro_batch, memory_bytes (at a step's peak on one device), images_per_s
-        (of all devices together), days, days_all_seeds, checkpoint_bytes (that stay, of one seed), writing_bytes (the
-        two more that are there while a run writes). All but the totals over seeds are of one run.
+        steps, or ""), shared_steps, steps (beyond those), student, projector, teacher (parameters), forward (operations
+        of the student for one image), step_flops (of the whole batch), run_flops (of `steps`), micro_batch,
+        memory_bytes (at a step's peak on one device), images_per_s (of all devices together), days, days_all_seeds,
+        checkpoint_bytes (that stay, of one seed), writing_bytes (the two more that are there while a run writes). All
+        but the totals over seeds are of one run.
 
     Raises:
         HasteError: a figure is out of range, the data's size is unknown, or an arm's networks do not fit.
@@ -137,6 +138,29 @@ def sums(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def drawing(study: config.Study, table: pd.DataFrame) -> dict[str, Any]:
+    """What it takes to draw the images that a study scores: some for every kept checkpoint of every run.
+
+    Args:
+        table: of `planned`; the time goes by the operations per second of the last phase of every arm.
+
+    Returns:
+        images (of one checkpoint), checkpoints, passes (of the network for one image; the most that an arm makes),
+        flops, days (of all devices together). Decoding latents and scoring are not in it.
+    """
+    checkpoints, most, flops, days = 0, 0, 0.0, 0.0
+    for arm in study.arms:
+        run = study.run(arm)
+        row = table[table["arm"] == arm].iloc[-1]
+        kept = len(run.train.kept_steps) * len(study.seeds)
+        passes = sampling.passes(run.model.kind, study.sample_of(arm))
+        needed = float(row["forward"]) * kept * study.evaluate.n * passes
+        rate = row["images_per_s"] * row["step_flops"] / run.train.batch_size
+        checkpoints, most = checkpoints + kept, max(most, passes)
+        flops, days = flops + needed, days + needed / rate / 86400
+    return {"images": study.evaluate.n, "checkpoints": checkpoints, "passes": most, "flops": flops, "days": days}
+
+
 def _estimate(
     run: config.RunConfig, example: Example, micro_batch: int, shared: int, found: dict[str, Traced], gpus: int
 ) -> Estimate:
@@ -166,6 +190,7 @@ def _rows(estimated: Estimate, batch: int, rate: float, shares: Mapping[int, flo
             "student": estimated.student,
             "projector": estimated.projector if taught else 0,
             "teacher": estimated.teacher if taught else 0,
+            "forward": estimated.forward,
             "step_flops": estimated.step_flops[phase],
             "run_flops": estimated.step_flops[phase] * steps,
             "memory_bytes": estimated.memory[phase].peak,
