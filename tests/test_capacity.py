@@ -179,7 +179,7 @@ def test_measure_of_a_run(run):
     assert table[table["measure"] == "local_rank"]["low"].isna().all()
     assert capacity.measure(run).equals(table)
 
-    x, _, images = probe.held_out(run)
+    x, _, images, _ = probe.held_out(run)
     tokens = student_tokens(probe.student_at(run, 6), x, 0.6, 1, run.study.analysis.seed)
     keys = ["who", "step", "t", "block", "kind", "measure"]
     found = table.set_index(keys)["value"]

@@ -268,6 +268,8 @@ MOVES_A_SCORE = {
     "sample.guidance_low": 0.1,
     "sample.guidance_high": 0.9,
     "sample.guidance_channels": 1,
+    "sample.precision": "bf16",
+    "sample.compile": "true",
     "evaluate.suite": "adm",
     "evaluate.n": 41,
     "evaluate.seed": 1,
