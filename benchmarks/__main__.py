@@ -9,7 +9,7 @@ from haste_core.devices import default_device
 from haste_core.preflight import estimates
 
 ALL = {
-    "step": (step.measure, 10),
+    "step": (step.measure, 24),
     "attention": (attention.measure, 10),
     "sampling": (sampling.measure, 5),
     "cores": (cores.measure, 10),

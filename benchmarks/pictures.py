@@ -40,8 +40,11 @@ def readme_block(folder: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in steps.to_dict("records"):
-        ratio = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-        cells = [f"{row['seconds']:.2f}", ratio, _cell(row["over_least"], ".2f"), f"{row['images_per_s']:.2f}",
+        ratio, over = (
+            "" if pd.isna(row[a]) else f"{row[a]:.2f} ({row[b]:.2f} to {row[c]:.2f})"
+            for a, b, c in (("ratio", "low", "high"), ("over_least", "over_low", "over_high"))
+        )
+        cells = [f"{row['seconds']:.2f}", ratio, over, f"{row['images_per_s']:.2f}",
                  _cell(row["peak_gib"], ".1f"), _cell(row["share"], ".0%")]  # fmt: skip
         lines.append(f"| {' | '.join([row['what'], *cells])} |")
     drawn = machine.kept(folder, "sampling")[0]

@@ -52,7 +52,8 @@ def measure(rounds: int) -> pd.DataFrame:
     Returns:
         what ("vanilla", "repa phase 1", ..., "teacher forward" alone; then what is compiled, in a turn of its own),
         seconds (median), ratio, low, high (to vanilla of the same turn, uncompiled; 95 % interval),
-        over_least (ratio to a vanilla step and a teacher forward together, the least that phase I could take),
+        over_least, over_low, over_high (ratio to a vanilla step and a teacher forward together, the least that phase I
+        could take),
         images_per_s, peak_gib, tflop (of the batch), share (of the device's measured matrix rate), rounds.
     """
     with tempfile.TemporaryDirectory() as made:
@@ -64,11 +65,11 @@ def measure(rounds: int) -> pd.DataFrame:
         compiled = _timed(_compiled(folder), max(3, rounds // 2))
     rate = estimates.matrix_rate(chosen.train.precision, default_device().type)
     least = np.add(plain["vanilla"], plain["teacher forward"])
-    rows = [
-        _row(chosen, rate, what, cost.compared(taken, plain["vanilla"]))
-        | {"over_least": cost.compared(taken, least).ratio, "peak_gib": memory.get(what)}
-        for what, taken in plain.items()
-    ]
+    rows = []
+    for what, taken in plain.items():
+        over = cost.compared(taken, least)
+        row = _row(chosen, rate, what, cost.compared(taken, plain["vanilla"])) | {"peak_gib": memory.get(what)}
+        rows.append(row | {"over_least": over.ratio, "over_low": over.low, "over_high": over.high})
     rows += [
         _row(chosen, rate, what, cost.compared(taken, compiled["vanilla"])) for what, taken in compiled.items()
         if what not in PHASES
