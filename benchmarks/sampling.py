@@ -13,7 +13,7 @@ from haste_core.devices import default_device
 from haste_core.models import DiffusionTransformer, build
 from haste_core.sections import Model
 
-IMAGES = {"cpu": 64, "cuda": 64}
+IMAGES = {"cpu": 16, "cuda": 64}
 # What a generator of the machine's size is; class labels, image side and channels as of its data.
 STUDENTS = {"cpu": Model(depth=6, width=64, heads=4), "cuda": Model(preset="SiT-XL/2")}
 INPUTS = {"cpu": (8, 1, 10), "cuda": (32, 4, 1000)}
