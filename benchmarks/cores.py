@@ -1,4 +1,4 @@
-"""The best use of this machine's cores for small models: threads of a run, runs side by side, torch.compile."""
+"""The best use of this machine's cores for small models: threads of a run, runs side by side, train.compile."""
 
 from __future__ import annotations
 
@@ -68,12 +68,11 @@ def _ask(running: list[Connection], what: str, threads: int) -> list[float]:
 
 
 def _serve(connection: Connection) -> None:
-    plain, compiled = (_state() for _ in range(2))
+    plain, compiled = (_state(compiled) for compiled in (False, True))
     while True:
         what, threads = connection.recv()
         begun = time.perf_counter()
         if what == "compile":
-            compiled.model.compile()
             training.train_step(compiled)
         else:
             torch.set_num_threads(threads)
@@ -82,5 +81,5 @@ def _serve(connection: Connection) -> None:
         connection.send(time.perf_counter() - begun)
 
 
-def _state() -> TrainState:
-    return create(config.load("digits").run("vanilla"), 0, None)
+def _state(compiled: bool) -> TrainState:
+    return create(config.load("digits", None, [f"train.compile={compiled}"]).run("vanilla"), 0, None)
