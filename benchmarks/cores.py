@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -21,7 +22,6 @@ from haste_core import config, cost, training
 from haste_core.state import TrainState, create
 
 STEPS = 20
-KERNELS = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def measure(rounds: int) -> pd.DataFrame:
@@ -54,25 +54,19 @@ def measure(rounds: int) -> pd.DataFrame:
 def workers(count: int) -> Iterator[list[Connection]]:
     """Connections to `count` processes, each with a plain and a compiled training state of its own."""
     context = multiprocessing.get_context("spawn")
-    kernels = tempfile.TemporaryDirectory()  # none from before
-    before = os.environ.get(KERNELS)
-    os.environ[KERNELS] = kernels.name
     pairs = [context.Pipe() for _ in range(count)]
     processes = [context.Process(target=_serve, args=(there,), daemon=True) for _, there in pairs]
-    for process, (_, there) in zip(processes, pairs, strict=True):
-        process.start()
-        there.close()  # the process has its own; so that its end is noticed here
-    if before is None:
-        del os.environ[KERNELS]
-    else:
-        os.environ[KERNELS] = before
-    try:
-        yield [here for here, _ in pairs]
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-        kernels.cleanup()
+    # Compiled kernels of earlier processes would be found.
+    with tempfile.TemporaryDirectory() as kernels, mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": kernels}):
+        for process, (_, there) in zip(processes, pairs, strict=True):
+            process.start()
+            there.close()  # the process has its own; so that its end is noticed here
+        try:
+            yield [here for here, _ in pairs]
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
 
 
 def _ask(running: list[Connection], what: str, threads: int) -> list[float]:
