@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
     path = runs.teacher_path(study, wanted)
     accuracies: dict[str, float] = {}
     if wanted.weights == "pretrain":
-        with locked(path.parent / "run.lock", "the teacher"):
-            if not path.is_file():
+        with _made_once(path, "the teacher") as missing:
+            if missing:
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
                 with provenance.session(path.parent, what="teacher"):
                     state, accuracies = _pretrain(wanted, fitting_data(study, wanted.fitting), path.parent)
@@ -49,6 +51,20 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
         "parameters": sum(p.numel() for p in teacher.parameters()),
         **accuracies,
     }
+
+
+@contextmanager
+def _made_once(path: Path, what: str) -> Iterator[bool]:
+    """True where `path` is to be made now, alone; runs that only read what there is do not keep each other out.
+
+    Raises:
+        InUse: another process is making it.
+    """
+    if path.is_file():
+        yield False
+        return
+    with locked(path.parent / "run.lock", what):
+        yield not path.is_file()
 
 
 def _pretrain(wanted: config.Teacher, dataset: Dataset, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -88,8 +104,8 @@ def prepare_extractor(study: config.Study) -> dict[str, Any]:
         Its facts: kind, width, seed, fingerprint of the weights, `train_accuracy` and `test_accuracy` in [0, 1].
     """
     path = runs.extractor_path(study)
-    with locked(path.parent / "run.lock", "the extractor"):
-        if not path.is_file():
+    with _made_once(path, "the extractor") as missing:
+        if missing:
             torch.set_num_threads(study.train.threads)
             dataset = fitting_data(study, study.evaluate.extractor)
             with provenance.session(path.parent, what="extractor"):

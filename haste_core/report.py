@@ -175,7 +175,7 @@ def write_tables(report: Report) -> None:
 def judge(report: Report, fid: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of claims.csv, from the rows of fid.csv and the tables of analyses that there are."""
     study = report.study
-    study.check_claims()
+    study.check_report()
     tables = {name: report.table(name) for name in claims.TABLES if report.has(name)}
     evidence = claims.Evidence(
         claims.curves_of(fid), study.claims.early, study.train.steps, study.claims.roles, claims.cards_of(fid), tables
@@ -219,23 +219,26 @@ def draw_figures(report: Report) -> dict[str, Any]:
     """Every figure of the report by name, drawn from its tables (and the sample images)."""
     fid, samples = report.main(report.table("fid")), report.samples()
     judged = report.table("claims")
+    judged = judged[measured(judged)]
     floor = report.table("floor").set_index("pair")["fid"]["augmented held-in against held-in"]
     return {
         "summary": figures.summary(fid, samples, report.tau),
         "fid": figures.fid_against_steps(fid, report.tau, float(floor)),
-        "gain": figures.gain_over_vanilla(fid, report.tau),
         "samples": figures.sample_sheet(samples),
         "attention": figures.attention_maps(report.table("attention"), report.test_image()),
         "curves": figures.training_curves(report.table("metrics"), report.tau),
         "step_time": figures.step_cost(report.table("step_time")),
-        "claims": figures.claims_forest(judged[measured(judged)]),
+        # Plain training by itself has no gain, and not every study can read a claim.
+        **({"gain": figures.gain_over_vanilla(fid, report.tau)} if fid["arm"].nunique() > 1 else {}),
+        **({"claims": figures.claims_forest(judged)} if len(judged) else {}),
         **{name: draw(report) for section in sections(report) for name, draw in section.pictures.items()},
     }
 
 
 def write_report(report: Report) -> Path:
     """Write figures and report.html from the tables; returns the path of report.html."""
-    for name, figure in draw_figures(report).items():
+    drawn = draw_figures(report)
+    for name, figure in drawn.items():
         figures.save(figure, report.dir / "figures", name)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -258,6 +261,7 @@ def write_report(report: Report) -> Path:
         answer=answer(report),
         missing=not_measured(judged),
         sections=sections(report),
+        drawn=set(drawn),
         picture=lambda name: _picture(report.dir / "figures" / f"{name}.png"),
     )
     path = report.dir / "report.html"

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from haste_core.errors import unknown
-
-# depth, width, heads of the published sizes (Table 16, arXiv 2505.16792; S from the DiT paper).
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-# name -> the fields it fills.
-PRESETS: dict[str, dict[str, Any]] = {
-    f"{name}-{size}/{patch}": {"kind": kind, "depth": depth, "width": width, "heads": heads, "patch": patch}
-    for name, kind in (("SiT", "sit"), ("DiT", "dit"))
-    for size, (depth, width, heads) in SIZES.items()
-    for patch in (2, 4, 8)
-} | {
-    # Width 32 x depth, one head per block of depth (text to image, Sec. 3.2); 24 is the paper's.
-    f"MMDiT-{depth}/2": {"kind": "mmdit", "depth": depth, "width": 32 * depth, "heads": depth, "patch": 2}
-    for depth in (12, 18, 24)
-}
-# Samplers by name: what the paper reports its numbers with (Tables 1, 13, 15, 16, arXiv 2505.16792).
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "sde-250": {"sampler": "sde", "solver_steps": 250},
-    "ode-heun-50": {"sampler": "heun", "solver_steps": 50},
-    "ddpm-250": {"sampler": "ddpm", "solver_steps": 250},
-    "haste-xl-100ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.825, "guidance_high": 0.6},
-    "haste-xl-400ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.675, "guidance_high": 0.7},
-    "haste-xl-500ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.65, "guidance_high": 0.72},
-    "haste-xl-600ep": {"sampler": "sde", "solver_steps": 250, "guidance": 1.67, "guidance_high": 0.7},
-    "haste-xl-512": {"sampler": "sde", "solver_steps": 250, "guidance": 1.25},
-}
+from haste_core.presets import MODELS, SAMPLERS, fill
 
 Precision = Annotated[
     Literal["no", "fp16", "bf16"],
@@ -160,7 +134,7 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        return fill_preset(values, PRESETS)
+        return fill(values, MODELS)
 
     @model_validator(mode="after")
     def _check_heads(self) -> Model:
@@ -334,7 +308,7 @@ class Sample(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        return fill_preset(values, SAMPLERS)
+        return fill(values, SAMPLERS)
 
 
 class Evaluate(Section):
@@ -388,16 +362,3 @@ class Analysis(Section):
     resamples: Positive = 1000
     confidence: float = Field(0.95, gt=0, lt=1)
     block: NonNegative | None = None
-
-
-def fill_preset(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
-    """`values` over the fields of the preset they name, if they name one.
-
-    Raises:
-        ValueError: there is no such preset.
-    """
-    if not isinstance(values, Mapping) or not values.get("preset"):
-        return values
-    if values["preset"] not in presets:
-        raise ValueError(str(unknown("preset", values["preset"], list(presets))))
-    return {**presets[values["preset"]], **values}

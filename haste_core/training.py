@@ -26,7 +26,8 @@ from haste_core.models import DiffusionTransformer
 from haste_core.objectives import shifted
 from haste_core.processes import Processes
 from haste_core.runs import Run
-from haste_core.state import TrainState, capture, create, restore
+from haste_core.snapshot import capture, restore
+from haste_core.state import TrainState, create
 from haste_core.teacher import Teacher, build_teacher, load_pretrained
 from haste_core.termination import Termination
 

@@ -21,7 +21,7 @@ from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.processes import micro_batches
 from haste_core.runs import Run
-from haste_core.state import capture
+from haste_core.snapshot import capture
 from haste_core.training import draw_noise, fit, open_state, train_step, update_ema
 
 # Six steps across the switch, all of them logged.

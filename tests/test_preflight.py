@@ -134,6 +134,16 @@ def test_memory_is_what_a_step_takes_on_the_cpu(make_study, output, arm, phase, 
     assert found.optimizer == sum(m.nbytes for m in moments)
 
 
+@pytest.mark.parametrize("batch", [4, 256])
+def test_gradients_of_one_micro_batch_lie_there_during_the_next(make_study, output, batch):
+    wide = ["model.depth=6", "model.width=128", f"train.batch_size={batch}", "train.accumulate=2"]
+    study = make_study(*wide)
+    found = estimated(study, "vanilla", checks.DIGITS).memory[2]
+    assert {"activations", "gradients"} <= set(found.at_the_peak)
+    state = create(study.run("vanilla"), 0, None)
+    assert 1 <= measured_peak(state) / (found.activations + found.gradients) < 1.15
+
+
 def test_checkpoints_have_the_size_that_was_foretold(tiny, output):
     run = Run(tiny, "haste", 0)
     training.fit(run, progress=False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -274,6 +275,22 @@ def test_samples_of_the_report_are_those_that_were_scored(finished):
     run = Run(finished.study, "vanilla", 0)
     images, _ = evaluation.evaluation_samples(run, 12, 10)
     assert np.array_equal(finished.samples()["vanilla", 12], images[:10].numpy())
+
+
+def test_plain_training_by_itself_has_a_report_too(finished, tmp_path):
+    study = finished.study.model_copy(update={"arms": {"vanilla": {}}, "groups": {}})
+    alone = report.Report(study, tmp_path / "alone")
+    shutil.copytree(finished.tables, alone.tables)
+    for name in ("fid", "step_time", "metrics"):
+        rows = alone.main(alone.table(name))
+        write_table(alone.tables / f"{name}.csv", rows.to_dict("records"), tuple(rows))
+    fid = alone.table("fid")
+    write_table(alone.tables / "claims.csv", report.judge(alone, fid), claims.COLUMNS)
+    html = report.write_report(alone).read_text()
+    drawn = {path.stem for path in (alone.dir / "figures").glob("*.png")}
+    assert drawn == set(FIGURES) - {"gain", "claims"}
+    assert html.count("<img") == len(drawn)
+    assert "Not measured in this study: C1 (arms missing: repa)" in html
 
 
 def test_writing_the_report_again_changes_no_byte(finished):

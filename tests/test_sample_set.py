@@ -18,8 +18,8 @@ from haste_core.cli import main
 from haste_core.commands import sample as command
 from haste_core.errors import HasteError, Interrupted
 from haste_core.models import SiT
+from haste_core.presets import SAMPLERS
 from haste_core.sample_set import SampleSet, drawer
-from haste_core.sections import SAMPLERS
 from haste_core.turns import claimed, turn
 
 pytestmark = pytest.mark.xdist_group("sample_set")

@@ -14,8 +14,8 @@ from haste_core.data import contexts
 from haste_core.errors import HasteError
 from haste_core.latents import decoding
 from haste_core.models import DiT, MMDiT, SiT
+from haste_core.presets import SAMPLERS
 from haste_core.sampling import SeededNoise
-from haste_core.sections import SAMPLERS
 
 MEAN, STD = 0.7, 0.4
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from haste_core import config
 from haste_core.commands.common import add_study
 from haste_core.errors import HasteError, Interrupted, unknown
-from haste_core.sections import SAMPLERS
+from haste_core.presets import SAMPLERS
 
 if TYPE_CHECKING:
     from haste_core.runs import Run

@@ -38,7 +38,10 @@ class Traced(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes by what they hold, for one phase: all that lies on the device at a step's peak."""
+    """Bytes by what they hold, for one phase: all that lies on the device at a step's peak.
+
+    parts: micro-batches that a device takes its images in; gradients stay from one to the next.
+    """
 
     weights: int
     average: int
@@ -47,11 +50,20 @@ class Memory(NamedTuple):
     copies: int
     activations: int
     gradients: int
+    parts: int = 1
+
+    @property
+    def at_the_peak(self) -> dict[str, int]:
+        """Bytes of what lies there at once: activations go as the first gradients come, the larger of them counts."""
+        held = {name: size for name, size in self._asdict().items() if name != "parts"}
+        if self.parts == 1:
+            del held["activations" if self.activations < self.gradients else "gradients"]
+        return held
 
     @property
     def peak(self) -> int:
-        """Activations go as gradients come, so the larger of the two counts."""
-        return sum(self[:5]) + max(self.activations, self.gradients)
+        """The sum of `at_the_peak`."""
+        return sum(self.at_the_peak.values())
 
 
 @dataclass(frozen=True)
@@ -185,6 +197,7 @@ def memory(nets: Networks, found: Cost, phase: int, train: config.Train, micro_b
         copies=2 * copied,
         activations=found.activations * micro_batch,
         gradients=-(-4 * trained // (shards if train.accumulate == 1 else 1)),
+        parts=train.accumulate,
     )
 
 
@@ -250,8 +263,7 @@ def _hours(estimate: Estimate, scoring: int, name: str, rate: float) -> str:
 
 
 def _parts(found: Memory) -> str:
-    smaller = "gradients" if found.activations >= found.gradients else "activations"
-    parts = {name: size for name, size in found._asdict().items() if size and name != smaller}
+    parts = {name: size for name, size in found.at_the_peak.items() if size}
     return f"{bytes_text(found.peak)} = " + " + ".join(f"{bytes_text(size)} {name}" for name, size in parts.items())
 
 
