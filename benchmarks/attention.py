@@ -15,6 +15,8 @@ from haste_core.models.layers import QK
 
 TOKENS = (64, 256, 1024, 4096)
 HEADS, WIDTH = 12, 64
+# glibc keeps freed blocks below 32 MiB for itself, and a chunk's maps are such blocks; so it gives them back.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 
 
 def queries_and_keys(tokens: int, batch: int) -> tuple[QK, QK]:
@@ -34,7 +36,8 @@ def measure(rounds: int) -> pd.DataFrame:
 
     Returns:
         tokens, batch, queries (held at once; all tokens: whole maps), chosen (what training takes), seconds, ratio,
-        low, high (to whole maps), peak_gib (of a process that does this alone), rounds.
+        low, high (to whole maps), peak_gib (of a process that does this alone), returning_gib (the same where the C
+        library gives freed blocks back, which is what is really in use; on a GPU equal), rounds.
     """
     rows = []
     for tokens in TOKENS:
@@ -46,7 +49,9 @@ def measure(rounds: int) -> pd.DataFrame:
         taken = tokens if tokens <= DENSE_UP_TO else QUERIES_AT_ONCE
         rows += [
             {"tokens": tokens, "batch": batch, "queries": chunk, "chosen": chunk == taken, "seconds": t.seconds,
-             "ratio": t.ratio, "low": t.low, "high": t.high, "peak_gib": machine.peak_gib(_alone, tokens, batch, chunk),
+             "ratio": t.ratio, "low": t.low, "high": t.high,
+             "peak_gib": machine.peak_gib(_alone, tokens, batch, chunk),
+             "returning_gib": machine.peak_gib(_alone, tokens, batch, chunk, environment=GIVES_BACK),
              "rounds": t.rounds}
             for chunk, t in timed.items()
         ]  # fmt: skip

@@ -6,9 +6,10 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -46,14 +47,16 @@ def kept(folder: Path, called: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     return pd.read_csv(folder / f"{called}.csv"), json.loads((folder / f"{called}.json").read_text())
 
 
-def peak_gib(action: Callable[..., None], *arguments: Any) -> float:
+def peak_gib(action: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> float:
     """GiB at most of resident memory (CPU) or allocated memory (GPU) of a new process that does `action` alone.
+
+    environment: variables of that process beside this one's.
 
     Raises:
         RuntimeError: the process failed.
     """
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    with mock.patch.dict(os.environ, environment or {}), context.Pool(1) as pool:
         return pool.apply(_measured, (action, torch.get_num_threads(), *arguments))
 
 

@@ -83,6 +83,9 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     if "attention" in tables:
         _attention(axes.flat[4], tables["attention"], "seconds", "seconds, both passes")
         _attention(axes.flat[5], tables["attention"], "peak_gib", "GiB of a process alone")
+        _attention(
+            axes.flat[5], tables["attention"], "returning_gib", "GiB of a process alone", "freed blocks given back"
+        )
     return figure
 
 
@@ -103,11 +106,13 @@ def _grown(axis: Axes, grows: str, part: pd.DataFrame) -> None:
     axis.legend(fontsize=8)
 
 
-def _attention(axis: Axes, table: pd.DataFrame, column: str, label: str) -> None:
+def _attention(axis: Axes, table: pd.DataFrame, column: str, label: str, where: str | None = None) -> None:
     whole = table[table["queries"] == table["tokens"]]
     chunks = table[(table["queries"] == QUERIES_AT_ONCE) & (table["tokens"] > QUERIES_AT_ONCE)]
-    for held, part in (("whole maps", whole), (f"{QUERIES_AT_ONCE} queries at once", chunks)):
-        axis.plot(part["tokens"], part[column], "o-", label=held)
+    lines = (("whole maps", whole, "#0072B2"), (f"{QUERIES_AT_ONCE} queries at once", chunks, "#D55E00"))
+    for held, part, colour in lines:
+        name = f"{held}, {where}" if where else held
+        axis.plot(part["tokens"], part[column], "s:" if where else "o-", label=name, color=colour)
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
     axis.set_xticks(sorted(table["tokens"].unique()), [str(n) for n in sorted(table["tokens"].unique())])
     axis.minorticks_off()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ def results(tmp_path, monkeypatch):
 
 def test_attention_is_timed_with_whole_maps_and_in_chunks(monkeypatch):
     monkeypatch.setattr(attention, "TOKENS", (64, 200))
-    monkeypatch.setattr(machine, "peak_gib", lambda *_: 1.0)
+    monkeypatch.setattr(machine, "peak_gib", lambda *_, **environment: 1.0)
     table = attention.measure(2)
     assert list(zip(table["tokens"], table["queries"], strict=True)) == [(64, 64), (200, 128), (200, 200)]
     assert list(table["chosen"]) == [True, False, True]
@@ -73,6 +74,15 @@ def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypa
     assert table["share"].drop("teacher forward").between(0, 2).all()
 
 
+def test_memory_is_that_of_a_process_by_itself_with_its_own_environment():
+    assert 0 < machine.peak_gib(_check_environment, "4194304", environment=attention.GIVES_BACK) < 4
+    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ
+
+
+def _check_environment(expected):
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == expected
+
+
 def test_jobs_of_a_study_are_those_of_its_graph():
     assert growth._jobs(3) == 34
 
@@ -90,7 +100,8 @@ def test_tables_keep_their_origin_and_the_report_shows_both(results):
     timed = {"seconds": 1.0, "ratio": 1.0, "low": 0.9, "high": 1.1, "peak_gib": 2.0, "rounds": 3}
     grown = [{"grows": grows, "amount": n, **timed} for grows in pictures.UNITS for n in (1, 2)]
     held = [
-        {"tokens": n, "batch": 1, "queries": q, "chosen": True, **timed} for n, q in ((64, 64), (256, 128), (256, 256))
+        {"tokens": n, "batch": 1, "queries": q, "chosen": True, "returning_gib": 1.5, **timed}
+        for n, q in ((64, 64), (256, 128), (256, 256))
     ]
     alone = machine.keep(pd.DataFrame(grown), "growth", matrix_rate=5e10).parent
     assert "## attention" not in pictures.write(alone).read_text()
