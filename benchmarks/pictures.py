@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from benchmarks import machine
+from benchmarks.sampling import WAYS
 from haste_core.alignment import QUERIES_AT_ONCE
 from haste_core.figures import save
 from haste_core.figures.style import Figure
@@ -39,23 +40,32 @@ def readme_block(folder: Path) -> str:
         "matrix rate |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in steps.to_dict("records"):
-        ratio, over = (
-            "" if pd.isna(row[a]) else f"{row[a]:.2f} ({row[b]:.2f} to {row[c]:.2f})"
-            for a, b, c in (("ratio", "low", "high"), ("over_least", "over_low", "over_high"))
-        )
+    for _, row in steps.iterrows():
+        ratio, over = _interval(row), _interval(row, ("over_least", "over_low", "over_high"))
         cells = [f"{row['seconds']:.2f}", ratio, over, f"{row['images_per_s']:.2f}",
                  _cell(row["peak_gib"], ".1f"), _cell(row["share"], ".0%")]  # fmt: skip
         lines.append(f"| {' | '.join([row['what'], *cells])} |")
-    drawn = machine.kept(folder, "sampling")[0]
-    lines += ["", "| sampler | passes an image | images/s | compiled, over that time | bf16, over that time |"]
-    lines += ["|---|---|---|---|---|"]
+    drawn, facts = machine.kept(folder, "sampling")
+    lines += [
+        "",
+        _origin(facts),
+        "",
+        "| sampler | passes an image | images/s | compiled, over that time | bf16, over that time | guided everywhere, "
+        "over that time |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, rows in drawn.groupby("sampler", sort=False):
-        by_way = rows.set_index("way")
-        ratios = [f"{by_way['ratio'][way]:.2f}" for way in ("compiled", "bf16")]
-        plain = by_way.loc["plain"]
+        by_way = {row["way"]: row for _, row in rows.iterrows()}
+        plain = by_way["plain"]
+        ratios = [_interval(by_way[way]) if way in by_way else "" for way in WAYS if way != "plain"]
         lines.append(f"| {' | '.join([str(name), str(plain['passes']), f'{plain.images_per_s:.2f}', *ratios])} |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(row: pd.Series, names: tuple[str, str, str] = ("ratio", "low", "high")) -> str:
+    """A ratio and its interval, empty where it was not taken."""
+    ratio, low, high = (row[name] for name in names)
+    return "" if pd.isna(ratio) else f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _cell(value: float, how: str) -> str:

@@ -88,12 +88,15 @@ def test_jobs_of_a_study_are_those_of_its_graph():
 
 
 def test_samplers_are_timed_in_every_way(monkeypatch):
-    monkeypatch.setattr(sampling, "SETTINGS", {"Euler": {"sampler": "euler", "solver_steps": 1}})
-    monkeypatch.setattr(sampling, "WAYS", {"plain": {}, "bf16": {"precision": "bf16"}})
+    euler = {"sampler": "euler", "solver_steps": 4}
+    guided = {**euler, "guidance": 2.0, "guidance_high": 0.6}
+    monkeypatch.setattr(sampling, "SETTINGS", {"Euler": euler, "guided": guided})
+    monkeypatch.setattr(sampling, "WAYS", {way: more for way, more in sampling.WAYS.items() if way != "compiled"})
     table = sampling.measure(2)
-    assert list(table["way"]) == ["plain", "bf16"]
+    assert list(table["way"]) == ["plain", "bf16", "plain", "bf16", "guided everywhere"]
+    assert list(table["passes"]) == [4, 4, 6, 6, 8]
     assert (table["images_per_s"] == table["images"] / table["seconds"]).all()
-    assert table["ratio"][0] == 1
+    assert (table.loc[table["way"] == "plain", "ratio"] == 1).all()
 
 
 def test_tables_keep_their_origin_and_the_report_shows_both(results):
