@@ -93,9 +93,7 @@ def draw(tables: dict[str, pd.DataFrame]) -> Figure:
     if "attention" in tables:
         _attention(axes.flat[4], tables["attention"], "seconds", "seconds, both passes")
         _attention(axes.flat[5], tables["attention"], "peak_gib", "GiB of a process alone")
-        _attention(
-            axes.flat[5], tables["attention"], "returning_gib", "GiB of a process alone", "freed blocks given back"
-        )
+        _attention(axes.flat[5], tables["attention"], "returning_gib", "GiB of a process alone", "in use")
     return figure
 
 
@@ -113,17 +111,21 @@ def _grown(axis: Axes, grows: str, part: pd.DataFrame) -> None:
         twin.grid(visible=False)
     axis.set_xticks(part["amount"], [str(amount) for amount in part["amount"]])
     axis.minorticks_off()
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")
 
 
 def _attention(axis: Axes, table: pd.DataFrame, column: str, label: str, where: str | None = None) -> None:
     whole = table[table["queries"] == table["tokens"]]
     chunks = table[(table["queries"] == QUERIES_AT_ONCE) & (table["tokens"] > QUERIES_AT_ONCE)]
     lines = (("whole maps", whole, "#0072B2"), (f"{QUERIES_AT_ONCE} queries at once", chunks, "#D55E00"))
-    for held, part, colour in lines:
+    # Whole maps are large blocks, which the C library gives back in any case.
+    for held, part, colour in lines[1:] if where else lines:
         name = f"{held}, {where}" if where else held
         axis.plot(part["tokens"], part[column], "s:" if where else "o-", label=name, color=colour)
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+    # Memory does not begin at nothing: the process itself takes half a GiB.
+    axis.set(xscale="log", yscale="log" if column == "seconds" else "linear", xlabel="tokens", ylabel=label)
+    if column != "seconds":
+        axis.set_ylim(bottom=0)
     axis.set_xticks(sorted(table["tokens"].unique()), [str(n) for n in sorted(table["tokens"].unique())])
     axis.minorticks_off()
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")
