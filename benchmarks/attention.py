@@ -15,7 +15,7 @@ from haste_core.models.layers import QK
 
 TOKENS = (64, 256, 1024, 4096)
 HEADS, WIDTH = 12, 64
-# glibc keeps freed blocks below 32 MiB for itself, and a chunk's maps are such blocks; so it gives them back.
+# glibc keeps freed blocks below 32 MiB, such as a chunk's maps, for itself; from this threshold on it returns them.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 
 

@@ -213,13 +213,16 @@ class Study(Section):
         brought = [run.teacher for run in runs if run.alignment.active and run.teacher != self.teacher]
         return [self.teacher, *(t for i, t in enumerate(brought) if t not in brought[:i])]
 
-    def check_report(self) -> None:
-        """Raise HasteError where a report could not be made: what gains are read against, or early, is missing."""
+    def check_baseline(self) -> None:
+        """Raise HasteError where no main arm is plain training, against which gains and step times are read."""
         if "vanilla" not in self.main or self.run("vanilla").alignment.active:
             raise HasteError(
                 f"gains and step times are read against an arm without alignment named vanilla, main arms are "
                 f"{', '.join(self.main)}; possible: arms.vanilla={{}}, and groups.main with it"
             )
+
+    def check_claims(self) -> None:
+        """Raise HasteError where the step at which early gains are read is not a kept one of every main arm."""
         for arm in self.main:
             kept = self.run(arm).train.kept_steps
             if self.claims.early not in kept:

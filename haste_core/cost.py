@@ -51,14 +51,13 @@ def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
     return found
 
 
-def measure(study: config.Study, rounds: int = 30, steps: int = 3, vanilla: str = "vanilla") -> list[dict[str, Any]]:
+def measure(study: config.Study, rounds: int = 30, steps: int = 3) -> list[dict[str, Any]]:
     """Median seconds per training step of every main arm and phase, and the ratio to a vanilla step with its spread.
 
     `ratio_low` and `ratio_high` are a 95 % bootstrap interval of the median ratio (`interleaved`).
     """
-    if vanilla not in study.main or study.run(vanilla).alignment.active:
-        raise HasteError(f"step times are ratios to a run without alignment; {vanilla!r} is none of {study.main}")
-    rows = _steps(states(study), (vanilla, 2), rounds, steps)
+    study.check_baseline()
+    rows = _steps(states(study), ("vanilla", 2), rounds, steps)
     return [dict(zip(COLUMNS, (*key, *row), strict=True)) for key, row in rows.items()]
 
 

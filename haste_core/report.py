@@ -175,7 +175,7 @@ def write_tables(report: Report) -> None:
 def judge(report: Report, fid: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of claims.csv, from the rows of fid.csv and the tables of analyses that there are."""
     study = report.study
-    study.check_report()
+    study.check_claims()
     tables = {name: report.table(name) for name in claims.TABLES if report.has(name)}
     evidence = claims.Evidence(
         claims.curves_of(fid), study.claims.early, study.train.steps, study.claims.roles, claims.cards_of(fid), tables

@@ -53,7 +53,8 @@ def run_study(
             next call goes on from there.
         Interrupted: a signal arrived; runs in progress saved a checkpoint, on a cluster as far as it gave them time.
     """
-    study.check_report()
+    study.check_baseline()
+    study.check_claims()
     folder = study_dir(study)
     _check(study, cores, processes, on)
     place = cluster.find(on) if on else None

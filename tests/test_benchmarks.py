@@ -74,7 +74,8 @@ def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypa
     assert table["share"].drop("teacher forward").between(0, 2).all()
 
 
-def test_memory_is_that_of_a_process_by_itself_with_its_own_environment():
+def test_memory_is_that_of_a_process_by_itself_with_its_own_environment(monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     assert 0 < machine.peak_gib(_check_environment, "4194304", environment=attention.GIVES_BACK) < 4
     assert "MALLOC_MMAP_THRESHOLD_" not in os.environ
 

@@ -398,16 +398,16 @@ def test_groups_triggers_roles_and_analyses_change_no_run(make_study):
 
 def test_only_main_arms_must_keep_the_early_step(make_study):
     short = ["arms.atta.train={steps: 4, keep: []}", "claims.early=8"]
-    make_study(*short, "groups={main: [vanilla, repa]}").check_report()
+    make_study(*short, "groups={main: [vanilla, repa]}").check_claims()
     with pytest.raises(HasteError, match=r"claims.early 8 is no kept step of arm 'atta'"):
-        make_study(*short).check_report()
+        make_study(*short).check_claims()
 
 
 def test_a_study_without_plain_training_cannot_be_reported_on(make_study):
     study = make_study()
     without = study.model_copy(update={"arms": {"repa": study.arms["repa"]}, "groups": {}})
     with pytest.raises(HasteError, match="without alignment named vanilla, main arms are repa"):
-        without.check_report()
+        without.check_baseline()
 
 
 def test_the_baseline_differs_in_alignment_alone(make_study):
@@ -433,7 +433,7 @@ def test_an_arm_may_draw_its_images_in_its_own_way(make_study):
 
 def test_the_full_profile_of_digits_can_read_every_claim_that_digits_can_answer():
     study = config.load("digits", "full")
-    study.check_report()
+    study.check_claims()
     named = set(study.arms) | set(study.triggers)
     assert set(study.claims.roles.values()) <= named
     missing = {claim.id for claim in CLAIMS for arm in claim.arms if study.claims.roles.get(arm, arm) not in study.arms}

@@ -90,7 +90,7 @@ def _attempt(name: str, look: Callable[[], str]) -> Check:
 
 
 def _settings(run: Run) -> str:
-    run.study.check_report()
+    run.study.check_claims()
     train, tau = run.config.train, run.config.tau
     phase = "no alignment" if tau == 0 else "aligned throughout" if tau == float("inf") else f"aligned until {tau:,}"
     return (
