@@ -1,4 +1,4 @@
-# A study as a graph: prepare -> train (arms x seeds) -> evaluate -> report. Started by `haste study NAME`.
+# A study as a graph: prepare -> arms (each trains and scores its seeds) -> report. Started by `haste study NAME`.
 #
 # Every job is a notebook run by papermill. Checkpoints and scores stay in run directories that no rule lists as
 # output, so a job that failed or was stopped resumes; what a rule lists is a stamp. Paths hold the hash of the
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from haste_core import config as haste
 from haste_core.runs import Run, report_dir, study_dir
-from haste_core.workflow import stamp_hash
+from haste_core.workflow import priorities, stamp_hash
 
 
 def given(name, otherwise):
@@ -70,7 +70,7 @@ def notebook(name, more="", processes=1, then="touch {output:q}"):
 
 
 def asked(kind):
-    """The resources of a kind of job (prepare, train, evaluate, analyse, step_time, report)."""
+    """The resources of a kind of job (prepare, train, analyse, step_time, report)."""
     # Numbers in --config arrive as text.
     return {name: int(v) if str(v).isdecimal() else v for name, v in RESOURCES.get(kind, {}).items()}
 
@@ -84,43 +84,38 @@ COMMON = words(
 SETTINGS = words(
     config["study"], *(["--profile", PROFILE] if PROFILE else []), *(w for o in OVERRIDES for w in ("--set", o))
 )
-# The run of a job that has one.
-ONE_RUN = "-p arm={params.arm} -p seed={params.seed}"
 # A cluster's profile says how often a job that was stopped is tried again, to go on from its checkpoint.
 RETRIES = None if ON_CLUSTER else 1
-PREPARED = RUNS / f"prepared-{haste.digest([STUDY.teacher_hash(t) for t in STUDY.teachers()] + [STUDY.extractor_hash])}.json"
+NETWORKS = [*map(STUDY.teacher_hash, STUDY.teachers()), STUDY.extractor_hash, STUDY.autoencoder_hash]
+PREPARED = RUNS / f"prepared-{haste.digest(NETWORKS)}.json"
+DONORS = {arm: STUDY.donor(arm) for arm in STUDY.arms}
+PRIORITIES = priorities(STUDY, DONORS)
 
 
-def stamp(arm, seed, kind):
-    run = Run(STUDY, arm, seed)
-    mark = stamp_hash(run.config) + (f"-{run.evaluation_hash}" if kind == "evaluated" else "")
-    return str(below(run.dir) / f"{kind}-{mark}.stamp")
+def stamps(arm):
+    """Stamps of an arm's job, one in each seed's run directory; kept steps and evaluation settings are in the name."""
+    runs = [Run(STUDY, arm, seed) for seed in STUDY.seeds_of(arm)]
+    return [str(below(r.dir) / f"trained-{stamp_hash(r.config)}-{r.evaluation_hash}.stamp") for r in runs]
 
 
-def trained(arm, seed):
-    return stamp(arm, seed, "trained")
+def needs(arm):
+    """Inputs of an arm's job: the teacher if it is aligned, and the arm it branches from, whose scores it shares.
 
-
-def needs(arm, seed):
-    """What must exist before a run: its teacher if it is aligned, and the run it branches from if there is one."""
-    donor = STUDY.donor(arm)
+    An arm without alignment trains beside `prepare`; before scoring it makes the extractors itself, or waits for them.
+    """
     teacher = [str(PREPARED)] if STUDY.run(arm).alignment.active else []
-    return teacher + ([trained(donor, seed)] if donor else [])
-
-
-def scores_needed(arm, seed):
-    # Scores of a shared checkpoint are taken over, so the donor is scored first.
-    donor = STUDY.donor(arm)
-    return [str(PREPARED), trained(arm, seed)] + ([stamp(donor, seed, "evaluated")] if donor else [])
+    return teacher + (stamps(DONORS[arm]) if DONORS[arm] else [])
 
 
 def analysed(name):
     """The stamp of an analysis: it changes with all that the notebook looks at."""
     mark = haste.digest([STUDY.analyses[name], STUDY.evaluation_hash, STUDY.analysis.model_dump(mode="json"),
                          STUDY.groups, {n: t.model_dump(mode="json") for n, t in STUDY.triggers.items()},
-                         [(stamp_hash(STUDY.run(a)), STUDY.run(a).hash, STUDY.seeds) for a in STUDY.arms]])
+                         [(stamp_hash(STUDY.run(a)), STUDY.run(a).hash, STUDY.seeds_of(a)) for a in STUDY.arms]])
     return str(RUNS / f"analysed-{name}-{mark}.stamp")
 
+
+SCORED = [stamp for arm in STUDY.arms for stamp in stamps(arm)]
 
 localrules: all
 
@@ -130,7 +125,7 @@ rule all:
         REPORT / "report.html",
         PREPARED,
         [analysed(name) for name in STUDY.analyses],
-        [stamp(arm, seed, kind) for arm in STUDY.arms for seed in STUDY.seeds for kind in ("trained", "evaluated")],
+        SCORED,
 
 rule prepare:
     output: PREPARED
@@ -142,57 +137,47 @@ rule prepare:
     shell: notebook("00_data_and_teacher", then=words("cp", study_dir(STUDY) / "prepared.json") + " {output:q}")
 
 for arm in STUDY.arms:
-    for seed in STUDY.seeds:
-        rule:
-            name: f"train_{arm}_{seed}"
-            input: needs(arm, seed)
-            output: trained(arm, seed)
-            log: notebook=local(str(EXECUTED / f"01_train_{arm}_seed{seed}.ipynb"))
-            params: arm=arm, seed=seed
-            threads: STUDY.train.threads * PROCESSES
-            resources: **asked("train")
-            # Runs that others branch from go first.
-            priority: 60 if any(STUDY.donor(a) == arm for a in STUDY.arms) else 50
-            retries: RETRIES
-            # How many processes train is no parameter to Snakemake: the run is the same.
-            shell: notebook("01_train", f"{ONE_RUN} -p processes={PROCESSES}", PROCESSES)
-
-        rule:
-            name: f"evaluate_{arm}_{seed}"
-            input: scores_needed(arm, seed)
-            output: stamp(arm, seed, "evaluated")
-            log: notebook=local(str(EXECUTED / f"02_fid_{arm}_seed{seed}.ipynb"))
-            params: arm=arm, seed=seed
-            threads: STUDY.train.threads
-            resources: **asked("evaluate")
-            priority: 10
-            retries: RETRIES
-            shell: notebook("02_fid", ONE_RUN)
+    rule:
+        name: f"arm_{arm}"
+        input: needs(arm)
+        output: stamps(arm)
+        log: notebook=local(str(EXECUTED / f"01_train_{arm}.ipynb"))
+        # Neither the seeds (every one has a stamp) nor the number of processes is a parameter to Snakemake.
+        params: arm=arm
+        threads: STUDY.train.threads * PROCESSES
+        resources: **asked("train")
+        # The longest chain of arms first, so that all cores end together.
+        priority: PRIORITIES[arm]
+        retries: RETRIES
+        shell: notebook("01_train", f"-p arm={{params.arm}} -p seeds=[] -p score=true -p processes={PROCESSES}", PROCESSES)
 
 # Analyses of finished and scored runs, one notebook each; their tables go into the report.
 for name, parameters in STUDY.analyses.items():
     rule:
         name: f"analyse_{name}"
-        input: [stamp(arm, seed, "evaluated") for arm in STUDY.arms for seed in STUDY.seeds]
+        input: SCORED
         output: analysed(name)
         log: notebook=local(str(EXECUTED / f"{name}.ipynb"))
+        priority: 2
         params: notebook=name, words=words(*(w for k, v in parameters.items() for w in ("-p", f"{k}={json.dumps(v)}")))
         threads: STUDY.train.threads
         resources: **asked("analyse")
         retries: RETRIES
         shell: notebook("{params.notebook:q}", "{params.words}")
 
-# Times steps of all main arms side by side, so it has the machine to itself; on a cluster it has what it is given.
+# Times steps of all main arms interleaved, so it has the machine to itself; on a cluster it has what it is given. Its
+# priority is the lowest, so no arm or analysis that could run waits for it.
 rule step_time:
     input: PREPARED
     output: RUNS / f"step_time-{haste.digest([STUDY.run(a).hash for a in STUDY.main])}.stamp"
     threads: STUDY.train.threads if ON_CLUSTER else workflow.cores
     resources: **asked("step_time")
+    priority: 1
     shell: OUTLIVE + "( " + HASTE + " cost " + SETTINGS + " ) && touch {output:q}"
 
 rule report:
     input:
-        [stamp(arm, seed, "evaluated") for arm in STUDY.arms for seed in STUDY.seeds],
+        SCORED,
         rules.step_time.output,
         PREPARED,
         [analysed(name) for name in STUDY.analyses],

@@ -21,7 +21,7 @@ _EXAMPLES = """examples:
   haste train digits haste --seed 1                     one run; stop it with Ctrl-C, the same command goes on
   haste train digits haste --set train.steps=200        with another setting
   haste sample digits haste --n 64 --out digits.png     images from a trained run
-  haste evaluate digits haste                           FID, KID, precision and recall of its checkpoints
+  haste evaluate digits haste                           FID, precision, recall, held-out denoising loss
   haste train imagenet256 haste --dry-run               what is missing for the paper's own scale, and what it takes
   haste plan imagenet256 --gpus 8                       time, memory and space of every arm, measured on this device
   haste convert 0400000.pt haste.safetensors            a released checkpoint of DiT, SiT, REPA or HASTE
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     latents.add(commands)
     convert.add(commands)
     cost = add("cost", measure_cost, "measure the time of a training step in every arm and phase")
-    cost.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default: %(default)s)")
+    cost.add_argument("--rounds", type=int, default=12, help="interleaved rounds (default: %(default)s)")
     plan.add(commands)
 
     notebook = commands.add_parser(
@@ -147,12 +147,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     if run.study.evaluate.suite == "study":
         preparation.prepare_extractor(run.study)
+        preparation.prepare_autoencoder(run.study)
     rows = evaluation.evaluate_run(run)
     further = () if run.study.evaluate.suite == "adm" else ("fid_heldout", "nearest", "copies")
-    shown = ("step", *evaluation.metrics_of(run.study), *further, "n", "card")
-    print("  ".join(f"{name:>11}" for name in shown))
-    for row in rows:
-        print("  ".join(f"{row[k]:>11.4f}" if isinstance(row[k], float) else f"{row[k]:>11}" for k in shown))
+    scores = ("step", *evaluation.metrics_of(run.study), *further, *evaluation.SUMMARIES, "n", "card")
+    for name in scores:
+        cells = (f"{row[name]:>11.4f}" if isinstance(row[name], float) else f"{row[name]:>11}" for row in rows)
+        print(f"{name:<16}" + "  ".join(cells))
+    levels = [level for level in evaluation.denoising_rows(run) if level["split"] == "held-out"]
+    print(f"held-out denoising loss ({levels[0]['n']} images, {levels[0]['draws']} draws)")
+    for t in dict.fromkeys(level["t"] for level in levels):
+        print(f"  t = {t:<10}" + "  ".join(f"{level['loss']:>11.4f}" for level in levels if level["t"] == t))
 
 
 def teacher(arguments: argparse.Namespace) -> None:

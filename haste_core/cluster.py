@@ -1,6 +1,6 @@
 """Where the jobs of a study run when not here: on a cluster, as the folder of a Snakemake profile describes it.
 
-A profile's `set-resources` names kinds of job (KINDS): of rules a study has one for every arm and seed.
+A profile's `set-resources` names kinds of job (KINDS), since rules have an arm's name: the jobs of arms are `train`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from haste_core.errors import HasteError, unknown
 from haste_core.files import output_root, project_root
 
-KINDS = ("prepare", "train", "evaluate", "analyse", "step_time", "report")
+KINDS = ("prepare", "train", "analyse", "step_time", "report")
 # What a value of a profile says until somebody who knows the cluster has filled it in.
 BLANK = "FILL_IN"
 # What a training job of several processes asks for once for each of them.

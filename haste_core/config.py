@@ -31,6 +31,7 @@ from haste_core.sections import (
     Termination,
     Train,
 )
+from haste_core.seeding import STREAMS
 from haste_core.validation import digest, merge, section_type, validate
 
 __all__ = [
@@ -90,7 +91,7 @@ class RunConfig(Section):
     def unaligned(self) -> str:
         """Hash of what decides the run apart from its alignment."""
         content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
-        return digest([content, self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)])
+        return digest([STREAMS, content, self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)])
 
     @property
     def lineage(self) -> str:
@@ -100,7 +101,7 @@ class RunConfig(Section):
         if self.alignment.active:
             content["teacher"] = self.teacher.model_dump(mode="json")
             content["alignment"] = self.alignment.model_dump(mode="json")
-        return digest(content)
+        return digest([STREAMS, content])
 
     @property
     def hash(self) -> str:
@@ -110,9 +111,10 @@ class RunConfig(Section):
 
 
 class Arm(RunConfig):
-    """What an arm of a study may override: all that decides its run but the data, and how its images are drawn."""
+    """What an arm may override: all that decides its run but the data, how its images are drawn, and its seeds."""
 
     sample: Sample = Sample()
+    seeds: list[NonNegative] = []
 
 
 class Study(Section):
@@ -171,8 +173,22 @@ class Study(Section):
         for key in self.arms[arm]:
             if key not in possible:
                 raise unknown(f"section in arm {arm!r}", key, possible)
-        own = {key: value for key, value in self.arms[arm].items() if key != "sample"}
+        own = {key: value for key, value in self.arms[arm].items() if key not in ("sample", "seeds")}
         return validate(RunConfig, merge(base, own), f"arm {arm!r}")
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """The seeds of an arm: the study's, or those of them that the arm names itself.
+
+        Raises:
+            HasteError: it names one that the study does not have.
+        """
+        own = self.arms[arm].get("seeds")
+        if own is None:
+            return self.seeds
+        wrong = [seed for seed in own if seed not in self.seeds] if isinstance(own, list) else [own]
+        if wrong or not own:
+            raise HasteError(f"arms.{arm}.seeds is {own}; expected a list of some of the study's seeds {self.seeds}")
+        return own
 
     def sample_of(self, arm: str) -> Sample:
         """How images of an arm are drawn: as the study says, bar what the arm overrides (a DiT needs `ddpm`)."""
@@ -188,6 +204,7 @@ class Study(Section):
         for other in self.arms:
             candidate = self.run(other)
             shares = other != arm and candidate.lineage == own.lineage and candidate.tau > own.tau
+            shares = shares and set(self.seeds_of(arm)) <= set(self.seeds_of(other))
             if shares and own.tau in candidate.train.kept_steps:
                 return other
         return None
@@ -205,7 +222,7 @@ class Study(Section):
     def teacher_hash(self, teacher: Teacher) -> str:
         """Hash of what decides a teacher's weights in this study, not what it is shown."""
         weights = teacher.model_dump(mode="json", exclude={"low_pass", "precision"})
-        return digest([self.data.model_dump(mode="json"), weights])
+        return digest([STREAMS, self.data.model_dump(mode="json"), weights])
 
     def teachers(self) -> list[Teacher]:
         """The study's own teacher, then those that aligned arms bring."""
@@ -222,20 +239,30 @@ class Study(Section):
             )
 
     def check_claims(self) -> None:
-        """Raise HasteError where the step at which early gains are read is not a kept one of every main arm."""
+        """Raise HasteError where a step that early gains are read at is not a kept one of every main arm."""
         for arm in self.main:
             kept = self.run(arm).train.kept_steps
-            if self.claims.early not in kept:
+            missing = [step for step in self.claims.early if step not in kept]
+            if missing:
                 raise HasteError(
-                    f"claims.early {self.claims.early} is no kept step of arm {arm!r}; possible: {kept}, or another "
-                    f"train.keep"
+                    f"claims.early names step {missing[0]}, which arm {arm!r} does not keep; expected some of {kept}, "
+                    f"or another train.keep"
                 )
 
     @property
     def extractor_hash(self) -> str:
         """Hash of what decides the weights of the feature extractor behind FID."""
-        evaluate = self.evaluate
-        return digest([self.data.model_dump(mode="json"), evaluate.extractor.model_dump(), evaluate.extractor_width])
+        return self._fitted_hash("extractor", self.evaluate.extractor)
+
+    @property
+    def autoencoder_hash(self) -> str:
+        """Hash of what decides the weights of the feature extractor that is trained without labels."""
+        return self._fitted_hash("autoencoder", self.evaluate.autoencoder)
+
+    def _fitted_hash(self, role: str, fitting: Fitting) -> str:
+        return digest(
+            [STREAMS, role, self.data.model_dump(mode="json"), fitting.model_dump(), self.evaluate.extractor_width]
+        )
 
     @property
     def evaluation_hash(self) -> str:
@@ -244,7 +271,7 @@ class Study(Section):
 
     def evaluation_hash_of(self, sample: Sample) -> str:
         """`evaluation_hash` where images are drawn by `sample`."""
-        return digest([sample.model_dump(), self.evaluate.model_dump(), self.extractor_hash])
+        return digest([sample.model_dump(), self.evaluate.model_dump(), self.extractor_hash, self.autoencoder_hash])
 
 
 def studies() -> list[str]:
@@ -279,6 +306,7 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
     for arm in loaded.arms:
         loaded.run(arm)
         loaded.sample_of(arm)
+        loaded.seeds_of(arm)
     return loaded
 
 

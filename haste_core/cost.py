@@ -20,6 +20,9 @@ from haste_core.runs import study_dir
 from haste_core.state import TrainState, create
 
 COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
+ROUNDS = 12
+# Settings of `train` that leave the numbers of a run as they are (so its lineage) and change the time of a step.
+_AFFECTS_TIME = ("watch_angle", "accumulate", "sharded", "compile", "prefetch", "cache_teacher")
 
 
 class Timing(NamedTuple):
@@ -33,32 +36,46 @@ class Timing(NamedTuple):
 
 
 def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
-    """A training state for each arm and phase; a phase II state really went through its switch."""
+    """A training state for each main arm and phase; a phase II state really went through its switch.
+
+    Arms whose step is the same work in a phase share its state.
+    """
     found: dict[tuple[str, int], TrainState] = {}
+    made: dict[tuple[Any, ...], TrainState] = {}
     for arm in study.main:
         run = study.run(arm)
-        if not run.alignment.active:
-            found[arm, 2] = create(run, 0, None)
-            continue
-        teacher = training.find_teacher(study, run.teacher)
-        found[arm, 1] = create(run, 0, teacher, training.Termination(run))
-        if run.tau != float("inf"):
-            switched = create(run, 0, teacher, training.Termination(run))
-            training.train_step(switched)
-            switched.step = int(run.tau)
-            training.train_step(switched)
-            found[arm, 2] = switched
+        phases = [2] if not run.alignment.active else [1] if run.tau == float("inf") else [1, 2]
+        for phase in phases:
+            work = (run.lineage, phase, *(getattr(run.train, name) for name in _AFFECTS_TIME))
+            if work not in made:
+                made[work] = _state(study, run, phase)
+            found[arm, phase] = made[work]
     return found
 
 
-def measure(study: config.Study, rounds: int = 30, steps: int = 3) -> list[dict[str, Any]]:
+def _state(study: config.Study, run: config.RunConfig, phase: int) -> TrainState:
+    if not run.alignment.active:
+        return create(run, 0, None)
+    state = create(run, 0, training.find_teacher(study, run.teacher), training.Termination(run))
+    if phase == 2:
+        training.train_step(state)
+        state.step = int(run.tau)
+        training.train_step(state)
+    return state
+
+
+def measure(study: config.Study, rounds: int = ROUNDS, steps: int = 2) -> list[dict[str, Any]]:
     """Median seconds per training step of every main arm and phase, and the ratio to a vanilla step with its spread.
 
-    `ratio_low` and `ratio_high` are a 95 % bootstrap interval of the median ratio (`interleaved`).
+    A state that several arms share is timed once, and each of them has its row. `ratio_low` and `ratio_high` are a 95 %
+    bootstrap interval of the median ratio (`interleaved`).
     """
     study.check_baseline()
-    rows = _steps(states(study), ("vanilla", 2), rounds, steps)
-    return [dict(zip(COLUMNS, (*key, *row), strict=True)) for key, row in rows.items()]
+    running = states(study)
+    first = {id(state): key for key, state in reversed(running.items())}
+    once = {first[id(state)]: state for state in running.values()}
+    times = _steps(once, first[id(running["vanilla", 2])], rounds, steps)
+    return [dict(zip(COLUMNS, (*key, *times[first[id(state)]]), strict=True)) for key, state in running.items()]
 
 
 def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) -> pd.DataFrame:
@@ -158,7 +175,7 @@ def _steps(running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int
     return interleaved({key: step_of(state) for key, state in running.items()}, base, rounds, steps, device)
 
 
-def write(study: config.Study, rounds: int = 30) -> list[dict[str, Any]]:
+def write(study: config.Study, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Measure, and keep the rows in runs/<study>/step_time.json."""
     rows = measure(study, rounds)
     write_json(study_dir(study) / "step_time.json", rows)

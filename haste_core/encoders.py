@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from haste_core import _torchvision_guard, config  # noqa: F401  (the guard must come before timm)
 from haste_core.errors import HasteError
+from haste_core.seeding import stream
 
 import huggingface_hub as hub  # isort: skip
 import timm  # isort: skip
@@ -38,7 +39,7 @@ def build_encoder(teacher: config.Teacher) -> nn.Module:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
     try:
         unloaded = _unloaded(teacher.model, options, file) if file is not None else []
-        encoder = _create(teacher.model, options, teacher.fitting.seed)
+        encoder = _create(teacher.model, options, stream("teacher weights", teacher.fitting.seed))
     except Exception as error:  # timm raises RuntimeError, TypeError, OSError and unpickling errors alike
         raise _refused(teacher, _cause(error), "see timm.list_models()") from error
     if unloaded:

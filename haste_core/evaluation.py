@@ -20,18 +20,22 @@ from haste_core.latents import decoding
 from haste_core.models import DiffusionTransformer
 from haste_core.runs import Run, study_dir
 from haste_core.sample_set import SampleSet, drawer, plan
+from haste_core.scoring.denoising import SUMMARIES, summaries
 from haste_core.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
 from haste_core.scoring.scorers import Scorer, Scoring, card, card_of, columns, metrics_of, open_scorer
 from haste_core.state import build_generator
 
 __all__ = [
-    "METRICS", "CopyCheck", "ImageSet", "Scorer", "card", "columns", "evaluate_run", "evaluation_samples",
-    "evaluation_set", "find_samples", "floor", "generator_at", "is_scored", "metrics_of", "nearest_distances",
-    "open_scorer", "register_extractor", "rows", "score",
+    "DENOISING_COLUMNS", "METRICS", "SUMMARIES", "CopyCheck", "ImageSet", "Scorer", "card", "columns", "denoising_rows",
+    "evaluate_run", "evaluation_samples", "evaluation_set", "find_samples", "floor", "generator_at", "is_scored",
+    "metrics_of", "nearest_distances", "open_scorer", "register_extractor", "rows", "score",
 ]  # fmt: skip
 
 SHARD_SIZE = 1000
 KEPT = 100  # images kept beside the scores of every checkpoint
+DENOISING_COLUMNS = ("arm", "seed", "step", "t", "split", "loss", "nats", "n", "draws", "card")
+# A checkpoint's scores by name, and the rows of its denoising loss under "levels".
+Scores = dict[str, Any]
 
 
 def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
@@ -42,17 +46,20 @@ def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
     return model.requires_grad_(False).eval().to(default_device()), state["ema_fingerprint"]
 
 
-def evaluation_samples(run: Run, step: int, classes: int, progress: str | None = None) -> tuple[Tensor, str]:
+def evaluation_samples(
+    run: Run, step: int, classes: int, progress: str | None = None, sample: config.Sample | None = None
+) -> tuple[Tensor, str]:
     """uint8 images (n, C, S, S) of a checkpoint from the study's evaluation noise, and the generator's fingerprint.
 
-    Image i has label and seed of its own, the same for every arm, training seed and step.
+    Image i has label and seed of its own, the same for every arm, training seed and step. They are drawn as the run's
+    study says, unless `sample` says otherwise.
     """
-    study = run.study
+    study, sample = run.study, sample or run.sample
     model, fingerprint = generator_at(run, step)
     labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
     seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
-    drawn = sampling.draw(model, labels, seeds, run.sample, progress)
-    return sampling.to_uint8(decoding.to_images(drawn, study.data, run.sample)), fingerprint
+    drawn = sampling.draw(model, labels, seeds, sample, progress)
+    return sampling.to_uint8(decoding.to_images(drawn, study.data, sample)), fingerprint
 
 
 def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSet:
@@ -113,18 +120,20 @@ def floor(scorer: Scoring, study: config.Study) -> list[dict[str, Any]]:
     return json.loads(path.read_text())
 
 
-def _drawn_and_scored(run: Run, step: int, scorer: Scoring, progress: str | None) -> tuple[dict[str, float], Tensor]:
+def _drawn_and_scored(run: Run, step: int, scorer: Scoring, progress: str | None) -> tuple[Scores, Tensor]:
     """The scores of a checkpoint, and its first images."""
+    levels = scorer.probe.measure(generator_at(run, step)[0])
+    measured: Scores = {**summaries(levels), "levels": levels}
     if run.study.evaluate.suite == "adm":
         samples = evaluation_set(run, step, progress)
-        return scorer.score(samples), next(samples.batches(KEPT))
+        return scorer.score(samples) | measured, next(samples.batches(KEPT))
     generated, _ = evaluation_samples(run, step, scorer.classes, progress)
-    return scorer.score(generated), generated
+    return scorer.score(generated) | measured, generated
 
 
-def known_scores(run: Run, card_id: str) -> dict[str, dict[str, float]]:
+def known_scores(run: Run, card_id: str) -> dict[str, Scores]:
     """Scores by generator fingerprint, from this run and the runs that may share checkpoints with it."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Scores] = {}
     for arm in run.study.arms:
         path = Run(run.study, arm, run.seed).evaluation_path
         if path.is_file():
@@ -134,7 +143,7 @@ def known_scores(run: Run, card_id: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def save_scores(run: Run, card: dict[str, Any], scores: dict[str, dict[str, float]]) -> None:
+def save_scores(run: Run, card: dict[str, Any], scores: dict[str, Scores]) -> None:
     """Keep the scores of this run's own checkpoints with their card."""
     prints = {step: run.load(step, prefixes=("none",))[1]["ema_fingerprint"] for step in run.config.train.kept_steps}
     steps = {str(step): fingerprint for step, fingerprint in prints.items() if fingerprint in scores}
@@ -189,19 +198,38 @@ def rows(run: Run) -> list[dict[str, Any]]:
     Raises:
         HasteError: the run is not evaluated under the study's present settings.
     """
-    if not is_scored(run):
-        raise not_scored(run)
-    content = json.loads(run.evaluation_path.read_text())
     return [
         {
             "arm": run.arm,
             "seed": run.seed,
-            "step": int(step),
-            "images_seen": int(step) * run.config.train.batch_size,
-            **content["scores"][fingerprint],
+            "step": step,
+            "images_seen": step * run.config.train.batch_size,
+            **{name: value for name, value in scores.items() if name != "levels"},
             "n": run.study.evaluate.n,
-            "card": content["card"]["card_id"],
+            "card": card_id,
         }
-        for step in run.config.train.kept_steps
-        for fingerprint in [content["steps"][str(step)]]
+        for step, scores, card_id in _by_step(run)
     ]
+
+
+def denoising_rows(run: Run) -> list[dict[str, Any]]:
+    """The denoising loss of an evaluated run by step, split and noise level, rows of DENOISING_COLUMNS.
+
+    Raises:
+        HasteError: the run is not evaluated under the study's present settings.
+    """
+    return [
+        {"arm": run.arm, "seed": run.seed, "step": step, **level, "card": card_id}
+        for step, scores, card_id in _by_step(run)
+        for level in scores["levels"]
+    ]
+
+
+def _by_step(run: Run) -> list[tuple[int, Scores, str]]:
+    """Step, scores and card of every kept step of an evaluated run."""
+    if not is_scored(run):
+        raise not_scored(run)
+    content = json.loads(run.evaluation_path.read_text())
+    card_id = content["card"]["card_id"]
+    steps = run.config.train.kept_steps
+    return [(step, content["scores"][content["steps"][str(step)]], card_id) for step in steps]

@@ -5,6 +5,7 @@ The draw u of a step is uniform in [0, 1) for every objective, so arms and kinds
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -37,6 +38,13 @@ class Objective(Protocol):
         """The denoising loss per value, float32 and shaped like x."""
         ...
 
+    def bound(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The integrand over noise levels of the bound on the negative log-likelihood, (B,) float64.
+
+        In nats per image and unit of t.
+        """
+        ...
+
 
 class Velocity:
     """SiT and MM-DiT: the velocity of the linear path (Sec. 2.1, arXiv 2505.16792). t is the noise level itself."""
@@ -52,6 +60,13 @@ class Velocity:
     def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The square error of the velocity."""
         return (output.float() - interpolant.velocity(x, eps)).square()
+
+    def bound(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(1 - t) / t times the squared error summed over values: 1/2 d(log SNR)/dt of the noise's squared error.
+
+        Eq. 17, arXiv 2107.00630, on the linear path, where the noise's error is 1 - t times the velocity's.
+        """
+        return self.loss(output, x, eps, t).double().flatten(1).sum(1) * (1 - t.double()) / t.double()
 
 
 class NoiseAndVariance:
@@ -72,6 +87,12 @@ class NoiseAndVariance:
         """The hybrid loss."""
         with torch.autocast(x.device.type, enabled=False):
             return self.schedule.losses(output.float(), x, eps, t).total
+
+    def bound(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The variational term of the timestep, summed over values; its 1000 timesteps span one unit of t."""
+        with torch.autocast(x.device.type, enabled=False):
+            bits = self.schedule.losses(output.float(), x, eps, t).variational
+        return ddpm.STEPS * math.log(2) * bits.double().flatten(1).sum(1)
 
 
 def objective_of(kind: str) -> Objective:

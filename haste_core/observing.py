@@ -53,7 +53,7 @@ def _number(value: float) -> float | None:
 def exact(state: TrainState) -> float:
     """The mean cosine between denoising and alignment gradients over the losses that are on and the noise levels.
 
-    Eq. 2, Tables 9 and 10, arXiv 2505.16792: on one block's parameters, on held-out images with fixed noise.
+    Eq. 2, Tables 9 and 10, arXiv 2505.16792: on one block's parameters, on validation images with fixed noise.
     """
     assert state.alignment is not None
     settings, block = state.config.termination, block_of(state.config)
@@ -61,7 +61,7 @@ def exact(state: TrainState) -> float:
     model, alignment = sharding.in_one_piece(unwrap(state.model), main), copy.copy(state.alignment)
     if alignment.projector is not None:
         alignment.projector = sharding.in_one_piece(unwrap(alignment.projector), main)
-    batch = state.batches.dataset.examples("test", settings.n)
+    batch = state.batches.dataset.examples("validation", settings.n)
     which = [loss for loss in reaching(alignment, block) if loss != "holistic"]
 
     def mean() -> float:

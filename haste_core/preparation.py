@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haste_core import checkpoint, classifier, config, provenance, runs
 from haste_core import teacher as teachers
 from haste_core.data import Dataset, open_dataset
 from haste_core.errors import HasteError
-from haste_core.files import locked, write_json
+from haste_core.files import write_json
+from haste_core.seeding import stream
+from haste_core.turns import turn
+
+T = TypeVar("T")
+# A network and its measures by split.
+Trained = tuple[nn.Module, dict[str, float]]
 
 
 def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -> dict[str, Any]:
@@ -22,10 +28,10 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
 
     Returns:
         Facts about the teacher: model, weights, width, heads, blocks, grid, parameters, and for a pretrained one its
-        `train_accuracy` and `test_accuracy` in [0, 1].
+        `train_accuracy`, `validation_accuracy` and `test_accuracy` in [0, 1].
 
     Raises:
-        HasteError: the held-out accuracy stays below the required one, or a hub or local teacher cannot be loaded.
+        HasteError: the validation accuracy stays below the required one, or a hub or local teacher cannot be loaded.
     """
     wanted = wanted or study.teacher
     path = runs.teacher_path(study, wanted)
@@ -34,9 +40,15 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
         with _made_once(path, "the teacher") as missing:
             if missing:
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
+                dataset = fitting_data(study, wanted.fitting)
+
+                def attempt(fitting: config.Fitting) -> tuple[dict[str, Tensor], dict[str, float]]:
+                    partial = path.parent / f"partial-{fitting.seed}.safetensors"
+                    return teachers.pretrain(wanted.model_copy(update={"fitting": fitting}), dataset, partial)
+
                 with provenance.session(path.parent, what="teacher"):
-                    state, accuracies = _pretrain(wanted, fitting_data(study, wanted.fitting), path.parent)
-                    checkpoint.save(path, state, {"accuracies": accuracies})
+                    (state, accuracies), attempts = _first_accepted(wanted.fitting, attempt)
+                    checkpoint.save(path, state, {"accuracies": accuracies | {"attempts": attempts}})
             accuracies = checkpoint.load(path, prefixes=("none",))[1]["accuracies"]
         teacher = teachers.load_pretrained(wanted, path)
     else:
@@ -55,32 +67,25 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
 
 @contextmanager
 def _made_once(path: Path, what: str) -> Iterator[bool]:
-    """True where `path` is to be made now, alone; runs that only read what there is do not keep each other out.
-
-    Raises:
-        InUse: another process is making it.
-    """
+    """Acquire the right to create `path`, waiting for a process that is at it; yields False if it exists then."""
     if path.is_file():
         yield False
         return
-    with locked(path.parent / "run.lock", what):
+    with turn(path.parent / "run.lock", what):
         yield not path.is_file()
 
 
-def _pretrain(wanted: config.Teacher, dataset: Dataset, folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and accuracies of the first attempt that is accurate enough; the last failure is raised.
+def _first_accepted(fitting: config.Fitting, train: Callable[[config.Fitting], T]) -> tuple[T, int]:
+    """Result of `train` under the first of the fitting's seeds whose network is accepted, and the number of attempts.
 
-    `folder` holds the state of an attempt that was stopped.
+    Raises:
+        HasteError: no attempt was accepted; the last failure.
     """
-    for attempt in range(wanted.fitting.attempts):
-        fitting = wanted.fitting.model_copy(update={"seed": wanted.fitting.seed + attempt})
+    for attempt in range(fitting.attempts):
         try:
-            attempted = wanted.model_copy(update={"fitting": fitting})
-            state, accuracies = teachers.pretrain(attempted, dataset, folder / f"partial-{fitting.seed}.safetensors")
+            return train(fitting.model_copy(update={"seed": fitting.seed + attempt})), attempt + 1
         except HasteError as error:
             failure = error
-            continue
-        return state, accuracies | {"attempts": attempt + 1}
     raise failure
 
 
@@ -89,56 +94,116 @@ def fitting_data(study: config.Study, fitting: config.Fitting) -> Dataset:
     return open_dataset(study.data.model_copy(update={"augment": fitting.augment or study.data.augment}))
 
 
-def build_extractor(study: config.Study, dataset: Dataset) -> classifier.SmallCNN:
-    """The extractor's network for the images of `dataset`, its weights drawn from its own seed."""
-    channels, size = dataset.images("train", 1)[0].shape[1:3]
+def build_extractor(study: config.Study, dataset: Dataset, seed: int | None = None) -> classifier.SmallCNN:
+    """The extractor's network for the images of `dataset`, its weights drawn from `seed`, by default the settings'."""
+    with _drawn("extractor weights", study.evaluate.extractor.seed if seed is None else seed):
+        return classifier.SmallCNN(dataset.classes, study.evaluate.extractor_width, *_shape(dataset))
+
+
+def build_autoencoder(study: config.Study, dataset: Dataset, seed: int | None = None) -> classifier.Autoencoder:
+    """The autoencoder for the images of `dataset`, its weights drawn from `seed`, by default the settings'."""
+    with _drawn("autoencoder weights", study.evaluate.autoencoder.seed if seed is None else seed):
+        return classifier.Autoencoder(study.evaluate.extractor_width, *_shape(dataset))
+
+
+@contextmanager
+def _drawn(role: str, seed: int) -> Iterator[None]:
+    """A context in which weights are drawn from the stream of a role."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(study.evaluate.extractor.seed)
-        return classifier.SmallCNN(dataset.classes, study.evaluate.extractor_width, channels, size)
+        torch.manual_seed(stream(role, seed))
+        yield
+
+
+def _shape(dataset: Dataset) -> tuple[int, int]:
+    """Channels and side of the images."""
+    channels, side = dataset.images("train", 1)[0].shape[1:3]
+    return channels, side
 
 
 def prepare_extractor(study: config.Study) -> dict[str, Any]:
     """Train the feature extractor behind FID if it does not exist yet.
 
     Returns:
-        Its facts: kind, width, seed, fingerprint of the weights, `train_accuracy` and `test_accuracy` in [0, 1].
+        Its facts: kind, width, seed, fingerprint of the weights, attempts, and `train_accuracy`, `validation_accuracy`
+        and `test_accuracy` in [0, 1].
     """
-    path = runs.extractor_path(study)
-    with _made_once(path, "the extractor") as missing:
+
+    def train(fitting: config.Fitting, dataset: Dataset, partial: Path) -> Trained:
+        network = build_extractor(study, dataset, fitting.seed)
+        return network, classifier.fit_classifier(network, dataset, fitting, "extractor", partial)
+
+    facts = _prepared(study, runs.extractor_path(study), study.evaluate.extractor, train)
+    return {"kind": "SmallCNN", **facts}
+
+
+def prepare_autoencoder(study: config.Study) -> dict[str, Any]:
+    """Train the feature extractor that needs no labels if it does not exist yet.
+
+    Returns:
+        Its facts: kind, width, seed, fingerprint of the weights, attempts, and `train_explained`,
+        `validation_explained` and `test_explained`, shares of pixel variance.
+    """
+
+    def train(fitting: config.Fitting, dataset: Dataset, partial: Path) -> Trained:
+        network = build_autoencoder(study, dataset, fitting.seed)
+        return network, classifier.fit_autoencoder(network, dataset, fitting, "autoencoder", partial)
+
+    facts = _prepared(study, runs.autoencoder_path(study), study.evaluate.autoencoder, train)
+    return {"kind": "Autoencoder", **facts}
+
+
+def _prepared(
+    study: config.Study,
+    path: Path,
+    fitting: config.Fitting,
+    train: Callable[[config.Fitting, Dataset, Path], Trained],
+) -> dict[str, Any]:
+    """Facts of the feature extractor in `path`, which `train` makes if it does not exist yet."""
+    what = path.stem
+    with _made_once(path, f"the {what}") as missing:
         if missing:
             torch.set_num_threads(study.train.threads)
-            dataset = fitting_data(study, study.evaluate.extractor)
-            with provenance.session(path.parent, what="extractor"):
-                network = build_extractor(study, dataset)
-                accuracies = classifier.fit_classifier(
-                    network, dataset, study.evaluate.extractor, "extractor", path.parent / "partial.safetensors"
-                )
+            dataset = fitting_data(study, fitting)
+
+            def attempt(chosen: config.Fitting) -> Trained:
+                return train(chosen, dataset, path.parent / f"partial-{chosen.seed}.safetensors")
+
+            with provenance.session(path.parent, what=what):
+                (network, measured), attempts = _first_accepted(fitting, attempt)
                 weights = network.state_dict()
-                facts = {"accuracies": accuracies, "fingerprint": checkpoint.fingerprint(weights)}
-                checkpoint.save(path, weights, facts)
+                measured = measured | {"attempts": attempts}
+                checkpoint.save(path, weights, {"measured": measured, "fingerprint": checkpoint.fingerprint(weights)})
     state = checkpoint.load(path, prefixes=("none",))[1]
-    evaluate = study.evaluate
-    return {
-        "kind": "SmallCNN",
-        "width": evaluate.extractor_width,
-        "seed": evaluate.extractor.seed,
-        "fingerprint": state["fingerprint"],
-        **state["accuracies"],
-    }
+    common = {"width": study.evaluate.extractor_width, "seed": fitting.seed, "fingerprint": state["fingerprint"]}
+    return {**common, **state["measured"]}
 
 
 def load_extractor(study: config.Study) -> tuple[classifier.SmallCNN, str]:
     """The trained extractor in eval mode, and the fingerprint of its weights."""
-    weights, state = checkpoint.load(runs.extractor_path(study))
     network = build_extractor(study, open_dataset(study.data))
+    return network, _load(network, runs.extractor_path(study))
+
+
+def load_autoencoder(study: config.Study) -> tuple[classifier.Autoencoder, str]:
+    """The trained autoencoder in eval mode, and the fingerprint of its weights."""
+    network = build_autoencoder(study, open_dataset(study.data))
+    return network, _load(network, runs.autoencoder_path(study))
+
+
+def _load(network: nn.Module, path: Path) -> str:
+    """Load the weights in `path` into a network, freeze it, and return their fingerprint."""
+    weights, state = checkpoint.load(path)
     network.load_state_dict(weights)
-    return network.requires_grad_(False).eval(), state["fingerprint"]
+    network.requires_grad_(False).eval()
+    return str(state["fingerprint"])
 
 
 def write_facts(study: config.Study, path: Path) -> dict[str, Any]:
-    """Prepare teachers and extractor, and write their facts to the JSON file `path`; returns them."""
+    """Prepare teachers, extractor and autoencoder, and write their facts to the JSON file `path`; returns them."""
     own, *brought = [prepare_teacher(study, teacher) for teacher in study.teachers()]
-    extractor = prepare_extractor(study) if study.evaluate.suite == "study" else None
-    facts = {"teacher": own, "further_teachers": brought, "extractor": extractor}
+    scored_here = study.evaluate.suite == "study"
+    extractor = prepare_extractor(study) if scored_here else None
+    autoencoder = prepare_autoencoder(study) if scored_here else None
+    facts = {"teacher": own, "further_teachers": brought, "extractor": extractor, "autoencoder": autoencoder}
     write_json(path, facts)
     return facts

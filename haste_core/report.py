@@ -21,7 +21,19 @@ from haste_core.files import write_bytes, write_json, write_table, write_text
 from haste_core.report_sections import sections
 from haste_core.runs import Run
 from haste_core.training import find_teacher
-from haste_core.wording import measured, not_measured, readme_block, score_table, sentences
+from haste_core.wording import (
+    VERDICTS,
+    answers,
+    chips,
+    denoising_table,
+    lacking,
+    measured,
+    readme_block,
+    score_table,
+    sensitivity_table,
+    sentences,
+    verdict_groups,
+)
 
 __all__ = [
     "Report", "answer", "collect_samples", "draw_figures", "open_report", "readme_block", "refresh", "score_table",
@@ -52,7 +64,9 @@ class Report:
         path = self.tables / f"{name}.csv"
         if not path.is_file():
             raise HasteError(f"no table {path}; possible: haste study {self.study.name}")
-        return pd.read_csv(path)
+        table = pd.read_csv(path)
+        # A card's id may be digits alone.
+        return pd.read_csv(path, dtype={"card": str}) if "card" in table else table
 
     def has(self, name: str) -> bool:
         """True where the table exists."""
@@ -66,7 +80,7 @@ class Report:
 
     def all_runs(self) -> list[Run]:
         """Every arm with every seed."""
-        return [Run(self.study, arm, seed) for arm in self.study.arms for seed in self.study.seeds]
+        return [Run(self.study, arm, seed) for arm in self.study.arms for seed in self.study.seeds_of(arm)]
 
     def main_runs(self) -> list[Run]:
         """Every main arm with every seed."""
@@ -79,6 +93,15 @@ class Report:
     def main(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of a table that belong to main arms."""
         return table[table["arm"].isin(self.study.main)]
+
+    def denoising(self) -> pd.DataFrame | None:
+        """The rows of denoising.csv; None for a report from before that score."""
+        return self.table("denoising") if self.has("denoising") else None
+
+    def detailed_steps(self) -> list[int]:
+        """The steps that score tables and samples are shown at: an early one, before the switch, and the last."""
+        kept = sorted(figures.panel_steps(self.main(self.table("fid"))["step"], self.tau, self.study.claims.early))
+        return list(dict.fromkeys((kept[0], kept[-1])))
 
     def scores(self) -> pd.DataFrame:
         """The rows of fid.csv: from the runs where all of them are scored, else as they came with the project."""
@@ -141,6 +164,8 @@ def write_tables(report: Report) -> None:
     study, folder = report.study, report.dir / "tables"
     fid = [row for run in report.all_runs() for row in evaluation.rows(run)]
     write_table(folder / "fid.csv", fid, evaluation.columns(study))
+    denoising = [row for run in report.all_runs() for row in evaluation.denoising_rows(run)]
+    write_table(folder / "denoising.csv", denoising, evaluation.DENOISING_COLUMNS)
     scorer = evaluation.open_scorer(study)
     write_table(
         folder / "floor.csv",
@@ -157,6 +182,8 @@ def write_tables(report: Report) -> None:
     times = json.loads((runs.study_dir(study) / "step_time.json").read_text())
     write_table(folder / "step_time.csv", times, cost.COLUMNS)
     write_table(folder / "claims.csv", judge(report, pd.DataFrame(fid)), claims.COLUMNS)
+    sensitive = claims.sensitivity(claims.CLAIMS, evidence(report, pd.DataFrame(fid)), study.claims.confidence)
+    write_table(folder / "sensitivity.csv", sensitive, claims.SENSITIVITY)
     maps = attention.token_maps(report.shown_runs(), find_teacher(study, study.teacher))
     write_table(folder / "attention.csv", maps, tuple(maps[0]))
     names = ("arm", "seed", "step", "phase", "loss", "denoising", "feature", "attention", "grad_norm")
@@ -172,23 +199,26 @@ def write_tables(report: Report) -> None:
     write_json(folder / "provenance.json", study_provenance(report))
 
 
-def judge(report: Report, fid: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of claims.csv, from the rows of fid.csv and the tables of analyses that there are."""
+def evidence(report: Report, fid: pd.DataFrame) -> claims.Evidence:
+    """The evidence that claims are judged on: the rows of fid.csv and the tables of analyses that there are."""
     study = report.study
     study.check_claims()
     tables = {name: report.table(name) for name in claims.TABLES if report.has(name)}
-    evidence = claims.Evidence(
-        claims.curves_of(fid), study.claims.early, study.train.steps, study.claims.roles, claims.cards_of(fid), tables
-    )
-    return claims.judge_all(claims.CLAIMS, evidence, study.claims.confidence)
+    return claims.Evidence(fid, study.claims.early, study.train.steps, study.claims.roles, tables)
+
+
+def judge(report: Report, fid: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of claims.csv, from the rows of fid.csv and the tables of analyses that there are."""
+    return claims.judge_all(claims.CLAIMS, evidence(report, fid), report.study.claims.confidence)
 
 
 def study_provenance(report: Report) -> dict[str, Any]:
     """Where the report's numbers come from: commits, hashes, versions, machine, minutes and memory."""
     study = report.study
     teachers = [runs.teacher_path(study, teacher).parent for teacher in study.teachers()]
-    # A study scored by Inception has no extractor of its own; its folder is missing and tells nothing.
-    folders = [*teachers, runs.extractor_path(study).parent, *(r.dir for r in report.all_runs())]
+    # A study scored by Inception has no extractors of its own; their folders are missing and tell nothing.
+    extractors = [runs.extractor_path(study).parent, runs.autoencoder_path(study).parent]
+    folders = [*teachers, *extractors, *(run.dir for run in report.all_runs())]
     sessions = [s for folder in folders for s in provenance.read(folder).get("sessions", [])]
     facts = json.loads((runs.study_dir(study) / "prepared.json").read_text())
     invocation = runs.study_dir(study) / "invocation.json"
@@ -196,6 +226,9 @@ def study_provenance(report: Report) -> dict[str, Any]:
         "study": study.name,
         "study_hash": config.digest(study.model_dump(mode="json")),
         "main": study.main,
+        "claims": study.claims.model_dump(mode="json"),
+        "tau": report.tau,
+        "steps": study.train.steps,
         "commits": sorted({s["commit"] for s in sessions}),
         "environment": provenance.environment(),
         "machine": provenance.machine(),
@@ -217,19 +250,26 @@ def study_provenance(report: Report) -> dict[str, Any]:
 
 def draw_figures(report: Report) -> dict[str, Any]:
     """Every figure of the report by name, drawn from its tables (and the sample images)."""
-    fid, samples = report.main(report.table("fid")), report.samples()
+    fid, samples, tau = report.main(report.table("fid")), report.samples(), report.tau
+    every = report.denoising()
+    denoising = None if every is None else report.main(every)
     judged = report.table("claims")
     judged = judged[measured(judged)]
     floor = report.table("floor").set_index("pair")["fid"]["augmented held-in against held-in"]
     return {
-        "summary": figures.summary(fid, samples, report.tau),
-        "fid": figures.fid_against_steps(fid, report.tau, float(floor)),
-        "samples": figures.sample_sheet(samples),
+        "summary": figures.summary(fid, denoising, samples, tau, report.study.claims.early),
+        "fid": figures.fid_against_steps(fid, tau, float(floor)),
+        "samples": figures.sample_sheet(samples, report.detailed_steps()),
         "attention": figures.attention_maps(report.table("attention"), report.test_image()),
-        "curves": figures.training_curves(report.table("metrics"), report.tau),
+        "curves": figures.training_curves(report.table("metrics"), tau),
         "step_time": figures.step_cost(report.table("step_time")),
-        # Plain training by itself has no gain, and not every study can read a claim.
-        **({"gain": figures.gain_over_vanilla(fid, report.tau)} if fid["arm"].nunique() > 1 else {}),
+        # Plain training by itself has nothing to compare, and not every study can read a claim.
+        **(
+            {"denoising": figures.denoising_over_training(denoising, tau)}
+            if denoising is not None and figures.compared(denoising)
+            else {}
+        ),
+        **({"gain": figures.gain_over_vanilla(fid, tau)} if fid["arm"].nunique() > 1 else {}),
         **({"claims": figures.claims_forest(judged)} if len(judged) else {}),
         **{name: draw(report) for section in sections(report) for name, draw in section.pictures.items()},
     }
@@ -245,21 +285,27 @@ def write_report(report: Report) -> Path:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     facts = json.loads((report.dir / "tables" / "provenance.json").read_text())
-    fid, judged = report.main(report.table("fid")), report.table("claims")
+    study, fid, judged = report.study, report.main(report.table("fid")), report.table("claims")
+    steps = report.detailed_steps()
     card = json.loads((report.dir / "tables" / "cards" / f"{figures.one_card(fid)}.json").read_text())
     html = environment.get_template("report.html").render(
-        study=report.study,
+        study=study,
         tau=report.tau,
         facts=facts,
         card=card,
-        claims=judged[measured(judged)].to_dict("records"),
-        final=score_table(fid, report.study.train.steps),
-        early=score_table(fid, report.study.claims.early),
+        answers=answers(report.table("fid"), report.denoising(), study.claims, report.tau, study.train.steps),
+        sentences=answer(report),
+        chips=chips(judged),
+        verdicts=verdict_groups(judged),
+        lacking=lacking(judged),
+        meanings=VERDICTS,
+        rules=claims.RULES,
+        sensitivity=sensitivity_table(report.table("sensitivity")) if report.has("sensitivity") else [],
+        scores=[(step, score_table(fid, step)) for step in steps],
+        denoising=denoising_table(fid, steps, study.claims.confidence),
         floor=report.table("floor").to_dict("records"),
         times=report.table("step_time").to_dict("records"),
         attention=report.table("attention"),
-        answer=answer(report),
-        missing=not_measured(judged),
         sections=sections(report),
         drawn=set(drawn),
         picture=lambda name: _picture(report.dir / "figures" / f"{name}.png"),
@@ -271,7 +317,8 @@ def write_report(report: Report) -> Path:
 
 def answer(report: Report) -> list[str]:
     """The study's outcome in plain sentences, put together from the tables alone."""
-    return sentences(report.table("fid"), report.table("claims"), report.study.main)
+    study = report.study
+    return sentences(report.table("fid"), report.table("claims"), study.main, study.claims.confidence)
 
 
 def _picture(path: Path) -> str:

@@ -72,9 +72,10 @@ SECTIONS = (
         "conflict",
         "Do alignment and denoising pull the same way?",
         "The cosine between the gradients of both losses over one block's parameters, on held-out images: above 0 "
-        "alignment helps denoising, below 0 they work against each other. A line per noise level t (0 is data); bars "
-        "are bootstrap intervals over groups of images. Below: the estimate that an ordinary step gives at no extra "
-        "pass, against the exact cosine.",
+        "a small step along one loss lowers the other, below 0 it raises it. A line per noise level t (0 is data); "
+        "bars are bootstrap intervals over groups of images. A falling cosine is weak evidence by itself: where the "
+        "summed loss is stationary, the two gradients are exactly opposed. Below: the estimate that an ordinary step "
+        "gives at no extra pass, against the exact cosine.",
         ("gradient_conflict", "gradient_conflict_online"),
         {
             "conflict": _conflict,
@@ -87,7 +88,7 @@ SECTIONS = (
         "similarity",
         "Do student and teacher see alike?",
         "Unbiased linear CKA of the aligned pair of blocks on held-out images; thin lines are the same on shuffled "
-        "pairs of images, so what is not above its thin line is no similarity.",
+        "pairs of images: the level that unrelated images reach.",
         ("similarity",),
         {"similarity": lambda r: figures.aligned_similarity(r.table("similarity"), r.tau, "cka")},
     ),
@@ -109,11 +110,11 @@ SECTIONS = (
     ),
     Section(
         "help",
-        "What the help consists of",
+        "Which parts of alignment give the early gain?",
         "Early gain over plain training: of REPA, of REPA whose teacher sees only low spatial frequencies (the number "
         "is a share of Nyquist), of alignment at some noise levels only (low, mid, high thirds of t), and of the "
         "control without any alignment that trains on high noise more often (shift). Small dots are seeds; grey means "
-        "that the interval over seeds holds 0.",
+        "that the interval over seeds holds 0, which is not evidence of no difference.",
         ("help_consists_of",),
         {"help": lambda r: _effects(r, "help_consists_of")},
     ),
@@ -137,10 +138,23 @@ SECTIONS = (
     Section(
         "late",
         "Where does alignment begin to hurt?",
-        "Each aligned arm against the run without alignment that differs in nothing else: green points help, orange "
-        "ones hurt, grey ones are left open by the seeds.",
+        "Each aligned arm against the run without alignment that differs in nothing else, on FID and on held-out "
+        "denoising loss near the data: green points are below it, orange ones above, grey ones have an interval over "
+        "seeds that holds 0.",
         ("late_gain",),
-        {"late": lambda r: figures.gain_by_setting(r.table("late_gain"))},
+        {
+            "late": lambda r: figures.gain_by_setting(r.table("late_gain")),
+            "late_near_data": lambda r: figures.gain_by_setting(r.table("late_gain"), "near_data"),
+        },
+    ),
+    Section(
+        "plane",
+        "Where is switching needed, and when?",
+        "The weight of both alignment losses against the step of the switch, at the end of training; weights above 0.5 "
+        "are outside of the paper's. Left: is the arm better (blue) or worse (red) than plain training? Right: was "
+        "switching better than staying on with the same weight? Numbers in bold have an interval that excludes zero.",
+        ("plane",),
+        {"plane": lambda r: figures.weight_and_switch(r.table("plane"))},
     ),
 )
 

@@ -1,7 +1,8 @@
 """Run directories: where one arm with one seed keeps its configuration, metrics and checkpoints.
 
     runs/<study>/<arm>-<hash>/seed<k>/      config.yaml, metrics.jsonl, provenance.json, checkpoints/, samples/
-    runs/<study>/teacher-<hash>/            the study's own teacher;  extractor-<hash>/  the network behind FID
+    runs/<study>/teacher-<hash>/            the study's own teacher
+    runs/<study>/extractor-<hash>/          the network behind FID;  autoencoder-<hash>/  one trained without labels
 
 The hash covers everything that changes a number, so changed settings get a directory of their own and nothing that
 was computed before is lost.
@@ -37,6 +38,11 @@ def teacher_path(study: Study, teacher: Teacher) -> Path:
 def extractor_path(study: Study) -> Path:
     """The weights of the feature extractor."""
     return study_dir(study) / f"extractor-{study.extractor_hash}" / "extractor.safetensors"
+
+
+def autoencoder_path(study: Study) -> Path:
+    """The weights of the feature extractor that is trained without labels."""
+    return study_dir(study) / f"autoencoder-{study.autoencoder_hash}" / "autoencoder.safetensors"
 
 
 def report_dir(study: Study, profile: str | None = None) -> Path:

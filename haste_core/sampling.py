@@ -51,18 +51,24 @@ class SeededNoise:
         return self.start(like.shape[1:]).to(like)
 
 
-def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """The probability-flow ODE dx = v dt by Euler's method on `steps` equal steps."""
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+def times_of(steps: int, grid: str) -> list[float]:
+    """The `steps` + 1 noise levels from 1 to 0 of a grid: "uniform", (i / N), or "quadratic", (i / N)^2."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return (times.square() if grid == "quadratic" else times).tolist()
+
+
+def euler(velocity: Velocity, x: Tensor, steps: int, grid: str = "uniform") -> Tensor:
+    """The probability-flow ODE dx = v dt by Euler's method on `steps` steps of a grid (`times_of`)."""
+    times = times_of(steps, grid)
     x = x.double()
     for t, following in zip(times, times[1:], strict=False):
         x = x + (following - t) * velocity(x, t)
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+def heun(velocity: Velocity, x: Tensor, steps: int, grid: str = "uniform") -> Tensor:
     """The same ODE by Heun's method, without the correction on the last step."""
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    times = times_of(steps, grid)
     x = x.double()
     for i, (t, following) in enumerate(zip(times, times[1:], strict=False)):
         v = velocity(x, t)
@@ -166,9 +172,9 @@ def integrate(output: Velocity, x: Tensor, sample: config.Sample, noise: NoiseSo
     if sample.sampler == "ddpm":
         return ddpm.ancestral(output, x, sample.solver_steps, noise)
     if sample.sampler == "euler":
-        return euler(output, x, sample.solver_steps)
+        return euler(output, x, sample.solver_steps, sample.grid)
     if sample.sampler == "heun":
-        return heun(output, x, sample.solver_steps)
+        return heun(output, x, sample.solver_steps, sample.grid)
     return sde(output, x, sample.solver_steps, noise)
 
 
@@ -246,6 +252,7 @@ def drawing_facts(data: config.Data, sample: config.Sample) -> dict[str, Any]:
     return {
         "sampler": sample.sampler,
         "solver_steps": sample.solver_steps,
+        "grid": sample.grid,
         "guidance": sample.guidance,
         "guidance_interval": [sample.guidance_low, sample.guidance_high],
         "guidance_channels": sample.guidance_channels,

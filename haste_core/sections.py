@@ -48,8 +48,12 @@ class Data(Section):
     (images/, vae-sd/, dataset.json). path: for `images` a folder (one sub-folder a class), a parquet file or a folder
     of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are cropped and resized
     (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set; without a test split,
-    test_fraction of the images is held out. contexts: a safetensors file with the text tokens of every label, for
-    `model.kind: mmdit`.
+    test_fraction of the images is held out. split_seed: of the images that are held out. contexts: a safetensors file
+    with the text tokens of every label, for `model.kind: mmdit`.
+
+    validation_fraction: the share of the images left for training after the test images are held out that is held out
+    for decisions during a study: triggers that look at held-out images, acceptance of a teacher or an extractor. Test
+    images are used by scores and analyses alone.
     """
 
     kind: Literal["digits", "images", "latents"] = "digits"
@@ -59,6 +63,7 @@ class Data(Section):
     test_split: str = "test"
     contexts: str | None = None
     test_fraction: float = Field(0.25, gt=0, lt=1)
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
     split_seed: NonNegative = 0
     augment: Augment = Augment()
 
@@ -75,7 +80,7 @@ class Fitting(Section):
     """How a small classifier (teacher or extractor) is trained inside the study.
 
     augment: its own augmentation; the data's when not given. attempts: how many seeds (seed, seed + 1, ...) are tried
-    before a held-out accuracy below min_accuracy is an error.
+    before a validation accuracy below min_accuracy is an error.
     """
 
     steps: Positive = 1500
@@ -188,7 +193,7 @@ class Termination(Section):
 
     kind: `iteration`: phase II from step `at` on. `never`: always on. `gradient_angle`: the paper's trigger, the exact
     cosine between denoising and alignment gradients on block `block` (from 0; by default the last below the aligned
-    depth), every `every` steps after step `after`, at the noise levels `timesteps` on `n` held-out images; it fires
+    depth), every `every` steps after step `after`, at the noise levels `timesteps` on `n` validation images; it fires
     when the mean is below `threshold` (Tables 9, 10).
     `online_angle`: the estimate that costs no extra pass, below `threshold` for `patience` logged lines in a row after
     an exponential average with `smoothing`. `plateau`: the alignment loss of the last `window` logged lines is below
@@ -286,6 +291,8 @@ TRAIN_BOOKKEEPING = {
 class Sample(Section):
     """How images are drawn. `preset` names one of the paper's settings and fills the fields it decides.
 
+    grid: of the N solver steps of `euler` and `heun`: `uniform`, t_i = i / N, whose last call of the network is at
+    1 / N; or `quadratic`, t_i = (i / N)^2, whose last call is at 1 / N^2.
     Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
     guidance_channels: how many leading channels are guided, all by default; 3 repeats DiT's released numbers. vae:
     decoder of latents, by hub name or folder; the one the latents were made with by default. precision: of the network
@@ -295,6 +302,7 @@ class Sample(Section):
     preset: str | None = None
     sampler: Literal["euler", "heun", "sde", "ddpm"] = "sde"
     solver_steps: Positive = 250
+    grid: Literal["uniform", "quadratic"] = "uniform"
     guidance: float = Field(1.0, ge=0)
     guidance_low: Unit = 0.0
     guidance_high: Unit = 1.0
@@ -310,14 +318,24 @@ class Sample(Section):
     def _fill_preset(cls, values: Any) -> Any:
         return fill(values, SAMPLERS)
 
+    @model_validator(mode="after")
+    def _check_grid(self) -> Sample:
+        if self.grid != "uniform" and self.sampler not in ("euler", "heun"):
+            raise ValueError(f"grid {self.grid!r} with sampler {self.sampler!r}; grids are of euler and heun")
+        return self
+
 
 class Evaluate(Section):
     """How images are scored. n images; the i-th is drawn from seed `seed + i` for every arm alike.
 
-    suite: `study` scores on features of a classifier that the study trains itself (extractor, extractor_width); `adm`
+    suite: `study` scores on features of a classifier that the study trains itself (extractor, extractor_width), and
+    of a denoising autoencoder of the same width that it trains without labels (autoencoder; its min_accuracy is the
+    share of the validation images' pixel variance that it has to explain, label_smoothing has no effect there); `adm`
     gives FID, sFID, IS, precision and recall by the ADM convention on Inception, and a Frechet distance on DINOv2.
     reference: an ADM .npz of reference statistics or images; the training images by default. inception, dinov2:
     local weights; `hub` downloads them, and dinov2 `none` leaves that score out.
+
+    denoising_images: how many held-out images, at most, the denoising loss by noise level is measured on.
     """
 
     suite: Literal["study", "adm"] = "study"
@@ -329,21 +347,28 @@ class Evaluate(Section):
     neighborhood: Positive = 3
     extractor_width: Positive = 64
     extractor: Fitting = Fitting(seed=2000)
+    autoencoder: Fitting = Fitting(steps=600, batch_size=128, lr=2e-3, weight_decay=0.01, seed=3000, min_accuracy=0.5)
     reference: str | None = None
     inception: str = "hub"
     dinov2: str = "hub"
     dinov2_model: str = "vit_large_patch14_dinov2.lvd142m"
+    denoising_images: Positive = 10_000
     batch_size: Positive = 500
 
 
 class Claims(Section):
     """Which arms and steps stand for the paper's settings.
 
-    early: the step at which early gains are read. roles: the arm (or trigger) of the study by the name that a claim of
-    `haste_core.claims` uses, where it has another, such as `repa_midway: repa_1600`.
+    early: the steps over which early gains are averaged; one step may be given as a number. roles: the arm (or trigger)
+    of the study by the name that a claim of `haste_core.claims` uses, where it has another, such as
+    `repa_midway: repa_800`.
     """
 
-    early: Positive = 1
+    early: Annotated[
+        list[Positive],
+        Field(min_length=1),
+        BeforeValidator(lambda given: [given] if isinstance(given, int) else given),
+    ] = [1]
     roles: dict[str, str] = {}
     confidence: float = Field(0.95, gt=0, lt=1)
 

@@ -27,6 +27,7 @@ from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
 from haste_core.objectives import Objective, objective_of
 from haste_core.processes import Processes, micro_batches
+from haste_core.seeding import stream
 from haste_core.teacher import Teacher, check_precision
 from haste_core.teacher_cache import TeacherCache
 from haste_core.termination import Termination
@@ -132,7 +133,7 @@ class Seeds(NamedTuple):
 
 def seeds_of(seed: int) -> Seeds:
     """The seeds that a run's seed stands for."""
-    return Seeds(*range(1000 * seed, 1000 * seed + 5))
+    return Seeds(*(stream(role, seed) for role in Seeds._fields))
 
 
 def create(

@@ -24,6 +24,7 @@ from haste_core.devices import in_precision
 from haste_core.encoders import build_encoder
 from haste_core.errors import HasteError
 from haste_core.models.layers import QK
+from haste_core.seeding import stream
 from haste_core.teacher_qk import read_qk
 
 # What a teacher in half precision keeps of itself in float32, looked at on so many images.
@@ -251,11 +252,11 @@ def pretrain(
         partial: where the state is kept on the way, as in `fit_classifier`.
 
     Returns:
-        The encoder's weights and its accuracies (`train_accuracy`, `test_accuracy`, in [0, 1]).
+        The encoder's weights and its accuracies (`train_accuracy`, `validation_accuracy`, `test_accuracy`, in [0, 1]).
     """
     frozen = build_teacher(teacher)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(teacher.fitting.seed + 1)
+        torch.manual_seed(stream("teacher heads", teacher.fitting.seed))
         classifier = PatchClassifier(frozen, dataset.classes)
     classifier.requires_grad_(True)
     accuracies = fit_classifier(classifier, dataset, teacher.fitting, "teacher", partial)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,41 @@ from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, output_root, project_root, write_json
 from haste_core.runs import report_dir, study_dir
 
+# Cost of an aligned step relative to an unaligned one, for the order of jobs alone.
+ALIGNED_STEP = 1.5
+
 
 def stamp_hash(run: config.RunConfig) -> str:
-    """Names a training job's stamp: it changes when the run should go further or keep other steps."""
+    """Part of the name of an arm's stamps: it changes when the run should go further or keep other steps."""
     return config.digest(run.train.kept_steps)
+
+
+def priorities(study: config.Study, donors: Mapping[str, str | None]) -> dict[str, int]:
+    """Priority of each arm's job, 3 to 99: proportional to the longest chain of jobs that begins with it.
+
+    A chain is an arm, an arm that branches from it, and so on; its length is counted in unaligned steps over all seeds.
+
+    Args:
+        donors: the arm that each arm branches from (`Study.donor`).
+    """
+    lengths: dict[str, float] = {}
+
+    def length(arm: str) -> float:
+        if arm not in lengths:
+            after = [length(other) for other, donor in donors.items() if donor == arm]
+            lengths[arm] = _steps(study, arm, donors[arm] is not None) + max(after, default=0)
+        return lengths[arm]
+
+    longest = max(map(length, study.arms))
+    return {arm: 3 + round(96 * length(arm) / longest) for arm in study.arms}
+
+
+def _steps(study: config.Study, arm: str, branches: bool) -> float:
+    """Training steps of an arm's job over all seeds, in unaligned steps, without those it takes over from its donor."""
+    run = study.run(arm)
+    aligned = min(run.tau, run.train.steps)
+    own = run.train.steps - aligned + (0 if branches else ALIGNED_STEP * aligned)
+    return len(study.seeds_of(arm)) * own
 
 
 def run_study(

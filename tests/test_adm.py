@@ -317,9 +317,9 @@ def test_float32_statistics_are_taken_to_float64(patched, tmp_path):
 def test_training_images_are_the_reference_by_default_and_are_looked_at_once(patched, make_study, tmp_path):
     study = make_study("evaluate.suite=adm")
     one = adm.AdmScorer(study.evaluate, study.data, progress=False)
-    assert patched.inception.seen == 1347
+    assert patched.inception.seen == 1212
     other = adm.AdmScorer(study.evaluate, study.data, progress=False)
-    assert patched.inception.seen == 1347
+    assert patched.inception.seen == 1212
     assert other.facts == one.facts
     images = torch.cat(list(TrainingImages(study.data).batches(500)))
     made = (pictures(90, 0, side=8) // 2).clamp(0, 255)
@@ -640,7 +640,7 @@ def test_score_takes_a_study_as_reference(patched, tmp_path, capsys):
     made = write_npz(tmp_path / "made.npz", pictures(90, 0, side=8))
     run_score(made, "--reference", "digits")
     assert "digits train split" in capsys.readouterr().out
-    assert patched.inception.seen == 1347 + 90
+    assert patched.inception.seen == 1212 + 90
 
 
 @pytest.mark.parametrize(

@@ -493,7 +493,7 @@ def test_a_full_disk_for_samples_is_refused(small_disk, output, capsys, settings
     [
         (["01_trian"], ["unknown notebook '01_trian'", "did you mean '01_train'", "00_data_and_teacher", "10_report"]),
         (["no/such.ipynb"], ["unknown notebook 'no/such.ipynb'", "01_train"]),
-        (["01_train", "-p", "amr=haste"], ["'amr'", "did you mean 'arm'", "study, profile, overrides, arm, seed"]),
+        (["01_train", "-p", "amr=haste"], ["'amr'", "did you mean 'arm'", "study, profile, overrides, arm, seeds"]),
         (["01_train", "-p", "arm"], ["'arm'", "name=value"]),
         (["01_train", "-p", "overrides=[a"], ["overrides=[a", "YAML"]),
     ],
@@ -510,7 +510,7 @@ def test_a_bad_notebook_or_parameter_is_refused_before_it_runs(place, tmp_path, 
     ("parameter", "words"),
     [
         ("arm=hast", ["01_train", "unknown arm 'hast'", "did you mean 'haste'"]),
-        ("seed=-1", ["01_train", "seed -1", "0 and above"]),
+        ("seeds=[-1]", ["01_train", "seed -1", "0 and above"]),
     ],
 )
 def test_an_error_in_a_cell_is_passed_on_in_one_line(place, tmp_path, capfd, parameter, words):

@@ -1,7 +1,10 @@
+"""Claims: rules, verdicts, statistics and corrections, on scores whose answer is known."""
+
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,80 +15,69 @@ from haste_core import config
 from haste_core.claims import (
     CLAIMS,
     COLUMNS,
+    SENSITIVITY,
     TABLES,
     Evidence,
-    cards_of,
     curves_of,
     interval,
     judge,
     judge_all,
+    sensitivity,
     speed_up,
     verdict,
 )
+from haste_core.claims.judging import MEASURES, benjamini_hochberg, holm, p_value
 from haste_core.errors import HasteError
 
 EARLY, LAST = 1000, 3000
 BY_ID = {claim.id: claim for claim in CLAIMS}
-ON_FID = [claim.id for claim in CLAIMS if claim.table is None]
+ON_SCORES = [claim.id for claim in CLAIMS if claim.table is None]
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
 
-def curves(seeds=3, spread=0.0, **arms):
-    """FID by arm, seed and step from {arm: (early, last)}; `spread` moves the first arm's log FID by seed."""
-    first = next(iter(arms))
-    return {
-        arm: {
-            seed: {
-                step: value * math.exp(spread * (seed - (seeds - 1) / 2) * (arm == first))
-                for step, value in zip((EARLY, LAST), values, strict=True)
-            }
-            for seed in range(seeds)
-        }
-        for arm, values in arms.items()
-    }
+def scores(seeds=3, spread=0.0, **arms):
+    """Rows of fid.csv from {arm: (early, last)}; `spread` moves the first arm's logarithm by seed.
+
+    Precision and recall take the logarithm, so that differences are the same on every measure.
+    """
+    lines = []
+    for i, (arm, values) in enumerate(arms.items()):
+        for seed in range(seeds):
+            for step, value in zip((EARLY, LAST), values, strict=True):
+                moved = math.log(value) + spread * (seed - (seeds - 1) / 2) * (i == 0)
+                found = {name: math.exp(moved) if of.log else moved for name, of in MEASURES.items()}
+                lines.append({"arm": arm, "seed": seed, "step": step, "card": "a", **found})
+    return pd.DataFrame(lines, columns=["arm", "seed", "step", "card", *MEASURES])
 
 
-# For each claim: curves that support it, that contradict it, and that leave it open by their spread over seeds.
-SUPPORTED = {
-    "C1": {"vanilla": (20, 5), "repa": (10, 5)},
-    "C2": {"repa": (10, 6), "repa_midway": (10, 5)},
-    "C3": {"repa_too_early": (10, 6), "repa_midway": (10, 5)},
-    "C6": {"repa_low_pass": (10.2, 5), "vanilla": (20, 5), "repa": (10, 5)},
-    "C7": {"atta": (11, 5), "vanilla": (20, 5), "repa": (10, 5)},
-    "C9": {"holistic": (8, 5), "repa": (10, 5), "atta": (12, 5)},
-    "C10": {"holistic": (8, 6), "repa": (10, 5)},
-    "C11": {"haste": (10, 3), "vanilla": (20, 9), "repa": (10, 8), "atta": (10, 8), "holistic": (10, 5)},
-    "C12": {"haste": (9, 5), "haste_attention_1": (9, 6), "haste_attention_1.5": (9, 7), "haste_attention_3": (9, 8)},
-    "C13": {"haste": (9, 5), "haste_layers_fewer": (9, 6), "haste_layers_shallow": (9, 7)},
-    "C15": {"vanilla": (20, 7), "haste_other_teacher": (9, 5), "haste_other_grid": (9, 6)},
-    "C16": {"text_vanilla": (9, 6), "text_haste": (9, 5)},
-    "C17": {"dit_vanilla": (9, 6), "dit_haste": (9, 5)},
-    "C18": {"haste": (4, 3), "vanilla": (20, 5)},
-    "C19": {"haste_too_late": (9, 6), "haste": (9, 5)},
-    "C20": {"high_resolution_vanilla": (9, 6), "high_resolution_haste": (9, 5)},
+# Arms that make every contrast of a claim on differences lie far above zero, or one of them far below.
+def supporting(claim):
+    better = claim.arms[-1]
+    return {better: (5, 5)} | {arm: (8, 8) for arm in claim.arms[:-1]}
+
+
+def contradicting(claim):
+    better = claim.arms[-1]
+    return {better: (7, 7)} | {arm: (8, 8) for arm in claim.arms[:-1]} | {claim.arms[0]: (5, 5)}
+
+
+SPECIAL = {
+    "C6": (
+        {"repa_low_pass": (10.2, 5), "vanilla": (20, 5), "repa": (10, 5)},
+        {"repa_low_pass": (19, 5), "vanilla": (20, 5), "repa": (10, 5)},
+    ),
+    "C7": (
+        {"atta": (11, 5), "vanilla": (20, 5), "repa": (10, 5)},
+        {"atta": (19, 5), "vanilla": (20, 5), "repa": (10, 5)},
+    ),
+    "C18@": ({"haste": (4, 3), "vanilla": (20, 5)}, {"haste": (20, 4.9), "vanilla": (20, 5)}),
 }
-CONTRADICTED = {
-    "C1": {"vanilla": (10, 5), "repa": (20, 5)},
-    "C2": {"repa": (10, 5), "repa_midway": (10, 6)},
-    "C3": {"repa_too_early": (10, 5), "repa_midway": (10, 6)},
-    "C6": {"repa_low_pass": (19, 5), "vanilla": (20, 5), "repa": (10, 5)},
-    "C7": {"atta": (19, 5), "vanilla": (20, 5), "repa": (10, 5)},
-    "C9": {"holistic": (11, 5), "repa": (10, 5), "atta": (12, 5)},
-    "C10": {"holistic": (8, 5), "repa": (10, 6)},
-    "C11": {"haste": (10, 6), "vanilla": (20, 9), "repa": (10, 8), "atta": (10, 8), "holistic": (10, 5)},
-    "C12": {"haste": (9, 6), "haste_attention_1": (9, 5), "haste_attention_1.5": (9, 7), "haste_attention_3": (9, 8)},
-    "C13": {"haste": (9, 6), "haste_layers_fewer": (9, 7), "haste_layers_shallow": (9, 5)},
-    "C15": {"vanilla": (20, 7), "haste_other_teacher": (9, 5), "haste_other_grid": (9, 8)},
-    "C16": {"text_vanilla": (9, 5), "text_haste": (9, 6)},
-    "C17": {"dit_vanilla": (9, 5), "dit_haste": (9, 6)},
-    "C18": {"haste": (20, 4.9), "vanilla": (20, 5)},
-    "C19": {"haste_too_late": (9, 5), "haste": (9, 6)},
-    "C20": {"high_resolution_vanilla": (9, 5), "high_resolution_haste": (9, 6)},
-}
+SUPPORTED = {i: SPECIAL[i][0] if i in SPECIAL else supporting(BY_ID[i]) for i in ON_SCORES}
+CONTRADICTED = {i: SPECIAL[i][1] if i in SPECIAL else contradicting(BY_ID[i]) for i in ON_SCORES}
 
 
-def evidence(found, roles=None, cards=None, **tables):
-    return Evidence(found, EARLY, LAST, roles or {}, cards or {}, tables)
+def evidence(found, roles=None, early=(EARLY,), **tables):
+    return Evidence(found, early, LAST, roles or {}, tables)
 
 
 def judged(claim, found, confidence=0.95):
@@ -93,94 +85,147 @@ def judged(claim, found, confidence=0.95):
 
 
 def test_these_are_the_claims_of_the_paper():
-    numbers = [int(re.fullmatch(r"C(\d+)[ab]?", claim.id)[1]) for claim in CLAIMS]
+    numbers = [int(m[1]) for claim in CLAIMS if (m := re.fullmatch(r"C(\d+)[abn]?w?4?[ds]?@?", claim.id))]
     assert sorted(set(numbers)) == list(range(1, 21))
     assert numbers == sorted(numbers)
-    assert list(SUPPORTED) == list(CONTRADICTED) == ON_FID
+    assert len(BY_ID) == len(CLAIMS)
+
+
+@pytest.mark.parametrize("number", ["C2", "C3", "C10", "C11", "C19"])
+def test_late_claims_are_judged_on_fid_and_near_the_data(number):
+    assert (BY_ID[number].measure, BY_ID[number + "d"].measure) == ("fid", "near_data")
+    assert BY_ID[number].arms == BY_ID[number + "d"].arms
+    assert BY_ID[number + "d"].margin == 0.01
+    assert BY_ID[number].margin == 0.05
 
 
 @pytest.mark.parametrize("claim", SUPPORTED)
 def test_a_claim_can_be_supported(claim):
-    assert judged(claim, curves(**SUPPORTED[claim], spread=0.02))["verdict"] == "supported"
+    assert judged(claim, scores(**SUPPORTED[claim], spread=0.02))["verdict"] == "supported"
 
 
 @pytest.mark.parametrize("claim", CONTRADICTED)
 def test_a_claim_can_be_contradicted(claim):
-    assert judged(claim, curves(**CONTRADICTED[claim], spread=0.002))["verdict"] == "contradicted"
+    assert judged(claim, scores(**CONTRADICTED[claim], spread=0.002))["verdict"] == "contradicted"
 
 
 @pytest.mark.parametrize("claim", SUPPORTED)
-def test_a_claim_whose_seeds_disagree_is_not_decided(claim):
-    row = judged(claim, curves(**SUPPORTED[claim], spread=1.2))
-    assert row["verdict"] == "not decided"
+def test_a_claim_whose_seeds_disagree_is_open(claim):
+    row = judged(claim, scores(**SUPPORTED[claim], spread=1.2))
+    assert row["verdict"] in ("not decided", "smaller than the paper's")
     low, high = BY_ID[claim].region
     assert row["low"] < low < row["high"] or row["low"] < high < row["high"]
+    assert row["p"] > 0.025
 
 
 @pytest.mark.parametrize("claim", SUPPORTED)
 @pytest.mark.parametrize("case", [SUPPORTED, CONTRADICTED])
 def test_one_seed_never_decides(claim, case):
-    row = judged(claim, curves(seeds=1, **case[claim]))
+    row = judged(claim, scores(seeds=1, **case[claim]))
     assert (row["verdict"], row["seeds"]) == ("not decided", 1)
     assert np.isfinite(row["effect"])
     assert not np.isfinite(row["high"])
+    assert math.isnan(row["p"])
 
 
 @pytest.mark.parametrize("claim", SUPPORTED)
-def test_a_missing_arm_is_named_and_decides_nothing(claim):
+def test_a_missing_arm_is_named_and_the_claim_not_tested(claim):
     for missing in BY_ID[claim].arms:
-        found = curves(**{arm: v for arm, v in SUPPORTED[claim].items() if arm != missing})
-        row = judged(claim, found)
-        assert (row["verdict"], row["seeds"]) == ("not decided", 0)
+        row = judged(claim, scores(**{arm: v for arm, v in SUPPORTED[claim].items() if arm != missing}))
+        assert (row["verdict"], row["seeds"]) == ("not tested", 0)
         assert f"arms missing: {missing}" in row["rule"]
         assert math.isnan(row["effect"])
 
 
-@pytest.mark.parametrize("claim", SUPPORTED)
-def test_a_claim_names_every_arm_it_looks_at(claim):
-    # With exactly those arms it can be computed, and the ones above show that each is needed.
-    assert set(BY_ID[claim].arms) == set(SUPPORTED[claim])
+@pytest.mark.parametrize(
+    ("claim", "arms", "expected"),
+    [
+        # 2 % of FID are inside its margin of 5 %, and outside of the denoising loss's of 1 %.
+        ("C10", {"holistic": (5, 5.1), "repa": (5, 5)}, "equivalent"),
+        ("C10d", {"holistic": (5, 5.1), "repa": (5, 5)}, "supported"),
+        ("C10d", {"holistic": (5, 5.01), "repa": (5, 5)}, "equivalent"),
+        ("C10d", {"holistic": (5, 4.9), "repa": (5, 5)}, "contradicted"),
+        # Better than all but one, and equal to that one: a tie for the best.
+        ("C11", {"haste": (5, 5), "holistic": (5, 5.01)} | dict.fromkeys(ARMS[:3], (9, 9)), "equivalent"),
+        # Equal to one and worse than another is no tie.
+        ("C11", {"haste": (5, 5)} | dict.fromkeys(ARMS[1:4], (5, 5)) | {"vanilla": (4, 4)}, "contradicted"),
+    ],
+)  # fmt: skip
+def test_a_difference_inside_the_margin_is_none(claim, arms, expected):
+    assert judged(claim, scores(**arms, spread=0.0005))["verdict"] == expected
+
+
+def test_an_open_sign_without_the_papers_size_is_smaller_than_the_papers():
+    # C1's paper size is 0.82 in log FID. The spread leaves the sign open and excludes 0.82, or does not.
+    row = judged("C1", scores(repa=(10, 5), vanilla=(10.5, 5), spread=0.1))
+    assert row["low"] < 0 < row["high"] < 0.82
+    assert row["verdict"] == "smaller than the paper's"
+    assert judged("C1", scores(repa=(10, 5), vanilla=(10.5, 5), spread=0.6))["verdict"] == "not decided"
+    # The paper gives no size on the denoising loss, so there is none to be smaller than.
+    assert judged("C1d", scores(repa=(10, 5), vanilla=(10.5, 5), spread=0.1))["verdict"] == "not decided"
+
+
+def test_no_minimum_is_taken_over_noisy_rivals():
+    # Three rivals that are equal to the arm on average: the best of them in each seed is ahead of it, none of them is.
+    rng = np.random.default_rng(0)
+    found = scores(seeds=40, **{arm: (5, 5) for arm in ("haste", *BY_ID["C12"].arms[:-1])})
+    found["fid"] *= np.exp(0.05 * rng.standard_normal(len(found)))
+    last = found[found["step"] == LAST].pivot(index="seed", columns="arm", values="fid")
+    best = np.log(last.drop(columns="haste").min(axis=1)) - np.log(last["haste"])
+    assert interval(list(best), 0.95).high < 0
+    assert judged("C12", found)["verdict"] == "equivalent"
+
+
+def test_several_contrasts_are_contradicted_at_a_divided_level():
+    # One rival of four lies below zero at 95 %, not at 98.75 %.
+    values = [[1.0, 1.1, 1.2]] * 3 + [[-0.15, -0.2, -0.25]]
+    assert interval(values[-1], 0.95).high < 0
+    assert interval(values[-1], 1 - 0.05 / 4).high > 0
+    assert verdict(values, (0.0, math.inf), 0.95) == "not decided"
+    assert verdict(values[-1:], (0.0, math.inf), 0.95) == "contradicted"
+
+
+def test_early_gains_are_means_over_the_early_steps():
+    found = scores(repa=(10, 5), vanilla=(20, 5))
+    row = judge(BY_ID["C1"], evidence(found, early=(EARLY, LAST)), 0.95)
+    assert row["effect"] == pytest.approx(math.log(2) / 2)
 
 
 def test_c7_is_contradicted_also_from_above():
-    found = curves(vanilla=(20, 5), repa=(18, 5), atta=(8, 5), spread=0.001)
-    row = judged("C7", found)
+    row = judged("C7", scores(vanilla=(20, 5), repa=(18, 5), atta=(8, 5), spread=0.001))
     assert row["low"] > 1.5
     assert row["verdict"] == "contradicted"
 
 
-@pytest.mark.parametrize(("repa", "atta"), [(40, 40), (25, 26)])
+@pytest.mark.parametrize(("repa", "atta"), [(40, 40), (25, 26), (20, 10)])
 def test_c7_does_not_hold_where_repa_does_not_help(repa, atta):
     # Two equal losses are no gain: "speeds up about as much as REPA" needs a REPA that speeds up.
-    assert judged("C7", curves(vanilla=(20, 5), repa=(repa, 5), atta=(atta, 5), spread=0.002))["verdict"] != "supported"
-
-
-def test_c7_survives_a_repa_without_any_gain():
-    row = judged("C7", curves(vanilla=(20, 5), repa=(20, 5), atta=(10, 5)))
-    assert row["verdict"] != "supported"
+    assert judged("C7", scores(vanilla=(20, 5), repa=(repa, 5), atta=(atta, 5), spread=0.002))["verdict"] != "supported"
 
 
 def test_effects_are_what_they_say():
-    found = curves(vanilla=(20, 8), repa=(10, 6), atta=(12, 7), holistic=(9, 5), haste=(9, 4))
-    effects = {row["id"]: row["effect"] for row in judge_all(CLAIMS, evidence(found), 0.95)}
-    assert effects["C1"] == pytest.approx(math.log(2))
-    assert effects["C7"] == pytest.approx(math.log(20 / 12) / math.log(2))
-    assert effects["C9"] == pytest.approx(math.log(10 / 9))
-    assert effects["C11"] == pytest.approx(math.log(5 / 4))
-    assert 1 < effects["C18"] < 3
+    found = scores(vanilla=(20, 8), repa=(10, 6), atta=(12, 7), holistic=(9, 5), haste=(9, 4))
+    rows = {row["id"]: row for row in judge_all(CLAIMS, evidence(found), 0.95)}
+    assert rows["C1"]["effect"] == pytest.approx(math.log(2))
+    assert rows["C7"]["effect"] == pytest.approx(math.log(20 / 12) / math.log(2))
+    assert rows["C9"]["effect"] == pytest.approx(math.log(10 / 9))
+    assert rows["C11"]["effect"] == pytest.approx(math.log(5 / 4))
+    assert "holistic minus haste" in rows["C11"]["unit"]
+    assert rows["T14p"]["effect"] == pytest.approx(math.log(4 / 8))
+    assert 1 < rows[f"C18@{LAST}"]["effect"] < 3
 
 
 def test_differences_are_paired_by_seed():
     # Seeds differ by a factor of a hundred, the arms of one seed by exactly two: no spread is left.
-    found = {arm: {s: {EARLY: f * 10**s, LAST: 1} for s in range(3)} for arm, f in (("vanilla", 2), ("repa", 1))}
+    found = scores(vanilla=(2, 1), repa=(1, 1))
+    found["fid"] *= 10.0 ** found["seed"]
     row = judged("C1", found)
     assert (row["low"], row["high"]) == pytest.approx((math.log(2), math.log(2)))
 
 
 def test_only_seeds_that_every_arm_has_are_counted():
-    found = curves(**SUPPORTED["C1"], spread=0.02)
-    del found["repa"][2]
-    assert judged("C1", found)["seeds"] == 2
+    found = scores(**SUPPORTED["C1"], spread=0.02)
+    assert judged("C1", found[(found["arm"] != "repa") | (found["seed"] < 2)])["seeds"] == 2
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
@@ -198,35 +243,79 @@ def test_interval_of_two_values_by_hand():
 
 
 def test_judging_uses_the_studys_confidence():
-    found = curves(**SUPPORTED["C1"], spread=0.3)
+    found = scores(**SUPPORTED["C1"], spread=0.3)
     wide, narrow = (judged("C1", found, confidence) for confidence in (0.99, 0.5))
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "region", "expected"),
+    ("values", "region", "expected"),
     [
-        (0.1, 0.2, (0, math.inf), "supported"),
-        (-0.2, -0.1, (0, math.inf), "contradicted"),
-        (-0.1, 0.1, (0, math.inf), "not decided"),
-        (0.6, 1.4, (0.5, 1.5), "supported"),
-        (1.6, 1.7, (0.5, 1.5), "contradicted"),
-        (0.1, 0.4, (0.5, 1.5), "contradicted"),
-        (0.4, 1.6, (0.5, 1.5), "not decided"),
-        (1.4, 1.6, (0.5, 1.5), "not decided"),
-        (0.1, math.inf, (0, math.inf), "not decided"),
-        (math.nan, math.nan, (0, math.inf), "not decided"),
+        ([0.1, 0.11], (0, math.inf), "supported"),
+        ([-0.1, -0.11], (0, math.inf), "contradicted"),
+        ([-0.1, 0.1], (0, math.inf), "not decided"),
+        ([1.0, 1.01], (0.5, 1.5), "supported"),
+        ([1.7, 1.71], (0.5, 1.5), "contradicted"),
+        ([0.3, 0.31], (0.5, 1.5), "contradicted"),
+        ([1.4, 1.5], (0.5, 1.5), "not decided"),
+        ([0.1], (0, math.inf), "not decided"),
+        ([math.nan, 0.1], (0, math.inf), "not decided"),
     ],
 )
-def test_verdict(low, high, region, expected):
-    assert verdict(low, high, region) == expected
+def test_verdict(values, region, expected):
+    assert verdict([values], region, 0.95) == expected
+
+
+# p values
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.5, 0.2], [1.0, 2.0, 4.0, 4.5], [-3.0, 0.0, 0.2]])
+def test_p_is_scipys_one_sided_t_test(values):
+    assert p_value(values, (0, math.inf)) == pytest.approx(stats.ttest_1samp(values, 0, alternative="greater").pvalue)
+    assert p_value(values, (-math.inf, 0)) == pytest.approx(stats.ttest_1samp(values, 0, alternative="less").pvalue)
+    two_sided = [stats.ttest_1samp(values, b, alternative=a).pvalue for b, a in ((-1, "greater"), (1, "less"))]
+    assert p_value(values, (-1, 1)) == pytest.approx(max(two_sided))
+
+
+def test_p_without_spread_is_decided_by_the_sign():
+    assert p_value([0.1, 0.1], (0, math.inf)) == 0
+    assert p_value([-0.1, -0.1], (0, math.inf)) == 1
+    assert math.isnan(p_value([0.1], (0, math.inf)))
+
+
+def test_corrections_by_hand():
+    # Holm: 4 x 0.01, 3 x 0.02, then never less than before. Benjamini-Hochberg: p n / rank, smallest from the end.
+    values = [0.04, 0.01, 0.03, 0.02]
+    assert holm(values) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert benjamini_hochberg(values) == pytest.approx([0.04, 0.04, 0.04, 0.04])
+    assert (holm([]), benjamini_hochberg([])) == ([], [])
+
+
+def test_all_claims_of_a_table_are_corrected_together():
+    found = scores(**{arm: (20 - i, 9 - i) for i, arm in enumerate(ARMS)}, spread=0.1)
+    rows = judge_all(CLAIMS, evidence(found), 0.95)
+    known = [row for row in rows if math.isfinite(row["p"])]
+    assert len(known) > 5
+    assert [row["p_holm"] for row in known] == pytest.approx(holm([row["p"] for row in known]))
+    assert all(row["p"] <= row["p_bh"] <= row["p_holm"] + 1e-12 for row in known)
+    assert all(math.isnan(row["p_holm"]) for row in rows if row not in known)
 
 
 # Speed-up
 
 
 def speed(vanilla_last, haste):
-    return speed_up(Evidence({"vanilla": {0: {1: 99.0, 1600: vanilla_last}}, "haste": {0: haste}}, 1, 1600), 0)
+    return speed_up(curve({0: {1: 99.0, 1600: vanilla_last}}, {0: haste}), 0)
+
+
+def curve(vanilla, haste, last=1600):
+    lines = [
+        {"arm": arm, "seed": seed, "step": step, "fid": fid, "card": "a"}
+        for arm, by_seed in (("vanilla", vanilla), ("haste", haste))
+        for seed, by_step in by_seed.items()
+        for step, fid in by_step.items()
+    ]
+    return Evidence(pd.DataFrame(lines), (1,), last)
 
 
 def test_speed_up_interpolates_log_fid_in_log_steps():
@@ -250,7 +339,7 @@ def test_speed_up_reached_at_the_first_kept_step_is_that_step():
 
 def test_speed_up_of_vanilla_itself_is_one():
     own = {0: {100: 16.0, 400: 8.0, 1600: 4.0}}
-    assert speed_up(Evidence({"vanilla": own, "haste": own}, 1, 1600), 0) == pytest.approx(1)
+    assert speed_up(curve(own, own), 0) == pytest.approx(1)
 
 
 def test_speed_up_takes_the_first_crossing():
@@ -258,11 +347,18 @@ def test_speed_up_takes_the_first_crossing():
 
 
 def test_speed_ups_are_averaged_as_factors():
-    found = {
-        "vanilla": {seed: {EARLY: 20.0, LAST: 5.0} for seed in (0, 1)},
-        "haste": {0: {750: 5.0, LAST: 4.0}, 1: {LAST: 5.0}},
-    }
-    assert judged("C18", found)["effect"] == pytest.approx(2)  # the geometric mean of 4 and 1
+    found = curve(
+        {seed: {EARLY: 20.0, LAST: 5.0} for seed in (0, 1)}, {0: {750: 5.0, LAST: 4.0}, 1: {750: 9.0, LAST: 5.0}}, LAST
+    )
+    assert judge(BY_ID["C18@"], found, 0.95)["effect"] == pytest.approx(2)  # the geometric mean of 4 and 1
+
+
+def test_the_speed_up_is_told_for_every_horizon():
+    # At 400 haste has long been where vanilla gets to, at 1600 vanilla has caught up.
+    own = {seed: {100: 16.0, 400: 8.0, 1600: 4.0} for seed in (0, 1)}
+    other = {seed: {100: 8.0, 400: 4.1, 1600: 4.0} for seed in (0, 1)}
+    rows = [r for r in judge_all(CLAIMS, replace(curve(own, other), early=(100,)), 0.95) if r["id"].startswith("C18")]
+    assert {row["id"]: row["effect"] for row in rows} == pytest.approx({"C18@400": 4, "C18@1600": 1})
 
 
 # Tables
@@ -289,33 +385,39 @@ def test_an_arm_has_one_card():
 
 def test_scores_with_different_cards_are_not_compared():
     # A DiT is drawn by a sampler of its own: it may stand in the table, and in no claim beside the others.
-    fid = pd.concat([rows(), rows(("haste",), card="b")])
-    mixed = Evidence(curves_of(fid), EARLY, LAST, cards=cards_of(fid))
+    mixed = evidence(pd.concat([rows(), rows(("haste",), card="b")]))
     assert judge(BY_ID["C1"], mixed, 0.95)["seeds"] == 2
-    with pytest.raises(ValueError, match=r"C18.*different cards"):
-        judge(BY_ID["C18"], mixed, 0.95)
+    with pytest.raises(ValueError, match="different cards"):
+        judge(BY_ID["C18@"], mixed, 0.95)
 
 
 def test_every_row_has_the_tables_columns():
-    for found in (curves(**{arm: (20 - i, 5) for i, arm in enumerate(ARMS)}, spread=0.1), {}):
+    for found in (scores(**{arm: (20 - i, 5) for i, arm in enumerate(ARMS)}, spread=0.1), scores()):
         judgement = judge_all(CLAIMS, evidence(found), 0.95)
-        assert [row["id"] for row in judgement] == list(BY_ID)
+        assert {row["id"].split("@")[0] for row in judgement} == {i.rstrip("@") for i in BY_ID}
         assert all(set(row) == set(COLUMNS) for row in judgement)
 
 
-def test_early_gains_at_a_step_without_checkpoint_are_an_error_the_user_can_mend(tiny_overrides):
-    # `claims.early` has to be a kept step; without a check the study ends in a KeyError after all its training.
-    def load_and_judge():
-        study = config.load("digits", overrides=[*tiny_overrides, "claims.early=7"])
-        found = {arm: {0: dict.fromkeys(study.run(arm).train.kept_steps, 1.0)} for arm in study.arms}
-        judge_all(CLAIMS, Evidence(found, study.claims.early, study.train.steps), 0.95)
+def test_sensitivity_reads_claims_on_fid_on_other_features_and_single_steps():
+    found = scores(**{arm: (20 - i, 9 - i) for i, arm in enumerate(ARMS)}, spread=0.1)
+    found["fd_pixel"] = 1.0
+    table = pd.DataFrame(sensitivity(CLAIMS, evidence(found, early=(EARLY, LAST)), 0.95))
+    assert set(table.columns) == set(SENSITIVITY)
+    early = table[(table["id"] == "C1") & (table["measure"] == "fid")].set_index("early")["effect"]
+    assert early[f"{EARLY}+{LAST}"] == pytest.approx((early[str(EARLY)] + early[str(LAST)]) / 2)
+    assert set(table.loc[table["measure"] == "fd_pixel", "verdict"]) <= {"equivalent", "not decided"}
+    assert set(table["id"]) >= {"C1", "C7", "C10", "C11"}
 
-    with pytest.raises(HasteError, match="early"):
-        load_and_judge()
+
+def test_a_study_whose_early_steps_are_not_kept_is_refused_before_it_runs(tiny_overrides):
+    study = config.load("digits", overrides=[*tiny_overrides, "claims.early=[8, 7]"])
+    with pytest.raises(HasteError, match=r"claims.early names step 7.*vanilla"):
+        study.check_claims()
+    assert config.load("digits", overrides=[*tiny_overrides, "claims.early=8"]).claims.early == [8]
 
 
 def test_arms_may_have_other_names_in_a_study():
-    found = curves(repa=(10, 6), repa_1600=(10, 5), spread=0.02)
+    found = scores(repa=(10, 6), repa_1600=(10, 5), spread=0.02)
     row = judge(BY_ID["C2"], evidence(found, {"repa_midway": "repa_1600"}), 0.95)
     assert row["verdict"] == "supported"
     named = judge(BY_ID["C2"], evidence(found, {"repa_midway": "repa_800"}), 0.95)
@@ -323,29 +425,27 @@ def test_arms_may_have_other_names_in_a_study():
 
 
 def test_what_no_study_here_has_is_said():
-    assert "captions" in judged("C16", curves(vanilla=(2, 1)))["rule"]
-    assert "resolution" in judged("C20", curves(vanilla=(2, 1)))["rule"]
+    assert "captions" in judged("C16", scores(vanilla=(2, 1)))["rule"]
+    assert "resolution" in judged("C20", scores(vanilla=(2, 1)))["rule"]
 
 
 def test_ablations_are_read_at_the_last_step_all_arms_have():
-    found = curves(**SUPPORTED["C12"])
-    for seed in range(3):
-        del found["haste_attention_3"][seed][LAST]
-        found["haste"][seed][EARLY] = 6.0
-    assert judged("C12", found)["effect"] == pytest.approx(math.log(9 / 6))
+    found = scores(**SUPPORTED["C13a"])
+    found = found[(found["arm"] != "haste_layers_fewer") | (found["step"] < LAST)]
+    found.loc[(found["arm"] == "haste") & (found["step"] == EARLY), "fid"] = 4.0
+    assert judged("C13a", found)["effect"] == pytest.approx(math.log(8 / 4))
 
 
 def test_an_arm_that_ended_earlier_is_not_read_at_the_last_step():
-    found = curves(**SUPPORTED["C10"])
-    for seed in range(3):
-        del found["repa"][seed][LAST]
-    row = judged("C10", found)
-    assert (row["verdict"], row["seeds"]) == ("not decided", 0)
-    assert f"no score at step {LAST}: repa" in row["rule"]
+    found = scores(**SUPPORTED["C10"])
+    row = judged("C10", found[(found["arm"] != "repa") | (found["step"] < LAST)])
+    assert (row["verdict"], row["seeds"]) == ("not tested", 0)
+    assert f"no score of repa at step {LAST}" in row["rule"]
 
 
 def test_arms_without_a_common_step_are_an_error_that_names_them():
-    found = {"dit_vanilla": {0: {1: 2.0}}, "dit_haste": {0: {2: 2.0}}}
+    found = scores(**SUPPORTED["C17"])
+    found = found[(found["arm"] == "dit_haste") == (found["step"] == LAST)]
     with pytest.raises(HasteError, match="dit_vanilla, dit_haste share no scored step"):
         judged("C17", found)
 
@@ -377,53 +477,74 @@ def effects(**arms):
     )  # fmt: skip
 
 
-def switches(*regrets, trigger="gradient angle < -0.05"):
-    return pd.DataFrame(
-        {"family": "holistic", "trigger": trigger, "seed": seed, "regret": r} for seed, r in enumerate(regrets)
+def switches(fired, by_tau, trigger="gradient angle < -0.05"):
+    """Tables of a sweep: the trigger's step by seed (NaN: never), and FID at the end by tau, the last being never."""
+    taus, never = list(by_tau), max(by_tau)
+    swept = pd.DataFrame(
+        {
+            "family": "holistic",
+            "seed": seed,
+            "tau": tau,
+            "fade": 0,
+            "step": LAST,
+            "fid": fid * math.exp(0.002 * seed * i),
+        }
+        for seed in range(len(fired))
+        for i, (tau, fid) in enumerate(by_tau.items())
     )
+    found = pd.DataFrame({"family": "holistic", "trigger": trigger, "seed": range(len(fired)), "tau": fired})
+    at = [np.interp(never if math.isnan(t) else t, taus, list(by_tau.values())) for t in fired]
+    nearest = found.assign(fid=at)
+    return {"termination_sweep": swept, "termination_fired": found, "termination_nearest": nearest}
 
 
 VANILLA = (0.4, 0.1)
 ON_TABLES = [
-    ("C4a", "gradient_conflict", angles(0.1, -0.1), "supported", 0.2),
-    ("C4a", "gradient_conflict", angles(0.0, 0.1), "contradicted", -0.1),
-    ("C4b", "gradient_conflict", angles(0.1, -0.1), "supported", -0.099),
-    ("C4b", "gradient_conflict", angles(0.2, 0.1), "contradicted", 0.101),
-    ("C5", "gradient_conflict", angles(0.1, -0.1, mid=0.2), "supported", 0.2),
-    ("C5", "gradient_conflict", angles(0.1, -0.1, mid=-0.2), "contradicted", -0.2),
-    ("C8a", "cross_effects", effects(vanilla=VANILLA, repa=(0.35, 0.5), atta=(0.2, 0.3)), "supported", 0.245),
-    ("C8a", "cross_effects", effects(vanilla=VANILLA, repa=(0.22, 0.5), atta=(0.2, 0.3)), "contradicted", 0.895),
-    ("C8b", "cross_effects", effects(vanilla=VANILLA, atta=(0.2, 0.3)), "supported", 0.2),
-    ("C8b", "cross_effects", effects(vanilla=VANILLA, atta=(0.2, 0.0)), "contradicted", -0.1),
-    ("C14", "termination_nearest", switches(0.01, 0.02, 0.015), "supported", 0.015),
-    ("C14", "termination_nearest", switches(0.10, 0.11, 0.12), "contradicted", 0.11),
-    ("C14", "termination_nearest", switches(0.0, 0.2, 0.0), "not decided", 0.2 / 3),
+    ("C4a", {"gradient_conflict": angles(0.1, -0.1)}, "supported", 0.2),
+    ("C4a", {"gradient_conflict": angles(0.0, 0.1)}, "contradicted", -0.1),
+    ("C4b", {"gradient_conflict": angles(0.1, -0.1)}, "supported", -0.099),
+    ("C4b", {"gradient_conflict": angles(0.2, 0.1)}, "contradicted", 0.101),
+    ("C5", {"gradient_conflict": angles(0.1, -0.1, mid=0.2)}, "supported", 0.2),
+    ("C5", {"gradient_conflict": angles(0.1, -0.1, mid=-0.2)}, "contradicted", -0.2),
+    ("C8a", {"cross_effects": effects(vanilla=VANILLA, repa=(0.35, 0.5), atta=(0.2, 0.3))}, "supported", 0.245),
+    ("C8a", {"cross_effects": effects(vanilla=VANILLA, repa=(0.22, 0.5), atta=(0.2, 0.3))}, "contradicted", 0.895),
+    ("C8b", {"cross_effects": effects(vanilla=VANILLA, atta=(0.2, 0.3))}, "supported", 0.2),
+    ("C8b", {"cross_effects": effects(vanilla=VANILLA, atta=(0.2, 0.0))}, "contradicted", -0.1),
+    # Better than staying on, and as good as the best switch.
+    ("C14", switches([400, 400, 400], {200: 3.0, 400: 2.0, 800: 2.0, LAST: 3.0}), "supported", 0.05),
+    # Near the best switch, since all are alike: no better than staying on.
+    ("C14", switches([400, 400, 400], {200: 2.0, 400: 2.1, 800: 2.0, LAST: 2.0}), "contradicted", math.log(2 / 2.1)),
+    # Better than staying on, far from the best.
+    ("C14", switches([800, 800, 800], {200: 1.0, 400: 1.0, 800: 2.0, LAST: 3.0}), "contradicted", math.log(0.5) + 0.05),
 ]
 
 
-@pytest.mark.parametrize(("claim", "name", "table", "expected", "effect"), ON_TABLES)
-def test_a_claim_on_a_table(claim, name, table, expected, effect):
-    row = judge(BY_ID[claim], evidence({}, **{name: table}), 0.95)
+@pytest.mark.parametrize(("claim", "tables", "expected", "effect"), ON_TABLES)
+def test_a_claim_on_a_table(claim, tables, expected, effect):
+    row = judge(BY_ID[claim], evidence(scores(), **tables), 0.95)
     assert row["verdict"] == expected
-    assert row["effect"] == pytest.approx(effect, abs=1e-3)
+    assert row["effect"] == pytest.approx(effect, abs=1e-2)
     assert row["seeds"] == 3
 
 
 @pytest.mark.parametrize("claim", [claim.id for claim in CLAIMS if claim.table])
-def test_a_claim_without_its_table_decides_nothing(claim):
+def test_a_claim_without_its_table_is_not_tested(claim):
     assert BY_ID[claim].table in TABLES
-    row = judge(BY_ID[claim], evidence(curves(**{arm: (2, 1) for arm in ARMS})), 0.95)
-    assert (row["verdict"], row["seeds"]) == ("not decided", 0)
+    row = judge(BY_ID[claim], evidence(scores(**{arm: (2, 1) for arm in ARMS})), 0.95)
+    assert (row["verdict"], row["seeds"]) == ("not tested", 0)
     assert f"table missing: {BY_ID[claim].table}" in row["rule"]
 
 
 def test_a_table_without_the_arm_decides_nothing():
     table = angles(0.1, -0.1).assign(arm="holistic")
-    assert "arms missing: repa" in judge(BY_ID["C5"], evidence({}, gradient_conflict=table), 0.95)["rule"]
+    assert "arms missing: repa" in judge(BY_ID["C5"], evidence(scores(), gradient_conflict=table), 0.95)["rule"]
 
 
-def test_a_trigger_that_could_not_read_decides_nothing():
-    row = judge(BY_ID["C14"], evidence({}, termination_nearest=switches(math.nan, math.nan)), 0.95)
-    assert row["verdict"] == "not decided"
-    other = judge(BY_ID["C14"], evidence({}, termination_nearest=switches(0.0, 0.0, trigger="plateau")), 0.95)
-    assert other["verdict"] == "not decided"
+def test_a_trigger_that_never_fired_is_not_tested():
+    # Near the best switch is what never switching is too where all end alike.
+    tables = switches([math.nan] * 3, {200: 2.0, 400: 2.0, 800: 2.0, LAST: 2.0})
+    row = judge(BY_ID["C14"], evidence(scores(), **tables), 0.95)
+    assert row["verdict"] == "not tested"
+    assert "fired for no seed" in row["rule"]
+    other = switches([400] * 3, {200: 3.0, 400: 2.0, LAST: 3.0}, trigger="plateau")
+    assert judge(BY_ID["C14"], evidence(scores(), **other), 0.95)["verdict"] == "not tested"

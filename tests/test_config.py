@@ -351,18 +351,35 @@ def test_an_arm_that_switches_later_is_a_donor_and_one_that_switches_earlier_is_
 def test_teacher_extractor_and_evaluation_hashes_follow_what_they_depend_on(tiny, make_study):
     def hashes(*overrides):
         study = make_study(*overrides)
-        return study.teacher_hash(study.teacher), study.extractor_hash, study.evaluation_hash
+        return study.teacher_hash(study.teacher), study.extractor_hash, study.autoencoder_hash, study.evaluation_hash
 
     base = hashes()
     for override, changed in [
-        ("teacher.fitting.steps=21", (True, False, False)),
-        ("evaluate.extractor.steps=21", (False, True, True)),
-        ("evaluate.n=41", (False, False, True)),
-        ("sample.solver_steps=3", (False, False, True)),
-        ("data.split_seed=1", (True, True, True)),
-        ("train.lr=0.5", (False, False, False)),
+        ("teacher.fitting.steps=21", (True, False, False, False)),
+        ("evaluate.extractor.steps=21", (False, True, False, True)),
+        ("evaluate.autoencoder.steps=21", (False, False, True, True)),
+        ("evaluate.extractor_width=32", (False, True, True, True)),
+        ("evaluate.n=41", (False, False, False, True)),
+        ("sample.solver_steps=3", (False, False, False, True)),
+        ("data.split_seed=1", (True, True, True, True)),
+        ("data.validation_fraction=0.2", (True, True, True, True)),
+        ("train.lr=0.5", (False, False, False, False)),
     ]:
         assert tuple(a != b for a, b in zip(hashes(override), base, strict=True)) == changed, override
+
+
+def test_hashes_name_the_version_of_the_random_streams(make_study, monkeypatch):
+    def hashes():
+        study = make_study()
+        run = study.run("haste")
+        return (
+            run.hash, run.lineage, run.unaligned, study.teacher_hash(study.teacher), study.extractor_hash,
+            study.autoencoder_hash, study.evaluation_hash,
+        )  # fmt: skip
+
+    now = hashes()
+    monkeypatch.setattr(config, "STREAMS", 1)
+    assert all(a != b for a, b in zip(now, hashes(), strict=True))
 
 
 def test_alignment_is_active_when_either_weight_is():

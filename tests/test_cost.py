@@ -29,6 +29,17 @@ def test_states_cover_every_arm_and_phase(states):
     assert set(states) == {("vanilla", 2), *((arm, 1) for arm in ARMS[1:]), ("haste", 2)}
 
 
+def test_arms_that_are_one_run_until_the_switch_share_their_state_of_phase_one(states):
+    assert states["haste", 1] is states["holistic", 1]
+    assert len({id(state) for state in states.values()}) == len(states) - 1
+
+
+def test_an_arm_that_watches_the_angle_has_a_state_of_its_own(output, make_study):
+    found = cost.states(without(make_study("arms.holistic.train.watch_angle=true"), "repa", "atta"))
+    assert found["haste", 1] is not found["holistic", 1]
+    assert (found["haste", 1].angle is None, found["holistic", 1].angle is None) == (True, False)
+
+
 @pytest.mark.parametrize("arm", ARMS[1:])
 def test_phase_one_states_are_aligned(states, arm):
     state = states[arm, 1]
@@ -84,6 +95,20 @@ def test_measuring_gives_a_row_per_arm_and_phase(output, tiny):
         assert row["rounds"] == 3
     vanilla = rows[0]
     assert (vanilla["ratio_low"], vanilla["ratio_to_vanilla"], vanilla["ratio_high"]) == (1, 1, 1)
+
+
+def test_what_arms_share_is_timed_once_and_every_arm_has_its_row(output, tiny, monkeypatch):
+    stepped = []
+    train_step = training.train_step
+    study = without(tiny, "repa", "atta")
+    states = cost.states(study)
+    monkeypatch.setattr(cost, "states", lambda _: states)
+    monkeypatch.setattr(training, "train_step", lambda state: stepped.append(id(state)) or train_step(state))
+    rows = cost.measure(study, rounds=3, steps=1)
+    assert [(row["arm"], row["phase"]) for row in rows] == [("vanilla", 2), ("holistic", 1), ("haste", 1), ("haste", 2)]
+    assert rows[1] | {"arm": "haste"} == rows[2]
+    # Two rounds warm up.
+    assert {key: stepped.count(id(state)) for key, state in states.items()} == dict.fromkeys(states, 5)
 
 
 def test_ratios_are_taken_within_a_round(output, tiny, monkeypatch):

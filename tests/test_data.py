@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 
@@ -9,9 +10,10 @@ from torch.testing import assert_close
 
 from haste_core import config
 from haste_core.data import Batch, Batches, open_dataset
-from haste_core.data.base import affine
+from haste_core.data.base import affine, split_indices
 from haste_core.errors import HasteError
 
+SPLITS = ("train", "validation", "test")
 STRONG = config.Augment(shift=1.0, rotation=20, scale=0.2)
 
 
@@ -29,26 +31,55 @@ def rows(images):
 
 def test_split_is_complete_disjoint_and_fixed():
     first, again, other = digits(), digits(), digits(split_seed=1)
-    sizes = {split: len(first.images(split)[1]) for split in ("train", "test")}
-    assert sizes == {"train": 1347, "test": 450}
-    assert len(first) == 1347
-    assert rows(first.images("train")[0]).isdisjoint(rows(first.images("test")[0]))
-    for split in ("train", "test"):
+    sizes = {split: len(first.images(split)[1]) for split in SPLITS}
+    assert sizes == {"train": 1212, "validation": 135, "test": 450}
+    assert len(first) == 1212
+    pixels = [rows(first.images(split)[0]) for split in SPLITS]
+    assert len(set.union(*pixels)) == sum(len(part) for part in pixels)
+    for split in SPLITS:
         assert torch.equal(first.images(split)[0], again.images(split)[0])
         assert torch.equal(first.images(split)[1], again.images(split)[1])
-    assert not torch.equal(first.images("test")[0], other.images("test")[0])
+        assert not torch.equal(first.images(split)[0][:100], other.images(split)[0][:100])
 
 
-def test_split_is_stratified():
+def test_the_test_images_are_those_of_earlier_studies():
+    """SHA-256 over pixels and labels of the 450 test images of commit a22927f."""
+    for fraction in (0.1, 0.5):
+        x, y = digits(validation_fraction=fraction).images("test")
+        found = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+        assert found == "06521154fefcc0109b16735f1cf4649e19bdcc7263839b801565e56e439fd982"
+
+
+def test_splits_are_stratified():
     data = digits()
-    counts = {split: torch.bincount(data.images(split)[1], minlength=10) for split in ("train", "test")}
-    expected = (counts["train"] + counts["test"]) * 0.25
-    assert (counts["test"] - expected).abs().max() <= 1
+    counts = {split: torch.bincount(data.images(split)[1], minlength=10) for split in SPLITS}
+    rest = counts["train"] + counts["validation"]
+    assert (counts["test"] - (rest + counts["test"]) * 0.25).abs().max() <= 1
+    assert (counts["validation"] - rest * 0.1).abs().max() <= 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 40])
+def test_indices_of_splits_are_disjoint_and_complete_for_few_images_too(n):
+    labels = torch.arange(n) % 3
+    fractions = {"test_fraction": 0.25, "validation_fraction": 0.1}
+    if n < 3:
+        with pytest.raises(HasteError, match=r"the data, data.validation_fraction 0.1: 1 image cannot be divided"):
+            split_indices(labels, config.Data(**fractions), "the data")
+        return
+    found = split_indices(labels, config.Data(**fractions), "the data")
+    assert list(found) == list(SPLITS)
+    assert sorted(torch.cat(list(found.values())).tolist()) == list(range(n))
+    assert all(len(part) > 0 for part in found.values())
+
+
+def test_a_fraction_that_leaves_nothing_is_an_error():
+    with pytest.raises(HasteError, match=r"validation_fraction 0.999: 7 images cannot be divided.*smaller fraction"):
+        split_indices(torch.zeros(10).long(), config.Data(validation_fraction=0.999), "the data")
 
 
 def test_images_are_17_grey_levels_from_minus_one_to_one():
     x, y = digits().images("train")
-    assert x.shape == (1347, 1, 8, 8)
+    assert x.shape == (1212, 1, 8, 8)
     assert x.dtype == torch.float32
     assert y.dtype == torch.int64
     assert x.unique().tolist() == [level / 8 - 1 for level in range(17)]
@@ -149,7 +180,7 @@ def test_streams_come_from_their_seed():
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("before", [0, 1, 7, 11])
 def test_a_stream_goes_on_from_its_state_to_the_bit(before, ahead):
-    """1,347 images in batches of 200: six batches a pass, so 7 and 11 lie in the second pass."""
+    """1,212 images in batches of 200: six batches a pass, so 7 and 11 lie in the second pass."""
     data = digits(augment=STRONG)
     stream = Batches(data, 200, seed=0, ahead=ahead)
     for _ in range(before):

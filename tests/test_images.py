@@ -20,6 +20,7 @@ from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
 
 SIZE, NAMES = 16, ("ant", "bee", "cat")
+SPLITS = ("train", "validation", "test")
 SHARED = [Path(__file__).parents[up] / "shared" / "data" for up in (2, 3)]
 
 
@@ -71,9 +72,14 @@ def numbers(x, known=60):
 
 
 def contents(data):
-    """Numbers and labels of both splits."""
-    parts = {split: data.images(split) for split in ("train", "test")}
+    """Numbers and labels of all splits."""
+    parts = {split: data.images(split) for split in SPLITS}
     return {split: (numbers(x), y.tolist()) for split, (x, y) in parts.items()}
+
+
+def together(found, *splits):
+    """Numbers of the images of some splits, by default all, ascending."""
+    return sorted(i for split in splits or SPLITS for i in found[split][0])
 
 
 def check_labels(data):
@@ -88,12 +94,12 @@ def test_a_folder_with_train_and_test(tmp_path):
     write_images(tmp_path / "pets" / "train", range(12))
     write_images(tmp_path / "pets" / "test", range(12, 18))
     data = opened(tmp_path / "pets")
-    assert (data.name, data.channels, data.image_size, data.classes, len(data)) == ("pets", 3, SIZE, 3, 12)
+    assert (data.name, data.channels, data.image_size, data.classes, len(data)) == ("pets", 3, SIZE, 3, 10)
     check_labels(data)
-    assert {k: sorted(shown) for k, (shown, _) in contents(data).items()} == {
-        "train": list(range(12)),
-        "test": list(range(12, 18)),
-    }
+    found = contents(data)
+    assert together(found, "train", "validation") == list(range(12))
+    assert found["test"][0] == [12, 15, 13, 16, 14, 17], "files in the order of their folders"
+    assert len(found["validation"][0]) == 2
 
 
 def test_a_folder_without_a_test_split_is_divided(tmp_path):
@@ -101,18 +107,23 @@ def test_a_folder_without_a_test_split_is_divided(tmp_path):
     data = opened(folder)
     check_labels(data)
     found = contents(data)
-    assert sorted(found["train"][0] + found["test"][0]) == list(range(36))
+    assert together(found) == list(range(36))
     assert torch.bincount(torch.tensor(found["test"][1])).tolist() == [3, 3, 3]
+    assert torch.bincount(torch.tensor(found["validation"][1])).tolist() == [1, 1, 1]
     assert contents(opened(folder)) == found
     assert set(contents(opened(folder, split_seed=1))["test"][0]) != set(found["test"][0])
-    assert len(opened(folder, test_fraction=0.5)) == 18
+    assert set(contents(opened(folder, split_seed=1))["validation"][0]) != set(found["validation"][0])
+    assert len(opened(folder, test_fraction=0.5)) == 16
+    other = contents(opened(folder, validation_fraction=0.5))
+    assert len(other["validation"][0]) == 14
+    assert other["test"] == found["test"], "the test images do not depend on the validation images"
 
 
 def test_another_name_for_the_test_split(tmp_path):
     write_images(tmp_path / "pets" / "train", range(12))
     write_images(tmp_path / "pets" / "validation", range(12, 18))
     assert sorted(contents(opened(tmp_path / "pets", test_split="validation"))["test"][0]) == list(range(12, 18))
-    assert len(opened(tmp_path / "pets")) == 9, "without a split of that name part of train is held out"
+    assert len(opened(tmp_path / "pets")) == 8, "without a split of that name part of train is held out"
     with pytest.raises(HasteError, match="no split 'training'; possible: train, validation"):
         opened(tmp_path / "pets", train_split="training")
 
@@ -121,15 +132,14 @@ def test_a_class_of_one_image_does_not_prevent_a_split(tmp_path):
     folder = write_images(tmp_path / "pets", [*range(0, 36, 3), 1])
     data = opened(folder)
     assert data.classes == 2
-    assert len(data) == 9
-    found = contents(data)
-    assert sorted(found["train"][0] + found["test"][0]) == sorted([*range(0, 36, 3), 1])
+    assert len(data) == 8
+    assert together(contents(data)) == sorted([*range(0, 36, 3), 1])
 
 
 def test_one_parquet_file(tmp_path):
     data = opened(write_parquet(tmp_path / "pets.parquet", range(24)))
     check_labels(data)
-    assert (data.name, data.classes, len(data)) == ("pets.parquet", 3, 18)
+    assert (data.name, data.classes, len(data)) == ("pets.parquet", 3, 16)
 
 
 @pytest.mark.parametrize("column", ["img", "image"])
@@ -140,8 +150,8 @@ def test_a_folder_of_parquet_files(tmp_path, column):
     write_parquet(folder / "pets-test.parquet", range(24, 30), column)
     data = opened(folder)
     check_labels(data)
-    assert contents(data)["train"][0] == list(range(24)), "files and rows keep their order"
-    assert contents(data)["test"][0] == list(range(24, 30))
+    assert together(contents(data), "train", "validation") == list(range(24))
+    assert contents(data)["test"][0] == list(range(24, 30)), "rows keep their order"
 
 
 def test_parquet_written_by_datasets_itself(tmp_path):
@@ -164,7 +174,7 @@ def test_the_column_named_label_is_taken_among_several(tmp_path):
 def test_the_shared_photographs():
     folder = next(folder for folder in SHARED if folder.is_dir())
     data = opened(folder, image_size=32)
-    assert (len(data), data.classes, data.channels) == (50_000, 10, 3)
+    assert (len(data), data.classes, data.channels) == (45_000, 10, 3)
     x, y = data.images("test", 64)
     assert x.shape == (64, 3, 32, 32)
     assert y.unique().numel() > 5
@@ -203,7 +213,7 @@ def test_every_kind_of_picture_becomes_rgb_of_the_size(tmp_path):
             made.save(tmp_path / "mix" / folder / f"{name}.png")
     red.save(tmp_path / "mix" / "ant" / "photo.jpg")
     data = opened(tmp_path / "mix")
-    x = torch.cat([data.images(split)[0] for split in ("train", "test")])
+    x = torch.cat([data.images(split)[0] for split in SPLITS])
     assert x.shape == (13, 3, SIZE, SIZE)
     red_ones = ((x[:, 0] > 0.95) & (x[:, 1:].amax(1) < -0.95)).flatten(1).all(1)
     assert int(red_ones.sum()) == 9, "two of each but grey and bits, and the photo"
@@ -248,7 +258,7 @@ def test_batches_and_examples(folder):
 
 def test_half_of_the_images_are_mirrored_and_the_seed_says_which(folder):
     data, plain = opened(folder, augment={"flip": True}), opened(folder)
-    indices = torch.arange(30).repeat(40)
+    indices = torch.arange(27).repeat(44)
     original = plain.batch(indices, torch.Generator()).x
     first, again, other = (data.batch(indices, torch.Generator().manual_seed(s)).x for s in (0, 0, 1))
     assert torch.equal(first, again)
@@ -271,8 +281,8 @@ def kept_files(tmp_path):
 
 def test_decoded_pixels_are_kept_and_used_again(folder, tmp_path, monkeypatch):
     first = contents(opened(folder))
-    assert [path.suffix for path in kept_files(tmp_path)] == [".npy", ".npy"]
-    assert [len(np.load(path)) for path in kept_files(tmp_path)] in ([30, 6], [6, 30])
+    assert [path.suffix for path in kept_files(tmp_path)] == [".npy"] * 3
+    assert sorted(len(np.load(path)) for path in kept_files(tmp_path)) == [3, 6, 27]
 
     def never(self, indices):
         raise AssertionError("decoded again")
@@ -293,9 +303,9 @@ def test_batches_cannot_change_what_is_kept(folder):
 def test_another_size_has_its_own_file(folder, tmp_path):
     before = contents(opened(folder))
     small = opened(folder, image_size=8)
-    assert small.images("train")[0].shape == (30, 3, 8, 8)
+    assert small.images("train")[0].shape == (27, 3, 8, 8)
     small.images("test")
-    assert len(kept_files(tmp_path)) == 4
+    assert len(kept_files(tmp_path)) == 5
     for path in kept_files(tmp_path):
         if path.stem.endswith("-8"):
             path.write_bytes(b"damaged")
@@ -317,7 +327,7 @@ def test_changed_files_are_decoded_anew(tmp_path):
     before = contents(opened(path))
     write_parquet(path, range(30, 54))
     after = contents(opened(path))
-    assert sorted(after["train"][0] + after["test"][0]) == list(range(30, 54))
+    assert together(after) == list(range(30, 54))
     assert after != before
 
 
@@ -387,7 +397,8 @@ REFUSED = {
     "no rows": (no_rows, "cannot be read"),
     "negative label": (lambda t: write_parquet(t / "a.parquet", range(4), labels=[0, -1, 0, 1]), "label -1; possible"),
     "missing label": (lambda t: write_parquet(t / "a.parquet", range(3), labels=[0, None, 1]), "image 1 has no label"),
-    "one image": (lambda t: write_parquet(t / "a.parquet", [0]), "cannot be divided"),
+    "one image": (lambda t: write_parquet(t / "a.parquet", [0]), "data.test_fraction 0.25: 1 image cannot be divided"),
+    "two images": (lambda t: write_parquet(t / "a.parquet", [0, 1]), "data.validation_fraction 0.1: 1 image cannot be"),
 }
 
 
@@ -405,7 +416,14 @@ def test_an_undecodable_image_is_named_when_it_is_read(folder, monkeypatch, larg
         monkeypatch.setattr(images, "KEPT_DECODED", 0)
     (folder / "train" / "bee" / "004.png").write_bytes(b"no image")
     data = opened(folder)
-    with pytest.raises(HasteError, match="image 11 cannot be decoded") as caught:
-        data.images("train")
+    named = {name: data._splits[name].rows.cast_column("image", datasets.Image(decode=False)) for name in SPLITS}
+    split, index = next(
+        (name, i)
+        for name, rows in named.items()
+        for i, row in enumerate(rows["image"])
+        if row["path"].endswith("004.png")
+    )
+    with pytest.raises(HasteError, match=f"image {index} cannot be decoded") as caught:
+        data.images(split)
     assert "\n" not in str(caught.value)
     assert len(data.images("test")[1]) == 6

@@ -35,6 +35,7 @@ from haste_core.state import create
 
 pytestmark = pytest.mark.xdist_group("vae")
 SIZE, CHANNELS, SIDE, CLASSES = 16, 4, 8, 3
+SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +105,8 @@ def test_what_a_folder_without_manifest_holds(folder):
     data = latents(folder)
     assert (data.name, data.channels, data.image_size, data.classes) == ("prepared", CHANNELS, SIDE, CLASSES)
     assert (data.scale, data.shift, data.pixel_size, data.manifest) == (0.18215, 0.0, SIZE, None)
-    assert len(data) == 18
-    assert len(data.images("test")[1]) == 6
+    assert len(data) == 16
+    assert {split: len(data.images(split)[1]) for split in SPLITS} == {"train": 16, "validation": 2, "test": 6}
 
 
 def numbers(images):
@@ -116,7 +117,7 @@ def numbers(images):
 
 def test_image_latent_and_label_belong_together(folder):
     data = latents(folder)
-    for split in ("train", "test"):
+    for split in SPLITS:
         batch = data.examples(split)
         shown = numbers(batch.images)
         assert batch.y.tolist() == [i % CLASSES for i in shown]
@@ -127,12 +128,20 @@ def test_image_latent_and_label_belong_together(folder):
 
 
 def test_the_split_is_complete_disjoint_stratified_and_seeded(folder):
-    split = {name: numbers(latents(folder).images(name)[0]) for name in ("train", "test")}
-    assert sorted(split["train"] + split["test"]) == list(range(24))
+    split = {name: numbers(latents(folder).images(name)[0]) for name in SPLITS}
+    assert sorted(i for shown in split.values() for i in shown) == list(range(24))
     assert torch.bincount(latents(folder).images("test")[1]).tolist() == [2, 2, 2]
     assert numbers(latents(folder).images("test")[0]) == split["test"]
     assert set(numbers(latents(folder, split_seed=1).images("test")[0])) != set(split["test"])
-    assert len(latents(folder, test_fraction=0.5)) == 12
+    assert len(latents(folder, test_fraction=0.5)) == 10
+    other = latents(folder, validation_fraction=0.3)
+    assert torch.bincount(other.images("validation")[1]).tolist() == [2, 2, 2]
+    assert numbers(other.images("test")[0]) == split["test"]
+
+
+def test_too_few_pairs_to_be_divided_are_an_error(tmp_path):
+    with pytest.raises(HasteError, match=r"validation_fraction 0\.1: 1 image cannot be divided"):
+        latents(write_folder(tmp_path / "pair", 2))
 
 
 def test_classes_of_one_image_do_not_prevent_a_split(folder):
@@ -140,7 +149,7 @@ def test_classes_of_one_image_do_not_prevent_a_split(folder):
         change(labels_file(folder, side), lambda entries: entries[0].__setitem__(1, 7))
     data = latents(folder)
     assert data.classes == 8
-    assert len(data) == 18
+    assert len(data) == 16
 
 
 def test_counts_limit_what_is_read(folder):
@@ -202,8 +211,8 @@ def test_batches_come_from_their_generator(folder):
     assert torch.equal(first.x, again.x)
     assert not torch.equal(first.x, other.x)
     assert torch.equal(first.images, other.images)
-    stream = Batches(data, 6, seed=0)
-    assert len({i for _ in range(3) for i in numbers(stream.next().images)}) == 18
+    stream = Batches(data, 8, seed=0)
+    assert len({i for _ in range(2) for i in numbers(stream.next().images)}) == 16
 
 
 @pytest.mark.parametrize("augment", [{"flip": True}, {"shift": 1.0}, {"rotation": 3.0}])
@@ -255,7 +264,7 @@ def test_null_labels_mean_one_class(folder):
         labels_file(folder, side).write_text('{"labels": null}')
     data = latents(folder)
     assert data.classes == 1
-    assert sorted(numbers(data.images("train")[0]) + numbers(data.images("test")[0])) == list(range(24))
+    assert sorted(i for split in SPLITS for i in numbers(data.images(split)[0])) == list(range(24))
 
 
 def test_null_labels_on_one_side_are_those_of_the_other(folder):
@@ -403,7 +412,7 @@ def test_broken_files_are_one_line_when_they_are_read(folder, how, message):
     broken(folder / name)
     data = latents(folder)
     with pytest.raises(HasteError, match=message) as caught:
-        [data.examples(split) for split in ("train", "test")]
+        [data.examples(split) for split in SPLITS]
     assert "\n" not in str(caught.value)
 
 
@@ -417,7 +426,7 @@ def test_many_pairs_open_without_a_look_at_their_files(tmp_path):
     begun = time.perf_counter()
     data = latents(folder, test_fraction=0.01)
     seconds = time.perf_counter() - begun
-    assert (len(data), data.classes) == (198_000, 1000)
+    assert (len(data), data.classes) == (178_200, 1000)
     assert seconds < 15, f"{seconds:.1f} s"
     with pytest.raises(HasteError, match="it is missing"):
         data.batch(torch.arange(4), torch.Generator())
@@ -778,7 +787,7 @@ def test_the_command(job, reference, capsys):
 def test_a_tiny_model_trains_through_both_phases(reference, output, make_study):
     study = make_study(
         f"data={{kind: latents, path: {reference}, augment: {{shift: 0, rotation: 0, scale: 0}}}}",
-        "arms.haste.termination.at=4", "train.steps=8", "train.keep=[4]",
+        "arms.haste.termination.at=4", "train.steps=8", "train.keep=[4]", "train.batch_size=8",
         "teacher.kwargs={img_size: 16, patch_size: 4, in_chans: 3, embed_dim: 24, depth: 4, num_heads: 4}",
         "teacher.mean=[0.5, 0.5, 0.5]", "teacher.std=[0.5, 0.5, 0.5]", "model.patch=2", "claims.early=4",
     )  # fmt: skip

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from test_study import copy_of, finished_study, once
 
-from haste_core import config, notebook
+from haste_core import config, evaluation, notebook
 from haste_core.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +44,8 @@ def folder(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             set_up(patch, place)
             for name in IN_ORDER:
-                arm = {} if name.startswith("00") else {"arm": "haste", "seed": 0}
-                notebook.execute(name, place / f"{name}.ipynb", {"profile": "smoke", **arm})
+                own = {"01_train": {"arm": "haste", "seeds": [0]}, "02_fid": {"arm": "haste", "seed": 0}}.get(name, {})
+                notebook.execute(name, place / f"{name}.ipynb", {"profile": "smoke", **own})
                 assert kernels() == []
 
     return once(tmp_path_factory, "notebooks", run)
@@ -141,6 +141,32 @@ def test_the_training_notebook_leaves_a_finished_run(executed):
 
 
 @together
+def test_the_training_notebook_scores_all_seeds_and_leaves_finished_ones_alone(executed, tmp_path, monkeypatch):
+    shutil.copytree(executed / "runs", tmp_path / "runs")
+    set_up(monkeypatch, tmp_path)
+    # Another sampler than in `executed`, so seed 0 is scored again; seed 1 is new.
+    other = ["sample.solver_steps=3"]
+    runs = [Run(config.load("digits", "smoke", other), "haste", seed) for seed in (0, 1)]
+    trained = {p: p.stat().st_mtime_ns for p in [*runs[0].dir.glob("checkpoints/*"), runs[0].metrics_path]}
+    given = {"profile": "smoke", "overrides": other, "arm": "haste", "seeds": [0, 1], "score": True}
+    notebook.execute("01_train", tmp_path / "out.ipynb", given)
+    assert_ran_through(tmp_path / "out.ipynb")
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    assert [run.steps() for run in runs] == [[4, 8, 12]] * 2
+    rows = [row for run in runs for row in evaluation.rows(run)]
+    assert [(row["seed"], row["step"]) for row in rows] == [(seed, step) for seed in (0, 1) for step in (4, 8, 12)]
+    shown = "".join(out["data"].get("text/plain", "") for out in outputs(tmp_path / "out.ipynb", "execute_result"))
+    assert [row["fid"] for row in rows if f"{row['fid']:.4f}"[:4] not in shown] == []
+    # Several seeds in one process end in the bits of one alone.
+    alone = tmp_path / "alone"
+    shutil.copytree(executed / "runs", alone / "runs", ignore=shutil.ignore_patterns("haste-*"))
+    monkeypatch.setenv("HASTE_OUTPUT", str(alone))
+    notebook.execute("01_train", tmp_path / "alone.ipynb", given | {"seeds": [1], "score": False})
+    again = Run(runs[1].study, "haste", 1)
+    assert again.load(12)[1]["ema_fingerprint"] == json.loads(runs[1].evaluation_path.read_text())["steps"]["12"]
+
+
+@together
 def test_the_scoring_notebook_leaves_and_shows_a_score_per_kept_step(executed):
     run = Run(config.load("digits", "smoke"), "haste", 0)
     stored = json.loads(run.evaluation_path.read_text())
@@ -160,7 +186,7 @@ def test_an_executed_notebook_holds_the_parameters_it_was_given(executed):
         name, equals, value = line.partition(" = ")
         if equals:
             values[name] = value
-    assert values == {"profile": '"smoke"', "arm": '"haste"', "seed": "0"}
+    assert values == {"profile": '"smoke"', "arm": '"haste"', "seeds": "[0]"}
 
 
 @together

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from haste_core.analysis.cosine import gradient_cosine
+from haste_core.data.digits import Digits
 from haste_core.errors import HasteError
 from haste_core.observing import block_of, exact
 from haste_core.runs import Run
@@ -56,7 +57,7 @@ def test_the_exact_angle_is_the_mean_over_losses_and_noise_levels(output, make_s
     state = create(run, 0, find_teacher(study, run.teacher), Termination(run))
     for _ in range(3):
         train_step(state)
-    batch = state.batches.dataset.examples("test", 10)
+    batch = state.batches.dataset.examples("validation", 10)
     found = [
         gradient_cosine(state.model, state.alignment, state.objective, batch, t, 1)[loss].rho()
         for t in (0.2, 0.7)
@@ -65,6 +66,21 @@ def test_the_exact_angle_is_the_mean_over_losses_and_noise_levels(output, make_s
     assert exact(state) == pytest.approx(np.mean(found))
     assert block_of(run) == 1  # aligned after block 2 counted from 1
     assert all(p.grad is None for p in state.model.parameters())
+
+
+def test_no_trigger_reads_test_images(output, make_study, monkeypatch):
+    read, images = set(), Digits.images
+
+    def without_test(self, split, count=None):
+        assert split != "test", "the test split was read"
+        read.add(split)
+        return images(self, split, count)
+
+    monkeypatch.setattr(Digits, "images", without_test)
+    settings = ["kind=gradient_angle", "at=null", "threshold=1", "after=2", "every=2", "n=10"]
+    run = trained(make_study("train.watch_angle=true", *(f"arms.haste.termination.{s}" for s in settings)), "haste")
+    assert [line["step"] for line in run.metrics() if "gradient_angle" in line] == [4]
+    assert "validation" in read
 
 
 @pytest.mark.parametrize("kind", ["gradient_angle", "online_angle"])

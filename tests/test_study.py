@@ -139,8 +139,7 @@ def test_every_job_leaves_its_executed_notebook(study):
     assert names == {
         "00_data_and_teacher",
         "10_report",
-        *(f"01_train_{arm}_seed0" for arm in ARMS),
-        *(f"02_fid_{arm}_seed0" for arm in ARMS),
+        *(f"01_train_{arm}" for arm in ARMS),
     }
 
 
@@ -183,13 +182,18 @@ def test_what_was_done_here_is_not_done_again_on_a_cluster_or_by_more_processes(
     assert jobs(capfd, "--on", "slurm", "--processes", "2") == set()
 
 
-def test_another_sampler_setting_scores_again_and_trains_nothing(study, capfd):
-    assert jobs(capfd, "--set", "sample.solver_steps=3") == {*(f"evaluate_{arm}_0" for arm in ARMS), "report"}
+def test_another_sampler_setting_scores_every_arm_again(study, capfd):
+    # That such a job trains nothing is tested with the notebook.
+    assert jobs(capfd, "--set", "sample.solver_steps=3") == {*(f"arm_{arm}" for arm in ARMS), "report"}
+
+
+def test_a_sampler_of_one_arm_scores_that_arm_alone(study, capfd):
+    assert jobs(capfd, "--set", "arms.vanilla.sample.solver_steps=3") == {"arm_vanilla", "report"}
 
 
 def test_another_weight_in_one_arm_trains_that_arm_alone(study, capfd):
     listed = jobs(capfd, "--set", "arms.haste.alignment.lambda_attention=1.0")
-    assert listed == {"train_haste_0", "evaluate_haste_0", "step_time", "report"}
+    assert listed == {"arm_haste", "step_time", "report"}
 
 
 def test_analyses_run_after_the_scores_and_before_the_report(study, capfd):
@@ -207,17 +211,17 @@ def test_an_analysis_of_the_study_leaves_its_tables_for_the_report(study, tmp_pa
     assert "Which choices matter?" not in (study.report / "report.html").read_text()
 
 
-def test_another_seed_runs_that_seed_alone(study, capfd):
-    listed = jobs(capfd, "--set", "seeds=[0, 1]")
-    assert listed == {*(f"{kind}_{arm}_1" for kind in ("train", "evaluate") for arm in ARMS), "report"}
+def test_another_seed_runs_the_arms_and_prepares_and_times_nothing_again(study, capfd):
+    # That such a job leaves the finished seed alone is tested with the notebook.
+    assert jobs(capfd, "--set", "seeds=[0, 1]") == {*(f"arm_{arm}" for arm in ARMS), "report"}
 
 
 @pytest.mark.parametrize(
     ("arm", "listed"),
     [
-        ("vanilla", {"train_vanilla_0", "evaluate_vanilla_0", "report"}),
+        ("vanilla", {"arm_vanilla", "report"}),
         # haste branches from holistic, so it is looked at again and found complete.
-        ("holistic", {"train_holistic_0", "evaluate_holistic_0", "train_haste_0", "evaluate_haste_0", "report"}),
+        ("holistic", {"arm_holistic", "arm_haste", "report"}),
     ],
 )
 def test_a_deleted_run_and_what_depends_on_it_are_made_again(study, tmp_path, monkeypatch, capfd, arm, listed):

@@ -66,31 +66,70 @@ def refused(capfd, *words):
     return line
 
 
+def rules(command):
+    """The lines that Snakemake prints on each job of a graph in a dry run, by the rule's name."""
+    loud = [word for word in command if word not in ("--quiet", "rules")]
+    done = subprocess.run([*loud, "--cores", "2", "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = re.split(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, flags=re.M)
+    return dict(zip(*[iter(printed[1:])] * 2, strict=True))
+
+
 # -- the graph --------------------------------------------------------------------------------------------------------
 
 
-def test_every_job_is_told_its_run_its_threads_and_its_processes(small, output, tmp_path, monkeypatch):
+def test_every_job_is_told_its_arm_its_seeds_its_threads_and_its_processes(small, output, tmp_path, monkeypatch):
     (tmp_path / "stand-in").mkdir()
     (tmp_path / "stand-in" / "sitecustomize.py").write_text(STAND_IN)
     calls = tmp_path / "calls"
     monkeypatch.chdir(small.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "stand-in"), str(ROOT)]))
     monkeypatch.setenv("CALLS", str(calls))
-    assert main(["study", "small.yaml", "--cores", "2", "--processes", "2"]) == 0
+    assert main(["study", "small.yaml", "--cores", "2", "--processes", "2", "--set", "seeds=[0, 2]"]) == 0
     told = [json.loads(line) for line in calls.read_text().splitlines()]
     assert {(job["cwd"], job["out"]) for job in told} == {(str(small.parent), str(files.output_root()))}
     notebooks = {Path(job["words"][2]).name: job for job in told if job["words"][0] == "notebook"}
-    runs = [f"{name}_{arm}_seed0" for name in ("01_train", "02_fid") for arm in ("vanilla", "repa")]
+    arms = ["01_train_vanilla", "01_train_repa"]
     others = ["00_data_and_teacher", "06_capacity", "08_ablations", "10_report"]
-    assert set(notebooks) == {f"{name}.ipynb" for name in (*runs, *others)}
+    assert set(notebooks) == {f"{name}.ipynb" for name in (*arms, *others)}
     for name, job in notebooks.items():
         assert name.startswith(job["words"][1])
-        assert ("processes=2" in job["words"]) == name.startswith("01_train")
-        assert all(f"arm={arm}" in job["words"] for arm in ("vanilla", "repa") if f"_{arm}_" in name)
+        own = {word for word in job["words"] if word.partition("=")[0] in ("arm", "seeds", "score", "processes")}
+        arm = name.removeprefix("01_train_").removesuffix(".ipynb")
+        expected = {f"arm={arm}", "seeds=[]", "score=true", "processes=2"}
+        assert own == (expected if name.startswith("01_train") else {"seeds=[0]"} if name.startswith("06") else set())
         # A training job has a thread for each of its two processes, not two for each.
         assert job["threads"] == "1"
-    assert [job["words"][0] for job in told].count("cost") == 1
-    assert len(told) == len(notebooks) + 1
+    # The longest arm first; nothing waits while the machine is timed.
+    order = [Path(job["words"][2]).stem if job["words"][0] == "notebook" else job["words"][0] for job in told]
+    assert order[:3] == ["00_data_and_teacher", "01_train_repa", "01_train_vanilla"]
+    assert set(order[3:5]) == {"06_capacity", "08_ablations"}
+    assert order[5:] == ["cost", "10_report"]
+
+
+def test_an_arm_waits_for_the_teacher_and_for_the_arm_it_branches_from(output):
+    printed = rules(workflow.graph("digits", "smoke"))
+    inputs = {rule: re.search(r"input: (.*)", text) for rule, text in printed.items()}
+    waits = {
+        rule: re.findall(r"prepared-|holistic|haste|vanilla|repa|atta", found[1])
+        for rule, found in inputs.items()
+        if found
+    }
+    assert "arm_vanilla" not in waits
+    assert all(waits[f"arm_{arm}"] == ["prepared-"] for arm in ("repa", "atta", "holistic"))
+    # A stamp for each of the two seeds.
+    assert waits["arm_haste"] == ["prepared-", "holistic", "holistic"]
+
+
+def test_the_longest_chain_of_arms_has_the_highest_priority():
+    overrides = ["train.steps=1600", "arms.haste.termination.at=800", "seeds=[0, 1, 2]", "train.keep=[800]"]
+    study = config.load("digits", overrides=overrides)
+    found = workflow.priorities(study, {arm: study.donor(arm) for arm in study.arms})
+    # In steps: holistic 3 * 1600 * 1.5 and haste's 3 * 800 after it, then 7200, 4800 and 2400.
+    assert found == {"holistic": 99, "repa": 75, "atta": 75, "vanilla": 51, "haste": 27}
+    alone = workflow.priorities(study, dict.fromkeys(study.arms))
+    # Without a donor haste trains its first part itself: 3 * (800 * 1.5 + 800).
+    assert alone == {"holistic": 99, "repa": 99, "atta": 99, "vanilla": 67, "haste": 83}
 
 
 def test_a_job_that_is_stopped_outlives_the_signal_to_save(tmp_path):
@@ -121,7 +160,7 @@ def test_a_profile_of_the_project_says_what_the_page_promises(name):
     assert found.settings["retries"] > 1
     assert found.settings["latency-wait"] >= 60
     asked = found.resources()
-    assert set(asked) == {"prepare", "train", "evaluate", "analyse", "step_time"}
+    assert set(asked) == {"prepare", "train", "analyse", "step_time"}
     assert {values["gpu"] for values in asked.values()} == {1}
     assert "gpu" not in found.settings["default-resources"]
 
@@ -144,21 +183,15 @@ def test_a_training_job_asks_for_each_of_its_processes():
     one, four = (cluster.find("slurm").resources(n) for n in (1, 4))
     assert (four["train"]["gpu"], four["train"]["mem_mb"]) == (4, 4 * one["train"]["mem_mb"])
     assert four["train"]["runtime"] == one["train"]["runtime"]
-    assert four["evaluate"] == one["evaluate"]
+    assert four["analyse"] == one["analyse"]
 
 
 def test_jobs_of_the_graph_ask_for_what_the_profile_says(small, output):
-    command = workflow.graph(str(small), processes=2, place=cluster.find("slurm"))
-    loud = [word for word in command if word not in ("--quiet", "rules")]
-    done = subprocess.run([*loud, "--cores", "2", "--dry-run"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = re.split(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, flags=re.M)
-    resources = {
-        rule: re.search(r"resources: (.*)", text)[1] for rule, text in zip(*[iter(printed[1:])] * 2, strict=True)
-    }
-    assert "gpu=2" in resources["train_repa_0"]
-    assert "mem_mb=128000" in resources["train_repa_0"]
-    for rule in ("prepare", "evaluate_repa_0", "analyse_06_capacity", "step_time"):
+    printed = rules(workflow.graph(str(small), processes=2, place=cluster.find("slurm")))
+    resources = {rule: re.search(r"resources: (.*)", text)[1] for rule, text in printed.items()}
+    assert "gpu=2" in resources["arm_repa"]
+    assert "mem_mb=128000" in resources["arm_repa"]
+    for rule in ("prepare", "analyse_06_capacity", "step_time"):
         assert "gpu=1" in resources[rule]
         assert "mem_mb=64000" in resources[rule]
     assert "gpu=" not in resources["report"]
@@ -168,7 +201,7 @@ def test_a_dry_run_needs_neither_plugin_nor_filled_in_values(small, output, capf
     monkeypatch.setattr(cluster.Cluster, "missing_plugins", lambda self: ["snakemake-executor-plugin-slurm"])
     assert main(["study", str(small), "--on", "slurm", "--processes", "8", "--dry-run"]) == 0
     said = capfd.readouterr()
-    assert "train_repa_0" in said.out + said.err
+    assert "arm_repa" in said.out + said.err
     assert said.out.splitlines()[-1].endswith("report.html")
 
 
@@ -177,7 +210,7 @@ def test_snakemake_reads_the_profile_of_slurm(small, filled, output, capfd):
     if missing:
         pytest.skip(f"{missing[0]} is not installed")
     assert main(["study", str(small), "--on", str(filled["slurm"]), "--dry-run"]) == 0
-    assert "train_repa_0" in capfd.readouterr().out
+    assert "arm_repa" in capfd.readouterr().out
 
 
 def test_a_profile_may_describe_this_machine(tmp_path):

@@ -196,4 +196,4 @@ def always_on(study: config.Study, seeds: Sequence[int] | None = None) -> list[R
     arms = [arm for arm in study.arms if study.run(arm).tau == math.inf and arm in study.main]
     if not arms:
         raise HasteError(f"study {study.name} has no arm that stays aligned; possible: an arm without `termination`")
-    return [Run(study, arm, seed) for arm in arms for seed in (study.seeds if seeds is None else seeds)]
+    return [Run(study, arm, seed) for arm in arms for seed in (study.seeds_of(arm) if seeds is None else seeds)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,19 +17,33 @@ from haste_core.errors import HasteError
 # arm -> seed -> step -> FID
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
 COLUMNS = (
-    "id",
-    "claim",
-    "effect",
-    "low",
-    "high",
-    "seeds",
-    "verdict",
-    "unit",
-    "rule",
-    "region_low",
-    "region_high",
-    "paper",
-)
+    "id", "claim", "measure", "effect", "low", "high", "seeds", "verdict", "p", "p_holm", "p_bh", "unit", "rule",
+    "region_low", "region_high", "paper",
+)  # fmt: skip
+SENSITIVITY = ("id", "measure", "early", "effect", "low", "high", "seeds", "verdict")
+
+
+class Measure(NamedTuple):
+    """A score that claims are read on. margin: a difference that counts as none; log: differences are of logarithms."""
+
+    name: str
+    margin: float
+    log: bool = True
+
+
+MEASURES = {
+    "fid": Measure("log FID", 0.05),
+    "fid_heldout": Measure("log FID, held-out", 0.05),
+    "fid_unlabelled": Measure("log Frechet distance, features without labels", 0.05),
+    "fd_pixel": Measure("log Frechet distance, pixels", 0.05),
+    "near_data": Measure("log held-out denoising loss, t <= 0.1", 0.01),
+    "structure": Measure("log held-out denoising loss, t >= 0.3", 0.01),
+    "denoising": Measure("log held-out denoising loss, all t", 0.01),
+    "precision": Measure("precision", 0.02, log=False),
+    "recall": Measure("recall", 0.02, log=False),
+}
+# Claims on FID are read on these too, and the early ones at each early step by itself.
+ALTERNATIVES = ("fid_heldout", "fid_unlabelled", "fd_pixel")
 
 
 @dataclass(frozen=True)
@@ -36,25 +51,52 @@ class Evidence:
     """What a study has measured.
 
     Args:
-        curves: FID by arm, seed and step. early: the step at which early gains are read. last: of the study.
+        scores: rows of fid.csv: arm, seed, step, card, and a column for each measure.
+        early: the steps that early gains are averaged over. last: of the study.
         roles: the study's arm (or trigger) by the name a claim uses, where they differ.
-        cards: the evaluation card by arm. tables: of analyses, by name.
+        tables: of analyses, by name. measure: the score that `value` reads, of MEASURES.
     """
 
-    curves: Curves
-    early: int
+    scores: pd.DataFrame
+    early: Sequence[int]
     last: int
     roles: Mapping[str, str] = field(default_factory=dict)
-    cards: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    measure: str = "fid"
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, int], dict[int, float]]:
+        """The measure by arm and seed, then step."""
+        found: dict[tuple[str, int], dict[int, float]] = {}
+        columns = (self.scores[name] for name in ("arm", "seed", "step", self.measure))
+        for arm, seed, step, score in zip(*columns, strict=True):
+            found.setdefault((str(arm), int(seed)), {})[int(step)] = float(score)
+        return found
 
     def name(self, role: str) -> str:
         """The study's own name for a role."""
         return self.roles.get(role, role)
 
-    def log_fid(self, role: str, seed: int, step: int) -> float:
-        """log FID of an arm; an FID of exactly zero counts as 1e-12."""
-        return math.log(max(self.curves[self.name(role)][seed][step], 1e-12))
+    def arms(self) -> set[str]:
+        """Arms that have scores."""
+        return set(self.scores["arm"].astype(str))
+
+    def seeds(self, role: str) -> set[int]:
+        """Seeds with scores of an arm."""
+        return {seed for arm, seed in self._known if arm == self.name(role)}
+
+    def steps(self, role: str, seed: int) -> set[int]:
+        """Steps at which an arm is scored."""
+        return set(self._known[self.name(role), seed])
+
+    def value(self, role: str, seed: int, step: int) -> float:
+        """The measure of an arm at a step: its logarithm (a score of exactly zero counts as 1e-12) or itself."""
+        score = self._known[self.name(role), seed][step]
+        return math.log(max(score, 1e-12)) if MEASURES[self.measure].log else score
+
+    def early_value(self, role: str, seed: int) -> float:
+        """Mean of `value` over the early steps."""
+        return float(np.mean([self.value(role, seed, step) for step in self.early]))
 
     def common_step(self, roles: Iterable[str], seed: int) -> int:
         """The last step at which all these arms are scored.
@@ -63,9 +105,9 @@ class Evidence:
             HasteError: there is none.
         """
         arms = [self.name(role) for role in roles]
-        steps = set.intersection(*(set(self.curves[arm][seed]) for arm in arms))
+        steps = set.intersection(*(self.steps(arm, seed) for arm in arms))
         if not steps:
-            raise HasteError(f"arms {', '.join(arms)} share no scored step for seed {seed}; possible: equal train.keep")
+            raise HasteError(f"arms {', '.join(arms)} share no scored step for seed {seed}; keep equal train.keep")
         return max(steps)
 
     def rows(self, table: str, seed: int, **chosen: Any) -> pd.DataFrame:
@@ -77,13 +119,26 @@ class Evidence:
         return found
 
 
+Statistic = Callable[[Evidence, int], float]
+
+
+class Contrast(NamedTuple):
+    """A number per seed, named by what is compared."""
+
+    name: str
+    statistic: Statistic
+
+
 @dataclass(frozen=True)
 class Claim:
-    """One claim: `statistic(evidence, seed)` must lie inside `region` for the claim to hold.
+    """One claim: every contrast must lie inside `region` for it to hold.
 
-    arms: roles (`Evidence.roles`) it is read from. table: of an analysis, for claims that are not on FID; its rows must
-    have all the arms. early, last: it reads the step `Evidence.early` or `Evidence.last` of all of them. log_scale: the
-    logarithm is averaged and its exponential reported. needs: what is missing where no study here can have the arms.
+    contrasts: fixed, or found in the evidence. size: the paper's effect in the same unit, if it is known. arms: roles
+    (`Evidence.roles`) it is read from. measure: of MEASURES. margin: by default the measure's where the region is one
+    side of zero, else none. table: of an analysis, for claims that are not on scores; its rows must have all the arms.
+    early, last: it reads `Evidence.early` or `Evidence.last` of all of them. log_scale: the logarithm is averaged and
+    its exponential reported. needs: what is missing where no study here can have the arms. happened: an empty text, or
+    why the claim is not tested by evidence that has all its arms.
     """
 
     id: str
@@ -93,120 +148,243 @@ class Claim:
     unit: str
     rule: str
     region: tuple[float, float]
-    statistic: Callable[[Evidence, int], float]
+    contrasts: tuple[Contrast, ...] | Callable[[Evidence], tuple[Contrast, ...]]
+    size: float | None = None
+    measure: str = "fid"
     table: str | None = None
     early: bool = False
     last: bool = False
     log_scale: bool = False
     needs: str = ""
+    happened: Callable[[Evidence], str] = lambda evidence: ""
+
+    @property
+    def margin(self) -> float | None:
+        """The half-width around zero inside which an effect counts as none, or None."""
+        if self.table is not None or set(self.region) - {0.0, math.inf, -math.inf}:
+            return None
+        return MEASURES[self.measure].margin
 
 
-def interval(values: Sequence[float], confidence: float) -> tuple[float, float, float]:
+class Interval(NamedTuple):
+    """Mean and Student-t interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float], confidence: float) -> Interval:
     """Mean and Student-t interval (mean, low, high); with one value the interval is infinite."""
     mean = float(np.mean(values))
     if len(values) < 2:
-        return mean, -math.inf, math.inf
+        return Interval(mean, -math.inf, math.inf)
     half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
+    return Interval(mean, mean - half, mean + half)
 
 
-def verdict(low: float, high: float, region: tuple[float, float]) -> str:
-    """ "supported", "contradicted" or "not decided", by the rule in the package's first lines."""
-    if not math.isfinite(low) or not math.isfinite(high):
+def p_value(values: Sequence[float], region: tuple[float, float]) -> float:
+    """One-sided p value of the mean lying inside a region: the larger of its two sides' (Student's t).
+
+    NaN with fewer than two values or one that is not finite.
+    """
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    found = [0.0]
+    for inside in (mean - region[0], region[1] - mean):
+        if math.isfinite(inside):
+            # Without any spread the sign alone decides.
+            found.append(float(stats.t.sf(inside / error, len(values) - 1)) if error > 0 else float(inside <= 0))
+    return max(found)
+
+
+def verdict(
+    values: Sequence[Sequence[float]],
+    region: tuple[float, float],
+    confidence: float,
+    margin: float | None = None,
+    size: float | None = None,
+) -> str:
+    """The verdict by the rules in the package's first lines.
+
+    Args:
+        values: of each contrast, one per seed. region: open. margin: of equivalence, None for none.
+        size: the paper's effect, where it is known.
+    """
+    found = [interval(v, confidence) for v in values]
+    if not all(math.isfinite(bound) for i in found for bound in i):
         return "not decided"
-    if region[0] < low and high < region[1]:
-        return "supported"
-    if high < region[0] or low > region[1]:
+    same = [margin is not None and -margin < i.low and i.high < margin for i in found]
+    holds = [region[0] < i.low and i.high < region[1] for i in found]
+    if all(s or h for s, h in zip(same, holds, strict=True)):
+        return "equivalent" if any(same) else "supported"
+    divided = [interval(v, 1 - (1 - confidence) / len(values)) for v in values]
+    if any((i.high < region[0] or i.low > region[1]) and not s for i, s in zip(divided, same, strict=True)):
         return "contradicted"
+    open_sign = all(i.low <= 0 <= i.high for i, h in zip(found, holds, strict=True) if not h)
+    if size is not None and open_sign and all(size > i.high for i, h in zip(found, holds, strict=True) if not h):
+        return "smaller than the paper's"
     return "not decided"
 
 
 def judge(claim: Claim, evidence: Evidence, confidence: float) -> dict[str, Any]:
-    """One row of claims.csv for a claim; "not decided" where an arm or a table it needs is missing.
+    """One row of claims.csv for a claim, without the corrections of its p value.
+
+    `effect`, `low` and `high` are of the weakest contrast, the one that reaches least into the region on average.
 
     Raises:
         ValueError: the arms were scored under different cards.
     """
+    evidence = replace(evidence, measure=claim.measure)
     row: dict[str, Any] = {
-        "id": claim.id,
-        "claim": claim.text,
-        "unit": claim.unit,
-        "rule": claim.rule,
-        "paper": claim.paper,
-    }
-    row |= {"region_low": claim.region[0], "region_high": claim.region[1]}
-    missing = _missing(claim, evidence)
+        "id": claim.id, "claim": claim.text, "unit": claim.unit, "rule": claim.rule, "paper": claim.paper,
+        "measure": claim.table or claim.measure, "region_low": claim.region[0], "region_high": claim.region[1],
+    }  # fmt: skip
+    missing = _missing(claim, evidence) or claim.happened(evidence)
     if missing:
-        nothing = {"effect": math.nan, "low": math.nan, "high": math.nan, "seeds": 0}
-        return row | nothing | {"verdict": "not decided", "rule": f"{claim.rule}; {missing}"}
-    cards = {evidence.cards.get(evidence.name(role)) for role in claim.arms} if claim.table is None else set()
-    if len(cards) > 1:
-        raise ValueError(
-            f"claim {claim.id}: scores with different cards cannot be compared: {', '.join(map(str, cards))}"
-        )
+        nothing = {"effect": math.nan, "low": math.nan, "high": math.nan, "seeds": 0, "p": math.nan}
+        return row | nothing | {"verdict": "not tested", "rule": f"{claim.rule}; {missing}"}
+    if claim.table is None:
+        names = [evidence.name(role) for role in claim.arms]
+        one_card(evidence.scores[evidence.scores["arm"].isin(names)])
+    contrasts = claim.contrasts if isinstance(claim.contrasts, tuple) else claim.contrasts(evidence)
     seeds = _seeds(claim, evidence)
-    values = [claim.statistic(evidence, seed) for seed in seeds]
+    values = [[contrast.statistic(evidence, seed) for seed in seeds] for contrast in contrasts]
+    region = claim.region
     if claim.log_scale:
-        mean, low, high = (math.exp(v) for v in interval([math.log(v) for v in values], confidence))
-    else:
-        mean, low, high = interval(values, confidence)
-    found = {"effect": mean, "low": low, "high": high, "seeds": len(seeds), "verdict": verdict(low, high, claim.region)}
+        values = [[math.log(v) for v in of_one] for of_one in values]
+        region = (math.log(region[0]), math.log(region[1]) if math.isfinite(region[1]) else math.inf)
+    weakest = max(range(len(values)), key=lambda i: _short_of(float(np.mean(values[i])), region))
+    shown = interval(values[weakest], confidence)
+    if claim.log_scale:
+        shown = Interval(*(math.exp(v) for v in shown))
+    found: dict[str, Any] = {"effect": shown.mean, "low": shown.low, "high": shown.high, "seeds": len(seeds)}
+    found |= {"verdict": verdict(values, region, confidence, claim.margin, claim.size)}
+    found |= {"p": max(p_value(of_one, region) for of_one in values)}
+    if len(contrasts) > 1:
+        found["unit"] = f"{claim.unit} (shown: {contrasts[weakest].name})"
     return row | found
+
+
+def _short_of(mean: float, region: tuple[float, float]) -> float:
+    """How little a mean lies inside a region: minus its distance to the nearer bound; NaN counts as most short."""
+    return math.inf if math.isnan(mean) else -min(mean - region[0], region[1] - mean)
 
 
 def _missing(claim: Claim, evidence: Evidence) -> str:
     """What the claim needs and the study does not have, in words; empty where it has all."""
-    there: set[str] = set(evidence.curves)
+    there = evidence.arms()
+    if claim.table is None and claim.measure not in evidence.scores:
+        return f"score missing: {claim.measure}"
     if claim.table is not None:
         if claim.table not in evidence.tables:
             return f"table missing: {claim.table}"
         column = "family" if "family" in evidence.tables[claim.table] else "arm"
         there = set(evidence.tables[claim.table][column].astype(str))
     arms = [evidence.name(role) for role in claim.arms if evidence.name(role) not in there]
-    if not arms:
-        seeds = _seeds(claim, evidence)
-        names = [evidence.name(role) for role in claim.arms] if claim.last else []
-        short = [name for name in names if any(evidence.last not in evidence.curves[name][s] for s in seeds)]
-        if short:
-            return f"no score at step {evidence.last}: {', '.join(short)}"
-        return "" if seeds else "no seed has all of it"
-    return f"arms missing: {', '.join(arms)}" + (f" ({claim.needs})" if claim.needs else "")
+    if arms:
+        return f"arms missing: {', '.join(arms)}" + (f" ({claim.needs})" if claim.needs else "")
+    seeds = _seeds(claim, evidence)
+    if not seeds:
+        return "no seed has all of it"
+    wanted = [*(evidence.early if claim.early else ()), *([evidence.last] if claim.last else ())]
+    for role in claim.arms:
+        lacking = [step for step in wanted if any(step not in evidence.steps(role, seed) for seed in seeds)]
+        if lacking:
+            return f"no score of {evidence.name(role)} at step {', '.join(map(str, lacking))}"
+    return ""
 
 
 def _seeds(claim: Claim, evidence: Evidence) -> list[int]:
-    names = [evidence.name(role) for role in claim.arms]
     if claim.table is None:
-        return sorted(set.intersection(*(set(evidence.curves[name]) for name in names)))
-    table = evidence.tables[claim.table]
+        return sorted(set.intersection(*(evidence.seeds(role) for role in claim.arms)))
+    names, table = [evidence.name(role) for role in claim.arms], evidence.tables[claim.table]
     column = "family" if "family" in table else "arm"
     return sorted(set.intersection(*({int(s) for s in table.loc[table[column] == name, "seed"]} for name in names)))
 
 
 def judge_all(claims: Iterable[Claim], evidence: Evidence, confidence: float) -> list[dict[str, Any]]:
-    """A row for every claim, in order.
+    """A row of COLUMNS for every claim, in order, p values corrected over all of them that have one.
 
-    Raises:
-        HasteError: an arm that is read early has no score at that step.
+    A claim for each horizon (`Claim.id` ending in "@") becomes a row for each step that its arms share from the first
+    early step on.
     """
-    claims = list(claims)
-    for arm in {evidence.name(role) for claim in claims if claim.early for role in claim.arms}:
-        for seed, by_step in evidence.curves.get(arm, {}).items():
-            if evidence.early not in by_step:
-                raise HasteError(
-                    f"claims.early {evidence.early} is no scored step of {arm} seed {seed}; possible: {sorted(by_step)}"
-                )
-    return [judge(claim, evidence, confidence) for claim in claims]
+    judged = [judge(one, evidence, confidence) for claim in claims for one in _at_horizons(claim, evidence)]
+    known = [row for row in judged if math.isfinite(row["p"])]
+    values = [row["p"] for row in known]
+    for name, corrected in (("p_holm", holm(values)), ("p_bh", benjamini_hochberg(values))):
+        for row in judged:
+            row[name] = math.nan
+        for row, p in zip(known, corrected, strict=True):
+            row[name] = p
+    return judged
 
 
-def curves_of(fid: pd.DataFrame) -> dict[str, dict[int, dict[int, float]]]:
-    """FID by arm, seed and step from the rows of fid.csv.
+def _at_horizons(claim: Claim, evidence: Evidence) -> list[Claim]:
+    if not claim.id.endswith("@"):
+        return [claim]
+    seeds = _seeds(claim, evidence) if not _missing(claim, evidence) else []
+    steps = set.intersection(*(evidence.steps(role, seed) for role in claim.arms for seed in seeds)) if seeds else set()
+    horizons = sorted(step for step in steps if step > min(evidence.early)) or [evidence.last]
+    return [_until(claim, horizon) for horizon in horizons]
+
+
+def _until(claim: Claim, horizon: int) -> Claim:
+    """The claim for one horizon, whose contrasts see the evidence as if it ended there."""
+    assert isinstance(claim.contrasts, tuple)
+    contrasts = tuple(
+        Contrast(c.name, lambda e, seed, c=c: c.statistic(replace(e, last=horizon), seed))  # type: ignore[misc]
+        for c in claim.contrasts
+    )
+    return replace(claim, id=f"{claim.id}{horizon}", contrasts=contrasts)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p values corrected by Holm's step-down method, in the order given."""
+    order, corrected, largest = np.argsort(values), [0.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def benjamini_hochberg(values: Sequence[float]) -> list[float]:
+    """p values corrected for the false discovery rate, in the order given."""
+    return [float(p) for p in stats.false_discovery_control(values)] if len(values) else []
+
+
+def sensitivity(claims: Iterable[Claim], evidence: Evidence, confidence: float) -> list[dict[str, Any]]:
+    """How verdicts on FID depend on its features and on the early steps: rows of SENSITIVITY.
+
+    Each claim on FID again on held-out FID, on features without labels and on pixels; and each early claim at each of
+    the early steps alone. Claims that are not tested have no rows.
+    """
+    rows = []
+    for claim in claims:
+        if claim.measure != "fid" or claim.table is not None or claim.id.endswith("@"):
+            continue
+        variants = [(claim, evidence), *((replace(claim, measure=m), evidence) for m in ALTERNATIVES)]
+        if claim.early and len(evidence.early) > 1:
+            variants += [(claim, replace(evidence, early=(step,))) for step in evidence.early]
+        for variant, seen in variants:
+            if variant.measure in seen.scores:
+                row = judge(variant, seen, confidence)
+                early = "+".join(map(str, seen.early)) if claim.early else ""
+                rows.append({name: row.get(name) for name in SENSITIVITY} | {"early": early})
+    return [row for row in rows if row["verdict"] != "not tested"]
+
+
+def curves_of(scores: pd.DataFrame, measure: str = "fid") -> dict[str, dict[int, dict[int, float]]]:
+    """A score by arm, seed and step from the rows of fid.csv.
 
     Raises:
         ValueError: an arm's rows carry different cards; such scores cannot be compared.
     """
-    cards_of(fid)
+    cards_of(scores)
     curves: dict[str, dict[int, dict[int, float]]] = {}
-    for arm, seed, step, value in zip(fid["arm"], fid["seed"], fid["step"], fid["fid"], strict=True):
+    columns = (scores[name] for name in ("arm", "seed", "step", measure))
+    for arm, seed, step, value in zip(*columns, strict=True):
         curves.setdefault(str(arm), {}).setdefault(int(seed), {})[int(step)] = float(value)
     return curves
 

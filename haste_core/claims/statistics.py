@@ -3,53 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 
-from haste_core.claims.judging import Evidence
+from haste_core.claims.judging import Contrast, Evidence
 
 
-def early_gain(evidence: Evidence, seed: int, arm: str) -> float:
-    """log FID of vanilla minus that of the arm, at the early step."""
-    return evidence.log_fid("vanilla", seed, evidence.early) - evidence.log_fid(arm, seed, evidence.early)
+def early_difference(evidence: Evidence, seed: int, worse: str, better: str) -> float:
+    """The measure of `worse` minus that of `better`, mean over the early steps."""
+    return evidence.early_value(worse, seed) - evidence.early_value(better, seed)
 
 
 def share_of_gain(evidence: Evidence, seed: int, arm: str) -> float:
     """The arm's early gain over REPA's; NaN, which decides nothing, where REPA itself gains nothing."""
-    repa = early_gain(evidence, seed, "repa")
-    return early_gain(evidence, seed, arm) / repa if repa > 0 else math.nan
+    repa = early_difference(evidence, seed, "vanilla", "repa")
+    return early_difference(evidence, seed, "vanilla", arm) / repa if repa > 0 else math.nan
 
 
 def difference(evidence: Evidence, seed: int, worse: str, better: str) -> float:
-    """log FID of `worse` minus that of `better`, at the last step both are scored at."""
+    """The measure of `worse` minus that of `better`, at the last step both are scored at."""
     step = evidence.common_step((worse, better), seed)
-    return evidence.log_fid(worse, seed, step) - evidence.log_fid(better, seed, step)
+    return evidence.value(worse, seed, step) - evidence.value(better, seed, step)
 
 
-def lead(evidence: Evidence, seed: int, arm: str, others: Sequence[str], step: int | None = None) -> float:
-    """log FID of the best of `others` minus that of `arm`; above 0 the arm is best.
-
-    step: the last one all are scored at, if not given.
-    """
-    step = evidence.common_step((arm, *others), seed) if step is None else step
-    return min(evidence.log_fid(other, seed, step) for other in others) - evidence.log_fid(arm, seed, step)
-
-
-def least_gain(evidence: Evidence, seed: int, arms: Sequence[str]) -> float:
-    """The smallest gain over vanilla, in log FID, of several arms, each at the last step it shares with vanilla."""
-    return min(difference(evidence, seed, "vanilla", arm) for arm in arms)
+def last_difference(evidence: Evidence, seed: int, worse: str, better: str) -> float:
+    """The measure of `worse` minus that of `better`, at the study's last step."""
+    return evidence.value(worse, seed, evidence.last) - evidence.value(better, seed, evidence.last)
 
 
 def speed_up(evidence: Evidence, seed: int, arm: str = "haste") -> float:
-    """How many times fewer steps `arm` needs to reach vanilla's final FID.
+    """How many times fewer steps `arm` needs to reach vanilla's FID at step `evidence.last`.
 
-    Between kept steps log FID is interpolated linearly in log step. Where `arm` never gets there the value is 1, an
-    upper bound of nothing gained; where its first kept step is already below, that step is taken (a lower bound).
+    Between kept steps log FID is interpolated linearly in log step. Where `arm` does not get there by then the value is
+    1, an upper bound of nothing gained; where its first kept step is already below, that step is taken (a lower bound).
     """
-    goal = evidence.log_fid("vanilla", seed, evidence.last)
-    steps = sorted(evidence.curves[evidence.name(arm)][seed])
-    values = [evidence.log_fid(arm, seed, step) for step in steps]
+    goal = evidence.value("vanilla", seed, evidence.last)
+    steps = sorted(step for step in evidence.steps(arm, seed) if step <= evidence.last)
+    values = [evidence.value(arm, seed, step) for step in steps]
     for i, (step, value) in enumerate(zip(steps, values, strict=True)):
         if value <= goal:
             if i == 0:
@@ -95,11 +86,55 @@ def pull_on_features(evidence: Evidence, seed: int) -> float:
     return atta - vanilla
 
 
-def regret(evidence: Evidence, seed: int) -> float:
-    """log FID at the end where the gradient-angle trigger switches, minus that of the best switch of the sweep."""
-    rows = evidence.rows("termination_nearest", seed, family=evidence.name("holistic"))
-    rows = rows[rows["trigger"] == evidence.name("gradient angle < -0.05")]
-    return float(rows["regret"].iloc[0]) if len(rows) else math.nan
+TRIGGER = "gradient angle < -0.05"
+
+
+def never_fired(evidence: Evidence, family: str) -> str:
+    """Why the trigger of a family of arms is not tested, or an empty text where it fired for some seed."""
+    rows = evidence.tables["termination_fired"]
+    name = evidence.name(TRIGGER)
+    rows = rows[(rows["family"] == evidence.name(family)) & (rows["trigger"] == name)]
+    return "" if rows["tau"].notna().any() else f"the trigger {name!r} fired for no seed"
+
+
+def against_switches(evidence: Evidence, family: str, allowed: float) -> tuple[Contrast, ...]:
+    """The trigger's switch against every other of the family's sweep: contrasts that lie above 0 where it is good.
+
+    Against staying on: log FID at the end of staying on minus that at the trigger's switch. Against each switch of the
+    sweep: `allowed` plus log FID of that switch minus that at the trigger's.
+    """
+    swept = _ends(evidence, family)
+    never = int(swept["tau"].max())
+
+    def against(tau: int, seed: int, more: float) -> float:
+        return _log_fid(swept, seed, tau) + more - at_trigger(evidence, seed, family)
+
+    near = [
+        Contrast(f"against switching at {tau}", partial(lambda e, seed, tau: against(tau, seed, allowed), tau=tau))
+        for tau in sorted(set(swept["tau"]) - {never})
+    ]
+    return (Contrast("against staying on", lambda e, seed: against(never, seed, 0.0)), *near)
+
+
+def at_trigger(evidence: Evidence, seed: int, family: str) -> float:
+    """log FID at the end where the trigger of a family switches, interpolated in log tau; of staying on if it did not.
+
+    NaN where the log held nothing to read, or had gaps.
+    """
+    rows = evidence.rows("termination_nearest", seed, family=evidence.name(family), trigger=evidence.name(TRIGGER))
+    return math.log(rows["fid"].iloc[0]) if len(rows) else math.nan
+
+
+def _ends(evidence: Evidence, family: str) -> pd.DataFrame:
+    """The rows of a family's sweep at the last step, without fading arms."""
+    swept = evidence.tables["termination_sweep"]
+    swept = swept[(swept["family"] == evidence.name(family)) & (swept["fade"] == 0)]
+    return swept[swept["step"] == swept["step"].max()]
+
+
+def _log_fid(swept: pd.DataFrame, seed: int, tau: int) -> float:
+    rows = swept[(swept["seed"] == seed) & (swept["tau"] == tau)]
+    return math.log(rows["fid"].iloc[0]) if len(rows) else math.nan
 
 
 def _angles(evidence: Evidence, seed: int) -> pd.DataFrame:

@@ -6,12 +6,15 @@ import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from haste_core import config
 from haste_core.errors import HasteError
+from haste_core.seeding import stream
 
 
 class Batch(NamedTuple):
@@ -38,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Dataset(Protocol):
-    """A split into training ("held-in") and test ("held-out") images with labels.
+    """Labelled images in three disjoint splits: "train", "validation" for decisions in a study, "test" for its scores.
 
     `image_size` and `channels` are of what the generator models: pixels or latents.
     """
@@ -64,7 +67,7 @@ class Dataset(Protocol):
         ...
 
     def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images of "train" or "test" without augmentation, (n, C', S', S') in [-1, 1], and labels (n,).
+        """Images of a split without augmentation, (n, C', S', S') in [-1, 1], and labels (n,).
 
         All of them, or the first `count`.
         """
@@ -144,6 +147,46 @@ class Batches:
         self.order = state["order"]
         self.position = int(state["position"])
         self.generator.set_state(state["generator"])
+
+
+def split_indices(labels: Tensor, data: config.Data, what: str) -> dict[str, Tensor]:
+    """Indices of the "train", "validation" and "test" images of a data set, (n,) each, disjoint and complete.
+
+    Args:
+        labels: (N,) int64. data: its fractions and split_seed decide. what: name of the data in errors.
+
+    Raises:
+        HasteError: there are too few images.
+    """
+    rest, test = _hold_out(labels, data.test_fraction, data.split_seed, f"{what}, data.test_fraction")
+    train, validation = hold_out_validation(labels[rest], data, what)
+    return {"train": rest[train], "validation": rest[validation], "test": test}
+
+
+def hold_out_validation(labels: Tensor, data: config.Data, what: str) -> tuple[Tensor, Tensor]:
+    """Indices (n,) of training and of validation images among those with `labels`; as in `split_indices`."""
+    seed = stream("validation split", data.split_seed) % 2**32  # the range of scikit-learn's seeds
+    return _hold_out(labels, data.validation_fraction, seed, f"{what}, data.validation_fraction")
+
+
+def _hold_out(labels: Tensor, fraction: float, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """Indices of kept and held-out images: stratified where every class can be on both sides, else plain."""
+    counts = torch.bincount(labels)
+    held = math.ceil(len(labels) * fraction)
+    if not 0 < held < len(labels):
+        raise HasteError(
+            f"{what} {fraction}: {len(labels)} image{'s' * (len(labels) != 1)} cannot be divided into {held} held out "
+            f"and at least one left; expected two images or more on which the fraction leaves some; use more images or "
+            f"a smaller fraction"
+        )
+    divisible = int(counts[counts > 0].min()) > 1 and min(held, len(labels) - held) >= int((counts > 0).sum())
+    kept, out = train_test_split(
+        np.arange(len(labels)),
+        test_size=fraction,
+        random_state=seed,
+        stratify=labels.numpy() if divisible else None,
+    )
+    return torch.from_numpy(kept), torch.from_numpy(out)
 
 
 def augmented(

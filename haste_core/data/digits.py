@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
 
 from haste_core import config
-from haste_core.data.base import Batch, augmented
+from haste_core.data.base import Batch, augmented, split_indices
 
 
 class Digits:
@@ -25,16 +24,13 @@ class Digits:
         # 17 grey levels, 0 to 16.
         x = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
         y = torch.from_numpy(labels).long()
-        train, test = train_test_split(
-            range(len(y)), test_size=data.test_fraction, random_state=data.split_seed, stratify=labels
-        )
-        self._splits = {"train": (x[train], y[train]), "test": (x[test], y[test])}
+        self._splits = {name: (x[chosen], y[chosen]) for name, chosen in split_indices(y, data, "the digits").items()}
 
     def __len__(self) -> int:
         return len(self._splits["train"][1])
 
     def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n, 1, 8, 8) and labels (n,) of "train" or "test", without augmentation."""
+        """Images (n, 1, 8, 8) and labels (n,) of a split, without augmentation."""
         x, y = self._splits[split]
         return x[:count], y[:count]
 

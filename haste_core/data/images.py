@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -13,11 +12,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
 
 from haste_core import config
-from haste_core.data.base import Batch, augmented
+from haste_core.data.base import Batch, augmented, hold_out_validation, split_indices
 from haste_core.data.resize import center_crop, to_signed, to_tensor
 from haste_core.errors import HasteError
 from haste_core.files import atomic, output_root
@@ -50,7 +48,7 @@ class Images:
         return len(self._splits["train"].labels)
 
     def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) and labels (n,) of "train" or "test", without augmentation."""
+        """Images (n, 3, S, S) and labels (n,) of a split, without augmentation."""
         chosen = self._splits[split]
         indices = torch.arange(len(chosen.labels))[:count]
         return to_signed(chosen.pixels(indices)), chosen.labels[:count]
@@ -162,19 +160,23 @@ def columns_of(rows: Any, path: str) -> tuple[str, str]:
 
 
 def read_splits(data: config.Data) -> dict[str, Any]:
-    """Rows of "train" and "test" as `datasets` reads them; held out of train where there is no test split.
+    """Rows of "train", "validation" and "test" as `datasets` reads them.
+
+    Validation images are held out of the training split, and so are test images where there is no test split.
 
     Raises:
-        HasteError: nothing is there, or a split is missing.
+        HasteError: nothing is there, a split is missing, or there are too few images.
     """
     path = str(data.path)
     found = load_splits(path)
     train = pick_split(found, data.train_split, path)
-    if data.test_split in found and data.test_split != data.train_split:
-        return {"train": train, "test": found[data.test_split]}
     labels = Split(train, int(data.image_size or 0), path).labels
-    kept, held_out = hold_out(labels, data, f"data {path} has no split {data.test_split!r} and")
-    return {"train": train.select(kept.tolist()), "test": train.select(held_out.tolist())}
+    if data.test_split in found and data.test_split != data.train_split:
+        kept, held_out = hold_out_validation(labels, data, f"data {path}")
+        own = {"train": train.select(kept.tolist()), "validation": train.select(held_out.tolist())}
+        return own | {"test": found[data.test_split]}
+    chosen = split_indices(labels, data, f"data {path} without a split {data.test_split!r}")
+    return {name: train.select(indices.tolist()) for name, indices in chosen.items()}
 
 
 def load_splits(path: str) -> dict[str, Any]:
@@ -202,27 +204,6 @@ def pick_split(found: dict[str, Any], name: str, path: str) -> Any:
     if name not in found:
         raise HasteError(f"data {path} has no split {name!r}; possible: {', '.join(found)}")
     return found[name]
-
-
-def hold_out(labels: Tensor, data: config.Data, what: str) -> tuple[Tensor, Tensor]:
-    """Indices (n,) of training and of test images: stratified where every class can be on both sides, else plain.
-
-    Args:
-        labels: (N,) int64. data: its test_fraction and split_seed decide. what: how an error names the data.
-
-    Raises:
-        HasteError: one side would be empty.
-    """
-    share = {"test_size": data.test_fraction, "random_state": data.split_seed}
-    counts = torch.bincount(labels)
-    held = math.ceil(len(labels) * data.test_fraction)
-    classes = int((counts > 0).sum())
-    divisible = int(counts[counts > 0].min()) > 1 and min(held, len(labels) - held) >= classes
-    try:
-        kept, test = train_test_split(np.arange(len(labels)), **share, stratify=labels.numpy() if divisible else None)
-    except ValueError as error:
-        raise HasteError(f"{what} cannot be divided: {' '.join(str(error).split())}") from error
-    return torch.from_numpy(kept), torch.from_numpy(test)
 
 
 def _load(path: str) -> Any:

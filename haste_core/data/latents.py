@@ -22,8 +22,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from haste_core import config
-from haste_core.data.base import Batch
-from haste_core.data.images import hold_out
+from haste_core.data.base import Batch, split_indices
 from haste_core.data.manifest import Manifest, read_manifest
 from haste_core.data.pairs import IMAGES, LATENTS, Pairs, read_pairs
 from haste_core.data.resize import to_signed, to_tensor
@@ -136,8 +135,8 @@ def _unreadable(path: Path, error: Exception) -> HasteError:
 class Latents:
     """Latents x = scale (mean + std noise - shift) for the generator, with the images they come from for the teacher.
 
-    `image_size` and `channels` are the latents'. A part of the images is held out by `data.test_fraction` and
-    `data.split_seed`. Examples without augmentation take the posterior's mean.
+    `image_size` and `channels` are the latents'. Test and validation images are held out by `data.test_fraction`,
+    `data.validation_fraction` and `data.split_seed`. Examples without augmentation take the posterior's mean.
 
     Attributes:
         scale, shift: of the latents. pixel_size: side of the images. manifest: None where the folder has none.
@@ -168,14 +167,13 @@ class Latents:
         if self.manifest is not None:
             self.scale, self.shift = self.manifest.vae.scale, self.manifest.vae.shift
             self.classes = max(self.classes, self.manifest.classes)
-        train, test = hold_out(self.labels, data, f"data {data.path}")
-        self._splits = {"train": train, "test": test}
+        self._splits = split_indices(self.labels, data, f"data {data.path}")
 
     def __len__(self) -> int:
         return len(self._splits["train"])
 
     def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) and labels (n,) of "train" or "test"."""
+        """Images (n, 3, S, S) and labels (n,) of a split."""
         chosen = self._splits[split][:count]
         return to_signed(self.folder.pixels(chosen)), self.labels[chosen]
 

@@ -38,12 +38,16 @@ def group_effects(rows: pd.DataFrame, means: pd.DataFrame, group: str | None = N
     return figure
 
 
-def gain_by_setting(late: pd.DataFrame) -> Figure:
+NAMES = {"fid": "FID", "near_data": "held-out loss, t <= 0.1"}
+
+
+def gain_by_setting(late: pd.DataFrame, measure: str = "fid") -> Figure:
     """Gain over the run without alignment against training steps, a line per arm with its interval.
 
     Args:
-        late: rows of `analysis.ablations.late`.
+        late: rows of `analysis.ablations.late`. measure: one of theirs.
     """
+    late = late[late["measure"] == measure]
     arms = list(late["arm"].unique())
     columns = min(3, len(arms))
     rows = -(-len(arms) // columns)
@@ -62,9 +66,48 @@ def gain_by_setting(late: pd.DataFrame) -> Figure:
     for axis in axes.flat[len(arms) :]:
         axis.set_visible(False)
     finite = _percent(late["gain"])
-    axes.flat[0].set_ylim(min(-20.0, 1.4 * float(finite.min())), max(20.0, 1.4 * float(finite.max())))
+    least = 20.0 if measure == "fid" else 5.0
+    axes.flat[0].set_ylim(min(-least, 1.4 * float(finite.min())), max(least, 1.4 * float(finite.max())))
     figure.supxlabel("training steps", fontsize=9)
-    figure.supylabel("FID below the baseline's, %", fontsize=9)
+    figure.supylabel(f"{NAMES[measure]}: below the baseline's, %", fontsize=9)
+    return figure
+
+
+def weight_and_switch(plane: pd.DataFrame) -> Figure:
+    """The plane of alignment weight and switch: how far each arm ends above or below another, in percent.
+
+    Columns of panels: against plain training, against staying on with the same weight. Rows: FID, held-out loss near
+    the data. Blue is lower, so better. A number in bold has an interval that excludes zero.
+
+    Args:
+        plane: rows of `analysis.ablations.plane`.
+    """
+    measures, others = list(plane["measure"].unique()), list(plane["against"].unique())
+    weights, taus = sorted(plane["weight"].unique()), sorted(plane["tau"].unique())
+    figure = Figure(
+        figsize=(4.2 * len(others) + 0.6, (0.55 * len(weights) + 1.1) * len(measures)), layout="constrained"
+    )
+    axes = figure.subplots(len(measures), len(others), squeeze=False)
+    for i, measure in enumerate(measures):
+        widest = 100 * np.abs(np.log(plane.loc[plane["measure"] == measure, "ratio"])).max()
+        for j, against in enumerate(others):
+            part = plane[(plane["measure"] == measure) & (plane["against"] == against)]
+            cells = np.full((len(weights), len(taus)), np.nan)
+            for row in part.to_dict("records"):
+                place = weights.index(row["weight"]), taus.index(row["tau"])
+                cells[place] = 100 * np.log(row["ratio"])
+                decided = row["low"] > 1 or row["high"] < 1
+                axes[i][j].annotate(
+                    f"{100 * (row['ratio'] - 1):+.1f} %", place[::-1], ha="center", va="center", fontsize=8.5,
+                    fontweight="bold" if decided else "normal",
+                )  # fmt: skip
+            axes[i][j].imshow(cells, cmap="RdBu_r", vmin=-1.6 * widest, vmax=1.6 * widest, aspect="auto")
+            axes[i][j].set_xticks(range(len(taus)), ["never" if np.isinf(t) else f"{t:g}" for t in taus])
+            axes[i][j].set_yticks(range(len(weights)), [f"{w:g}" for w in weights])
+            axes[i][j].grid(False)
+            axes[i][j].set_title(f"{NAMES[measure]}, against {against}", fontsize=9, loc="left")
+    figure.supxlabel("switch at step", fontsize=9)
+    figure.supylabel("weight of both alignment losses", fontsize=9)
     return figure
 
 

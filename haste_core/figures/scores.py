@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
 from haste_core.claims import one_card
-from haste_core.figures.style import VERDICT_COLOUR, Figure, mark_switch, plain_numbers, style, tile
+from haste_core.figures.style import VERDICT_COLOUR, Figure, arm_line, mark_switch, plain_numbers, style, tile
 
 # A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.
 NEAR = 30
@@ -18,15 +21,7 @@ def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = 
     card = one_card(fid)
     figure = Figure(figsize=(7.2, 4.4))
     axis = figure.subplots()
-    arms = list(fid["arm"].unique())
-    for arm in arms:
-        per_step = np.log(fid[fid["arm"] == arm].pivot(index="step", columns="seed", values="fid"))
-        look = style(arm, arms)
-        axis.plot(per_step.index, np.exp(per_step.mean(axis=1)), label=arm, marker="o", markersize=3.5, **look)
-        low, high = np.exp(per_step.min(axis=1)), np.exp(per_step.max(axis=1))
-        axis.fill_between(per_step.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axis.set_yscale("log")
-    plain_numbers(axis.yaxis)
+    draw_fid(axis, fid)
     mark_switch(axis, tau)
     if floor is not None and floor < fid["fid"].min() / NEAR:
         axis.annotate(f"real against real: {floor:.2g}, below", (0.02, 0.03), xycoords="axes fraction", fontsize=8,
@@ -42,8 +37,21 @@ def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = 
     return figure
 
 
+def draw_fid(axis: Any, fid: pd.DataFrame) -> None:
+    """Draw FID over training steps on a logarithmic axis, a line per arm and a band over its seeds."""
+    arms = list(fid["arm"].unique())
+    for arm in arms:
+        per_step = np.log(fid[fid["arm"] == arm].pivot(index="step", columns="seed", values="fid"))
+        look = arm_line(arm, arms)
+        axis.plot(per_step.index, np.exp(per_step.mean(axis=1)), label=arm, marker="o", markersize=3.5, **look)
+        low, high = np.exp(per_step.min(axis=1)), np.exp(per_step.max(axis=1))
+        axis.fill_between(per_step.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axis.set_yscale("log")
+    plain_numbers(axis.yaxis)
+
+
 def gain_over_vanilla(fid: pd.DataFrame, tau: int | None, vanilla: str = "vanilla") -> Figure:
-    """How much each arm's FID is below vanilla's at the same step and seed, in percent; below zero it hurts."""
+    """log FID of vanilla minus that of each arm at the same step and seed; above zero the arm's FID is lower."""
     one_card(fid)
     figure = Figure(figsize=(7.2, 4.0))
     axis = figure.subplots()
@@ -52,13 +60,13 @@ def gain_over_vanilla(fid: pd.DataFrame, tau: int | None, vanilla: str = "vanill
     for arm in (a for a in arms if a != vanilla):
         own = fid[fid["arm"] == arm].set_index(["seed", "step"])["fid"]
         gain = (np.log(base) - np.log(own)).unstack("seed").dropna()
-        look = style(arm, arms)
+        look = arm_line(arm, arms)
         axis.plot(gain.index, gain.mean(axis=1), label=arm, marker="o", markersize=3.5, **look)
         for seed in gain.columns:
             axis.plot(gain.index, gain[seed], color=look["color"], alpha=0.3, linewidth=0.8)
     axis.axhline(0, color="#555555", linewidth=1)
     mark_switch(axis, tau)
-    axis.set(xlabel="training steps", ylabel="log FID below vanilla's\n(above 0: helps, below 0: hurts)")
+    axis.set(xlabel="training steps", ylabel="log FID, vanilla minus arm\n(above 0: lower FID than vanilla)")
     axis.legend()
     return figure
 
@@ -95,31 +103,27 @@ def image_rows(rows: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def sample_sheet(samples: dict[tuple[str, int], np.ndarray], per_cell: int = 10) -> Figure:
-    """Images by arm (rows) and step (columns), all from the same noise; each cell shows `per_cell` images.
+def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int] | None = None) -> Figure:
+    """Images from the same noise: a block per step, a row per arm, ten images in a row (40 px and more each).
 
     Args:
         samples: uint8 images (n, C, S, S) by (arm, step).
-        per_cell: a multiple of 5.
+        steps: the blocks, top to bottom; by default the first and the last step.
     """
+    there = sorted({step for _, step in samples})
+    steps = list(dict.fromkeys((there[0], there[-1]) if steps is None else steps))
     arms = list(dict.fromkeys(arm for arm, _ in samples))
-    steps = sorted({step for _, step in samples})
-    figure = Figure(figsize=(2.1 * len(steps), 1.0 * len(arms) + 0.4))
-    axes = figure.subplots(len(arms), len(steps), squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    for i, arm in enumerate(arms):
-        for j, step in enumerate(steps):
-            axis = axes[i][j]
+    figure = Figure(figsize=(7.6, len(steps) * (0.58 * len(arms) + 0.3)), layout="constrained")
+    for part, step in zip(figure.subfigures(len(steps), 1, squeeze=False)[:, 0], steps, strict=True):
+        part.suptitle(f"step {step:,}", fontsize=10)
+        for axis, arm in zip(part.subplots(len(arms), 1, squeeze=False)[:, 0], arms, strict=True):
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
             axis.spines[:].set_visible(False)
+            axis.set_ylabel(arm, rotation=0, ha="right", va="center")
             if (arm, step) in samples:
-                axis.imshow(
-                    tile(samples[arm, step][:per_cell], 5), interpolation="nearest", cmap="gray", vmin=0, vmax=255
-                )
-            if i == 0:
-                axis.set_title(f"step {step}", fontsize=9)
-            if j == 0:
-                axis.set_ylabel(arm, fontsize=10)
+                sheet = tile(samples[arm, step][:10], 10)
+                axis.imshow(sheet, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
     return figure
 
 
@@ -199,30 +203,4 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
         title = f"{row['id']}  {row['claim']}: {row['verdict']}   [{row['unit']}]"
         axis.set_title(title, fontsize=8.5, loc="left", color=colour)
     figure.tight_layout(pad=0.3)
-    return figure
-
-
-def summary(fid: pd.DataFrame, samples: dict[tuple[str, int], np.ndarray], tau: int | None) -> Figure:
-    """The one picture of the study: gain over vanilla on the left, the same digits by every arm on the right."""
-    one_card(fid)
-    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1], squeeze=False)[0]
-    axis = left.subplots()
-    arms = list(fid["arm"].unique())
-    base = fid[fid["arm"] == "vanilla"].set_index(["seed", "step"])["fid"]
-    for arm in arms:
-        own = fid[fid["arm"] == arm].set_index(["seed", "step"])["fid"]
-        ratio = np.exp((np.log(own) - np.log(base)).unstack("seed").mean(axis=1))
-        axis.plot(ratio.index, ratio, label=arm, marker="o", markersize=3.5, **style(arm, arms))
-    mark_switch(axis, tau)
-    axis.set(xlabel="training steps", ylabel="FID over vanilla's FID", title="below 1: better than vanilla")
-    axis.legend(fontsize=8)
-    step = min((s for _, s in samples if tau is None or s >= tau), default=max(s for _, s in samples))
-    chosen = [arm for arm in arms if (arm, step) in samples]
-    for axis, arm in zip(right.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen, strict=True):
-        axis.imshow(tile(samples[arm, step][:10], 10), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-        axis.set_ylabel(arm, fontsize=9, rotation=0, ha="right", va="center")
-    right.suptitle(f"the same noise at step {step}", fontsize=10)
     return figure

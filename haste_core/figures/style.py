@@ -24,7 +24,15 @@ ARM_STYLE = {
     "haste": ("#009E73", "-"),
 }
 _SPARE = ("#D55E00", "#56B4E9", "#F0E442", "#000000")
-VERDICT_COLOUR = {"supported": "#009E73", "contradicted": "#D55E00", "not decided": "#888888"}
+# Okabe-Ito again, a dark wine, and greys; the verdict always stands beside its colour.
+VERDICT_COLOUR = {
+    "supported": "#009E73",
+    "contradicted": "#D55E00",
+    "equivalent": "#0072B2",
+    "smaller than the paper's": "#882255",
+    "not decided": "#777777",
+    "not tested": "#AAAAAA",
+}
 
 mpl.rcParams.update(
     {
@@ -59,6 +67,13 @@ def style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
         others = [a for a in arms if a not in ARM_STYLE]
         colour, line = _SPARE[others.index(arm) % len(_SPARE)], "-"
     return {"color": colour, "linestyle": line}
+
+
+def arm_line(arm: str, arms: Sequence[str]) -> dict[str, Any]:
+    """How an arm's line is drawn where haste lies on holistic until the switch: holistic wide and pale, haste above."""
+    wide = {"linestyle": "-", "linewidth": 4.5, "alpha": 0.55, "zorder": 1.9, "solid_capstyle": "round"}
+    own = wide if arm == "holistic" else {"linewidth": 1.6, "zorder": 2.2 if arm == "haste" else 2}
+    return style(arm, arms) | own
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

@@ -76,7 +76,8 @@ def _latents(settings: config.Data) -> tuple[Check, Example | None, int | None]:
     classes = int(labels.max()) + 1
     if folder.manifest is not None:
         classes = max(classes, folder.manifest.classes)
-    training = len(labels) - math.ceil(len(labels) * settings.test_fraction)
+    rest = len(labels) - math.ceil(len(labels) * settings.test_fraction)
+    training = rest - math.ceil(rest * settings.validation_fraction)
     text = (
         f"{settings.path}: {len(labels):,} pairs, {training:,} of them for training, {classes} classes, latents "
         f"{channels}x{side}x{side} of {folder.image_size} pixels"

@@ -68,7 +68,7 @@ def planned(
         estimated = _estimate(run, example, at_once, shared, found, gpus)
         # The device with the most images decides how long a step takes.
         together = rate * run.train.batch_size / images
-        named = {"arm": arm, "seeds": len(study.seeds), "shared_with": "", "shared_steps": 0}
+        named = {"arm": arm, "seeds": len(study.seeds_of(arm)), "shared_with": "", "shared_steps": 0}
         named["micro_batch"] = at_once
         taken = [named | row for row in _rows(estimated, run.train.batch_size, together, shares)]
         taken[0] |= {"shared_with": donor or "", "shared_steps": shared}
@@ -152,7 +152,7 @@ def drawing(study: config.Study, table: pd.DataFrame) -> dict[str, Any]:
     for arm in study.arms:
         run = study.run(arm)
         row = table[table["arm"] == arm].iloc[-1]
-        kept = len(run.train.kept_steps) * len(study.seeds)
+        kept = len(run.train.kept_steps) * len(study.seeds_of(arm))
         passes = sampling.passes(run.model.kind, study.sample_of(arm))
         needed = float(row["forward"]) * kept * study.evaluate.n * passes
         rate = row["images_per_s"] * row["step_flops"] / run.train.batch_size

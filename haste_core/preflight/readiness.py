@@ -184,11 +184,14 @@ def _evaluator(study: config.Study) -> list[Check]:
     """Checks of what scores need."""
     evaluate = study.evaluate
     if evaluate.suite == "study":
-        path = runs.extractor_path(study)
-        text = (
-            str(path) if path.is_file() else f"trained first, {evaluate.extractor.steps:,} steps on the study's images"
-        )
-        return [Check("extractor", "ok", text)]
+        networks = {
+            "extractor": (runs.extractor_path(study), evaluate.extractor.steps),
+            "autoencoder": (runs.autoencoder_path(study), evaluate.autoencoder.steps),
+        }
+        return [
+            Check(name, "ok", str(p) if p.is_file() else f"trained first, {steps:,} steps on the study's images")
+            for name, (p, steps) in networks.items()
+        ]
     found = [checks.inception(evaluate.inception)]
     if evaluate.dinov2 != "none":
         network = config.Teacher(model=evaluate.dinov2_model, weights=evaluate.dinov2)

@@ -79,6 +79,27 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(difference @ difference + np.trace(s) + np.trace(t) - 2 * cross)
 
 
+# The side of the patches that images are compared by where they are larger.
+PATCH = 8
+
+
+def pixel_gaussian(images: Tensor) -> Gaussian:
+    """Mean and covariance of pixels in [-1, 1], or of those of 8x8 patches where images are larger.
+
+    Patches lie side by side from the upper left corner; a margin narrower than a patch is left out.
+
+    Args:
+        images: (n, C, S, S) uint8.
+    """
+    moments = Moments()
+    for part in images.split(1000):
+        pixels = part.float() / 127.5 - 1
+        side = min(PATCH, pixels.shape[-1])
+        tiles = pixels.unfold(2, side, side).unfold(3, side, side)  # (n, C, rows, columns, side, side)
+        moments.add(tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1))
+    return moments.gaussian()
+
+
 def inception_score(logits: Tensor) -> float:
     """exp of the mean KL(p(y|x) || p(y)), taken over parts of 5,000 images in their order and averaged (as ADM does).
 

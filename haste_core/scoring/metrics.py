@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from haste_core import _torchvision_guard, config  # noqa: F401  (the guard comes first)
-from haste_core.classifier import SmallCNN
+from haste_core.classifier import FeatureNetwork, SmallCNN
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 
@@ -50,12 +50,12 @@ class ImageSet(TorchDataset[Tensor]):
         return self.images[index].contiguous()
 
 
-def register_extractor(network: SmallCNN, fingerprint: str) -> str:
+def register_extractor(network: FeatureNetwork, fingerprint: str) -> str:
     """Make `network` known to torch-fidelity under a name that holds its fingerprint; returns the name.
 
     Features are (n, width) float64, taken from images in [-1, 1] with the channels that the network takes.
     """
-    name = f"small-cnn-{fingerprint}"
+    name = f"{'small-cnn' if isinstance(network, SmallCNN) else 'autoencoder'}-{fingerprint}"
     if name in FEATURE_EXTRACTORS_REGISTRY:
         return name
 
@@ -103,6 +103,12 @@ def extract_features(images: Tensor, extractor: str, batch_size: int) -> Tensor:
     return get_featuresdict_from_dataset(ImageSet(images), network, batch_size, cuda, True, False)[layer]
 
 
+def frechet(generated: Tensor, real: Tensor) -> float:
+    """The Frechet distance of features (n, width) and (m, width), as torch-fidelity takes it."""
+    statistics = [fid_features_to_statistics(side) for side in (generated, real)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[_KEYS["fid"]])
+
+
 def compare(generated: Tensor, real: Tensor, evaluate: config.Evaluate) -> dict[str, float]:
     """FID, KID, precision and recall of the features of generated against those of real images.
 
@@ -115,8 +121,7 @@ def compare(generated: Tensor, real: Tensor, evaluate: config.Evaluate) -> dict[
         [0, 1]: the numbers of `torch_fidelity.calculate_metrics`, which extracts both sides anew at every call.
     """
     subset_size = min(evaluate.kid_subset_size, len(generated), len(real))
-    statistics = [fid_features_to_statistics(side) for side in (generated, real)]
-    measured = fid_statistics_to_metric(*statistics, verbose=False)
+    measured = {_KEYS["fid"]: frechet(generated, real)}
     measured |= kid_features_to_metric(
         generated, real, kid_subsets=evaluate.kid_subsets, kid_subset_size=subset_size, verbose=False
     )

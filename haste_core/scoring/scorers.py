@@ -6,21 +6,26 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from haste_core import config, provenance, sampling
 from haste_core.data import Batches, Dataset, open_dataset
-from haste_core.preparation import load_extractor
+from haste_core.preparation import load_autoencoder, load_extractor
 from haste_core.runs import Run
 from haste_core.scoring import adm
+from haste_core.scoring.denoising import SUMMARIES, Probe
+from haste_core.scoring.frechet import Gaussian, frechet_distance, pixel_gaussian
 from haste_core.scoring.image_sources import Images, MemoryImages, TrainingImages, training_hash
-from haste_core.scoring.metrics import METRICS, CopyCheck, compare, extract_features, register_extractor
+from haste_core.scoring.metrics import METRICS, CopyCheck, compare, extract_features, frechet, register_extractor
+from haste_core.seeding import stream
 
+# Of the suite `study`: on features of the extractor trained on labels; then on one trained without, and on pixels.
+STUDY_METRICS = (*METRICS, "fid_unlabelled", "fd_pixel")
 _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
-_HELD_OUT = tuple(f"{name}_heldout" for name in METRICS)
+_HELD_OUT = tuple(f"{name}_heldout" for name in STUDY_METRICS)
 # Real images on each side of a score, at most: neighbours are looked up among all pairs.
 LIMIT = 10_000
 # Held-out images whose distance to the training images says what is near.
@@ -29,14 +34,14 @@ COPY_CHECKED = 1000
 
 def metrics_of(study: config.Study) -> tuple[str, ...]:
     """Names of the scores of the study's suite, without those against held-out images."""
-    return adm.METRICS if study.evaluate.suite == "adm" else METRICS
+    return adm.METRICS if study.evaluate.suite == "adm" else STUDY_METRICS
 
 
 def columns(study: config.Study) -> tuple[str, ...]:
     """Columns of the study's table of scores, the keys of `evaluation.rows`."""
     if study.evaluate.suite == "adm":
-        return (*_HEAD, *adm.METRICS, *_TAIL)
-    return (*_HEAD, *METRICS, *_TAIL, *_HELD_OUT, "nearest", "copies")
+        return (*_HEAD, *adm.METRICS, *_TAIL, *SUMMARIES)
+    return (*_HEAD, *STUDY_METRICS, *_TAIL, *_HELD_OUT, "nearest", "copies", *SUMMARIES)
 
 
 class Scoring(Protocol):
@@ -45,6 +50,7 @@ class Scoring(Protocol):
     classes: int
     extractor: str
     card: dict[str, Any]
+    probe: Probe
 
     def score(self, generated: Any) -> dict[str, float]:
         """All scores of uint8 images."""
@@ -60,6 +66,11 @@ def open_scorer(study: config.Study, progress: bool = True) -> Scoring:
     return AdmStudyScorer(study, progress) if study.evaluate.suite == "adm" else Scorer(study)
 
 
+def probe_of(study: config.Study) -> Probe:
+    """The images of a study that the denoising loss is measured on."""
+    return Probe(open_dataset(study.data), study.evaluate.denoising_images, study.evaluate.seed)
+
+
 def card(
     study: config.Study, extractor: str, ema_decay: float | None = None, scoring: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -67,7 +78,7 @@ def card(
 
     Args:
         study: its data, sampling and evaluation.
-        extractor: name of the extractor, with the hash of its weights.
+        extractor: name of the extractor, or of several, with the hash of its weights.
         ema_decay: of the run, where it is not the study's.
         scoring: what of the scoring belongs on the card, where it is known already; real images are hashed otherwise.
     """
@@ -109,8 +120,17 @@ def _study_facts(study: config.Study, extractor: str) -> dict[str, Any]:
     }
 
 
+class Side(NamedTuple):
+    """A set of images as it is scored: features by both extractors (n, width), pixel statistics, how many."""
+
+    labelled: Tensor
+    unlabelled: Tensor
+    pixels: Gaussian
+    n: int
+
+
 class Scorer:
-    """The suite `study`: FID, KID, precision and recall against held-in and held-out images, and a copy check."""
+    """The suite `study`: STUDY_METRICS against held-in and held-out images, and a copy check."""
 
     def __init__(self, study: config.Study) -> None:
         self.study = study
@@ -124,32 +144,45 @@ class Scorer:
         self.copies = CopyCheck(self.real["test"][:COPY_CHECKED], lambda: training.batches(5000))
         self.augmented = augmented(dataset, study.evaluate.seed)
         self.extractor = register_extractor(*load_extractor(study))
-        # The real sides stay the same for every set that is scored, so their features are taken once.
-        self.features = {name: self._features(images) for name, images in self.real.items()}
-        self.card = card(study, self.extractor)
+        self.unlabelled = register_extractor(*load_autoencoder(study))
+        self.probe = probe_of(study)
+        # The real sides stay the same for every set that is scored, so they are looked at once.
+        self.sides = {name: self._side(images) for name, images in self.real.items()}
+        facts = _study_facts(study, f"{self.extractor}+{self.unlabelled}") | self.probe.facts
+        self.card = card(study, self.extractor, scoring=facts)
 
-    def _features(self, images: Tensor) -> Tensor:
-        return extract_features(images, self.extractor, self.study.evaluate.batch_size)
+    def _side(self, images: Tensor) -> Side:
+        """Features and statistics of uint8 images."""
+        features = [extract_features(images, e, self.study.evaluate.batch_size) for e in self._extractors]
+        return Side(features[0], features[1], pixel_gaussian(images), len(images))
+
+    @property
+    def _extractors(self) -> tuple[str, str]:
+        return self.extractor, self.unlabelled
+
+    def _compare(self, a: Side, b: Side) -> dict[str, float]:
+        """The scores of STUDY_METRICS of one side against another."""
+        return compare(a.labelled, b.labelled, self.study.evaluate) | {
+            "fid_unlabelled": frechet(a.unlabelled, b.unlabelled),
+            "fd_pixel": frechet_distance(a.pixels, b.pixels),
+        }
 
     def score(self, generated: Tensor) -> dict[str, float]:
         """All scores of uint8 images: against held-in images, with `_heldout` against held-out ones, and copies."""
-        found, evaluate = self._features(generated), self.study.evaluate
-        in_scores = compare(found, self.features["train"], evaluate)
-        out_scores = compare(found, self.features["test"], evaluate)
+        found = self._side(generated)
+        out_scores = self._compare(found, self.sides["test"])
+        in_scores = self._compare(found, self.sides["train"])
         return in_scores | {f"{k}_heldout": v for k, v in out_scores.items()} | self.copies(generated)
 
     def floor(self) -> list[dict[str, Any]]:
         """What real images score against real ones: the value a perfect generator could reach at these sizes."""
-        train, test, moved = self.features["train"], self.features["test"], self._features(self.augmented)
+        train, test, moved = self.sides["train"], self.sides["test"], self._side(self.augmented)
         pairs = {
             "held-out against held-in": (test, train),
             "augmented held-in against held-in": (moved, train),
             "augmented held-in against held-out": (moved, test),
         }
-        return [
-            {"pair": name, "n": len(a), "n_reference": len(b), **compare(a, b, self.study.evaluate)}
-            for name, (a, b) in pairs.items()
-        ]
+        return [{"pair": name, "n": a.n, "n_reference": b.n, **self._compare(a, b)} for name, (a, b) in pairs.items()]
 
 
 def held_in(n: int) -> Tensor:
@@ -161,7 +194,7 @@ def held_in(n: int) -> Tensor:
 
 def augmented(dataset: Dataset, seed: int) -> Tensor:
     """uint8 training images under one draw of the augmentation, at most LIMIT of them."""
-    return sampling.to_uint8(Batches(dataset, min(len(dataset), LIMIT), seed).next().images)
+    return sampling.to_uint8(Batches(dataset, min(len(dataset), LIMIT), stream("floor", seed)).next().images)
 
 
 class AdmStudyScorer:
@@ -172,7 +205,8 @@ class AdmStudyScorer:
         self.classes = open_dataset(study.data).classes
         self.adm = adm.AdmScorer(study.evaluate, study.data, progress)
         self.extractor = self.adm.extractor
-        self.card = card(study, self.extractor, scoring=self.adm.facts)
+        self.probe = probe_of(study)
+        self.card = card(study, self.extractor, scoring=self.adm.facts | self.probe.facts)
 
     def score(self, generated: Images) -> dict[str, float]:
         """All scores of uint8 images."""

@@ -1,0 +1,188 @@
+"""The denoising loss by noise level, and Frechet distances on pixels, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from haste_core import config, ddpm, sampling
+from haste_core.data import open_dataset
+from haste_core.errors import HasteError
+from haste_core.models import build
+from haste_core.objectives import objective_of
+from haste_core.scoring import denoising
+from haste_core.scoring.frechet import frechet_distance, pixel_gaussian
+
+
+class Constant(torch.nn.Module):
+    """A generator that always says the same."""
+
+    kind = "sit"
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x, t, y):
+        return torch.full_like(x, self.value)
+
+
+class Knowing(Constant):
+    """Knows the only image there is, so its velocity is exact: eps - x = (x_t - x) / t."""
+
+    def forward(self, x, t, y):
+        return (x - self.value) / t.reshape(-1, 1, 1, 1)
+
+
+def images(n=40, channels=1, side=8, seed=0):
+    return torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(seed)), torch.zeros(n).long()
+
+
+def test_the_loss_of_saying_nothing_is_the_targets_mean_square():
+    x, y = images(500)
+    for row in denoising.losses(Constant(), x, y, draws=3, seed=1):
+        assert row["loss"] == pytest.approx(1 + float(x.square().mean()), rel=0.02)
+        assert row["nats"] == pytest.approx((1 - row["t"]) / row["t"] * 64 * row["loss"], rel=1e-5)
+
+
+def test_who_knows_the_image_loses_nothing():
+    x = torch.full((10, 1, 8, 8), 0.25)
+    for row in denoising.losses(Knowing(0.25), x, torch.zeros(10).long(), draws=2, seed=0):
+        assert row["loss"] < 1e-9
+
+
+def test_noise_is_the_same_for_every_generator_and_level_and_another_for_another_seed():
+    x, y = images()
+    first, again = (denoising.losses(Constant(), x, y, 2, 5) for _ in range(2))
+    assert first == again
+    # Levels share their draws, so without a network in between the loss is the same number at each.
+    assert len({row["loss"] for row in first}) == 1
+    assert denoising.losses(Constant(), x, y, 2, 6) != first
+
+
+def test_summaries_are_means_over_their_levels_and_an_integral_in_log_t():
+    rows = [{"split": "held-out", "t": t, "loss": 10 * t, "nats": 1 / t} for t in denoising.LEVELS]
+    rows += [{"split": "training", "t": t, "loss": 99.0, "nats": 99.0} for t in denoising.LEVELS]
+    found = denoising.summaries(reversed(rows))
+    assert tuple(found) == denoising.SUMMARIES
+    assert found["near_data"] == pytest.approx(10 * (0.02 + 0.05 + 0.1) / 3)
+    assert found["structure"] == pytest.approx(10 * (0.3 + 0.5 + 0.7 + 0.9) / 4)
+    assert found["denoising"] == pytest.approx(10 * np.mean(denoising.LEVELS))
+    assert found["nats"] == pytest.approx(math.log(0.9 / 0.02))  # the integral of 1 / t
+
+
+def test_outputs_that_are_not_finite_become_no_score():
+    x, y = images()
+    with pytest.raises(HasteError, match=r"t = 0.02 is nan"):
+        denoising.losses(Constant(math.nan), x, y, 1, 0)
+
+
+def test_a_probe_sees_every_held_out_image_and_a_third_as_many_training_images(tiny):
+    dataset = open_dataset(tiny.data)
+    probe = denoising.Probe(dataset, 10_000, 0)
+    assert torch.equal(probe.splits["held-out"][0], dataset.images("test")[0])
+    assert len(probe.splits["training"][0]) == 150
+    again = denoising.Probe(dataset, 10_000, 0)
+    assert torch.equal(probe.splits["training"][0], again.splits["training"][0])
+    # Augmented: hardly any of them is a training image as it is.
+    known = {tuple(x.flatten().tolist()) for x in dataset.images("train")[0]}
+    assert sum(tuple(x.flatten().tolist()) in known for x in probe.splits["training"][0]) < 10
+    assert [len(x) for x, _ in denoising.Probe(dataset, 30, 0).splits.values()] == [30, 10]
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+def test_every_kind_of_generator_is_measured_by_its_own_loss(kind, tiny, randomise):
+    dataset = open_dataset(tiny.data)
+    settings = config.Model(kind=kind, depth=2, width=32, heads=4)
+    model = randomise(build(settings, image_size=8, channels=1, classes=10, seed=0)).eval()
+    rows = denoising.Probe(dataset, 20, 0).measure(model)
+    assert [(row["split"], row["n"], row["draws"]) for row in rows[:: len(denoising.LEVELS)]] == [
+        ("held-out", 20, 3), ("training", 7, 1),
+    ]  # fmt: skip
+    # The same by hand, for one level.
+    x, y = dataset.images("test", 20)
+    eps = torch.randn(3, *x.shape, generator=torch.Generator().manual_seed(denoising.stream("denoising held-out", 0)))
+    objective = objective_of(kind)
+    t = objective.timesteps(torch.full((20,), 0.3))
+    with torch.no_grad():
+        outputs = [model(objective.noised(x, e, t), t, y) for e in eps]
+    expected = np.mean([float(objective.loss(o, x, e, t).mean()) for o, e in zip(outputs, eps, strict=True)])
+    row = next(row for row in rows if row["t"] == 0.3)
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_bound_of_ddpm_is_its_variational_term_in_nats():
+    # Over all timesteps the integral of the bound is the sum of the chain's terms: 1000 terms span one unit of t.
+    objective, (x, _) = objective_of("dit"), images(2)
+    t = torch.tensor([10, 500])
+    output = torch.zeros(2, 2, 8, 8)
+    bits = ddpm.Schedule().losses(output, x, x, t).variational.flatten(1).sum(1)
+    assert objective.bound(output, x, x, t) == pytest.approx(1000 * math.log(2) * bits.double(), rel=1e-6)
+
+
+def test_the_bound_of_velocity_is_half_the_rate_of_log_snr_times_the_noises_error():
+    objective, (x, _), (eps, _) = objective_of("sit"), images(1), images(1, seed=1)
+    t = torch.tensor([0.2], dtype=torch.float64)
+    v = torch.full_like(x, 0.3)
+    x_t = 0.8 * x + 0.2 * eps
+    noise_error = ((x_t + 0.8 * v) - eps).double().square().sum()  # the noise that v implies, minus the noise
+    rate = 2 / (0.2 * 0.8)  # -d/dt log((1 - t)^2 / t^2)
+    assert float(objective.bound(v, x, eps, t)) == pytest.approx(float(0.5 * rate * noise_error), rel=1e-5)
+
+
+# Frechet distance on pixels
+
+
+def test_pixels_of_small_images_are_their_own_features():
+    shown = torch.randint(0, 256, (200, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = pixel_gaussian(shown)
+    pixels = shown.flatten(1).double().numpy() / 127.5 - 1
+    assert found.mean == pytest.approx(pixels.mean(0), abs=1e-6)
+    assert found.covariance == pytest.approx(np.cov(pixels.T), abs=1e-5)
+
+
+def test_larger_images_are_compared_by_patches_side_by_side():
+    shown = torch.randint(0, 256, (20, 3, 20, 20), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    patches = [shown[:, :, i : i + 8, j : j + 8].flatten(1) for i in (0, 8) for j in (0, 8)]  # a margin of 4 is left
+    pixels = torch.cat(patches).double().numpy() / 127.5 - 1
+    found = pixel_gaussian(shown)
+    assert found.mean == pytest.approx(pixels.mean(0), abs=1e-6)
+    assert found.covariance == pytest.approx(np.cov(pixels.T), abs=1e-5)
+
+
+def test_the_distance_sees_what_moves_pixels():
+    shown = torch.randint(0, 200, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert frechet_distance(pixel_gaussian(shown), pixel_gaussian(shown)) == pytest.approx(0, abs=1e-6)
+    brighter = pixel_gaussian((shown + 51).to(torch.uint8))  # by 0.4 in [-1, 1]: 64 times its square
+    assert frechet_distance(pixel_gaussian(shown), brighter) == pytest.approx(64 * 0.4**2, rel=1e-4)
+
+
+# Grids of solver steps
+
+
+def test_a_quadratic_grid_ends_nearer_the_data():
+    assert sampling.times_of(10, "uniform")[-2] == pytest.approx(0.1)
+    quadratic = sampling.times_of(10, "quadratic")
+    assert (quadratic[0], quadratic[-1]) == (1, 0)
+    assert quadratic[-2] == pytest.approx(0.01)
+    assert quadratic == pytest.approx([(i / 10) ** 2 for i in range(10, -1, -1)])
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(sampling.euler, 1), (sampling.heun, 2)])
+def test_solvers_keep_their_order_on_a_quadratic_grid(sampler, order):
+    # dx/dt = x from 1 to 0: x(0) = x(1) / e.
+    def error(steps):
+        return abs(float(sampler(lambda x, t: x, torch.ones(1, 1), steps, "quadratic")) - math.exp(-1))
+
+    assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)
+
+
+def test_the_grid_is_on_the_card_and_belongs_to_the_solvers_that_have_one():
+    data = config.Data()
+    for grid in ("uniform", "quadratic"):
+        assert sampling.drawing_facts(data, config.Sample(sampler="heun", grid=grid))["grid"] == grid
+    with pytest.raises(ValueError, match="quadratic"):
+        config.Sample(sampler="sde", grid="quadratic")
