@@ -252,7 +252,8 @@ def drawing_facts(data: config.Data, sample: config.Sample) -> dict[str, Any]:
     return {
         "sampler": sample.sampler,
         "solver_steps": sample.solver_steps,
-        "grid": sample.grid,
+        # SDE and DDPM have a grid of their own.
+        **({"grid": sample.grid} if sample.sampler in ("euler", "heun") else {}),
         "guidance": sample.guidance,
         "guidance_interval": [sample.guidance_low, sample.guidance_high],
         "guidance_channels": sample.guidance_channels,

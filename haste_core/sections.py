@@ -291,8 +291,8 @@ TRAIN_BOOKKEEPING = {
 class Sample(Section):
     """How images are drawn. `preset` names one of the paper's settings and fills the fields it decides.
 
-    grid: of the N solver steps of `euler` and `heun`: `uniform`, t_i = i / N, whose last call of the network is at
-    1 / N; or `quadratic`, t_i = (i / N)^2, whose last call is at 1 / N^2.
+    grid: of the N solver steps of `euler` and `heun` (others have their own): `uniform`, t_i = i / N, whose last call
+    of the network is at 1 / N; or `quadratic`, t_i = (i / N)^2, whose last call is at 1 / N^2.
     Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
     guidance_channels: how many leading channels are guided, all by default; 3 repeats DiT's released numbers. vae:
     decoder of latents, by hub name or folder; the one the latents were made with by default. precision: of the network
@@ -317,12 +317,6 @@ class Sample(Section):
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         return fill(values, SAMPLERS)
-
-    @model_validator(mode="after")
-    def _check_grid(self) -> Sample:
-        if self.grid != "uniform" and self.sampler not in ("euler", "heun"):
-            raise ValueError(f"grid {self.grid!r} with sampler {self.sampler!r}; grids are of euler and heun")
-        return self
 
 
 class Evaluate(Section):

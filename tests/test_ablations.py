@@ -23,7 +23,7 @@ def scores(curves, seeds=(0, 1, 2), spread=0.0, card="a"):
     """Rows of fid.csv from {arm: FID at each step}; seeds differ by a factor that all arms share, and by `spread`."""
     return pd.DataFrame(
         {"arm": arm, "seed": seed, "step": step, "fid": fid * 10.0**seed * math.exp(spread * seed * i), "n": 50,
-         "card": card}
+         "near_data": 1 + fid / 100, "card": card}
         for i, (arm, values) in enumerate(curves.items())
         for seed in seeds
         for step, fid in zip(STEPS, values, strict=False)
@@ -93,6 +93,11 @@ def test_what_is_missing_is_named(study):
 def test_late_harm_begins_where_it_was_put(study):
     late = ablations.late(study, scores(FLAT, spread=0.01), ["vanilla", "repa", "atta", "holistic"])
     assert set(late["arm"]) == {"repa", "atta", "holistic"}  # vanilla has no baseline but itself
+    near = late[late["measure"] == "near_data"]
+    assert near.loc[(near["arm"] == "repa") & (near["step"] == 4), "gain"].iloc[0] == pytest.approx(
+        math.log(1.08 / 1.04)
+    )
+    late = late[late["measure"] == "fid"]
     verdicts = late.set_index(["arm", "step"])["verdict"]
     assert list(verdicts["holistic"]) == ["helps", "helps", "hurts"]
     assert list(verdicts["atta"]) == ["helps"] * 3
@@ -113,3 +118,23 @@ def test_pictures_have_a_row_for_every_arm_and_a_panel_for_every_group(study):
     late = ablations.late(study, scores(FLAT), ["repa", "holistic"])
     titles = [axis.get_title(loc="left") for axis in figures.gain_by_setting(late).axes]
     assert titles == ["repa, against vanilla", "holistic, against vanilla"]
+
+
+def test_the_plane_holds_each_arm_against_plain_training_and_staying_on(make_study):
+    both = "alignment: {lambda_feature: 2, lambda_attention: 2}"
+    study = make_study(
+        f"arms={{vanilla: {{}}, strong: {{{both}}}, early: {{{both}, termination: {{kind: iteration, at: 8}}}}}}"
+    )
+    table = scores({"vanilla": (9, 9, 4), "strong": (9, 9, 5), "early": (9, 9, 2)}, spread=0.001)
+    plane = ablations.plane(study, table, ["strong", "early"]).set_index(["arm", "measure", "against"])
+    assert plane.loc[("strong", "fid", "plain training"), "ratio"] == pytest.approx(5 / 4, rel=0.01)
+    assert plane.loc[("early", "fid", "staying on"), "ratio"] == pytest.approx(2 / 5, rel=0.01)
+    assert plane.loc[("early", "near_data", "plain training"), "ratio"] == pytest.approx(1.02 / 1.04)
+    assert ("strong", "fid", "staying on") not in plane.index
+    assert plane.loc[("early", "fid", "staying on"), ["weight", "tau"]].tolist() == [2, 8]
+    assert plane["tau"].eq(math.inf).sum() == 2
+    figure = figures.weight_and_switch(plane.reset_index())
+    texts = {text.get_text(): text.get_fontweight() for axis in figure.axes for text in axis.texts}
+    ratio = plane.loc[("early", "fid", "staying on"), "ratio"]
+    assert texts[f"{100 * (ratio - 1):+.1f} %"] == "bold"
+    assert figure.axes[0].get_xticklabels()[-1].get_text() == "never"

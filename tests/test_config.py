@@ -416,7 +416,7 @@ def test_groups_triggers_roles_and_analyses_change_no_run(make_study):
 def test_only_main_arms_must_keep_the_early_step(make_study):
     short = ["arms.atta.train={steps: 4, keep: []}", "claims.early=8"]
     make_study(*short, "groups={main: [vanilla, repa]}").check_claims()
-    with pytest.raises(HasteError, match=r"claims.early 8 is no kept step of arm 'atta'"):
+    with pytest.raises(HasteError, match=r"claims.early names step 8, which arm 'atta' does not keep"):
         make_study(*short).check_claims()
 
 
@@ -457,4 +457,26 @@ def test_the_full_profile_of_digits_can_read_every_claim_that_digits_can_answer(
     assert missing == {"C16", "C20"}
     assert {arm for members in study.groups.values() for arm in members} == set(study.arms)
     # Every switched arm of the sweep costs its tail alone.
-    assert [study.donor(arm) for arm in ("haste_400", "haste", "haste_1600", "haste_2400")] == ["holistic"] * 4
+    for always_on, tails in {
+        "holistic": ("haste_400", "haste", "haste_1600"),
+        "strong_holistic": ("strong_400", "strong_800", "strong_1600"),
+        "double_holistic": ("double_400", "double_800", "double_1600"),
+        "repa": ("repa_400", "repa_800"),
+        "strong_repa": ("strong_repa_800",),
+    }.items():
+        assert [study.donor(arm) for arm in tails] == [always_on] * len(tails)
+
+
+def test_an_arm_may_have_some_of_the_studys_seeds(make_study):
+    study = make_study("seeds=[0, 1, 2]", "arms.repa.seeds=[2, 0]")
+    assert (study.seeds_of("repa"), study.seeds_of("vanilla")) == ([2, 0], [0, 1, 2])
+    assert study.run("repa").hash == make_study().run("repa").hash
+    for wrong in ("[3]", "[]", "2"):
+        with pytest.raises(HasteError, match=r"arms\.repa\.seeds"):
+            make_study("seeds=[0, 1, 2]", f"arms.repa.seeds={wrong}")
+
+
+def test_an_arm_branches_from_one_that_has_all_its_seeds(make_study):
+    more = ("seeds=[0, 1]", "train.keep=[4, 8]")
+    assert make_study(*more, "arms.haste.seeds=[1]").donor("haste") == "holistic"
+    assert make_study(*more, "arms.holistic.seeds=[1]").donor("haste") is None

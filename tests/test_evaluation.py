@@ -264,6 +264,7 @@ def test_grey_images_become_three_equal_channels():
 MOVES_A_SCORE = {
     "sample.sampler": "euler",
     "sample.solver_steps": 3,
+    "sample.grid": "uniform",
     "sample.guidance": 2.0,
     "sample.guidance_low": 0.1,
     "sample.guidance_high": 0.9,
@@ -277,12 +278,19 @@ MOVES_A_SCORE = {
     "evaluate.kid_subsets": 3,
     "evaluate.kid_subset_size": 19,
     "evaluate.neighborhood": 4,
+    "evaluate.denoising_images": 20,
     "train.ema_decay": 0.5,
     "data.split_seed": 1,
     "data.test_fraction": 0.3,
 }
 # These reach the card through the fingerprint of the extractor's weights.
-IN_THE_EXTRACTOR = {"evaluate.extractor", "evaluate.extractor_width", "evaluate.inception", "evaluate.dinov2"}
+IN_THE_EXTRACTOR = {
+    "evaluate.extractor",
+    "evaluate.autoencoder",
+    "evaluate.extractor_width",
+    "evaluate.inception",
+    "evaluate.dinov2",
+}
 # These through what they stand for: a preset through the fields it fills, a VAE (of latents only) through its weights.
 IN_OTHERS = {"sample.preset", "sample.vae"}
 # Of the suite adm alone.

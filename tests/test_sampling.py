@@ -419,13 +419,13 @@ def test_in_half_precision_the_network_is_cast_and_the_integrator_is_not(model, 
     seen = []
     heun = sampling.heun
 
-    def spied(velocity, x, steps):
+    def spied(velocity, x, steps, grid):
         def noting(x, t):
             v = velocity(x, t)
             seen.append((x.dtype, v.dtype))
             return v
 
-        return heun(noting, x, steps)
+        return heun(noting, x, steps, grid)
 
     monkeypatch.setattr(sampling, "heun", spied)
     handle = model.blocks[0].attn.qkv.register_forward_hook(lambda module, given, out: seen.append(out.dtype))

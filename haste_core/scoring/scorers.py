@@ -86,6 +86,7 @@ def card(
     if scoring is None:
         adm_facts = evaluate.suite == "adm"
         scoring = adm.scoring_facts(evaluate, study.data, extractor) if adm_facts else _study_facts(study, extractor)
+        scoring |= probe_of(study).facts
     content = {
         **sampling.drawing_facts(study.data, study.sample),
         "suite": evaluate.suite,
