@@ -269,6 +269,23 @@ def sensitivity_table(table: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
+def grid_table(table: pd.DataFrame) -> list[dict[str, str]]:
+    """Rows of grid.csv in words: a row for each grid and arm, means over seeds."""
+    names = {"fid": "FID", "fid_unlabelled": "FID, no labels", "fd_pixel": "FD, pixels"}
+    scores = [*names, "precision", "recall"]
+    return [
+        {
+            "grid": str(grid),
+            "arm": str(arm),
+            "calls": str(rows["calls"].iloc[0]),
+            "last t": f"{rows['last_t'].iloc[0]:.3f}",
+        }
+        | {names.get(name, name): f"{rows[name].mean():.3f}" for name in scores}
+        | {"seeds": str(len(rows))}
+        for (grid, arm), rows in table.groupby(["grid", "arm"], sort=False)
+    ]
+
+
 def p_value(p: float) -> str:
     """A p value with three decimals; "-" where there is none."""
     return "-" if not np.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"

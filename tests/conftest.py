@@ -36,6 +36,7 @@ TINY = [
     "sample.solver_steps=2",
     "sample.batch_size=20",
     "evaluate.n=40",
+    "evaluate.denoising_images=20",
     "evaluate.kid_subsets=2",
     "evaluate.kid_subset_size=20",
     "evaluate.extractor.steps=20",

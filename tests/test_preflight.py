@@ -280,7 +280,7 @@ def test_half_a_vae_is_missing(empty_caches):
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("settings", ["claims.early=7"], "no kept step"),
+        ("settings", ["claims.early=7"], "does not keep"),
         ("data", ["train.batch_size=9"], "exceeds the 7 training images"),
         ("data", ["data.image_size=32"], "have 64"),
         ("model", ["model.patch=3"], "does not divide the size 8"),

@@ -41,7 +41,7 @@ def small(tmp_path):
     """The file of a study of two arms and one analysis."""
     content = yaml.safe_load((ROOT / "haste_core" / "studies" / "digits.yaml").read_text())
     arms = {name: content["arms"][name] for name in ("vanilla", "repa")}
-    content |= {"name": "small", "seeds": [0], "arms": arms, "profiles": {}, "claims": {"early": 400}}
+    content |= {"name": "small", "seeds": [0], "arms": arms, "profiles": {}, "claims": {"early": 640}}
     content |= {"analyses": {"08_ablations": {"groups": ["main"]}, "06_capacity": {"seeds": [0]}}}
     path = tmp_path / "here" / "small.yaml"
     path.parent.mkdir()
