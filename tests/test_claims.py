@@ -333,8 +333,12 @@ def test_speed_up_that_is_never_reached_is_one():
     assert speed(4.0, {100: 16.0, 400: 5.0, 1600: 4.1}) == 1
 
 
-def test_speed_up_reached_at_the_first_kept_step_is_that_step():
-    assert speed(4.0, {100: 3.0, 400: 2.0, 1600: 1.0}) == 16
+def test_speed_up_reached_before_the_first_kept_step_is_not_known_and_decides_nothing():
+    assert math.isnan(speed(4.0, {100: 3.0, 400: 2.0, 1600: 1.0}))
+    own, other = ({seed: {100: first, 400: 4.0} for seed in (0, 1)} for first in (16.0, 3.0))
+    row = judge(BY_ID["C18@"], curve(own, other, 400), 0.95)
+    assert (row["verdict"], row["seeds"]) == ("not decided", 2)
+    assert math.isnan(row["p"])
 
 
 def test_speed_up_of_vanilla_itself_is_one():

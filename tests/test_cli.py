@@ -217,7 +217,7 @@ def test_evaluate_prints_a_column_per_kept_step_and_scores_nothing_twice(trained
 def test_teacher_prints_the_facts_of_both_networks_as_yaml(trained, folder, capsys):
     assert main(["teacher", "digits", *SHORT]) == 0
     facts = yaml.safe_load(capsys.readouterr().out)
-    assert facts["teacher"] | {"grid": [4, 4], "blocks": 4, "heads": 4, "width": 96} == facts["teacher"]
+    assert facts["teacher"] | {"grid": [4, 4], "blocks": 4, "heads": 4, "width": 64} == facts["teacher"]
     assert facts["teacher"]["weights"] == "pretrain"
     assert len(facts["extractor"]["fingerprint"]) == len(facts["autoencoder"]["fingerprint"]) == 16
     for network in ("teacher", "extractor"):

@@ -155,6 +155,10 @@ def test_classes_of_one_image_do_not_prevent_a_split(folder):
 def test_counts_limit_what_is_read(folder):
     data = latents(folder)
     assert torch.equal(data.examples("train", 3).x, data.examples("train").x[:3])
+    # Of many, their images would not fit into memory; whoever looks at latents alone leaves them out.
+    without = data.examples("train", 3, with_images=False)
+    assert without.images.shape[0] == 0
+    assert torch.equal(without.x, data.examples("train", 3).x)
     assert len(data.images("test", 2)[1]) == 2
 
 

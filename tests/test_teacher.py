@@ -447,7 +447,7 @@ def test_tokens_after_a_block_are_what_the_final_norm_makes_the_output_of(tiny):
 class Noise:
     """Training images for the check of a teacher's precision."""
 
-    def examples(self, split, count=None):
+    def examples(self, split, count=None, with_images=True):
         x = images(count or 8)
         return Batch(x, torch.zeros(len(x), dtype=torch.int64), x)
 

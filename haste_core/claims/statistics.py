@@ -36,7 +36,8 @@ def speed_up(evidence: Evidence, seed: int, arm: str = "haste") -> float:
     """How many times fewer steps `arm` needs to reach vanilla's FID at step `evidence.last`.
 
     Between kept steps log FID is interpolated linearly in log step. Where `arm` does not get there by then the value is
-    1, an upper bound of nothing gained; where its first kept step is already below, that step is taken (a lower bound).
+    1, an upper bound of nothing gained. NaN, which decides nothing, where its first kept step is already there: the
+    factor is then at least `evidence.last` over that step, and no more is known.
     """
     goal = evidence.value("vanilla", seed, evidence.last)
     steps = sorted(step for step in evidence.steps(arm, seed) if step <= evidence.last)
@@ -44,7 +45,7 @@ def speed_up(evidence: Evidence, seed: int, arm: str = "haste") -> float:
     for i, (step, value) in enumerate(zip(steps, values, strict=True)):
         if value <= goal:
             if i == 0:
-                return evidence.last / step
+                return math.nan
             share = (values[i - 1] - goal) / (values[i - 1] - value)
             reached = math.log(steps[i - 1]) + share * (math.log(step) - math.log(steps[i - 1]))
             return evidence.last / math.exp(reached)

@@ -73,8 +73,8 @@ class Dataset(Protocol):
         """
         ...
 
-    def examples(self, split: str, count: int | None = None) -> Batch:
-        """The same images without augmentation as the generator sees them."""
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
+        """The same images without augmentation as the generator sees them; `with_images` as for `batch`."""
         ...
 
 

@@ -34,7 +34,7 @@ class Digits:
         x, y = self._splits[split]
         return x[:count], y[:count]
 
-    def examples(self, split: str, count: int | None = None) -> Batch:
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
         """The same images as a batch."""
         x, y = self.images(split, count)
         return Batch(x, y, x)

@@ -53,7 +53,7 @@ class Images:
         indices = torch.arange(len(chosen.labels))[:count]
         return to_signed(chosen.pixels(indices)), chosen.labels[:count]
 
-    def examples(self, split: str, count: int | None = None) -> Batch:
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
         """The same images as a batch."""
         x, y = self.images(split, count)
         return Batch(x, y, x)

@@ -177,11 +177,11 @@ class Latents:
         chosen = self._splits[split][:count]
         return to_signed(self.folder.pixels(chosen)), self.labels[chosen]
 
-    def examples(self, split: str, count: int | None = None) -> Batch:
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
         """The posterior means, scaled, with the same images."""
         chosen = self._splits[split][:count]
         mean = self.folder.posterior(chosen).mean
-        return Batch(self.scaled(mean), self.labels[chosen], to_signed(self.folder.pixels(chosen)))
+        return Batch(self.scaled(mean), self.labels[chosen], self._images(chosen, with_images))
 
     def batch(
         self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
@@ -190,8 +190,11 @@ class Latents:
         chosen = self._splits["train"][indices[part]]
         mean, std = self.folder.posterior(chosen)
         drawn = mean + std * torch.randn(len(indices), *mean.shape[1:], generator=generator)[part]
-        images = to_signed(self.folder.pixels(chosen)) if with_images else torch.empty(0, 3, *[self.pixel_size] * 2)
-        return Batch(self.scaled(drawn), self.labels[chosen], images)
+        return Batch(self.scaled(drawn), self.labels[chosen], self._images(chosen, with_images))
+
+    def _images(self, chosen: Tensor, wanted: bool) -> Tensor:
+        """Images of these pairs, or none of them, (0, 3, S', S')."""
+        return to_signed(self.folder.pixels(chosen)) if wanted else torch.empty(0, 3, *[self.pixel_size] * 2)
 
     def scaled(self, latents: Tensor) -> Tensor:
         """What the generator models, of latents as the VAE gives them."""

@@ -39,7 +39,7 @@ class Probe:
     """
 
     def __init__(self, dataset: Dataset, count: int, seed: int) -> None:
-        held_out = dataset.examples("test", count)
+        held_out = dataset.examples("test", count, with_images=False)
         shown = min(math.ceil(TRAINING_SHARE * len(held_out.x)), len(dataset))
         training = Batches(dataset, shown, stream("denoising images", seed), with_images=False).next()
         self.splits = {"held-out": (held_out.x, held_out.y), "training": (training.x, training.y)}
