@@ -278,7 +278,7 @@ MOVES_A_SCORE = {
     "evaluate.kid_subsets": 3,
     "evaluate.kid_subset_size": 19,
     "evaluate.neighborhood": 4,
-    "evaluate.denoising_images": 20,
+    "evaluate.denoising_images": 30,
     "train.ema_decay": 0.5,
     "data.split_seed": 1,
     "data.test_fraction": 0.3,
@@ -462,6 +462,7 @@ def trained(new_output, tiny_overrides):
     with new_output() as folder:
         study = config.load("digits", overrides=tiny_overrides)
         preparation.prepare_extractor(study)
+        preparation.prepare_autoencoder(study)
         for arm in ARMS:
             training.fit(Run(study, arm, 0), progress=False)
     return folder

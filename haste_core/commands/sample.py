@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SHARD_SIZE = 1000
 # What --sampler decides; of the rest of `sample`, batch size and VAE stay the study's.
-_PRESET_FIELDS = ("sampler", "solver_steps", "guidance", "guidance_low", "guidance_high", "guidance_channels")
+_PRESET_FIELDS = ("sampler", "solver_steps", "grid", "guidance", "guidance_low", "guidance_high", "guidance_channels")
 
 
 def add(commands: Any) -> None:
