@@ -90,7 +90,9 @@ class SampleSet:
                 raise HasteError(f"{self.folder} holds other files ({others[0]}); possible: a new or an empty folder")
             write_json(path, self.manifest)
         known, asked = read_manifest(self.folder), json.loads(json.dumps(self.manifest))
-        for key in sorted((known.keys() | asked.keys()) - {"from"}):  # equal weights may come from several arms
+        for key in asked | known:
+            if key == "from":  # equal weights may come from several arms
+                continue
             if known.get(key) != asked.get(key):
                 raise HasteError(
                     f"{self.folder} holds a set with {key} {known.get(key)!r}, asked is {asked.get(key)!r}; possible: "

@@ -351,9 +351,8 @@ def test_speed_up_takes_the_first_crossing():
 
 
 def test_speed_ups_are_averaged_as_factors():
-    found = curve(
-        {seed: {EARLY: 20.0, LAST: 5.0} for seed in (0, 1)}, {0: {375: 20.0, 750: 5.0, LAST: 4.0}, 1: {750: 9.0, LAST: 5.0}}, LAST
-    )
+    vanilla = {seed: {EARLY: 20.0, LAST: 5.0} for seed in (0, 1)}
+    found = curve(vanilla, {0: {375: 20.0, 750: 5.0, LAST: 4.0}, 1: {750: 9.0, LAST: 5.0}}, LAST)
     assert judge(BY_ID["C18@"], found, 0.95)["effect"] == pytest.approx(2)  # the geometric mean of 4 and 1
 
 

@@ -29,7 +29,7 @@ ANALYSES = {
     "05_attention_similarity": ("attention_similarity", "attention_statistics", "cross_effects"),
     "06_capacity": ("capacity", "spectrum", "help_consists_of"),
     "07_termination": ("termination_logs", "termination_sweep"),
-    "08_ablations": ("ablations", "late_gain"),
+    "08_ablations": ("ablations", "late_gain", "grid"),
 }
 
 pytestmark = pytest.mark.timeout(900)
@@ -97,7 +97,7 @@ def test_a_notebook_runs_from_top_to_bottom_without_errors(executed, name):
 
 
 @together
-@pytest.mark.parametrize(("name", "count"), list(zip(IN_ORDER, (2, 2, 1), strict=True)))
+@pytest.mark.parametrize(("name", "count"), list(zip(IN_ORDER, (2, 2, 2), strict=True)))
 def test_a_notebook_shows_its_pictures(executed, name, count):
     assert len(pictures(executed / f"{name}.ipynb")) == count
 
@@ -220,7 +220,7 @@ def test_the_report_notebook_writes_tables_and_report_of_a_finished_study(tmp_pa
     set_up(monkeypatch, study.dir)
     notebook.execute("10_report", tmp_path / "10.ipynb", {"profile": "smoke", "overrides": ["seeds=[0]"]})
     assert_ran_through(tmp_path / "10.ipynb")
-    assert len(pictures(tmp_path / "10.ipynb")) == 7
+    assert len(pictures(tmp_path / "10.ipynb")) == 9
     assert len(pd.read_csv(folder / "tables" / "fid.csv")) == 15
     assert "data:image/png;base64," in (folder / "report.html").read_text()
     printed = "".join(out["text"] for out in outputs(tmp_path / "10.ipynb", "stream"))
