@@ -109,7 +109,7 @@ def needs(arm):
 
 def analysed(name):
     """The stamp of an analysis: it changes with all that the notebook looks at."""
-    mark = haste.digest([STUDY.analyses[name], STUDY.evaluation_hash, STUDY.analysis.model_dump(mode="json"),
+    mark = haste.digest([STUDY.analyses[name], STUDY.evaluation_hash, STUDY.claims.model_dump(mode="json"), STUDY.analysis.model_dump(mode="json"),
                          STUDY.groups, {n: t.model_dump(mode="json") for n, t in STUDY.triggers.items()},
                          [(stamp_hash(STUDY.run(a)), STUDY.run(a).hash, STUDY.seeds_of(a)) for a in STUDY.arms]])
     return str(RUNS / f"analysed-{name}-{mark}.stamp")

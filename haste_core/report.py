@@ -73,6 +73,12 @@ class Report:
         """True where the table exists."""
         return (self.tables / f"{name}.csv").is_file()
 
+    def has_current(self, name: str) -> bool:
+        """True where an analysis' table of scores exists and was made under the study's present evaluation settings."""
+        facts = self.tables / f"{name}.json"
+        known = json.loads(facts.read_text()) if self.has(name) and facts.is_file() else {}
+        return known.get("card", {}).get("evaluation") == self.study.evaluation_hash
+
     @property
     def tau(self) -> int | None:
         """The switch of the study's first arm that has one."""
@@ -96,8 +102,8 @@ class Report:
         return table[table["arm"].isin(self.study.main)]
 
     def denoising(self) -> pd.DataFrame | None:
-        """The rows of denoising.csv; None for a report from before that score."""
-        return self.table("denoising") if self.has("denoising") else None
+        """The rows of denoising.csv that belong to main arms; None for a report from before that score."""
+        return self.main(self.table("denoising")) if self.has("denoising") else None
 
     def detailed_steps(self) -> list[int]:
         """The steps that score tables and samples are shown at: an early one, before the switch, and the last."""
@@ -252,8 +258,7 @@ def study_provenance(report: Report) -> dict[str, Any]:
 def draw_figures(report: Report) -> dict[str, Any]:
     """Every figure of the report by name, drawn from its tables (and the sample images)."""
     fid, samples, tau = report.main(report.table("fid")), report.samples(), report.tau
-    every = report.denoising()
-    denoising = None if every is None else report.main(every)
+    denoising = report.denoising()
     judged = report.table("claims")
     judged = judged[measured(judged)]
     floor = report.table("floor").set_index("pair")["fid"]["augmented held-in against held-in"]
@@ -294,7 +299,7 @@ def write_report(report: Report) -> Path:
         tau=report.tau,
         facts=facts,
         card=card,
-        answers=answers(report.table("fid"), report.denoising(), study.claims, report.tau, study.train.steps),
+        answers=answers(fid, report.denoising(), study.claims, report.tau, study.train.steps),
         sentences=answer(report),
         chips=chips(judged),
         verdicts=verdict_groups(judged),
@@ -305,7 +310,7 @@ def write_report(report: Report) -> Path:
         scores=[(step, score_table(fid, step)) for step in steps],
         denoising=denoising_table(fid, steps, study.claims.confidence),
         floor=report.table("floor").to_dict("records"),
-        grid=grid_table(report.table("grid")) if report.has("grid") else [],
+        grid=grid_table(report.table("grid")) if report.has_current("grid") else [],
         times=report.table("step_time").to_dict("records"),
         attention=report.table("attention"),
         sections=sections(report),

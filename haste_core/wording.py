@@ -212,7 +212,7 @@ def not_measured(judged: pd.DataFrame) -> str:
 def lacking(judged: pd.DataFrame) -> list[tuple[str, str]]:
     """The claims that were not measured or not tested, and the reason."""
     rows = judged[~measured(judged)].to_dict("records")
-    undefined = "its number is undefined in a seed"
+    undefined = "its number is undefined in a seed, such as a gain over no gain, or a step before the first kept one"
     return [(str(r["id"]), undefined if r["seeds"] else str(r["rule"]).rpartition("; ")[2]) for r in rows]
 
 
@@ -309,12 +309,13 @@ def readme_block(folder: Path) -> str:
     main, denoising = facts.get("main", list(fid["arm"].unique())), None
     if (folder / "denoising.csv").is_file():
         denoising = pd.read_csv(folder / "denoising.csv", dtype={"card": str})
+        denoising = denoising[denoising["arm"].isin(main)]
+    fid = fid[fid["arm"].isin(main)]
     lines = []
     if "claims" in facts:  # tables of earlier versions do not have it
         found = answers(fid, denoising, Claims(**facts["claims"]), facts["tau"], facts["steps"])
         lines = [f"- **{question}** {text}" for question, text in found]
         lines += [""] if found else []
-    fid = fid[fid["arm"].isin(main)]
     lines += _means(fid, "fid", "FID", 2)
     if "near_data" in fid:
         lines += _means(fid, "near_data", f"Held-out denoising loss, {NEAR}", 4)

@@ -627,7 +627,7 @@ def test_the_floor_compares_real_images_with_real_ones(workshop, tiny):
     noise = torch.randint(0, 256, (450, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     far = score(noise, scorer.real["train"], scorer.extractor, tiny.evaluate)["fid"]
     for row in floor.values():
-        assert set(row) == {"pair", "n", "n_reference", *evaluation.METRICS}
+        assert set(row) == {"pair", "n", "n_reference", *evaluation.metrics_of(tiny)}
         assert 0 < row["fid"] < far / 10
         assert row["precision"] > 0.5
     assert floor["held-out against held-in"]["fid"] == pytest.approx(
@@ -709,9 +709,10 @@ def test_the_adm_suite_scores_runs_by_the_same_rows_and_card(workshop, adm_study
     rows = evaluate(adm_study, "vanilla")
     assert [row["step"] for row in rows] == [4, 8, 12]
     for row in rows:
-        assert evaluation.columns(adm_study) == ("arm", "seed", "step", "images_seen", *adm.METRICS, "n", "card")
+        head, tail = ("arm", "seed", "step", "images_seen"), ("n", "card", *evaluation.SUMMARIES)
+        assert evaluation.columns(adm_study) == (*head, *adm.METRICS, *tail)
         assert set(row) == set(evaluation.columns(adm_study))
-        assert np.isfinite([row[name] for name in adm.METRICS if name != "fd_dinov2"]).all()
+        assert np.isfinite([row[name] for name in (*adm.METRICS, *evaluation.SUMMARIES) if name != "fd_dinov2"]).all()
         assert np.isnan(row["fd_dinov2"])
     run = Run(adm_study, "vanilla", 0)
     content = json.loads(run.evaluation_path.read_text())["card"]

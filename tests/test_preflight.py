@@ -260,7 +260,7 @@ def test_what_is_in_the_caches_is_found(empty_caches, output, prepared, monkeypa
     )  # fmt: skip
     found = preflight.check(study, "haste", 0)
     assert [c for c in found.checks if c.state != "ok"] == []
-    assert "40 pairs, 39 of them for training, 5 classes, latents 4x8x8 of 64 pixels" in text_of(found, "data")
+    assert "40 pairs, 38 of them for training, 5 classes, latents 4x8x8 of 64 pixels" in text_of(found, "data")
     # 4x4 tokens of the student against 16x16 of the teacher.
     assert "different, resampled" in text_of(found, "alignment")
 
@@ -281,7 +281,7 @@ def test_half_a_vae_is_missing(empty_caches):
     ("name", "settings", "words"),
     [
         ("settings", ["claims.early=7"], "does not keep"),
-        ("data", ["train.batch_size=9"], "exceeds the 7 training images"),
+        ("data", ["train.batch_size=9"], "exceeds the 6 training images"),
         ("data", ["data.image_size=32"], "have 64"),
         ("model", ["model.patch=3"], "does not divide the size 8"),
         ("teacher weights", ["teacher.model=vit_bas_patch14_dinov2", "teacher.weights=hub"], "timm knows no"),

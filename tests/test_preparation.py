@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from haste_core import classifier, preparation, runs
-from haste_core.errors import HasteError, InUse
+from haste_core.errors import HasteError
 from haste_core.files import locked
 
 
@@ -18,12 +21,22 @@ from haste_core.files import locked
     ],
     ids=["teacher", "extractor", "autoencoder"],
 )
-def test_runs_that_begin_together_read_what_is_there_and_do_not_make_it_twice(make_study, output, prepare, where):
+def test_runs_that_begin_together_wait_for_what_one_makes_and_read_it(make_study, output, prepare, where):
     study = make_study("teacher.weights=pretrain", "teacher.fitting.steps=5", "teacher.fitting.min_accuracy=0")
-    path = where(study)
-    with locked(path.parent / "run.lock", "what another makes"), pytest.raises(InUse):
-        prepare(study)
+    path, held, released = where(study), threading.Event(), []
+
+    def another():
+        with locked(path.parent / "run.lock", "what another makes"):
+            held.set()
+            time.sleep(0.7)
+            released.append(path.is_file())
+
+    thread = threading.Thread(target=another)
+    thread.start()
+    assert held.wait(10)
     made = prepare(study)
+    thread.join()
+    assert released == [False]  # nothing was written while another had the lock
     written = path.stat().st_mtime_ns
     with locked(path.parent / "run.lock", "what another reads"):
         assert prepare(study) == made

@@ -166,6 +166,13 @@ def test_two_switches_are_no_sweep(study, output):
     assert len(switching.ranking(switching.nearest(swept, switching.fired(study.triggers, [run])), 0.95)) == 0
 
 
+def test_triggers_are_replayed_over_main_arms_and_over_those_that_others_branch_from():
+    full = config.load("digits", "full")
+    arms = {run.arm for run in switching.always_on(full)}
+    assert {"holistic", "repa", "atta", "strong_holistic"} <= arms
+    assert not arms & {"haste", "strong_800", "vanilla"}
+
+
 def test_a_study_without_an_always_on_arm_is_told_so(study):
     alone = study.model_copy(update={"arms": {"vanilla": study.arms["vanilla"]}, "groups": {}})
     with pytest.raises(HasteError, match="no arm that stays aligned"):

@@ -161,7 +161,8 @@ def plane(study: config.Study, scores: pd.DataFrame, arms: Sequence[str]) -> pd.
                 curves = _comparable(scores, [arm, other], measure)
                 seeds = sorted(set(curves[arm]) & set(curves[other]))
                 step = _common_step(curves, [arm, other])
-                found = interval([math.log(curves[arm][s][step] / curves[other][s][step]) for s in seeds], 0.95)
+                ratios = [math.log(curves[arm][seed][step] / curves[other][seed][step]) for seed in seeds]
+                found = interval(ratios, study.claims.confidence)
                 ratio, low, high = (math.exp(value) for value in found)
                 row = (arm, weight, own.tau, measure, against, step, ratio, low, high, len(seeds))
                 rows.append(dict(zip(PLANE, row, strict=True)))

@@ -188,12 +188,13 @@ def ranking(table: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
 
 def always_on(study: config.Study, seeds: Sequence[int] | None = None) -> list[Run]:
-    """The always-on runs of a study, over whose logs triggers are replayed.
+    """The always-on runs of a study over whose logs triggers are replayed: its main arms, and those others branch from.
 
     Raises:
         HasteError: the study has none.
     """
-    arms = [arm for arm in study.arms if study.run(arm).tau == math.inf and arm in study.main]
+    swept = families(study)
+    arms = [arm for arm in study.arms if study.run(arm).tau == math.inf and (arm in study.main or arm in swept)]
     if not arms:
         raise HasteError(f"study {study.name} has no arm that stays aligned; possible: an arm without `termination`")
     return [Run(study, arm, seed) for arm in arms for seed in (study.seeds_of(arm) if seeds is None else seeds)]

@@ -268,7 +268,7 @@ def judge(claim: Claim, evidence: Evidence, confidence: float) -> dict[str, Any]
 
 
 def _short_of(mean: float, region: tuple[float, float]) -> float:
-    """How little a mean lies inside a region: minus its distance to the nearer bound; NaN counts as most short."""
+    """Distance by which a mean falls short of a region, below 0 inside it; NaN falls short most."""
     return math.inf if math.isnan(mean) else -min(mean - region[0], region[1] - mean)
 
 
@@ -307,8 +307,8 @@ def _seeds(claim: Claim, evidence: Evidence) -> list[int]:
 def judge_all(claims: Iterable[Claim], evidence: Evidence, confidence: float) -> list[dict[str, Any]]:
     """A row of COLUMNS for every claim, in order, p values corrected over all of them that have one.
 
-    A claim for each horizon (`Claim.id` ending in "@") becomes a row for each step that its arms share from the first
-    early step on.
+    A claim for each horizon (`Claim.id` ending in "@") becomes a row for each step that its arms share after the
+    first early one.
     """
     judged = [judge(one, evidence, confidence) for claim in claims for one in _at_horizons(claim, evidence)]
     known = [row for row in judged if math.isfinite(row["p"])]
@@ -364,7 +364,7 @@ def sensitivity(claims: Iterable[Claim], evidence: Evidence, confidence: float) 
     for claim in claims:
         if claim.measure != "fid" or claim.table is not None or claim.id.endswith("@"):
             continue
-        variants = [(claim, evidence), *((replace(claim, measure=m), evidence) for m in ALTERNATIVES)]
+        variants = [(claim, evidence), *((replace(claim, measure=m, size=None), evidence) for m in ALTERNATIVES)]
         if claim.early and len(evidence.early) > 1:
             variants += [(claim, replace(evidence, early=(step,))) for step in evidence.early]
         for variant, seen in variants:

@@ -36,7 +36,7 @@ def speed_up(evidence: Evidence, seed: int, arm: str = "haste") -> float:
     """How many times fewer steps `arm` needs to reach vanilla's FID at step `evidence.last`.
 
     Between kept steps log FID is interpolated linearly in log step. Where `arm` does not get there by then the value is
-    1, an upper bound of nothing gained. NaN, which decides nothing, where its first kept step is already there: the
+    1, an upper bound on the factor. NaN, which decides nothing, where its first kept step is already there: the
     factor is then at least `evidence.last` over that step, and no more is known.
     """
     goal = evidence.value("vanilla", seed, evidence.last)

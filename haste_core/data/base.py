@@ -158,18 +158,18 @@ def split_indices(labels: Tensor, data: config.Data, what: str) -> dict[str, Ten
     Raises:
         HasteError: there are too few images.
     """
-    rest, test = _hold_out(labels, data.test_fraction, data.split_seed, f"{what}, data.test_fraction")
+    rest, test = _hold_out(labels, data.test_fraction, "test", data.split_seed, f"{what}, data.test_fraction")
     train, validation = hold_out_validation(labels[rest], data, what)
     return {"train": rest[train], "validation": rest[validation], "test": test}
 
 
 def hold_out_validation(labels: Tensor, data: config.Data, what: str) -> tuple[Tensor, Tensor]:
     """Indices (n,) of training and of validation images among those with `labels`; as in `split_indices`."""
-    seed = stream("validation split", data.split_seed) % 2**32  # the range of scikit-learn's seeds
-    return _hold_out(labels, data.validation_fraction, seed, f"{what}, data.validation_fraction")
+    where = f"{what}, data.validation_fraction"
+    return _hold_out(labels, data.validation_fraction, "validation", data.split_seed, where)
 
 
-def _hold_out(labels: Tensor, fraction: float, seed: int, what: str) -> tuple[Tensor, Tensor]:
+def _hold_out(labels: Tensor, fraction: float, split: str, seed: int, what: str) -> tuple[Tensor, Tensor]:
     """Indices of kept and held-out images: stratified where every class can be on both sides, else plain."""
     counts = torch.bincount(labels)
     held = math.ceil(len(labels) * fraction)
@@ -183,7 +183,7 @@ def _hold_out(labels: Tensor, fraction: float, seed: int, what: str) -> tuple[Te
     kept, out = train_test_split(
         np.arange(len(labels)),
         test_size=fraction,
-        random_state=seed,
+        random_state=stream(f"{split} split", seed) % 2**32,  # the range of scikit-learn's seeds
         stratify=labels.numpy() if divisible else None,
     )
     return torch.from_numpy(kept), torch.from_numpy(out)

@@ -111,6 +111,6 @@ class Noise:
         """Images and labels, the same of every split."""
         return self.x[:count], self.y[:count]
 
-    def examples(self, split: str, count: int | None = None) -> Batch:
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
         """The same images as a batch."""
         return Batch(self.x[:count], self.y[:count], self.x[:count])

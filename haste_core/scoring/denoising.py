@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from haste_core import checkpoint
 from haste_core.data import Batches, Dataset
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
@@ -47,9 +48,11 @@ class Probe:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What of the measurement changes its numbers, for the card."""
+        """Settings and images that affect the numbers, for the card."""
         images = {split: len(x) for split, (x, _) in self.splits.items()}
-        return {"denoising": {"levels": list(LEVELS), "draws": DRAWS, "images": images, "seed": self.seed}}
+        content = {f"{split} {part}": pair[i] for split, pair in self.splits.items() for i, part in enumerate("xy")}
+        facts = {"levels": list(LEVELS), "draws": DRAWS, "images": images, "seed": self.seed}
+        return {"denoising": facts | {"images_hash": checkpoint.fingerprint(content)}}
 
     def measure(self, model: DiffusionTransformer) -> list[dict[str, Any]]:
         """Rows of `split`, `t`, `loss`, `nats`, `n` and `draws` for a generator in eval mode.

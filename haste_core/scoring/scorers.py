@@ -80,7 +80,7 @@ def card(
         study: its data, sampling and evaluation.
         extractor: name of the extractor, or of several, with the hash of its weights.
         ema_decay: of the run, where it is not the study's.
-        scoring: what of the scoring belongs on the card, where it is known already; real images are hashed otherwise.
+        scoring: scoring facts for the card, where they are known already; real images are hashed otherwise.
     """
     evaluate = study.evaluate
     if scoring is None:
