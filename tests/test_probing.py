@@ -101,7 +101,7 @@ def test_accuracies_are_those_of_the_patch_means_by_hand(run, table):
 def test_less_noise_shows_more_of_the_class(run):
     table = probing.measure(run, timesteps=[0.0, 1.0], train=400)
     accuracy = table[(table["network"] == "student") & (table["step"] == 8)].groupby("t")["accuracy"].max()
-    assert accuracy[0.0] > 0.3
+    assert accuracy[0.0] > accuracy[1.0] + 0.05
     assert accuracy[1.0] < 0.25
 
 
