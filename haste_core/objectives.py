@@ -62,7 +62,7 @@ class Velocity:
         return (output.float() - interpolant.velocity(x, eps)).square()
 
     def bound(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(1 - t) / t times the squared error summed over values: 1/2 d(log SNR)/dt of the noise's squared error.
+        """(1 - t) / t times the squared error summed over values: half the fall of log SNR times the noise's error.
 
         Eq. 17, arXiv 2107.00630, on the linear path, where the noise's error is 1 - t times the velocity's.
         """

@@ -118,7 +118,7 @@ def late(study: config.Study, scores: pd.DataFrame, arms: Sequence[str]) -> pd.D
 
 
 def boundary(table: pd.DataFrame) -> pd.DataFrame:
-    """Where alignment begins to hurt, a row per arm and measure of a table of `late`.
+    """Step from which alignment hurts, a row per arm and measure of a table of `late`.
 
     Returns:
         arm, baseline, measure, no_help_from (the first step from which on the mean gain stays at or below 0, NaN if it

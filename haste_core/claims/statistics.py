@@ -33,7 +33,7 @@ def last_difference(evidence: Evidence, seed: int, worse: str, better: str) -> f
 
 
 def speed_up(evidence: Evidence, seed: int, arm: str = "haste") -> float:
-    """How many times fewer steps `arm` needs to reach vanilla's FID at step `evidence.last`.
+    """Factor by which `arm` needs fewer steps to reach the FID that vanilla has at step `evidence.last`.
 
     Between kept steps log FID is interpolated linearly in log step. Where `arm` does not get there by then the value is
     1, an upper bound on the factor. NaN, which decides nothing, where its first kept step is already there: the
@@ -91,7 +91,7 @@ TRIGGER = "gradient angle < -0.05"
 
 
 def never_fired(evidence: Evidence, family: str) -> str:
-    """Why the trigger of a family of arms is not tested, or an empty text where it fired for some seed."""
+    """Reason why the trigger of a family of arms is not tested; empty where it fired for some seed."""
     rows = evidence.tables["termination_fired"]
     name = evidence.name(TRIGGER)
     rows = rows[(rows["family"] == evidence.name(family)) & (rows["trigger"] == name)]

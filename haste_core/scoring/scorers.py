@@ -154,12 +154,9 @@ class Scorer:
 
     def _side(self, images: Tensor) -> Side:
         """Features and statistics of uint8 images."""
-        features = [extract_features(images, e, self.study.evaluate.batch_size) for e in self._extractors]
-        return Side(features[0], features[1], pixel_gaussian(images), len(images))
-
-    @property
-    def _extractors(self) -> tuple[str, str]:
-        return self.extractor, self.unlabelled
+        batch_size = self.study.evaluate.batch_size
+        labelled, unlabelled = (extract_features(images, e, batch_size) for e in (self.extractor, self.unlabelled))
+        return Side(labelled, unlabelled, pixel_gaussian(images), len(images))
 
     def _compare(self, a: Side, b: Side) -> dict[str, float]:
         """The scores of STUDY_METRICS of one side against another."""
