@@ -305,8 +305,9 @@ def test_values_are_those_of_the_features_by_hand(run, table):
         assert rows.loc["cka", "value"] == pytest.approx(similarity.linear_cka(seen.tokens[2].mean(1), target))
         knn = [seen.tokens[2].mean(1), target]
         assert rows.loc["mutual_knn", "value"] == similarity.mutual_knn(*knn, 4)
+        # A mean of permutations of both signs: rounding of the features in float32 is large beside what is left of it.
         assert rows.loc["cknna", "baseline"] == pytest.approx(
-            similarity.shuffled(lambda x, y: similarity.cknna(x, y, 4), *knn, seed=0, permutations=2)
+            similarity.shuffled(lambda x, y: similarity.cknna(x, y, 4), *knn, seed=0, permutations=2), rel=1e-4
         )
 
 
