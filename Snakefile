@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from haste_core import config as haste
-from haste_core.runs import Run, report_dir, study_dir
-from haste_core.workflow import priorities, stamp_hash
+from haste_core.study.runs import Run, report_dir, study_dir
+from haste_core.study.workflow import priorities, stamp_hash
 
 
 def given(name, otherwise):
@@ -51,7 +51,7 @@ def words(*parts):
 
 
 # Relative paths in the settings are seen from where the study was started; what Snakemake names, from its own folder.
-HASTE = words("cd", config["here"]) + " && exec " + words(sys.executable, "-m", "haste_core.cli")
+HASTE = words("cd", config["here"]) + " && exec " + words(sys.executable, "-m", "haste_core.study.cli")
 # A job's libraries take the threads it was given: more of them than cores wait for each other, ten times as long. The
 # processes of a job share them.
 THREADS = "export OMP_NUM_THREADS=$(({threads} > %d ? {threads} / %d : 1))"

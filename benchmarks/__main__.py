@@ -6,7 +6,7 @@ import argparse
 
 from benchmarks import attention, cores, growth, machine, pictures, sampling, step
 from haste_core.devices import default_device
-from haste_core.preflight import estimates
+from haste_core.study.preflight import estimates
 
 ALL = {
     "step": (step.measure, 24),

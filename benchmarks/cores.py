@@ -18,8 +18,9 @@ import pandas as pd
 import torch
 
 from benchmarks import machine
-from haste_core import config, cost, training
+from haste_core import training
 from haste_core.state import TrainState, create
+from haste_core.study import config, cost
 
 STEPS = 20
 

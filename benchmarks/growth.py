@@ -12,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import machine, step
-from haste_core import config, cost, training
+from haste_core import training
 from haste_core.devices import default_device
-from haste_core.preflight import stand_in
 from haste_core.state import create
+from haste_core.study import config, cost
+from haste_core.study.preflight import stand_in
 
 BATCHES, DEPTHS, SEEDS = (8, 32, 128, 512), (3, 6, 12, 24), (1, 3, 9, 27)
 PRESETS = {16: "SiT-S/8", 64: "SiT-S/4", 256: "SiT-S/2"}
@@ -46,7 +47,16 @@ def digits(setting: str) -> config.Study:
 
 def plan(seeds: int) -> None:
     """Make the graph of the digits study with so many seeds, and run nothing."""
-    words = [sys.executable, "-m", "haste_core.cli", "study", "digits", "--dry-run", "--set", f"seeds={_seeds(seeds)}"]
+    words = [
+        sys.executable,
+        "-m",
+        "haste_core.study.cli",
+        "study",
+        "digits",
+        "--dry-run",
+        "--set",
+        f"seeds={_seeds(seeds)}",
+    ]
     subprocess.run(words, check=True, capture_output=True)
 
 

@@ -14,8 +14,8 @@ from unittest import mock
 import pandas as pd
 import torch
 
-from haste_core import provenance
 from haste_core.files import write_json, write_text
+from haste_core.study import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

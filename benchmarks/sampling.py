@@ -8,10 +8,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from haste_core import config, cost, sampling
+from haste_core import sampling
 from haste_core.devices import default_device
 from haste_core.models import DiffusionTransformer, build
-from haste_core.sections import Model
+from haste_core.study import config, cost
+from haste_core.study.sections import Model
 
 IMAGES = {"cpu": 16, "cuda": 64}
 # What a generator of the machine's size is; class labels, image side and channels as of its data.

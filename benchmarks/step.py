@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 
 from benchmarks import machine
-from haste_core import config, cost, training
+from haste_core import training
 from haste_core.devices import default_device
-from haste_core.preflight import estimates, stand_in, tracing
 from haste_core.state import TrainState, create
+from haste_core.study import config, cost
+from haste_core.study.preflight import estimates, stand_in, tracing
 from haste_core.teacher import build_teacher
 
 ARMS = ["vanilla", "repa", "haste"]

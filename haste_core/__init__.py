@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "HasteError": "errors",
-    "load": "config",
-    "Study": "config",
-    "RunConfig": "config",
-    "Run": "runs",
+    "load": "study.config",
+    "Study": "study.config",
+    "RunConfig": "study.config",
+    "Run": "study.runs",
     "SiT": "models",
     "DiT": "models",
     "MMDiT": "models",
@@ -26,7 +26,7 @@ _PUBLIC = {
     "Alignment": "alignment",
     "fit": "training",
     "draw": "sampling",
-    "evaluate_run": "evaluation",
+    "evaluate_run": "study.evaluation",
 }
 __all__ = ["__version__", *_PUBLIC]
 

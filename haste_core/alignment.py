@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from haste_core import config
 from haste_core.errors import HasteError, unknown
 from haste_core.models import DiffusionTransformer
 from haste_core.models.layers import QK, Tapped, Taps
+from haste_core.study import config
 from haste_core.teacher import Teacher, TeacherOutput
 from haste_core.token_grids import Grid, resample_attention, resample_tokens
 

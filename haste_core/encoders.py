@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haste_core import _torchvision_guard, config  # noqa: F401  (the guard must come before timm)
+from haste_core import _torchvision_guard  # noqa: F401  (must come before timm)
 from haste_core.errors import HasteError
 from haste_core.seeding import stream
+from haste_core.study import config
 
 import huggingface_hub as hub  # isort: skip
 import timm  # isort: skip

@@ -27,7 +27,7 @@ from haste_core.layouts import Convention, Family
 from haste_core.models import DiffusionTransformer
 
 if TYPE_CHECKING:
-    from haste_core.runs import Run
+    from haste_core.study.runs import Run
 
 Source = str | Path | Mapping[str, Any]
 Weights = Literal["ema", "model"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from haste_core.errors import HasteError, unknown
 from haste_core.models import DiffusionTransformer, DiT, MMDiT, SiT
 from haste_core.models.layers import TimestepEmbedder, sincos_positions
-from haste_core.presets import SIZES
+from haste_core.study.presets import SIZES
 
 Family = Literal["sit", "dit", "mmdit"]
 Convention = Literal["auto", "haste", "sit"]

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from haste_core import config, sharding
+from haste_core import sharding
 from haste_core.analysis.cosine import gradient_cosine, reaching
 from haste_core.analysis.online import OnlineAngle
 from haste_core.compiling import uncompiled
 from haste_core.state import TrainState
+from haste_core.study import config
 
 
 def observe(state: TrainState) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 
-from haste_core import config
 from haste_core.errors import HasteError
 from haste_core.files import locked
+from haste_core.study import config
 
 T = TypeVar("T")
 # How long the others wait for what the main process does alone (a teacher trained, a checkpoint written); if it dies

@@ -13,12 +13,13 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from haste_core import config, ddpm, interpolant
+from haste_core import ddpm, interpolant
 from haste_core.compiling import compile_blocks
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
-from haste_core.latents import decoding
 from haste_core.models import DiffusionTransformer
+from haste_core.study import config
+from haste_core.study.latents import decoding
 
 # velocity(x, t): x (B, ...) float64, t a number as the network takes it; returns (B, ...) float64.
 Velocity = Callable[[Tensor, float], Tensor]

@@ -20,14 +20,14 @@ from haste_core import sharding
 from haste_core.alignment import Alignment
 from haste_core.analysis.online import OnlineAngle
 from haste_core.compiling import compile_blocks
-from haste_core.config import RunConfig
-from haste_core.data import Batches, Dataset, open_dataset
-from haste_core.data.contexts import Contexts
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
 from haste_core.objectives import Objective, objective_of
 from haste_core.processes import Processes, micro_batches
 from haste_core.seeding import stream
+from haste_core.study.config import RunConfig
+from haste_core.study.data import Batches, Dataset, open_dataset
+from haste_core.study.data.contexts import Contexts
 from haste_core.teacher import Teacher, check_precision
 from haste_core.teacher_cache import TeacherCache
 from haste_core.termination import Termination
@@ -283,7 +283,7 @@ def build_generator(config: RunConfig, dataset: Dataset, seed: int) -> Diffusion
         found = "none" if contexts is None else f"{contexts.captions} captions of width {contexts.width}"
         raise HasteError(
             f"an MM-DiT needs text tokens for {dataset.classes} labels of width {model.context_width}, data.contexts "
-            f"has {found}; possible: a file by haste_core.data.contexts.write, or another model.context_width"
+            f"has {found}; possible: a file by haste_core.study.data.contexts.write, or another model.context_width"
         )
     return build(
         model, image_size=dataset.image_size, channels=dataset.channels, classes=dataset.classes, seed=seed,

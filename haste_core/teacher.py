@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haste_core import config
-from haste_core.classifier import fit_classifier
-from haste_core.data import Dataset
 from haste_core.devices import in_precision
 from haste_core.encoders import build_encoder
 from haste_core.errors import HasteError
 from haste_core.models.layers import QK
 from haste_core.seeding import stream
+from haste_core.study import config
+from haste_core.study.classifier import fit_classifier
+from haste_core.study.data import Dataset
 from haste_core.teacher_qk import read_qk
 
 # What a teacher in half precision keeps of itself in float32, looked at on so many images.

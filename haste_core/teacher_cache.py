@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from haste_core import config
 from haste_core.alignment import Alignment
-from haste_core.data import Dataset
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
 from haste_core.files import write_json
+from haste_core.study import config
+from haste_core.study.data import Dataset
+from haste_core.study.turns import turn
 from haste_core.teacher import TeacherOutput
-from haste_core.turns import turn
 
 READ_AT_ONCE = 64
 GIB = 2**30

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haste_core import _torchvision_guard  # noqa: F401  (must come before timm)
 from haste_core.errors import HasteError, unknown
 from haste_core.models.layers import QK
 

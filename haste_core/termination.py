@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
-from haste_core import config
+from haste_core.study import config
 
 # One logged line: "step" and the means of what was measured since the line before.
 Line = Mapping[str, float]

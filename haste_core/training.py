@@ -17,17 +17,18 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from haste_core import checkpoint, config, images, provenance, runs, sampling, sharding, signals, teacher_cache
-from haste_core.data import Batch
+from haste_core import checkpoint, sampling, sharding, teacher_cache
 from haste_core.errors import Interrupted
 from haste_core.files import write_bytes, write_text
 from haste_core.meter import Meter, check_finite
 from haste_core.models import DiffusionTransformer
 from haste_core.objectives import shifted
 from haste_core.processes import Processes
-from haste_core.runs import Run
 from haste_core.snapshot import capture, restore
 from haste_core.state import TrainState, create
+from haste_core.study import config, images, provenance, runs, signals
+from haste_core.study.data import Batch
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher, build_teacher, load_pretrained
 from haste_core.termination import Termination
 

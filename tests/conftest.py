@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from haste_core import config
+from haste_core.study import config
 
 torch.set_num_threads(1)
 

@@ -19,10 +19,10 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-from haste_core import config
 from haste_core.errors import HasteError, Interrupted
 from haste_core.processes import Processes
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.runs import Run
 from haste_core.training import fit
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from haste_core import config
 from haste_core.errors import HasteError
-from haste_core.scoring import adm, extractors, image_sources, reference
-from haste_core.scoring.adm import Networks, extract, scores_of
-from haste_core.scoring.extractors import LOGITS, POOL, SPATIAL
-from haste_core.scoring.frechet import Gaussian, Moments, frechet_distance, inception_score, precision_recall
-from haste_core.scoring.image_sources import MemoryImages, NpzImages, TrainingImages
+from haste_core.study import config
+from haste_core.study.scoring import adm, extractors, image_sources, reference
+from haste_core.study.scoring.adm import Networks, extract, scores_of
+from haste_core.study.scoring.extractors import LOGITS, POOL, SPATIAL
+from haste_core.study.scoring.frechet import Gaussian, Moments, frechet_distance, inception_score, precision_recall
+from haste_core.study.scoring.image_sources import MemoryImages, NpzImages, TrainingImages
 
 import timm  # isort: skip
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip
@@ -612,7 +612,7 @@ def test_dinov2_can_be_left_out_and_its_absence_is_one_line(tmp_path):
 def run_score(*words):
     import argparse
 
-    from haste_core.commands import score as command
+    from haste_core.study.commands import score as command
 
     parser = argparse.ArgumentParser()
     command.add(parser.add_subparsers())

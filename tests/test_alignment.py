@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from haste_core import config, training
+from haste_core import training
 from haste_core.alignment import (
     DENSE_UP_TO,
     Alignment,
@@ -15,10 +15,11 @@ from haste_core.alignment import (
     feature_loss,
     projector,
 )
-from haste_core.data import contexts
 from haste_core.errors import HasteError
 from haste_core.models import SiT, build
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.data import contexts
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher, build_teacher
 
 

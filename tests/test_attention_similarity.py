@@ -26,8 +26,8 @@ from haste_core.analysis.cross_effects import cross_effects, feature_fit
 from haste_core.analysis.scene import Scene, other_images
 from haste_core.analysis.token_maps import by_arm, token_map_table
 from haste_core.errors import HasteError
-from haste_core.explore import drawn_from
-from haste_core.runs import Run
+from haste_core.study.explore import drawn_from
+from haste_core.study.runs import Run
 from haste_core.token_grids import resample_attention
 
 GRID = (2, 3)

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import attention, growth, machine, pictures, sampling, step
 from benchmarks.__main__ import ALL
-from haste_core.data import open_dataset
-from haste_core.preflight import stand_in
+from haste_core.study.data import open_dataset
+from haste_core.study.preflight import stand_in
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from haste_core import figures
 from haste_core.analysis import capacity, probe
 from haste_core.analysis.tokens import student_tokens, teacher_tokens
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 from haste_core.training import find_teacher, fit
 
 ALL = capacity.measures()

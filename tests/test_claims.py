@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from haste_core import config
-from haste_core.claims import (
+from haste_core.errors import HasteError
+from haste_core.study import config
+from haste_core.study.claims import (
     CLAIMS,
     COLUMNS,
     SENSITIVITY,
@@ -26,8 +27,7 @@ from haste_core.claims import (
     speed_up,
     verdict,
 )
-from haste_core.claims.judging import MEASURES, benjamini_hochberg, holm, p_value
-from haste_core.errors import HasteError
+from haste_core.study.claims.judging import MEASURES, benjamini_hochberg, holm, p_value
 
 EARLY, LAST = 1000, 3000
 BY_ID = {claim.id: claim for claim in CLAIMS}

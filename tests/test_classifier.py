@@ -8,9 +8,9 @@ import signal
 import pytest
 import torch
 
-from haste_core import classifier, config
-from haste_core.data import open_dataset
 from haste_core.errors import HasteError, Interrupted
+from haste_core.study import classifier, config
+from haste_core.study.data import open_dataset
 
 FITTING = config.Fitting(steps=12, batch_size=32, min_accuracy=0, seed=3)
 

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from haste_core import __version__, config
-from haste_core.cli import main
-from haste_core.runs import Run
+from haste_core import __version__
+from haste_core.study import config
+from haste_core.study.cli import main
+from haste_core.study.runs import Run
 
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))

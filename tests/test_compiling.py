@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from haste_core import observing, training
 from haste_core.compiling import check_compiler, is_compiled, uncompiled
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 
 SWITCH = ["arms.haste.termination.at=3", "train.steps=6", "train.keep=[]", "train.log_every=2"]
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from haste_core import config
-from haste_core.claims import CLAIMS
-from haste_core.config import STUDIES, Alignment, RunConfig
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.claims import CLAIMS
+from haste_core.study.config import STUDIES, Alignment, RunConfig
+from haste_core.study.runs import Run
 
 
 def refused(*args, **kwargs):

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from haste_core import cost, training
+from haste_core import training
 from haste_core.errors import HasteError
-from haste_core.runs import study_dir
+from haste_core.study import cost
+from haste_core.study.runs import study_dir
 
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from haste_core import config
-from haste_core.data import Batch, Batches, open_dataset
-from haste_core.data.base import affine, split_indices
 from haste_core.errors import HasteError
+from haste_core.study import config
+from haste_core.study.data import Batch, Batches, open_dataset
+from haste_core.study.data.base import affine, split_indices
 
 SPLITS = ("train", "validation", "test")
 STRONG = config.Augment(shift=1.0, rotation=20, scale=0.2)

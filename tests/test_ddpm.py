@@ -10,9 +10,10 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from haste_core import config, ddpm, sampling
+from haste_core import ddpm, sampling
 from haste_core.ddpm import Schedule
 from haste_core.objectives import NoiseAndVariance, Velocity, objective_of
+from haste_core.study import config
 
 
 def signals():

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from haste_core import config, launching
-from haste_core.data import contexts
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.processes import micro_batches
-from haste_core.runs import Run
 from haste_core.snapshot import capture
+from haste_core.study import config, launching
+from haste_core.study.data import contexts
+from haste_core.study.runs import Run
 from haste_core.training import draw_noise, fit, open_state, train_step, update_ema
 
 # Six steps across the switch, all of them logged.

@@ -4,7 +4,7 @@ import ipywidgets
 import pytest
 
 from haste_core.errors import HasteError
-from haste_core.explore import BATCH, drawn_from, explore
+from haste_core.study.explore import BATCH, drawn_from, explore
 
 
 def drawn(**chosen):

@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from haste_core import config, sampling
+from haste_core import sampling
 from haste_core.alignment import Alignment, attention_logits
 from haste_core.interpolant import interpolate, velocity
 from haste_core.models import SiT, Taps
+from haste_core.study import config
 from haste_core.teacher import TeacherOutput
 
 FILE = Path(__file__).parent / "golden" / "sit_a.safetensors"

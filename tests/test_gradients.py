@@ -7,16 +7,17 @@ import pandas as pd
 import pytest
 import torch
 
-from haste_core import config, figures
+from haste_core import figures
 from haste_core.alignment import Alignment
 from haste_core.analysis import gradients
 from haste_core.analysis.cosine import CHUNKS, Products, gradient_cosine, losses_at, noise, reaching
 from haste_core.analysis.probe import noised
-from haste_core.data import Batch
 from haste_core.errors import HasteError
 from haste_core.models import SiT
 from haste_core.objectives import objective_of
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.data import Batch
+from haste_core.study.runs import Run
 from haste_core.teacher import build_teacher
 from haste_core.training import fit
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from haste_core import config
-from haste_core.data import Batches, images, open_dataset
 from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
+from haste_core.study import config
+from haste_core.study.data import Batches, images, open_dataset
 
 SIZE, NAMES = 16, ("ant", "bee", "cat")
 SPLITS = ("train", "validation", "test")

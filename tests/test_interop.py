@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from haste_core import preparation, training
+from haste_core import training
 from haste_core.alignment import projector
 from haste_core.errors import HasteError
 from haste_core.interop import export_run, load_reference, save_reference
 from haste_core.layouts import KINDS, infer
 from haste_core.models import DiT, MMDiT, SiT
 from haste_core.models.layers import sincos_positions
-from haste_core.runs import Run
+from haste_core.study import preparation
+from haste_core.study.runs import Run
 
 SMALL = {"image_size": 8, "channels": 4, "classes": 5, "depth": 2, "width": 24, "heads": 3, "patch": 2}
 JOINT = {"image_size": 8, "channels": 4, "classes": 1, "depth": 2, "width": 64, "heads": 2, "patch": 2}
@@ -490,7 +491,7 @@ def run(tiny, output):
 @pytest.fixture
 def haste(capsys):
     """A function that runs `haste convert` and returns its status and what it printed."""
-    from haste_core.commands import convert
+    from haste_core.study.commands import convert
 
     def command(*words):
         parser = argparse.ArgumentParser(prog="haste")

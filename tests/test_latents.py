@@ -18,20 +18,21 @@ from PIL import Image
 from test_vae import save_vae
 from torch.testing import assert_close
 
-from haste_core import config, training
-from haste_core.commands import latents as command
-from haste_core.data import Batches, open_dataset
-from haste_core.data.images import Split
-from haste_core.data.latents import Folder
-from haste_core.data.pairs import read_pairs
-from haste_core.data.resize import center_crop, to_signed, to_tensor
+from haste_core import training
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
-from haste_core.latents import encode, shards
-from haste_core.latents.workspace import Job, Workspace
-from haste_core.runs import Run
 from haste_core.sampling import to_uint8
 from haste_core.state import create
+from haste_core.study import config
+from haste_core.study.commands import latents as command
+from haste_core.study.data import Batches, open_dataset
+from haste_core.study.data.images import Split
+from haste_core.study.data.latents import Folder
+from haste_core.study.data.pairs import read_pairs
+from haste_core.study.data.resize import center_crop, to_signed, to_tensor
+from haste_core.study.latents import encode, shards
+from haste_core.study.latents.workspace import Job, Workspace
+from haste_core.study.runs import Run
 
 pytestmark = pytest.mark.xdist_group("vae")
 SIZE, CHANNELS, SIDE, CLASSES = 16, 4, 8, 3
@@ -490,7 +491,7 @@ def test_what_is_written(reference, source, vae_folder):
 
 
 def test_every_pair_is_the_encoded_crop_of_one_source_image(reference, source, vae_folder):
-    from haste_core.latents import vae
+    from haste_core.study.latents import vae
 
     model = vae.load(str(vae_folder))
     labels = dict(json.loads(labels_file(reference, "images").read_text())["labels"])

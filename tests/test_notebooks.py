@@ -16,8 +16,8 @@ import psutil
 import pytest
 from test_study import copy_of, finished_study, once
 
-from haste_core import config, evaluation, notebook
-from haste_core.runs import Run
+from haste_core.study import config, evaluation, notebook
+from haste_core.study.runs import Run
 
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from haste_core import config, preflight, training
-from haste_core.preflight import checks, estimates, readiness, tracing
-from haste_core.preflight.tracing import Example
-from haste_core.runs import Run
+from haste_core import training
 from haste_core.state import create
+from haste_core.study import config, preflight
+from haste_core.study.preflight import checks, estimates, readiness, tracing
+from haste_core.study.preflight.tracing import Example
+from haste_core.study.runs import Run
 
 IMAGENET = Example(32, 4, 1000, 256, 3)
 Usage = namedtuple("Usage", "total used free")
@@ -355,7 +356,7 @@ def test_local_teacher_weights_are_looked_for(tmp_path, make_study, output):
 
 
 def test_a_pretrained_teacher_is_foretold_and_then_found(make_study, output):
-    from haste_core import preparation
+    from haste_core.study import preparation
 
     study = make_study("teacher.weights=pretrain")
     assert "trained first, 20 steps" in text_of(preflight.check(study, "repa", 0), "teacher weights")
@@ -413,7 +414,7 @@ def test_the_gpus_matrix_rate_is_plausible():
 
 
 def test_a_text_model_needs_its_contexts(tmp_path, make_study, output):
-    from haste_core.data.contexts import write
+    from haste_core.study.data.contexts import write
 
     study = make_study("model.kind=mmdit", "model.context_width=12", f"data.contexts={tmp_path / 'text.safetensors'}")
     assert states(preflight.check(study, "haste", 0))["text tokens"] == "missing"

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from haste_core import classifier, preparation, runs
 from haste_core.errors import HasteError
 from haste_core.files import locked
+from haste_core.study import classifier, preparation, runs
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from haste_core.analysis import probe
-from haste_core.evaluation import generator_at
 from haste_core.models import Taps
-from haste_core.runs import Run
+from haste_core.study.evaluation import generator_at
+from haste_core.study.runs import Run
 from haste_core.training import fit, open_state
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from haste_core.analysis import probe, probing
-from haste_core.data import open_dataset
 from haste_core.errors import HasteError
 from haste_core.figures import similarity as pictures
-from haste_core.runs import Run
+from haste_core.study.data import open_dataset
+from haste_core.study.runs import Run
 from haste_core.training import find_teacher, fit
 
 

@@ -18,11 +18,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from haste_core import config
 from haste_core.alignment import projector
-from haste_core.cli import parser
-from haste_core.commands.common import study_of
 from haste_core.models import SiT
+from haste_core.study import config
+from haste_core.study.cli import parser
+from haste_core.study.commands.common import study_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "haste_core"

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from haste_core import config, training
-from haste_core.preflight import tracing
-from haste_core.runs import Run
+from haste_core import training
+from haste_core.study import config
+from haste_core.study.preflight import tracing
+from haste_core.study.runs import Run
 
 ARMS = {"vanilla": (0, 0), "repa": (0.5, 0), "atta": (0, 0.5), "holistic": (0.5, 0.5), "haste": (0.5, 0.5)}
 XL = [(4, 8), (5, 9), (6, 10), (7, 11)]

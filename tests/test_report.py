@@ -14,11 +14,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from haste_core import claims, config, cost, evaluation, figures, preparation, report, training, wording
+from haste_core import figures, training
 from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
-from haste_core.runs import Run, study_dir
-from haste_core.sections import Claims
+from haste_core.study import claims, config, cost, evaluation, preparation, report, wording
+from haste_core.study.runs import Run, study_dir
+from haste_core.study.sections import Claims
 
 # One worker builds the finished study once.
 pytestmark = pytest.mark.xdist_group("report")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from haste_core.data.resize import center_crop, to_signed, to_tensor
 from haste_core.sampling import to_uint8
+from haste_core.study.data.resize import center_crop, to_signed, to_tensor
 
 
 def noise(width, height, seed=0):

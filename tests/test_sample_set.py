@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from haste_core import config, files, sampling
-from haste_core.cli import main
-from haste_core.commands import sample as command
+from haste_core import files, sampling
 from haste_core.errors import HasteError, Interrupted
 from haste_core.models import SiT
-from haste_core.presets import SAMPLERS
-from haste_core.sample_set import SampleSet, drawer
-from haste_core.turns import claimed, turn
+from haste_core.study import config
+from haste_core.study.cli import main
+from haste_core.study.commands import sample as command
+from haste_core.study.presets import SAMPLERS
+from haste_core.study.sample_set import SampleSet, drawer
+from haste_core.study.turns import claimed, turn
 
 pytestmark = pytest.mark.xdist_group("sample_set")
 
@@ -394,8 +395,8 @@ def test_sigterm_stops_all_processes_between_batches_and_the_same_command_goes_o
     asked = words(tmp_path / "set", "--n", "120", "--shard-size", "12", "--processes", "2", "--set")
     slow = [*asked, "sample.solver_steps=30", "--set", "sample.batch_size=4"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "haste_core.cli", *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=os.getcwd(),
+        [sys.executable, "-m", "haste_core.study.cli", *slow],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.getcwd(),
     )  # fmt: skip
     shards = tmp_path / "set" / "shards"
     try:

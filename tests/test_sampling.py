@@ -9,13 +9,14 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from haste_core import config, ddpm, sampling
-from haste_core.data import contexts
+from haste_core import ddpm, sampling
 from haste_core.errors import HasteError
-from haste_core.latents import decoding
 from haste_core.models import DiT, MMDiT, SiT
-from haste_core.presets import SAMPLERS
 from haste_core.sampling import SeededNoise
+from haste_core.study import config
+from haste_core.study.data import contexts
+from haste_core.study.latents import decoding
+from haste_core.study.presets import SAMPLERS
 
 MEAN, STD = 0.7, 0.4
 

@@ -11,7 +11,7 @@ import threading
 import psutil
 import pytest
 
-from haste_core import signals
+from haste_core.study import signals
 
 
 @pytest.mark.parametrize("number", signals.STOPPING)

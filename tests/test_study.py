@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from haste_core import config
-from haste_core.cli import main
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.cli import main
+from haste_core.study.runs import Run
 
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))

@@ -8,11 +8,12 @@ import math
 import pandas as pd
 import pytest
 
-from haste_core import config, figures
+from haste_core import figures
 from haste_core.analysis import switching
 from haste_core.errors import HasteError
 from haste_core.files import write_text
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.runs import Run
 
 # FID at the end by the step of the switch: 8 is best, never (12) is worst.
 TAILS = {"haste_4": 6.0, "haste": 5.0, "holistic": 8.0}

@@ -5,7 +5,7 @@ import pytest
 
 from haste_core.analysis import tables
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 from haste_core.training import fit
 
 

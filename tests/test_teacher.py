@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from haste_core import _torchvision_guard, config
-from haste_core.data import Batch
+from haste_core import _torchvision_guard
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
+from haste_core.study import config
+from haste_core.study.data import Batch
 from haste_core.teacher import build_teacher, check_precision, low_passed
 from haste_core.teacher_qk import project_qk, read_qk
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from haste_core import training
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 
 STILL = ["data.augment={shift: 0, rotation: 0, scale: 0}", "train.steps=10", "train.keep=[]"]

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from haste_core import config, encoders
+from haste_core import encoders
 from haste_core.encoders import get_pretrained_cfg
 from haste_core.errors import HasteError
+from haste_core.study import config
 from haste_core.teacher import build_teacher
 from haste_core.teacher_qk import check_plain_attention, read_qk
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from haste_core import config
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.runs import Run
 from haste_core.termination import Angle, FixedIteration, Never, Plateau, Termination, build_trigger, replay
 from haste_core.training import find_teacher, fit, train_step
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from haste_core import config
 from haste_core.alignment import Alignment, attention_cross_entropy, attention_probabilities, feature_loss
 from haste_core.errors import HasteError
 from haste_core.models import SiT
+from haste_core.study import config
 from haste_core.teacher import build_teacher
 from haste_core.token_grids import resample_attention, resample_tokens
 

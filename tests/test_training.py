@@ -16,11 +16,12 @@ import yaml
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from haste_core import checkpoint, config, training
-from haste_core.data import Batch
+from haste_core import checkpoint, training
 from haste_core.errors import HasteError, Interrupted
 from haste_core.models import SiT
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.data import Batch
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.termination import Termination
 from haste_core.training import draw_noise, fit, open_state, train_step
@@ -393,9 +394,9 @@ def test_a_run_with_progress_of_its_own_does_not_start_over_from_the_donor(outpu
 
 CHILD = """
 import json, sys, time, torch
-from haste_core import config
+from haste_core.study import config
 from haste_core.errors import Interrupted
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 from haste_core.training import fit
 
 def on_step(state):

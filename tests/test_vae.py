@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from haste_core.errors import HasteError
-from haste_core.latents import vae
+from haste_core.study.latents import vae
 
 pytestmark = pytest.mark.xdist_group("vae")  # diffusers takes seconds to import
 
@@ -192,7 +192,7 @@ def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(name):
 def test_diffusers_imports_in_a_fresh_process():
     """With torch's CPU build torchvision's compiled part does not load; diffusers must import all the same."""
     done = subprocess.run(
-        [sys.executable, "-c", "import haste_core.latents.vae; print('fine')"],
+        [sys.executable, "-c", "import haste_core.study.latents.vae; print('fine')"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from haste_core import cluster, config, files, workflow
-from haste_core.cli import main
+from haste_core import files
 from haste_core.errors import HasteError
+from haste_core.study import cluster, config, workflow
+from haste_core.study.cli import main
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("slurm", "kubernetes")
@@ -23,8 +24,8 @@ NAMES = ("slurm", "kubernetes")
 STAND_IN = """
 import json, os, sys
 words = getattr(sys, "orig_argv", [])
-if "haste_core.cli" in words:
-    words, out = words[words.index("haste_core.cli") + 1 :], os.environ["HASTE_OUTPUT"]
+if "haste_core.study.cli" in words:
+    words, out = words[words.index("haste_core.study.cli") + 1 :], os.environ["HASTE_OUTPUT"]
     told = {"words": words, "cwd": os.getcwd(), "out": out, "threads": os.environ.get("OMP_NUM_THREADS")}
     with open(os.environ["CALLS"], "a") as log:
         log.write(json.dumps(told) + "\\n")

@@ -12,13 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from haste_core import config
-from haste_core.claims import Curves, curves_of, interval, one_card
 from haste_core.errors import HasteError, unknown
-from haste_core.evaluation import evaluation_samples
-from haste_core.runs import Run
 from haste_core.sampling import passes, times_of
-from haste_core.scoring.scorers import Scoring
+from haste_core.study import config
+from haste_core.study.claims import Curves, curves_of, interval, one_card
+from haste_core.study.evaluation import evaluation_samples
+from haste_core.study.runs import Run
+from haste_core.study.scoring.scorers import Scoring
 
 PAIRED = ["group", "arm", "reference", "step", "seed", "gain", "fid", "n"]
 LATE = ["arm", "baseline", "measure", "step", "gain", "low", "high", "seeds", "verdict"]

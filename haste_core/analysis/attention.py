@@ -8,12 +8,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from haste_core import config
 from haste_core.alignment import attention_probabilities, paired_heads
 from haste_core.analysis import probe
-from haste_core.data import Dataset, open_dataset
 from haste_core.models.layers import Taps
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.data import Dataset, open_dataset
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.token_grids import Grid, resample_attention
 

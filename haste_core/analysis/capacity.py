@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from haste_core.analysis import probe
 from haste_core.analysis.tokens import student_tokens, teacher_blocks, teacher_tokens
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 from haste_core.token_grids import Grid
 from haste_core.training import find_teacher
 

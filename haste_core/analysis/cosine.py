@@ -14,10 +14,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from haste_core.alignment import Alignment
-from haste_core.data import Batch
 from haste_core.errors import HasteError, unknown
 from haste_core.models.layers import Tapped
 from haste_core.objectives import Objective
+from haste_core.study.data import Batch
 
 LOSSES = ("feature", "attention", "holistic")
 # Groups of images with a gradient each: enough for a bootstrap, few enough for the memory of an XL block.

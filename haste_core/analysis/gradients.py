@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from haste_core import checkpoint, config
+from haste_core import checkpoint
 from haste_core.alignment import Alignment
 from haste_core.analysis.cosine import CHUNKS, LOSSES, Products, gradient_cosine, losses_at, noise, reaching, split
 from haste_core.analysis.online import OnlineAngle
 from haste_core.analysis.probe import BATCH, held_out
-from haste_core.data import open_dataset
 from haste_core.devices import default_device
 from haste_core.errors import unknown
 from haste_core.models import DiffusionTransformer
 from haste_core.objectives import Objective, objective_of
-from haste_core.runs import Run
 from haste_core.state import build_generator
+from haste_core.study import config
+from haste_core.study.data import open_dataset
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.training import find_teacher
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from haste_core.analysis.cosine import noise
-from haste_core.data import Batch, open_dataset
 from haste_core.devices import default_device
-from haste_core.evaluation import generator_at
 from haste_core.models import DiffusionTransformer
 from haste_core.models.layers import Tapped, Taps
 from haste_core.objectives import objective_of
-from haste_core.runs import Run
 from haste_core.state import build_generator, seeds_of
+from haste_core.study.data import Batch, open_dataset
+from haste_core.study.evaluation import generator_at
+from haste_core.study.runs import Run
 
 # Images that go through a network at a time.
 BATCH = 250

@@ -15,9 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from haste_core.analysis import probe
 from haste_core.analysis.similarity import middle_level, teacher_means
-from haste_core.data import open_dataset
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study.data import open_dataset
+from haste_core.study.runs import Run
 from haste_core.training import find_teacher
 
 

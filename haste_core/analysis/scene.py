@@ -18,7 +18,7 @@ from haste_core.analysis.attention import aligned_heads, layer_pairs, token_grid
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
 from haste_core.models.layers import QK, Tapped, Taps
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 from haste_core.teacher import TeacherOutput
 from haste_core.token_grids import resample_attention
 from haste_core.training import find_teacher

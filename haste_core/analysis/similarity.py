@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from haste_core.analysis import probe
 from haste_core.analysis.kernels import Kernels, correlation, drawn_again, inner, resampled_hsic
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.training import find_teacher
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from haste_core.analysis import probe
 from haste_core.analysis.tokens import student_tokens, teacher_blocks, teacher_tokens
-from haste_core.data import Batch, open_dataset
 from haste_core.errors import HasteError
-from haste_core.runs import Run
 from haste_core.sampling import to_uint8
+from haste_core.study.data import Batch, open_dataset
+from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.token_grids import Grid, resample_tokens
 from haste_core.training import find_teacher

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from haste_core import config
-from haste_core.claims import interval, one_card
 from haste_core.errors import HasteError
-from haste_core.runs import Run
+from haste_core.study import config
+from haste_core.study.claims import interval, one_card
+from haste_core.study.runs import Run
 from haste_core.termination import Line, alignment_loss, build_trigger, replay
 
 # The measurement a kind of trigger reads from a log; `iteration` reads none.

@@ -15,10 +15,10 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from haste_core import config, provenance
 from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
-from haste_core.runs import Run
+from haste_core.study import config, provenance
+from haste_core.study.runs import Run
 
 
 def obtain(

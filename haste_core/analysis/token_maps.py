@@ -13,7 +13,7 @@ import torch
 from haste_core.analysis.scene import Scene, maps_of
 from haste_core.errors import unknown
 from haste_core.models.layers import QK, Taps
-from haste_core.runs import Run
+from haste_core.study.runs import Run
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from haste_core.claims import one_card
 from haste_core.figures.style import VERDICT_COLOUR, Figure, arm_line, mark_switch, plain_numbers, style, tile
+from haste_core.study.claims import one_card
 
 # A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.
 NEAR = 30

@@ -9,9 +9,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from haste_core import config
 from haste_core.errors import unknown
 from haste_core.figures.style import Figure, plain_numbers
+from haste_core.study import config
 
 _READINGS = {
     "online_angle": "online estimate of the angle",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from haste_core import config
-from haste_core.data.contexts import Contexts
 from haste_core.models.base import DiffusionTransformer
 from haste_core.models.layers import Tapped, Taps
 from haste_core.models.mmdit import MMDiT
 from haste_core.models.sit import DiT, SiT
+from haste_core.study import config
+from haste_core.study.data.contexts import Contexts
 
 __all__ = ["DiT", "DiffusionTransformer", "MMDiT", "SiT", "Tapped", "Taps", "build"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haste_core.data.contexts import Contexts
 from haste_core.errors import HasteError
 from haste_core.models.base import DiffusionTransformer
 from haste_core.models.layers import QK, FinalLayer, Mlp, initialise, modulate
+from haste_core.study.data.contexts import Contexts
 
 
 class Stream(nn.Module):

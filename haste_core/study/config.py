@@ -1,0 +1,374 @@
+"""What a study is: one YAML file resolved to runs, with overrides, profiles and the hashes that name directories.
+
+A study file describes a base (data, teacher, model, train, sample, evaluate) and arms, each a set of overrides on
+that base. `Study.run(arm)` resolves one arm to a `RunConfig`, the complete description of one training run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from haste_core.errors import HasteError, unknown
+from haste_core.seeding import STREAMS
+from haste_core.study.sections import (
+    TRAIN_BOOKKEEPING,
+    Alignment,
+    Analysis,
+    Augment,
+    Claims,
+    Data,
+    Evaluate,
+    Fitting,
+    Model,
+    NonNegative,
+    Sample,
+    Section,
+    Teacher,
+    Termination,
+    Train,
+)
+from haste_core.study.validation import digest, merge, section_type, validate
+
+__all__ = [
+    "Alignment", "Analysis", "Augment", "Claims", "Data", "Evaluate", "Fitting", "Model", "RunConfig", "Sample",
+    "Section", "Study", "Teacher", "Termination", "Train", "digest", "load", "merge", "studies",
+]  # fmt: skip
+
+STUDIES = Path(__file__).parent / "studies"
+
+
+class RunConfig(Section):
+    """Everything that decides one training run, bar its seed."""
+
+    data: Data
+    teacher: Teacher
+    model: Model
+    alignment: Alignment = Alignment()
+    termination: Termination = Termination()
+    train: Train
+
+    @model_validator(mode="after")
+    def _check_student_side(self) -> RunConfig:
+        if not self.alignment.active:
+            return self
+        if self.alignment.lambda_feature > 0 and self.alignment.depth > self.model.depth:
+            raise ValueError(
+                f"alignment.depth {self.alignment.depth} does not exist: the student has {self.model.depth} blocks, "
+                f"counted from 1"
+            )
+        if self.termination.kind == "gradient_angle" and self.termination.every % self.train.log_every:
+            raise ValueError(
+                f"termination.every {self.termination.every} is no multiple of train.log_every {self.train.log_every}"
+            )
+        if self.termination.block is not None and self.termination.block >= self.model.depth:
+            raise ValueError(f"termination.block {self.termination.block}; possible: 0 to {self.model.depth - 1}")
+        for student, _ in self.alignment.layer_pairs:
+            if student >= self.model.depth:
+                raise ValueError(
+                    f"alignment.layer_pairs names student block {student}; possible: 0 to {self.model.depth - 1}"
+                )
+        for head in self.alignment.heads or []:
+            if head >= self.model.heads:
+                raise ValueError(f"alignment.heads names student head {head}; possible: 0 to {self.model.heads - 1}")
+        return self
+
+    @property
+    def tau(self) -> float:
+        """The step from which the run is no longer fully aligned, as far as its settings say.
+
+        0 for a vanilla run, infinity where alignment never ends or a trigger decides.
+        """
+        if not self.alignment.active:
+            return 0
+        return float("inf") if self.termination.at is None else self.termination.at
+
+    @property
+    def unaligned(self) -> str:
+        """Hash of what decides the run apart from its alignment."""
+        content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
+        return digest([STREAMS, content, self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)])
+
+    @property
+    def lineage(self) -> str:
+        """Hash of what decides the run up to the switch: equal for runs that share their first part."""
+        content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
+        content["train"] = self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)
+        if self.alignment.active:
+            content["teacher"] = self.teacher.model_dump(mode="json")
+            content["alignment"] = self.alignment.model_dump(mode="json")
+        return digest([STREAMS, content])
+
+    @property
+    def hash(self) -> str:
+        """Hash of everything that changes a number of the run; names its directory."""
+        ending = self.termination.model_dump(mode="json") if self.alignment.active else None
+        return digest([self.lineage, ending])
+
+
+class Arm(RunConfig):
+    """What an arm may override: all that decides its run but the data, how its images are drawn, and its seeds."""
+
+    sample: Sample = Sample()
+    seeds: list[NonNegative] = []
+
+
+class Study(Section):
+    """A base, its arms and its seeds, as read from a study file.
+
+    title: the question, in a line. note: what a reader of the report must know before the numbers.
+    groups: lists of arms that belong to one question, by name; `main` are those of the report's own figures, by
+    default all. triggers: what notebook 07 replays over the logs of always-on runs, by name.
+    analyses: notebooks that the study runs before its report, with their parameters. None of these changes a run.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    title: str = ""
+    note: str = ""
+    data: Data
+    teacher: Teacher
+    model: Model
+    alignment: Alignment = Alignment()
+    train: Train
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    claims: Claims = Claims()
+    analysis: Analysis = Analysis()
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")], dict[str, Any]]
+    seeds: Annotated[list[NonNegative], Field(min_length=1)]
+    groups: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    triggers: dict[str, Termination] = {}
+    analyses: dict[str, dict[str, Any]] = {}
+    profiles: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Study:
+        for name, members in self.groups.items():
+            for arm in members:
+                if arm not in self.arms:
+                    raise ValueError(f"groups.{name} names arm {arm!r}; possible: {', '.join(self.arms)}")
+        return self
+
+    @property
+    def main(self) -> list[str]:
+        """The arms of the report's own figures and of the claims that are read early."""
+        return self.groups.get("main", list(self.arms))
+
+    def run(self, arm: str) -> RunConfig:
+        """The complete configuration of one arm.
+
+        Raises:
+            HasteError: the arm does not exist, or its overrides do not fit.
+        """
+        if arm not in self.arms:
+            raise unknown("arm", arm, self.arms)
+        sections = set(RunConfig.model_fields)
+        base = {k: v for k, v in self.model_dump(mode="json").items() if k in sections}
+        # All arms learn from the same images, so that their scores can be compared.
+        possible = sorted(set(Arm.model_fields) - {"data"})
+        for key in self.arms[arm]:
+            if key not in possible:
+                raise unknown(f"section in arm {arm!r}", key, possible)
+        own = {key: value for key, value in self.arms[arm].items() if key not in ("sample", "seeds")}
+        return validate(RunConfig, merge(base, own), f"arm {arm!r}")
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """The seeds of an arm: the study's, or those of them that the arm names itself.
+
+        Raises:
+            HasteError: it names one that the study does not have.
+        """
+        own = self.arms[arm].get("seeds")
+        if own is None:
+            return self.seeds
+        wrong = [seed for seed in own if seed not in self.seeds] if isinstance(own, list) else [own]
+        if wrong or not own:
+            raise HasteError(f"arms.{arm}.seeds is {own}; expected a list of some of the study's seeds {self.seeds}")
+        return own
+
+    def sample_of(self, arm: str) -> Sample:
+        """How images of an arm are drawn: as the study says, bar what the arm overrides (a DiT needs `ddpm`)."""
+        own = self.arms[arm].get("sample", {})
+        return validate(Sample, merge(self.sample.model_dump(mode="json"), own), f"arm {arm!r}")
+
+    def donor(self, arm: str) -> str | None:
+        """The arm from whose checkpoint at the switch this arm can start, or None.
+
+        A donor shares everything up to the switch, stays in phase I until then and keeps its checkpoint there.
+        """
+        own = self.run(arm)
+        for other in self.arms:
+            candidate = self.run(other)
+            shares = other != arm and candidate.lineage == own.lineage and candidate.tau > own.tau
+            shares = shares and set(self.seeds_of(arm)) <= set(self.seeds_of(other))
+            if shares and own.tau in candidate.train.kept_steps:
+                return other
+        return None
+
+    def baseline(self, arm: str) -> str | None:
+        """The arm without alignment that differs from this one in nothing else, or None."""
+        own = self.run(arm)
+        for other in self.arms:
+            candidate = self.run(other)
+            same = candidate.unaligned == own.unaligned
+            if not candidate.alignment.active and same and self.sample_of(other) == self.sample_of(arm):
+                return other
+        return None
+
+    def teacher_hash(self, teacher: Teacher) -> str:
+        """Hash of what decides a teacher's weights in this study, not what it is shown."""
+        weights = teacher.model_dump(mode="json", exclude={"low_pass", "precision"})
+        return digest([STREAMS, self.data.model_dump(mode="json"), weights])
+
+    def teachers(self) -> list[Teacher]:
+        """The study's own teacher, then those that aligned arms bring."""
+        runs = [self.run(arm) for arm in self.arms]
+        brought = [run.teacher for run in runs if run.alignment.active and run.teacher != self.teacher]
+        return [self.teacher, *(t for i, t in enumerate(brought) if t not in brought[:i])]
+
+    def check_baseline(self) -> None:
+        """Raise HasteError where no main arm is plain training, against which gains and step times are read."""
+        if "vanilla" not in self.main or self.run("vanilla").alignment.active:
+            raise HasteError(
+                f"gains and step times are read against an arm without alignment named vanilla, main arms are "
+                f"{', '.join(self.main)}; possible: arms.vanilla={{}}, and groups.main with it"
+            )
+
+    def check_claims(self) -> None:
+        """Raise HasteError where a step that early gains are read at is not a kept one of every main arm."""
+        for arm in self.main:
+            kept = self.run(arm).train.kept_steps
+            missing = [step for step in self.claims.early if step not in kept]
+            if missing:
+                raise HasteError(
+                    f"claims.early names step {missing[0]}, which arm {arm!r} does not keep; expected some of {kept}, "
+                    f"or another train.keep"
+                )
+
+    @property
+    def extractor_hash(self) -> str:
+        """Hash of what decides the weights of the feature extractor behind FID."""
+        return self._fitted_hash("extractor", self.evaluate.extractor)
+
+    @property
+    def autoencoder_hash(self) -> str:
+        """Hash of what decides the weights of the feature extractor that is trained without labels."""
+        return self._fitted_hash("autoencoder", self.evaluate.autoencoder)
+
+    def _fitted_hash(self, role: str, fitting: Fitting) -> str:
+        return digest(
+            [STREAMS, role, self.data.model_dump(mode="json"), fitting.model_dump(), self.evaluate.extractor_width]
+        )
+
+    @property
+    def evaluation_hash(self) -> str:
+        """Hash of everything that moves a score except the weights that are scored."""
+        return self.evaluation_hash_of(self.sample)
+
+    def evaluation_hash_of(self, sample: Sample) -> str:
+        """`evaluation_hash` where images are drawn by `sample`."""
+        return digest([sample.model_dump(), self.evaluate.model_dump(), self.extractor_hash, self.autoencoder_hash])
+
+
+def studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(p.stem for p in STUDIES.glob("*.yaml"))
+
+
+def load(study: str | Path, profile: str | None = None, overrides: Iterable[str] = ()) -> Study:
+    """A study by name or by the path of a YAML file, after its profile and then the overrides.
+
+    Args:
+        study: a name from `studies()` or a path ending in .yaml.
+        profile: a named set of overrides in the file itself, for instance "smoke".
+        overrides: texts such as "train.steps=200"; the value is read as YAML. Keys address the study's base, or an
+            arm with "arms.haste.termination.at=100".
+
+    Raises:
+        HasteError: the study, profile, key or type does not exist or does not fit.
+    """
+    path = Path(study) if str(study).endswith((".yaml", ".yml")) else STUDIES / f"{study}.yaml"
+    if not path.is_file() or not (path.parent != STUDIES or path.stem in studies()):
+        raise unknown("study", study, [*studies(), "or the path of a .yaml file"])
+    content = _read(path)
+    if profile:
+        profiles = content.get("profiles") or {}
+        if profile not in profiles:
+            raise unknown(f"profile of study {content.get('name')!r}", profile, profiles)
+        content = merge(content, profiles[profile])
+    for override in overrides:
+        content = _apply(content, override)
+    loaded = validate(Study, content, f"study {path.stem!r}")
+    for arm in loaded.arms:
+        loaded.run(arm)
+        loaded.sample_of(arm)
+        loaded.seeds_of(arm)
+    return loaded
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A study file as plain mappings."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except UnicodeDecodeError as error:
+        raise HasteError(f"{path} is not valid YAML: not text in UTF-8") from error
+    except yaml.YAMLError as error:
+        raise HasteError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise HasteError(f"{path} holds {type(content).__name__}; a study is a mapping of sections")
+    for key in {"profiles", "arms"} & set(content):
+        entries = content[key] if isinstance(content[key], dict) else {}
+        wrong = {f"{key}.{name}": entry for name, entry in entries.items() if not isinstance(entry, dict)}
+        if not isinstance(content[key], dict):
+            wrong = {key: content[key]}
+        for where, given in wrong.items():
+            raise HasteError(f"study {path.stem!r}: {where} is {given!r}; possible: a dictionary, for instance {{}}")
+    return content
+
+
+def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise HasteError(f"override {override!r} is not of the form key=value, for instance train.steps=200")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HasteError(f"override {override!r}: the value is not valid YAML") from error
+    # YAML 1.1 reads 1e-3 (no dot) as text; a number is what everybody means.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    parts = key.split(".")
+    _check_key(parts, content)
+    nested: Any = value
+    for part in reversed(parts):
+        nested = {part: nested}
+    return merge(content, nested)
+
+
+def _check_key(parts: list[str], content: Mapping[str, Any]) -> None:
+    """Name the possible keys before pydantic sees the override, level by level."""
+    section: Any = Study
+    for i, part in enumerate(parts):
+        where = ".".join(parts[:i]) or "study"
+        if parts[0] == "arms" and i == 1:
+            arms = content.get("arms") or {}
+            if part not in arms:
+                raise unknown("arm", part, arms)
+            section = Arm
+            continue
+        if section is None:
+            return
+        if part not in section.model_fields:
+            raise unknown(f"override key in {where}", part, section.model_fields)
+        below = section_type(section.model_fields[part].annotation)
+        is_section = below is not None
+        if not is_section and i + 1 < len(parts) and parts[i : i + 1] != ["arms"] and part != "kwargs":
+            raise HasteError(f"override key {'.'.join(parts)!r}: {part!r} is a value, it has no keys below it")
+        section = below

@@ -1,0 +1,220 @@
+"""The one interface of all data sets: labelled images in memory or on disk, drawn in seeded batches."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from haste_core.errors import HasteError
+from haste_core.seeding import stream
+from haste_core.study import config
+
+
+class Batch(NamedTuple):
+    """What one training step sees.
+
+    x: what the generator models, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents.
+    y: labels (B,) int64. images: what the teacher sees, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space,
+    and none of them, (0, C', S', S'), where latents were asked for without their images. indices: which of the training
+    images these are, (B,) int64; none of them, (0,), where they come from elsewhere.
+    """
+
+    x: Tensor
+    y: Tensor
+    images: Tensor
+    indices: Tensor = torch.empty(0, dtype=torch.int64)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU can copy from without anybody waiting."""
+        return Batch(*(part.pin_memory() for part in self))
+
+
+class Dataset(Protocol):
+    """Labelled images in three disjoint splits: "train", "validation" for decisions in a study, "test" for its scores.
+
+    `image_size` and `channels` are of what the generator models: pixels or latents.
+    """
+
+    name: str
+    image_size: int
+    channels: int
+    classes: int
+
+    def __len__(self) -> int:
+        """Number of training images."""
+        ...
+
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
+        """Training examples `indices` (B,), augmented with draws from `generator`.
+
+        with_images: False where nobody looks at the images, which then need not be read where they are not x itself.
+        part: which of the examples are wanted; draws are taken for all of them all the same, so that processes which
+            want different parts stay in step.
+        """
+        ...
+
+    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images of a split without augmentation, (n, C', S', S') in [-1, 1], and labels (n,).
+
+        All of them, or the first `count`.
+        """
+        ...
+
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
+        """The same images without augmentation as the generator sees them; `with_images` as for `batch`."""
+        ...
+
+
+class Batches:
+    """An endless, seeded stream of batches; every image once per pass, the short last batch of a pass left out.
+
+    Its state (order of the pass, position in it, generator) can be saved and restored exactly. `with_images` can be
+    set to False at any time, see `Dataset.batch`. `part` is what is handed out of each batch. `ahead`: a thread reads
+    the batch after each one that is handed out; the stream and its states stay the same.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        with_images: bool = True,
+        part: slice = slice(None),
+        ahead: bool = False,
+    ) -> None:
+        if batch_size > len(dataset):
+            raise HasteError(f"train.batch_size {batch_size} exceeds the {len(dataset)} training images")
+        self.dataset, self.batch_size, self.with_images, self.part = dataset, batch_size, with_images, part
+        self.generator = Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.position = 0
+        self._reader = ThreadPoolExecutor(1, "batches") if ahead else None
+        self._coming: Future[Batch] | None = None
+        self._before: dict[str, Tensor] = {}  # the stream's state before the batch that is being read
+
+    def next(self) -> Batch:
+        """The next batch of the stream, or the part of it.
+
+        Raises:
+            HasteError: it cannot be read.
+        """
+        coming, self._coming = self._coming, None
+        batch = self._read() if coming is None else coming.result()
+        if self._reader is not None:
+            self._before = self._state()
+            self._coming = self._reader.submit(self._read)
+        return batch
+
+    def _read(self) -> Batch:
+        if self.position + self.batch_size > len(self.order):
+            self.order = torch.randperm(len(self.dataset), generator=self.generator)
+            self.position = 0
+        indices = self.order[self.position : self.position + self.batch_size]
+        self.position += self.batch_size
+        batch = self.dataset.batch(indices, self.generator, self.with_images, self.part)
+        batch = batch._replace(indices=indices[self.part])
+        return batch.pinned() if self._reader is not None and torch.cuda.is_available() else batch
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on with exactly the next batch."""
+        return self._state() if self._coming is None else self._before
+
+    def _state(self) -> dict[str, Tensor]:
+        return {
+            "order": self.order,
+            "position": torch.tensor(self.position),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state` was saved."""
+        if self._coming is not None:
+            self._coming.exception()  # the reader is done with the generator; its batch belongs to another stream
+            self._coming = None
+        self.order = state["order"]
+        self.position = int(state["position"])
+        self.generator.set_state(state["generator"])
+
+
+def split_indices(labels: Tensor, data: config.Data, what: str) -> dict[str, Tensor]:
+    """Indices of the "train", "validation" and "test" images of a data set, (n,) each, disjoint and complete.
+
+    Args:
+        labels: (N,) int64. data: its fractions and split_seed decide. what: name of the data in errors.
+
+    Raises:
+        HasteError: there are too few images.
+    """
+    rest, test = _hold_out(labels, data.test_fraction, "test", data.split_seed, f"{what}, data.test_fraction")
+    train, validation = hold_out_validation(labels[rest], data, what)
+    return {"train": rest[train], "validation": rest[validation], "test": test}
+
+
+def hold_out_validation(labels: Tensor, data: config.Data, what: str) -> tuple[Tensor, Tensor]:
+    """Indices (n,) of training and of validation images among those with `labels`; as in `split_indices`."""
+    where = f"{what}, data.validation_fraction"
+    return _hold_out(labels, data.validation_fraction, "validation", data.split_seed, where)
+
+
+def _hold_out(labels: Tensor, fraction: float, split: str, seed: int, what: str) -> tuple[Tensor, Tensor]:
+    """Indices of kept and held-out images: stratified where every class can be on both sides, else plain."""
+    counts = torch.bincount(labels)
+    held = math.ceil(len(labels) * fraction)
+    if not 0 < held < len(labels):
+        raise HasteError(
+            f"{what} {fraction}: {len(labels)} image{'s' * (len(labels) != 1)} cannot be divided into {held} held out "
+            f"and at least one left; expected two images or more on which the fraction leaves some; use more images or "
+            f"a smaller fraction"
+        )
+    divisible = int(counts[counts > 0].min()) > 1 and min(held, len(labels) - held) >= int((counts > 0).sum())
+    kept, out = train_test_split(
+        np.arange(len(labels)),
+        test_size=fraction,
+        random_state=stream(f"{split} split", seed) % 2**32,  # the range of scikit-learn's seeds
+        stratify=labels.numpy() if divisible else None,
+    )
+    return torch.from_numpy(kept), torch.from_numpy(out)
+
+
+def augmented(
+    x: Tensor, augment: config.Augment, generator: Generator, drawn: int | None = None, part: slice = slice(None)
+) -> Tensor:
+    """x (B, C, S, S) in [-1, 1], each image mirrored and moved at random as `augment` says.
+
+    drawn, part: draws are taken for so many images (by default B), of which x is this part.
+    """
+    drawn = drawn or len(x)
+    if augment.flip:
+        mirrored = torch.rand(drawn, generator=generator)[part] < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    return affine(x, augment, generator, drawn, part) if augment.moves else x
+
+
+def affine(
+    x: Tensor, augment: config.Augment, generator: Generator, drawn: int | None = None, part: slice = slice(None)
+) -> Tensor:
+    """x (B, C, S, S) shifted, rotated and scaled at random, bilinear, the background (-1) filling the border.
+
+    drawn, part: as in `augmented`.
+    """
+    u = torch.rand(drawn or len(x), 4, generator=generator)[part] * 2 - 1
+    angle = u[:, 0] * augment.rotation * math.pi / 180
+    scale = 1 + u[:, 1] * augment.scale
+    shift = u[:, 2:] * augment.shift * 2 / x.shape[-1]
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1

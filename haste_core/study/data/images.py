@@ -1,0 +1,223 @@
+"""Any labelled images that Hugging Face `datasets` reads, in pixel space: folders, parquet files, hub names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from haste_core.errors import HasteError
+from haste_core.files import atomic, output_root
+from haste_core.study import config
+from haste_core.study.data.base import Batch, augmented, hold_out_validation, split_indices
+from haste_core.study.data.resize import center_crop, to_signed, to_tensor
+
+# Splits up to this many bytes are decoded once and kept in runs/decoded/, larger ones are decoded when asked for.
+KEPT_DECODED = 2**30
+_FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder of them, or a hub name (owner/name)"
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class Images:
+    """RGB images of one size in [-1, 1] with labels; flips and affine maps in training as `data.augment` says.
+
+    Raises:
+        HasteError: the data cannot be found or read, or hold no images with labels.
+    """
+
+    channels = 3
+
+    def __init__(self, data: config.Data) -> None:
+        self.augment, self.image_size = data.augment, int(data.image_size or 0)
+        path = str(data.path)
+        self.name = Path(path).name
+        rows = read_splits(data)
+        self._splits = {name: Split(part, self.image_size, path) for name, part in rows.items()}
+        labels = torch.cat([split.labels for split in self._splits.values()])
+        self.classes = max(int(labels.max()) + 1, *(split.classes for split in self._splits.values()))
+
+    def __len__(self) -> int:
+        return len(self._splits["train"].labels)
+
+    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, S, S) and labels (n,) of a split, without augmentation."""
+        chosen = self._splits[split]
+        indices = torch.arange(len(chosen.labels))[:count]
+        return to_signed(chosen.pixels(indices)), chosen.labels[:count]
+
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
+        """The same images as a batch."""
+        x, y = self.images(split, count)
+        return Batch(x, y, x)
+
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
+        """Training examples, augmented at random."""
+        chosen, wanted = self._splits["train"], indices[part]
+        x = augmented(to_signed(chosen.pixels(wanted)), self.augment, generator, len(indices), part)
+        return Batch(x, chosen.labels[wanted], x)
+
+
+class Split:
+    """One split: labels in memory, pixels decoded on several threads, and kept where they are few enough.
+
+    Args:
+        rows: as `datasets` reads them. size: side of the squares in pixels. path: how errors name the data.
+
+    Raises:
+        HasteError: there are no images, no labels, or negative ones.
+    """
+
+    def __init__(self, rows: Any, size: int, path: str) -> None:
+        if len(rows) == 0:
+            raise HasteError(f"data {path}: a split without images; possible: {_FORMATS}")
+        self.image_column, label_column = columns_of(rows, path)
+        # Files written without datasets' own metadata hold images as {bytes, path}.
+        self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
+        labels = rows[label_column][:]
+        if None in labels:
+            raise HasteError(f"data {path}: image {labels.index(None)} has no label; possible: 0 and above")
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
+        self.classes = len(self.class_names or [])
+        if int(self.labels.min()) < 0:
+            raise HasteError(f"data {path}: label {int(self.labels.min())}; possible: 0 and above")
+        self._kept: Tensor | None = None
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S)."""
+        if len(self.labels) * 3 * self.size**2 > KEPT_DECODED:
+            return self.decode(indices.tolist())
+        if self._kept is None:
+            self._kept = self._open_kept()
+        return self._kept[indices]
+
+    def _open_kept(self) -> Tensor:
+        """All pixels, mapped from a file that is written at first use and shared by every process of a study."""
+        path = output_root() / "runs" / "decoded" / f"{self.rows._fingerprint}-{self.size}.npy"
+        if not path.is_file():
+            with atomic(path) as temporary, temporary.open("wb") as stream:
+                np.save(stream, self.decode(range(len(self.labels))).numpy(), allow_pickle=False)
+        try:
+            # Copy-on-write: torch wants memory it may write to, the file stays as it is.
+            kept = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise HasteError(f"{path} is damaged ({error}); possible: delete it, it is made again") from error
+        if kept.dtype != torch.uint8 or kept.shape != (len(self.labels), 3, self.size, self.size):
+            raise HasteError(f"{path} holds something else, {tuple(kept.shape)}; possible: delete it, it is made again")
+        return kept
+
+    def decode(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (B, 3, S, S), decoded now whatever is kept.
+
+        Raises:
+            HasteError: a file is missing or no image.
+        """
+        parts = [indices[i : i + 64] for i in range(0, len(indices), 64)]
+        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+            return torch.cat(list(pool.map(self._decode, parts)))
+
+    def _decode(self, chosen: Sequence[int]) -> Tensor:
+        try:
+            pictures = self.rows[list(chosen)][self.image_column]
+            return torch.stack([to_tensor(center_crop(picture, self.size)) for picture in pictures])
+        except (OSError, ValueError, SyntaxError, AttributeError) as error:  # Pillow raises all of these
+            if len(chosen) > 1:  # one by one, to name the one that fails
+                return torch.cat([self._decode([index]) for index in chosen])
+            cause = " ".join(str(error).split())
+            raise HasteError(f"data {self.path}: image {chosen[0]} cannot be decoded ({cause})") from error
+
+
+def columns_of(rows: Any, path: str) -> tuple[str, str]:
+    """The names of the image column and of the label column.
+
+    Raises:
+        HasteError: there is no such column.
+    """
+    pictures = [
+        name
+        for name, kind in rows.features.items()
+        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
+    ]
+    whole = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+    labels = [n for n, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)] or [
+        name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in whole
+    ]
+    if not pictures or not labels:
+        raise HasteError(
+            f"data {path} has columns {', '.join(rows.features)}; possible: one of images and one of whole numbers"
+        )
+    return pictures[0], "label" if "label" in labels else labels[0]
+
+
+def read_splits(data: config.Data) -> dict[str, Any]:
+    """Rows of "train", "validation" and "test" as `datasets` reads them.
+
+    Validation images are held out of the training split, and so are test images where there is no test split.
+
+    Raises:
+        HasteError: nothing is there, a split is missing, or there are too few images.
+    """
+    path = str(data.path)
+    found = load_splits(path)
+    train = pick_split(found, data.train_split, path)
+    labels = Split(train, int(data.image_size or 0), path).labels
+    if data.test_split in found and data.test_split != data.train_split:
+        kept, held_out = hold_out_validation(labels, data, f"data {path}")
+        own = {"train": train.select(kept.tolist()), "validation": train.select(held_out.tolist())}
+        return own | {"test": found[data.test_split]}
+    chosen = split_indices(labels, data, f"data {path} without a split {data.test_split!r}")
+    return {name: train.select(indices.tolist()) for name, indices in chosen.items()}
+
+
+def load_splits(path: str) -> dict[str, Any]:
+    """Every split of a folder, parquet file or hub name, as `datasets` reads it.
+
+    Raises:
+        HasteError: nothing is there, or it cannot be read.
+    """
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(path):
+        raise HasteError(f"data.path {path!r} does not exist; possible: {_FORMATS}")
+    try:
+        return dict(_load(path))
+    except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
+        # datasets wraps what went wrong in "An error occurred while generating the dataset".
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        raise HasteError(f"data.path {path!r} cannot be read: {cause}; possible: {_FORMATS}") from error
+
+
+def pick_split(found: dict[str, Any], name: str, path: str) -> Any:
+    """The rows of one split.
+
+    Raises:
+        HasteError: there is no such split.
+    """
+    if name not in found:
+        raise HasteError(f"data {path} has no split {name!r}; possible: {', '.join(found)}")
+    return found[name]
+
+
+def _load(path: str) -> Any:
+    place = Path(path)
+    if place.is_file():
+        return datasets.load_dataset("parquet", data_files={"train": str(place)})
+    if not place.is_dir():
+        return datasets.load_dataset(path)
+    files = sorted(place.glob("*.parquet"))
+    if not files:
+        return datasets.load_dataset("imagefolder", data_dir=str(place), drop_labels=False)
+    # The usual names: train-00000-of-00002.parquet, cifar10-test.parquet.
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        name = next((s for s in ("train", "test", "validation") if s in file.stem), "train")
+        splits.setdefault(name, []).append(str(file))
+    return datasets.load_dataset("parquet", data_files=splits)

@@ -1,0 +1,383 @@
+"""The sections of a study file: what can be set, of which type, with which default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from haste_core.study.presets import MODELS, SAMPLERS, fill
+
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"],
+    BeforeValidator(lambda given: "no" if given is False else given),  # YAML reads a bare no as false
+]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of a study; unknown keys and wrong types are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Augment(Section):
+    """Random affine map per training image: shift in pixels, rotation in degrees, scale as a fraction.
+
+    flip mirrors half of the images left to right.
+    """
+
+    shift: float = Field(0.0, ge=0)
+    rotation: float = Field(0.0, ge=0, le=180)
+    scale: float = Field(0.0, ge=0, lt=1)
+    flip: bool = False
+
+    @property
+    def moves(self) -> bool:
+        """True when the affine part does anything."""
+        return self.shift > 0 or self.rotation > 0 or self.scale > 0
+
+
+class Data(Section):
+    """Where images come from, and in which space the generator models them.
+
+    kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `images`: pixels of any labelled images
+    that Hugging Face `datasets` reads. `latents`: a folder made by `haste latents`, or one prepared for REPA or HASTE
+    (images/, vae-sd/, dataset.json). path: for `images` a folder (one sub-folder a class), a parquet file or a folder
+    of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are cropped and resized
+    (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set; without a test split,
+    test_fraction of the images is held out. split_seed: of the images that are held out. contexts: a safetensors file
+    with the text tokens of every label, for `model.kind: mmdit`.
+
+    validation_fraction: the share of the images left for training after the test images are held out that is held out
+    for decisions during a study: triggers that look at held-out images, acceptance of a teacher or an extractor. Test
+    images are used by scores and analyses alone.
+    """
+
+    kind: Literal["digits", "images", "latents"] = "digits"
+    path: str | None = None
+    image_size: Positive | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    contexts: str | None = None
+    test_fraction: float = Field(0.25, gt=0, lt=1)
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    split_seed: NonNegative = 0
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _check_path(self) -> Data:
+        if (self.kind == "digits") == (self.path is not None):
+            raise ValueError(f"kind {self.kind!r} with path={self.path}: kinds 'images' and 'latents' need a path")
+        if self.kind == "images" and self.image_size is None:
+            raise ValueError("kind 'images' needs image_size, the side in pixels that the generator models")
+        return self
+
+
+class Fitting(Section):
+    """How a small classifier (teacher or extractor) is trained inside the study.
+
+    augment: its own augmentation; the data's when not given. attempts: how many seeds (seed, seed + 1, ...) are tried
+    before a validation accuracy below min_accuracy is an error.
+    """
+
+    steps: Positive = 1500
+    batch_size: Positive = 128
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    label_smoothing: Unit = 0.1
+    seed: NonNegative = 1000
+    attempts: Positive = 1
+    min_accuracy: Unit = 0.98
+    augment: Augment | None = None
+
+
+class Teacher(Section):
+    """A frozen encoder: any timm vision transformer by name.
+
+    weights: `hub` (timm's published weights), `pretrain` (trained in the study's first stage by `fitting`),
+    `random` (timing and tests only), or the path of a local checkpoint. mean, std: of inputs in [0, 1]; taken from
+    timm's `pretrained_cfg` when not given. Input size and interpolation come from it too; `kwargs: {img_size: 224}`
+    overrides the size. resize: `reference` normalises and then resizes bicubic without antialias, as the paper's code.
+    precision: of its passes, whatever the run's (`no`: float32); the run's own by default. Its tokens, q and k must
+    keep a cosine of 0.999 to float32.
+    low_pass: the teacher sees only frequencies up to this share of the Nyquist frequency (Fig 5, arXiv 2505.16792;
+    `haste_core.teacher.low_passed`).
+    """
+
+    model: str
+    kwargs: dict[str, Any] = {}
+    weights: str = "hub"
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    resize: Literal["antialias", "reference"] = "antialias"
+    # Left out of hashes where it is not given, so that runs made before there was such a setting keep their names.
+    precision: Precision | None = Field(None, exclude_if=lambda precision: precision is None)
+    low_pass: float | None = Field(None, gt=0, le=1)
+    fitting: Fitting = Fitting()
+
+
+class Model(Section):
+    """The diffusion transformer. `preset` such as "SiT-XL/2" or "DiT-XL/2" fills kind, depth, width, heads and patch.
+
+    kind: `sit` predicts the velocity of the linear path, `dit` noise and variance of improved DDPM, `mmdit` the
+    velocity from text tokens (context_width wide) instead of labels.
+    """
+
+    kind: Literal["sit", "dit", "mmdit"] = "sit"
+    preset: str | None = None
+    depth: Positive = 12
+    width: Positive = 384
+    heads: Positive = 6
+    patch: Positive = 2
+    mlp_ratio: float = Field(4.0, gt=0)
+    qk_norm: bool = False
+    context_width: Positive = 768
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        return fill(values, MODELS)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Model:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, which the sin-cos positions need")
+        if self.kind == "mmdit" and (self.qk_norm or self.mlp_ratio != 4.0):
+            raise ValueError("kind 'mmdit' has mlp_ratio 4 and no qk_norm")
+        return self
+
+
+class Alignment(Section):
+    """Phase I (Eq. 4, arXiv 2505.16792). Both weights zero means a vanilla run.
+
+    depth: the block, counted from 1, whose output tokens are aligned. layer_pairs: (student block, teacher block),
+    both counted from 0. heads: indices aligned, student head m with teacher head m; by default the first
+    min(student heads, teacher heads), the rest stay free. t_low, t_high: only samples whose noise level lies in this
+    interval are aligned (Fig 5); the losses stay means over the whole batch, the others counting as zero.
+    """
+
+    lambda_feature: float = Field(0.0, ge=0)
+    lambda_attention: float = Field(0.0, ge=0)
+    depth: Positive = 8
+    layer_pairs: list[tuple[NonNegative, NonNegative]] = []
+    heads: list[NonNegative] | None = None
+    projector_width: Positive = 2048
+    t_low: Unit = 0.0
+    t_high: Unit = 1.0
+
+    @property
+    def active(self) -> bool:
+        """True when either loss has a weight, so that the run has a phase I."""
+        return self.lambda_feature > 0 or self.lambda_attention > 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Alignment:
+        if self.lambda_attention > 0 and not self.layer_pairs:
+            raise ValueError("lambda_attention > 0 needs layer_pairs, a list of [student block, teacher block]")
+        if self.t_low >= self.t_high:
+            raise ValueError(
+                f"t_low {self.t_low} is not below t_high {self.t_high}; possible: 0 <= t_low < t_high <= 1"
+            )
+        if self.heads is not None and (not self.heads or len(set(self.heads)) < len(self.heads)):
+            raise ValueError(f"heads {self.heads} must name at least one head, each once")
+        return self
+
+
+class Termination(Section):
+    """When phase I ends (Eq. 3).
+
+    kind: `iteration`: phase II from step `at` on. `never`: always on. `gradient_angle`: the paper's trigger, the exact
+    cosine between denoising and alignment gradients on block `block` (from 0; by default the last below the aligned
+    depth), every `every` steps after step `after`, at the noise levels `timesteps` on `n` validation images; it fires
+    when the mean is below `threshold` (Tables 9, 10).
+    `online_angle`: the estimate that costs no extra pass, below `threshold` for `patience` logged lines in a row after
+    an exponential average with `smoothing`. `plateau`: the alignment loss of the last `window` logged lines is below
+    that of the window before by less than the share `gain` of all it fell.
+    fade: steps over which alignment fades out once the trigger fires, instead of one switch.
+    """
+
+    kind: Literal["never", "iteration", "gradient_angle", "online_angle", "plateau"] = "never"
+    at: NonNegative | None = None
+    fade: NonNegative = 0
+    after: NonNegative = 0
+    every: Positive = 100
+    threshold: float = Field(-0.05, ge=-1, le=1)
+    timesteps: Annotated[list[Unit], Field(min_length=1)] = [0.02, 0.1, 0.5, 0.8]
+    n: Positive = 2048
+    block: NonNegative | None = None
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    patience: Positive = 1
+    window: Positive = 4
+    gain: Unit = 0.02
+
+    @model_validator(mode="after")
+    def _check(self) -> Termination:
+        if (self.kind == "iteration") != (self.at is not None):
+            raise ValueError(f"kind {self.kind!r} with at={self.at}: `at` (a step) belongs to kind 'iteration' alone")
+        if self.kind == "never" and self.fade:
+            raise ValueError(f"kind 'never' with fade={self.fade}: what never ends does not fade")
+        return self
+
+
+class Train(Section):
+    """Optimisation (Table 16). Steps are optimizer steps; `keep` lists the steps whose checkpoints stay for good.
+
+    batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
+    share of them in; it divides the memory and changes no number but by rounding, as the number of processes does.
+
+    sharded: divide weights, gradients, optimizer states and average among the processes, block by block; one process
+    has nobody to divide with and trains as without.
+
+    compile: torch.compile the blocks (`haste_core.compiling`); it too changes no number but by rounding, and pays where
+    a run is much longer than the seconds to a minute that compiling takes (`make bench`).
+
+    prefetch: a thread reads the next batch while a step runs, for data on disk. cache_teacher: what the teacher makes
+    of every training image is written down once and read from then on (`haste_core.teacher_cache`); for data without
+    augmentation.
+
+    watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.analysis.online`), which changes
+    no number of the run.
+
+    timestep_shift: s maps a uniform t to s t / (1 + (s - 1) t); above 1 high noise is trained on more often. Not in the
+    paper: the control for what alignment at high noise buys (the map of arXiv 2403.03206, Sec. 5.3.2).
+    """
+
+    steps: Positive
+    batch_size: Positive = 256
+    accumulate: Positive = 1
+    sharded: bool = False
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: Unit = 0.9999
+    label_dropout: Unit = 0.1
+    timestep_shift: float = Field(1.0, gt=0)
+    precision: Precision = "no"
+    compile: bool = False
+    prefetch: bool = False
+    cache_teacher: bool = False
+    threads: Positive = 1
+    keep: list[Positive] = []
+    watch_angle: bool = False
+    log_every: Positive = 50
+    checkpoint_every: Positive = 500
+    sample_every: Positive = 1000
+
+    @field_validator("keep")
+    @classmethod
+    def _sorted(cls, keep: list[int]) -> list[int]:
+        return sorted(set(keep))
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """Steps whose checkpoints stay, ending with the last step of the run."""
+        return [s for s in self.keep if s < self.steps] + [self.steps]
+
+
+# What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, how many
+# images and whose weights the device holds at a time, and how its kernels are made.
+TRAIN_BOOKKEEPING = {
+    "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "sharded", "compile",
+    "prefetch", "cache_teacher",
+}  # fmt: skip
+
+
+class Sample(Section):
+    """How images are drawn. `preset` names one of the paper's settings and fills the fields it decides.
+
+    grid: of the N solver steps of `euler` and `heun` (others have their own): `uniform`, t_i = i / N, whose last call
+    of the network is at 1 / N; or `quadratic`, t_i = (i / N)^2, whose last call is at 1 / N^2.
+    Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
+    guidance_channels: how many leading channels are guided, all by default; 3 repeats DiT's released numbers. vae:
+    decoder of latents, by hub name or folder; the one the latents were made with by default. precision: of the network
+    (`no`: float32); the integrator is float64 all the same. compile: torch.compile its blocks, for many images.
+    """
+
+    preset: str | None = None
+    sampler: Literal["euler", "heun", "sde", "ddpm"] = "sde"
+    solver_steps: Positive = 250
+    grid: Literal["uniform", "quadratic"] = "uniform"
+    guidance: float = Field(1.0, ge=0)
+    guidance_low: Unit = 0.0
+    guidance_high: Unit = 1.0
+    guidance_channels: Positive | None = None
+    vae: str | None = None
+    batch_size: Positive = 256
+    # Left out of hashes and cards where they are not set, so that scores made before there were such settings stay.
+    precision: Precision = Field("no", exclude_if=lambda precision: precision == "no")
+    compile: bool = Field(False, exclude_if=lambda compiled: not compiled)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        return fill(values, SAMPLERS)
+
+
+class Evaluate(Section):
+    """How images are scored. n images; the i-th is drawn from seed `seed + i` for every arm alike.
+
+    suite: `study` scores on features of a classifier that the study trains itself (extractor, extractor_width), and
+    of a denoising autoencoder of the same width that it trains without labels (autoencoder; its min_accuracy is the
+    share of the validation images' pixel variance that it has to explain, label_smoothing has no effect there); `adm`
+    gives FID, sFID, IS, precision and recall by the ADM convention on Inception, and a Frechet distance on DINOv2.
+    reference: an ADM .npz of reference statistics or images; the training images by default. inception, dinov2:
+    local weights; `hub` downloads them, and dinov2 `none` leaves that score out.
+
+    denoising_images: how many held-out images, at most, the denoising loss by noise level is measured on.
+    """
+
+    suite: Literal["study", "adm"] = "study"
+    n: Positive = 1000
+    seed: NonNegative = 0
+    labels: Literal["balanced", "random"] = "balanced"
+    kid_subsets: Positive = 50
+    kid_subset_size: Positive = 400
+    neighborhood: Positive = 3
+    extractor_width: Positive = 64
+    extractor: Fitting = Fitting(seed=2000)
+    autoencoder: Fitting = Fitting(steps=600, batch_size=128, lr=2e-3, weight_decay=0.01, seed=3000, min_accuracy=0.5)
+    reference: str | None = None
+    inception: str = "hub"
+    dinov2: str = "hub"
+    dinov2_model: str = "vit_large_patch14_dinov2.lvd142m"
+    denoising_images: Positive = 10_000
+    batch_size: Positive = 500
+
+
+class Claims(Section):
+    """Which arms and steps stand for the paper's settings.
+
+    early: the steps over which early gains are averaged; one step may be given as a number. roles: the arm (or trigger)
+    of the study by the name that a claim of `haste_core.study.claims` uses, where it has another, such as
+    `repa_midway: repa_800`.
+    """
+
+    early: Annotated[
+        list[Positive],
+        Field(min_length=1),
+        BeforeValidator(lambda given: [given] if isinstance(given, int) else given),
+    ] = [1]
+    roles: dict[str, str] = {}
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+class Analysis(Section):
+    """What the analyses look at, the same for every run of a study.
+
+    n: held-out images, or as many as there are. timesteps: noise levels t in [0, 1]. seed: of their noise and of every
+    resampling. resamples: of a bootstrap interval. block: whose parameters gradients are compared on, from 0; by
+    default the last one below the aligned depth (block 8 of the paper's XL/2, block 5 of its B/2, from 1).
+    """
+
+    n: Positive = 256
+    timesteps: Annotated[list[Unit], Field(min_length=1)] = [0.02, 0.1, 0.3, 0.5, 0.8]
+    seed: NonNegative = 0
+    resamples: Positive = 1000
+    confidence: float = Field(0.95, gt=0, lt=1)
+    block: NonNegative | None = None
