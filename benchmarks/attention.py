@@ -10,8 +10,8 @@ import torch
 from benchmarks import machine
 from haste_core.alignment import DENSE_UP_TO, QUERIES_AT_ONCE, attention_loss
 from haste_core.devices import default_device
-from haste_core.models.layers import QK
 from haste_core.study import cost
+from haste_core.taps import QK
 
 TOKENS = (64, 256, 1024, 4096)
 HEADS, WIDTH = 12, 64

@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 
 from benchmarks import machine
-from haste_core import training
-from haste_core.state import TrainState, create
 from haste_core.study import config, cost
+from haste_core.study.train import create
+from haste_core.training import Trainer
 
 STEPS = 20
 
@@ -83,13 +83,13 @@ def _serve(connection: Connection) -> None:
         what, threads = connection.recv()
         begun = time.perf_counter()
         if what == "compile":
-            training.train_step(compiled)
+            compiled.train_step()
         else:
             torch.set_num_threads(threads)
             for _ in range(STEPS):
-                training.train_step(plain if what == "plain" else compiled)
+                (plain if what == "plain" else compiled).train_step()
         connection.send(time.perf_counter() - begun)
 
 
-def _state(compiled: bool) -> TrainState:
+def _state(compiled: bool) -> Trainer:
     return create(config.load("digits", None, [f"train.compile={compiled}"]).run("vanilla"), 0, None)

@@ -12,11 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import machine, step
-from haste_core import training
 from haste_core.devices import default_device
-from haste_core.state import create
 from haste_core.study import config, cost
 from haste_core.study.preflight import stand_in
+from haste_core.study.train import create
 
 BATCHES, DEPTHS, SEEDS = (8, 32, 128, 512), (3, 6, 12, 24), (1, 3, 9, 27)
 PRESETS = {16: "SiT-S/8", 64: "SiT-S/4", 256: "SiT-S/2"}
@@ -83,4 +82,4 @@ def _row(grows: str, amount: int, t: cost.Timing, peak: float | None) -> dict[st
 def _alone(study: Callable[[], config.Study]) -> None:
     state = create(study().run("vanilla"), 0, None)
     for _ in range(2):
-        training.train_step(state)
+        state.train_step()

@@ -54,7 +54,7 @@ def measure(rounds: int) -> pd.DataFrame:
         actions = {way: partial(draw, models[kind, way], sample) for way, sample in settings.items()}
         timed = cost.interleaved(actions, "plain", rounds, device=device, label=name)
         rows += [
-            {"sampler": name, "passes": sampling.passes(kind, settings[way]), "way": way, "seconds": t.seconds,
+            {"sampler": name, "passes": sampling.passes(kind, settings[way].options), "way": way, "seconds": t.seconds,
              "images_per_s": IMAGES[device.type] / t.seconds, "ratio": t.ratio, "low": t.low, "high": t.high,
              "images": IMAGES[device.type], "rounds": t.rounds}
             for way, t in timed.items()
@@ -65,12 +65,12 @@ def measure(rounds: int) -> pd.DataFrame:
 def generator(kind: str, device: torch.device) -> DiffusionTransformer:
     """A generator of this machine's size, on `device`."""
     size, channels, classes = INPUTS[device.type]
-    model = STUDENTS[device.type].model_copy(update={"kind": kind})
-    built = build(model, image_size=size, channels=channels, classes=classes, seed=0)
+    sizes = STUDENTS[device.type].model_dump(include={"depth", "width", "heads", "patch"})
+    built = build(kind, seed=0, image_size=size, channels=channels, classes=classes, **sizes)
     return built.requires_grad_(False).eval().to(device)
 
 
 def draw(model: DiffusionTransformer, sample: config.Sample) -> torch.Tensor:
     """One batch of images."""
     count = sample.batch_size
-    return sampling.draw(model, torch.arange(count) % model.classes, range(count), sample)
+    return sampling.draw(model, torch.arange(count) % model.classes, range(count), sample.options)

@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 
 from benchmarks import machine
-from haste_core import training
 from haste_core.devices import default_device
-from haste_core.state import TrainState, create
 from haste_core.study import config, cost
 from haste_core.study.preflight import estimates, stand_in, tracing
-from haste_core.teacher import build_teacher
+from haste_core.study.teachers import build_teacher
+from haste_core.study.train import create, switch_of
+from haste_core.training import Trainer
 
 ARMS = ["vanilla", "repa", "haste"]
 PRECISION = {"cpu": "no", "cuda": "bf16"}
@@ -89,7 +89,7 @@ def _row(chosen: config.Study, rate: float, what: str, t: cost.Timing) -> dict[s
 
 
 def _timed(
-    running: Mapping[tuple[str, int], TrainState], rounds: int, with_teacher: bool = False
+    running: Mapping[tuple[str, int], Trainer], rounds: int, with_teacher: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of a step of each state in every round, and of the teacher's forward pass."""
     actions: dict[str, Callable[[], object]]
@@ -100,7 +100,7 @@ def _timed(
     return cost.timed(actions, rounds, device=device, label="SiT-B/2")
 
 
-def _compiled(folder: Path) -> dict[tuple[str, int], TrainState]:
+def _compiled(folder: Path) -> dict[tuple[str, int], Trainer]:
     """A vanilla state as it is, and compiled ones of vanilla and of phase I."""
     both = {compiled: study(folder, compiled=compiled) for compiled in (False, True)}
     run = both[True].run("haste")
@@ -108,7 +108,7 @@ def _compiled(folder: Path) -> dict[tuple[str, int], TrainState]:
     return {
         ("vanilla", 2): create(both[False].run("vanilla"), 0, None),
         ("vanilla" + COMPILED, 2): create(both[True].run("vanilla"), 0, None),
-        ("haste" + COMPILED, 1): create(run, 0, teacher, training.Termination(run)),
+        ("haste" + COMPILED, 1): create(run, 0, teacher, switch_of(run)),
     }
 
 
@@ -117,17 +117,17 @@ def _title(arm: str, phase: int) -> str:
     return (arm if arm == "vanilla" else f"{arm} phase {phase}") + compiled
 
 
-def _teacher_forward(state: TrainState) -> Callable[[], None]:
-    assert state.alignment is not None
+def _teacher_forward(state: Trainer) -> Callable[[], None]:
+    assert state.haste is not None
     state.batches.with_images = True
     images = state.batches.next().images.to(state.accelerator.device)
     return partial(_under_autocast, state, images)
 
 
-def _under_autocast(state: TrainState, images: torch.Tensor) -> None:
-    assert state.alignment is not None
+def _under_autocast(state: Trainer, images: torch.Tensor) -> None:
+    assert state.haste is not None
     with state.accelerator.autocast():
-        state.alignment.teacher(images, state.alignment.teacher_blocks)
+        state.haste.teacher(images, state.haste.teacher_blocks)
 
 
 def _flops(study: config.Study, arm: str, phase: int) -> int:
@@ -138,10 +138,10 @@ def _flops(study: config.Study, arm: str, phase: int) -> int:
 def _alone(folder: Path, arm: str, phase: int) -> None:
     """Two steps of one arm that begins in one phase, for a process of its own."""
     run = study(folder).run(arm)
-    termination = training.Termination(run)
+    termination = switch_of(run)
     termination.update(0 if phase == 1 else int(run.tau) if run.alignment.active else 0)
     teacher = build_teacher(run.teacher) if termination.phase == 1 else None
     state = create(run, 0, teacher, termination)
     state.step = 0 if phase == 1 else int(min(run.tau, run.train.steps - 2))
     for _ in range(2):
-        training.train_step(state)
+        state.train_step()

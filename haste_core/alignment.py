@@ -1,12 +1,13 @@
-"""Phase I: feature and attention alignment with a frozen teacher (Eqs. 1 and 4, Sec. 2.3, arXiv 2505.16792).
+"""Feature and attention alignment with a frozen teacher as pure functions (Eqs. 1 and 4, Sec. 2.3, arXiv 2505.16792).
 
-`Alignment` owns the teacher and the projector and lives in phase I only; the generator knows neither. Both losses
-are computed in float32 whatever the precision of the run.
+Losses are computed in float32 whatever the precision of their inputs. Where student and teacher have different token
+grids, features are compared on the teacher's grid and attention on the student's (Tables 11, 12), bilinear over rows
+and columns. A grid is (rows, columns); its tokens are numbered row by row.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from haste_core.errors import HasteError, unknown
-from haste_core.models import DiffusionTransformer
-from haste_core.models.layers import QK, Tapped, Taps
-from haste_core.study import config
-from haste_core.teacher import Teacher, TeacherOutput
-from haste_core.token_grids import Grid, resample_attention, resample_tokens
+from haste_core.errors import HasteError
+from haste_core.taps import QK
 
-# Where chunks begin to be faster than whole maps on a CPU, and their size (`make bench`: attention).
+Grid = tuple[int, int]
+# From this number of tokens on chunks of queries are faster than whole maps on a CPU, and their size (`make bench`).
 DENSE_UP_TO, QUERIES_AT_ONCE = 512, 128
 
 
@@ -105,122 +103,59 @@ def projector(width: int, hidden: int, teacher_width: int, seed: int) -> nn.Sequ
         )
 
 
-class Alignment:
-    """Everything that exists in phase I and nowhere else: teacher, projector, and which layers and heads pair up.
-
-    Where student and teacher have different token grids, features are compared on the teacher's grid and attention on
-    the student's (Tables 11, 12, arXiv 2505.16792; `haste_core.token_grids`).
+def paired_heads(named: Sequence[int] | None, student: int, teacher: int) -> list[int]:
+    """Heads to align, student head m with teacher head m: those named, by default all that both have.
 
     Args:
-        alignment: weights, depth, layer pairs and heads.
-        student: the generator, asked for its width, heads and token grid only.
-        teacher: the frozen encoder.
-        seed: of the projector's initialisation.
+        named: indices, or None. student, teacher: number of heads of each.
 
     Raises:
-        HasteError: a teacher layer or head does not exist.
-    """
-
-    def __init__(self, alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher, seed: int) -> None:
-        self.config, self.teacher = alignment, teacher
-        self.heads = paired_heads(alignment, student.heads, teacher.heads)
-        self.grids: tuple[Grid, Grid] = student.grid, teacher.grid
-        if student.grid != teacher.grid:
-            _warn_of_grids(student.grid, teacher)
-        _check_layers(alignment, student, teacher)
-        pairs = alignment.layer_pairs if alignment.lambda_attention > 0 else []
-        self.pairs = [(int(s), int(t)) for s, t in pairs]
-        with_features = alignment.lambda_feature > 0
-        self.taps = Taps(
-            depths=(alignment.depth,) if with_features else (), blocks=tuple(sorted({s for s, _ in self.pairs}))
-        )
-        self.teacher_blocks = tuple(sorted({t for _, t in self.pairs}))
-        width = student.x_embedder.proj.out_channels
-        self.projector: nn.Module | None = (
-            projector(width, alignment.projector_width, teacher.width, seed) if with_features else None
-        )
-
-    @property
-    def everywhere(self) -> bool:
-        """True when samples of every noise level are aligned."""
-        return (self.config.t_low, self.config.t_high) == (0, 1)
-
-    def inside(self, t: Tensor) -> Tensor:
-        """1 for samples whose noise level t (B,) lies in the aligned interval, else 0, float32."""
-        return ((t >= self.config.t_low) & (t <= self.config.t_high)).float()
-
-    def losses(
-        self, tapped: Tapped, images: Tensor, t: Tensor | None = None, seen: TeacherOutput | None = None
-    ) -> AlignmentLosses:
-        """Alignment of what the student handed out with the teacher's view of the clean images.
-
-        Args:
-            tapped: from a forward pass with `self.taps`.
-            images: (B, C, S, S) in [-1, 1], the teacher's input.
-            t: noise levels (B,) in [0, 1], for an alignment restricted to some of them; all are aligned without it.
-            seen: what the teacher makes of the images, where that is known; they are not looked at then.
-        """
-        weights = None if t is None or self.everywhere else self.inside(t)
-        seen = self.teacher(images, self.teacher_blocks) if seen is None else seen
-        feature = attention = None
-        total = torch.zeros((), device=images.device)
-        if self.projector is not None:
-            projected = resample_tokens(self.projector(tapped.tokens[self.config.depth]), *self.grids)
-            feature = feature_loss(projected, seen.tokens, weights)
-            total = total + self.config.lambda_feature * feature
-        if self.pairs:
-            losses = [self._attention_loss(tapped.qk[a], seen.qk[b], weights) for a, b in self.pairs]
-            attention = torch.stack(losses).mean()
-            total = total + self.config.lambda_attention * attention
-        return AlignmentLosses(total, feature, attention)
-
-    def _attention_loss(self, student: QK, teacher: QK, weights: Tensor | None) -> Tensor:
-        student, teacher = self._pick_heads(student), self._pick_heads(teacher)
-        student_grid, teacher_grid = self.grids
-        if student_grid == teacher_grid:
-            return attention_loss(student, teacher, weights)
-        target = resample_attention(attention_probabilities(*teacher), teacher_grid, student_grid)
-        return attention_cross_entropy(student, target, weights)
-
-    def _pick_heads(self, qk: QK) -> QK:
-        # A slice, not an index, where the heads are a prefix: no copy.
-        if self.heads == list(range(len(self.heads))):
-            return qk[0][:, : len(self.heads)], qk[1][:, : len(self.heads)]
-        return qk[0][:, self.heads], qk[1][:, self.heads]
-
-
-def paired_heads(alignment: config.Alignment, student: int, teacher: int) -> list[int]:
-    """The heads aligned, of a student and a teacher with so many heads each: those named, or all both have.
-
-    Raises:
-        HasteError: a head is named that one of the two does not have.
+        HasteError: a named head does not exist on one of the two sides.
     """
     possible = range(min(student, teacher))
-    for head in alignment.heads or []:
+    for head in named or []:
         if head not in possible:
             raise HasteError(
-                f"alignment.heads names head {head}; possible: 0 to {possible[-1]} "
+                f"alignment.heads names head {head}; expected 0 to {possible[-1]} "
                 f"(student {student} heads, teacher {teacher})"
             )
-    return list(alignment.heads or possible)
+    return list(named or possible)
 
 
-def _warn_of_grids(grid: Grid, teacher: Teacher) -> None:
-    # Some encoders are published for large inputs (518 px for DINOv2), which costs time unnoticed.
-    patches = [pixels // tokens for pixels, tokens in zip(teacher.image_size, teacher.grid, strict=True)]
-    same = [tokens * patch for tokens, patch in zip(grid, patches, strict=True)]
-    warnings.warn(
-        f"token grids differ: student {grid[0]}x{grid[1]}, teacher {teacher.grid[0]}x{teacher.grid[1]}; features and "
-        f"attention are resampled. For equal grids: teacher.kwargs={{img_size: {same}}}",
-        stacklevel=3,
-    )
+def resample_tokens(tokens: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
+    """Tokens (B, N, D) of `grid` on `new_grid`, (B, N', D) float32; the tokens themselves where the grids are equal.
+
+    Bilinear between token centres (align_corners=False), constant beyond the outermost centres, without antialias.
+
+    Raises:
+        HasteError: `grid` does not have N places.
+    """
+    if grid == new_grid:
+        return tokens
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise HasteError(f"{tokens.shape[1]} tokens do not fill a {grid[0]}x{grid[1]} grid")
+    maps = tokens.float().transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
+    with torch.autocast(maps.device.type, enabled=False):
+        maps = F.interpolate(maps, size=new_grid, mode="bilinear", align_corners=False)
+    return maps.flatten(2).transpose(1, 2)
 
 
-def _check_layers(alignment: config.Alignment, student: DiffusionTransformer, teacher: Teacher) -> None:
-    for student_block, teacher_block in alignment.layer_pairs:
-        if student_block >= len(student.blocks):
-            raise unknown("student block in alignment.layer_pairs", student_block, range(len(student.blocks)))
-        if teacher_block >= teacher.blocks:
-            raise unknown("teacher block in alignment.layer_pairs", teacher_block, range(teacher.blocks))
-    if alignment.lambda_feature > 0 and not 1 <= alignment.depth <= len(student.blocks):
-        raise unknown("alignment.depth (counted from 1)", alignment.depth, range(1, len(student.blocks) + 1))
+def resample_attention(probabilities: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
+    """Attention probabilities (B, H, N, N) among the tokens of `grid`, among those of `new_grid` (B, H, N', N').
+
+    Float32: first over the grid of keys, then over the grid of queries, each as in `resample_tokens`; then every row
+    is divided by its sum. Where the grids are equal the probabilities come back as they are.
+
+    Args:
+        probabilities: rows sum to one; in the study the teacher's, so that no gradient is needed.
+        grid, new_grid: (rows, columns), for queries and keys alike.
+
+    Raises:
+        HasteError: `grid` does not have N places.
+    """
+    if grid == new_grid:
+        return probabilities
+    rows = probabilities.flatten(0, 1)  # (B H, queries, keys)
+    by_key = resample_tokens(rows.transpose(1, 2), grid, new_grid)  # (B H, new keys, queries)
+    carried = resample_tokens(by_key.transpose(1, 2), grid, new_grid)  # (B H, new queries, new keys)
+    return (carried / carried.sum(-1, keepdim=True)).unflatten(0, probabilities.shape[:2])

@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors file each, written atomically and read without executing anything.
+"""Checkpoints: one safetensors file each, written atomically, read without executing anything, and complete.
 
-Tensors carry dotted prefixes (model., ema., optimizer., alignment., data., noise., random.); everything that is
-not a tensor (step, phase, hashes) is JSON in the file's metadata.
+`capture` takes everything that resuming to the bit needs off a `Trainer`, `restore` puts it back. Tensors carry dotted
+prefixes (model., ema., optimizer., alignment., data., noise., random.); everything that is not a tensor (step, phase,
+hashes) is JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from haste_core import sharding
 from haste_core.errors import HasteError
 from haste_core.files import atomic
+from haste_core.training import Trainer
 
 FORMAT = 1
 
@@ -100,5 +101,66 @@ def load_optimizer(optimizer: Any, module: nn.Module, tensors: Mapping[str, Tens
             # Only the fused kernel counts its steps on the device.
             places = {key: parameter.device if key != "step" or fused else "cpu" for key in keys}
             found = {key: tensors[f"{name}.{key}"] for key in keys}
-            parts = {key: value if key == "step" else sharding.part(value, parameter) for key, value in found.items()}
-            inner.state[parameter] = {key: value.clone().to(places[key]) for key, value in parts.items()}
+            inner.state[parameter] = {key: value.clone().to(places[key]) for key, value in found.items()}
+
+
+def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything `restore` needs: tensors by dotted name, and a JSON-like rest.
+
+    The same in all processes after `Trainer.gather`; nothing in it depends on their number.
+    """
+    model, haste, optimizer = trainer.generator, trainer.haste, trainer.optimizer
+    tensors: dict[str, Tensor] = {}
+    _put(tensors, "model.", model.state_dict())
+    _put(tensors, "ema.", trainer.ema.state_dict())
+    _put(tensors, "optimizer.", optimizer_tensors(optimizer, model))
+    if haste is not None and haste.projector is not None:
+        _put(tensors, "alignment.projector.", haste.projector.state_dict())
+        _put(tensors, "alignment.optimizer.", optimizer_tensors(optimizer, haste.projector))
+    if haste is not None and haste.angle is not None:
+        _put(tensors, "angle.", haste.angle.state_dict())
+    _put(tensors, "data.", trainer.batches.state_dict())
+    _put(tensors, "window.", trainer.window)
+    tensors["noise.generator"] = trainer.noise.get_state()
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    scaler = trainer.accelerator.scaler
+    rest = {
+        "step": trainer.step,
+        "termination": trainer.switch.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "ema_fingerprint": fingerprint(under(tensors, "ema.")),
+    }
+    return tensors, rest
+
+
+def restore(trainer: Trainer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Bring a new trainer to exactly the state that `capture` saved."""
+    model = trainer.generator
+    model.load_state_dict(under(tensors, "model."))
+    trainer.ema.load_state_dict(under(tensors, "ema."))
+    load_optimizer(trainer.optimizer, model, under(tensors, "optimizer."))
+    trainer.switch.load_state_dict(dict(rest["termination"]))
+    trainer.switch.update(rest["step"])
+    haste = trainer.haste
+    if trainer.switch.phase == 2:
+        trainer.enter_phase_two()
+    elif haste is not None and haste.projector is not None:
+        haste.projector.load_state_dict(under(tensors, "alignment.projector."))
+        load_optimizer(trainer.optimizer, haste.projector, under(tensors, "alignment.optimizer."))
+    if trainer.haste is not None and trainer.haste.angle is not None and "angle.sums" in tensors:
+        trainer.haste.angle.load_state_dict(under(tensors, "angle."))
+    trainer.batches.load_state_dict(under(tensors, "data."))
+    trainer.window = {k: v.to(trainer.accelerator.device) for k, v in under(tensors, "window.").items()}
+    trainer.noise.set_state(tensors["noise.generator"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    if rest["scaler"] is not None and trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(rest["scaler"])
+    trainer.step = rest["step"]
+
+
+def _put(into: dict[str, Tensor], prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    into |= {prefix + name: value for name, value in tensors.items()}

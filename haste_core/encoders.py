@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from haste_core import _torchvision_guard  # noqa: F401  (must come before timm)
 from haste_core.errors import HasteError
 from haste_core.seeding import stream
-from haste_core.study import config
 
 import huggingface_hub as hub  # isort: skip
 import timm  # isort: skip
@@ -26,32 +25,32 @@ HUB_TIMEOUT = 5.0
 LONGEST_CAUSE = 300  # characters of a library's own message that are repeated
 
 
-def build_encoder(teacher: config.Teacher) -> nn.Module:
-    """The timm encoder a study names, without head, with hub or local weights loaded.
+def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]) -> nn.Module:
+    """timm encoder without head, with hub or local weights loaded, or random ones ("random", "pretrain") from `seed`.
 
     Raises:
         HasteError: the name, an argument or the weights do not exist, or the weights belong to another network.
     """
-    options: dict[str, Any] = {"num_classes": 0, **teacher.kwargs}
-    file = weights_file(teacher)
-    if teacher.weights == "hub" and file is None:
+    options: dict[str, Any] = {"num_classes": 0, **kwargs}
+    file = weights_file(model, weights)
+    if weights == "hub" and file is None:
         options["pretrained"] = True
     if file is not None:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
     try:
-        unloaded = _unloaded(teacher.model, options, file) if file is not None else []
-        encoder = _create(teacher.model, options, stream("teacher weights", teacher.fitting.seed))
+        unloaded = _unloaded(model, options, file) if file is not None else []
+        encoder = _create(model, options, stream("teacher weights", seed))
     except Exception as error:  # timm raises RuntimeError, TypeError, OSError and unpickling errors alike
-        raise _refused(teacher, _cause(error), "see timm.list_models()") from error
+        raise _refused(model, weights, _cause(error), "see timm.list_models()") from error
     if unloaded:
         raise HasteError(
             f"{file} has no weights for {len(unloaded)} of the teacher's tensors ({', '.join(unloaded[:3])}, ...); "
-            f"possible: a checkpoint of {teacher.model} that fits teacher.kwargs {teacher.kwargs}"
+            f"expected a checkpoint of {model} that fits teacher.kwargs {dict(kwargs)}"
         )
     why = _unusable(encoder)
     if why:
         raise HasteError(
-            f"teacher {teacher.model!r} is no vision transformer that can be aligned with: {why}; possible: any ViT "
+            f"teacher {model!r} is no vision transformer that can be aligned with: {why}; possible: any ViT "
             "or EVA of timm with a fixed input size and one attention per block"
         )
     return encoder
@@ -69,46 +68,46 @@ def _unusable(encoder: Any) -> str | None:
     return None
 
 
-def weights_file(teacher: config.Teacher) -> Path | None:
-    """The checkpoint a teacher's `weights` stand for, downloaded where it is published.
+def weights_file(model: str, weights: str) -> Path | None:
+    """Checkpoint that a teacher's `weights` stand for, downloaded where it is published.
 
     None for random weights, and for names such as "hf-hub:owner/name" that timm itself resolves.
 
     Raises:
         HasteError: there is no such file, nothing is published under that name, or the hub is out of reach.
     """
-    if teacher.weights in ("pretrain", "random") or (teacher.weights == "hub" and ":" in teacher.model):
+    if weights in ("pretrain", "random") or (weights == "hub" and ":" in model):
         return None
-    if teacher.weights == "hub":
-        return hub_file(teacher)
-    if not Path(teacher.weights).is_file():
+    if weights == "hub":
+        return hub_file(model)
+    if not Path(weights).is_file():
         raise HasteError(
-            f"teacher.weights {teacher.weights!r} is no file; possible: hub, pretrain, random, or the path of a "
+            f"teacher.weights {weights!r} is no file; possible: hub, pretrain, random, or the path of a "
             "checkpoint (.safetensors, or .pth and .bin that hold tensors alone)"
         )
-    return Path(teacher.weights)
+    return Path(weights)
 
 
-def hub_file(teacher: config.Teacher) -> Path:
+def hub_file(model: str) -> Path:
     """The published checkpoint of a teacher, from the local cache or downloaded into it.
 
     Raises:
         HasteError: nothing is published under that name, or the hub is out of reach; names the file to download.
     """
     try:
-        cfg = get_pretrained_cfg(teacher.model)
+        cfg = get_pretrained_cfg(model)
     except RuntimeError as error:
-        raise _refused(teacher, _cause(error), "see timm.list_models(pretrained=True)") from error
+        raise _refused(model, "hub", _cause(error), "see timm.list_models(pretrained=True)") from error
     repository = cfg.hf_hub_id if cfg else None
     if cfg is None or not (repository or cfg.url):
-        raise _refused(teacher, "timm knows no published weights", "see timm.list_models(pretrained=True)")
+        raise _refused(model, "hub", "timm knows no published weights", "see timm.list_models(pretrained=True)")
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     source = f"{names[0]} of {constants.ENDPOINT}/{repository}" if repository else cfg.url
     try:
         return _from_repository(repository, names) if repository else _from_url(str(cfg.url))
     except Exception as error:  # the client raises its own errors and those of two HTTP libraries
         hint = f"download {source} elsewhere and give teacher.weights the path of that local checkpoint"
-        raise _refused(teacher, f"{type(error).__name__}: {_cause(error)}", hint) from error
+        raise _refused(model, "hub", f"{type(error).__name__}: {_cause(error)}", hint) from error
 
 
 def _from_repository(repository: str, names: list[str]) -> Path:
@@ -147,8 +146,8 @@ def _cause(error: Exception) -> str:
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
 
 
-def _refused(teacher: config.Teacher, cause: str, possible: str) -> HasteError:
-    return HasteError(f"teacher {teacher.model!r} (weights: {teacher.weights}): {cause}; possible: {possible}")
+def _refused(model: str, weights: str, cause: str, possible: str) -> HasteError:
+    return HasteError(f"teacher {model!r} (weights: {weights}): {cause}; possible: {possible}")
 
 
 def _create(model: str, options: dict[str, Any], seed: int) -> nn.Module:

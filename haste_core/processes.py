@@ -1,16 +1,14 @@
-"""The processes that train one run together: how a step's images are divided, what they decide as one, who writes.
+"""The processes that train one run together: shares of a batch, agreements, and the one that writes files.
 
-A launcher (`haste train --processes`, torchrun, accelerate launch) starts them; a process by itself is a group of one,
-in which every method here is free.
+A launcher (torchrun, accelerate launch) starts them; a single process is a group of one, in which every method here
+costs nothing.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +17,6 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed
 
 from haste_core.errors import HasteError
-from haste_core.files import locked
-from haste_core.study import config
 
 T = TypeVar("T")
 # How long the others wait for what the main process does alone (a teacher trained, a checkpoint written); if it dies
@@ -85,24 +81,15 @@ class Processes:
             raise told[1]
         return told[0]
 
-    @contextmanager
-    def locked(self, path: Path, what: str) -> Iterator[None]:
-        """The main process holds the lock file `path` for all (`haste_core.files.locked`).
-
-        Raises:
-            HasteError: somebody else holds it.
-        """
-        with ExitStack() as held:
-            self.from_main(lambda: held.enter_context(locked(path, what)))
-            yield
-
-    def share(self, train: config.Train) -> slice:
-        """Where in a step's images those of this process lie.
+    def share(self, batch_size: int) -> slice:
+        """This process's part of the images of a global batch.
 
         Raises:
             HasteError: the images cannot be divided equally.
         """
-        size = micro_batches(train, self.count)[-1].stop
+        size, rest = divmod(batch_size, self.count)
+        if rest:
+            raise _unequal(batch_size, 1, self.count)
         return slice(self.index * size, (self.index + 1) * size)
 
     def close(self) -> None:
@@ -116,21 +103,25 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def micro_batches(train: config.Train, processes: int) -> list[slice]:
-    """Where in one process's share of a step's images each of its micro-batches lies; all are equally large.
+def micro_batches(batch_size: int, accumulate: int, processes: int) -> list[slice]:
+    """The equally large micro-batches of one process's share of a global batch, as slices of it.
 
     Raises:
         HasteError: the images cannot be divided equally, or there is no process.
     """
     if processes < 1:
-        raise HasteError(f"{processes} processes; possible: 1 and above")
-    size, rest = divmod(train.batch_size, processes * train.accumulate)
+        raise HasteError(f"{processes} processes; expected 1 or more")
+    size, rest = divmod(batch_size, processes * accumulate)
     if rest:
-        share = train.batch_size // processes if train.batch_size % processes == 0 else 0
-        counts = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        raise HasteError(
-            f"train.batch_size {train.batch_size} cannot go through {processes} process(es) in {train.accumulate} "
-            f"equal micro-batches each; possible: a multiple of {processes * train.accumulate} for train.batch_size"
-            + (f", or {counts} for train.accumulate" if counts else "")
-        )
-    return [slice(i * size, (i + 1) * size) for i in range(train.accumulate)]
+        raise _unequal(batch_size, accumulate, processes)
+    return [slice(i * size, (i + 1) * size) for i in range(accumulate)]
+
+
+def _unequal(batch_size: int, accumulate: int, processes: int) -> HasteError:
+    share = batch_size // processes if batch_size % processes == 0 else 0
+    counts = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+    return HasteError(
+        f"train.batch_size {batch_size} cannot go through {processes} process(es) in {accumulate} equal micro-batches "
+        f"each; expected a multiple of {processes * accumulate} for train.batch_size"
+        + (f", or {counts} for train.accumulate" if counts else "")
+    )

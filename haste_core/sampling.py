@@ -1,25 +1,45 @@
 """Samplers: one pure function each, integrated in float64 from noise (t=1) to data (t=0).
 
 The formulas and time grids are those of Table 16 and Sec. 4, arXiv 2505.16792. The model is called in its own dtype.
-DiT's own sampler is `haste_core.ddpm.ancestral`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from haste_core import ddpm, interpolant
 from haste_core.compiling import compile_blocks
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
-from haste_core.study import config
-from haste_core.study.latents import decoding
+from haste_core.paths import DDPM_STEPS, DDPMSchedule, score_from_velocity
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Sampler settings that affect the images (defaults: Table 16, arXiv 2505.16792).
+
+    sampler: "euler", "heun", "sde" or "ddpm". grid: of the steps of euler and heun (`times_of`). guidance: scale, 1
+    means none, between the noise levels guidance_low and guidance_high, of the leading guidance_channels (None: all).
+    precision: of the network, "no", "bf16" or "fp16"; the integrator is float64. compile: torch.compile the blocks.
+    """
+
+    sampler: str = "sde"
+    solver_steps: int = 250
+    grid: str = "uniform"
+    guidance: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    guidance_channels: int | None = None
+    batch_size: int = 256
+    precision: str = "no"
+    compile: bool = False
+
 
 # velocity(x, t): x (B, ...) float64, t a number as the network takes it; returns (B, ...) float64.
 Velocity = Callable[[Tensor, float], Tensor]
@@ -91,12 +111,29 @@ def sde(velocity: Velocity, x: Tensor, steps: int, noise: NoiseSource, last: flo
 
     def drift(x: Tensor, t: float) -> Tensor:
         v, at = velocity(x, t), x.new_full((len(x),), t)
-        return v - t * interpolant.score_from_velocity(v, x, at)
+        return v - t * score_from_velocity(v, x, at)
 
     for i, (t, following) in enumerate(zip(times, times[1:], strict=False)):
         dt = following - t
         x = x + dt * drift(x, t) + (2 * t) ** 0.5 * abs(dt) ** 0.5 * noise(i, x).double()
     return x - times[-1] * drift(x, times[-1])
+
+
+def ancestral(
+    network: Callable[[Tensor, float], Tensor], x: Tensor, steps: int, noise: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """x taken from noise to data by ancestral sampling on `steps` evenly spread timesteps; float64.
+
+    Args:
+        network: (x (B, C, ...) float64, timestep) to the output (B, 2C, ...) float64.
+        x: standard normal noise. steps: at most 1000. noise: the increment of solver step i, shaped like x.
+    """
+    schedule, x = DDPMSchedule(steps), x.double()
+    for i, index in enumerate(reversed(range(steps))):
+        at = torch.full((len(x),), index, device=x.device)
+        found = schedule.posterior(network(x, float(schedule.timesteps[index])), x, at)
+        x = found.mean if index == 0 else found.mean + (found.log_variance / 2).exp() * noise(i, x).double()
+    return x
 
 
 def guided(
@@ -136,11 +173,11 @@ def guided(
     return output
 
 
-def guided_by(model: DiffusionTransformer, y: Tensor, sample: config.Sample) -> Velocity:
+def guided_by(model: DiffusionTransformer, y: Tensor, sample: Sampler) -> Velocity:
     """The model's output under the guidance of `sample`; of a DiT the noise is guided and the variance is not."""
     channels, horizon = sample.guidance_channels, 1.0
     if model.kind == "dit":
-        channels, horizon = min(channels or model.channels, model.channels), float(ddpm.STEPS)
+        channels, horizon = min(channels or model.channels, model.channels), float(DDPM_STEPS)
     scale, low, high = sample.guidance, sample.guidance_low, sample.guidance_high
     return guided(model, y, model.null_label, scale, low, high, channels, horizon)
 
@@ -155,7 +192,7 @@ def in_own_precision(output: Velocity, precision: str, device: torch.device) -> 
     return computed
 
 
-def check_sampler(model: DiffusionTransformer, sample: config.Sample) -> None:
+def check_sampler(model: DiffusionTransformer, sample: Sampler) -> None:
     """Raise HasteError where a sampler does not understand what a kind of model predicts."""
     noise = model.kind == "dit"
     if noise != (sample.sampler == "ddpm"):
@@ -164,14 +201,14 @@ def check_sampler(model: DiffusionTransformer, sample: config.Sample) -> None:
             f"sample.sampler {sample.sampler!r} does not go with a model of kind {model.kind!r}, which predicts "
             f"{'noise and variance' if noise else 'the velocity'}; possible: {possible}"
         )
-    if sample.sampler == "ddpm" and sample.solver_steps > ddpm.STEPS:
-        raise HasteError(f"sample.solver_steps {sample.solver_steps}; possible for ddpm: 1 to {ddpm.STEPS}")
+    if sample.sampler == "ddpm" and sample.solver_steps > DDPM_STEPS:
+        raise HasteError(f"sample.solver_steps {sample.solver_steps}; possible for ddpm: 1 to {DDPM_STEPS}")
 
 
-def integrate(output: Velocity, x: Tensor, sample: config.Sample, noise: NoiseSource) -> Tensor:
+def integrate(output: Velocity, x: Tensor, sample: Sampler, noise: NoiseSource) -> Tensor:
     """x taken from t=1 to t=0 by the sampler that `sample` names; float64."""
     if sample.sampler == "ddpm":
-        return ddpm.ancestral(output, x, sample.solver_steps, noise)
+        return ancestral(output, x, sample.solver_steps, noise)
     if sample.sampler == "euler":
         return euler(output, x, sample.solver_steps, sample.grid)
     if sample.sampler == "heun":
@@ -184,7 +221,7 @@ def draw(
     model: DiffusionTransformer,
     labels: Tensor,
     seeds: Sequence[int],
-    sample: config.Sample,
+    sample: Sampler,
     progress: str | None = None,
 ) -> Tensor:
     """Samples (n, C, S, S) float32 on the CPU, in the range of the training data.
@@ -213,10 +250,10 @@ def draw(
     return torch.cat(drawn)
 
 
-def passes(kind: str, sample: config.Sample) -> int:
+def passes(kind: str, sample: Sampler) -> int:
     """How often the network of a generator of `kind` is evaluated for one image; guided evaluations count twice."""
     counter = _Counter(2 if kind == "dit" else 1)
-    horizon = float(ddpm.STEPS) if kind == "dit" else 1.0
+    horizon = float(DDPM_STEPS) if kind == "dit" else 1.0
     bounds = sample.guidance, sample.guidance_low, sample.guidance_high
     output = guided(counter, torch.zeros(1, dtype=torch.int64), 0, *bounds, horizon=horizon)
     integrate(output, torch.zeros(1, 1, 1, 1), sample, SeededNoise([0]))
@@ -246,22 +283,3 @@ def sample_labels(n: int, classes: int, how: str, seed: int) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8 by the rule 127.5 x + 128, clipped and truncated (the rule is on the card)."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
-
-
-def drawing_facts(data: config.Data, sample: config.Sample) -> dict[str, Any]:
-    """What of the drawing, apart from weights, labels and seeds, decides the pixels; for cards and manifests."""
-    return {
-        "sampler": sample.sampler,
-        "solver_steps": sample.solver_steps,
-        # SDE and DDPM have a grid of their own.
-        **({"grid": sample.grid} if sample.sampler in ("euler", "heun") else {}),
-        "guidance": sample.guidance,
-        "guidance_interval": [sample.guidance_low, sample.guidance_high],
-        "guidance_channels": sample.guidance_channels,
-        "integrator_dtype": "float64",
-        # What is as ever is not named, so that cards from before there was a choice stay the same.
-        **({"precision": sample.precision} if sample.precision != "no" else {}),
-        **({"compiled": True} if sample.compile else {}),
-        "vae": decoding.vae_facts(data, sample),
-        "uint8_rule": "clip(127.5 x + 128), truncated",
-    }

@@ -1,34 +1,31 @@
 """The frozen teacher: any timm vision transformer behind one call that returns patch tokens, q and k.
 
 Nothing in timm's forward is replaced: q and k are read by hooks, fused attention stays on. Prefix tokens (class,
-registers) are cut from everything handed out, so attention over patches alone is what the student is aligned with
-(Sec. 2.3, arXiv 2505.16792).
+registers) are cut off, so the student is aligned with attention over patches alone (Sec. 2.3, arXiv 2505.16792).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from haste_core import _torchvision_guard  # noqa: F401  (must come before timm)
 from haste_core.devices import in_precision
 from haste_core.encoders import build_encoder
-from haste_core.errors import HasteError
-from haste_core.models.layers import QK
-from haste_core.seeding import stream
-from haste_core.study import config
-from haste_core.study.classifier import fit_classifier
-from haste_core.study.data import Dataset
-from haste_core.teacher_qk import read_qk
+from haste_core.errors import HasteError, unknown
+from haste_core.taps import QK
 
-# What a teacher in half precision keeps of itself in float32, looked at on so many images.
-LEAST_COSINE, CHECKED_ON = 0.999, 8
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat  # isort: skip
+from timm.models.eva import EvaAttention  # isort: skip
+
+# Attention modules read here by their layout; another kind, even one derived from these, may do more.
+PLAIN = (Attention, AttentionRope, EvaAttention)
 
 
 class TeacherOutput(NamedTuple):
@@ -39,34 +36,59 @@ class TeacherOutput(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen encoder of images in [-1, 1].
+    """A frozen encoder: images in [-1, 1] to patch tokens, q and k.
 
     Args:
-        encoder: a timm vision transformer with `blocks`, `num_prefix_tokens` and `forward_features`.
-        mean, std: per channel, for images in [0, 1].
-        image_size: (height, width) the encoder expects, in pixels.
-        grid: (rows, columns) of its patch tokens.
-        resize: how images that are not of `image_size` are resized: "bicubic" or "bilinear".
-        antialias: of that resizing.
-        low_pass: the share of the Nyquist frequency up to which the encoder sees anything; None shows it all.
-        precision: "no" (float32), "bf16" or "fp16", whatever autocast is on around it; None takes what is on.
+        model: name of a timm vision transformer (ViT, DINOv2, DINOv3, CLIP, SigLIP, MAE, I-JEPA, EVA), or such an
+            encoder.
+        weights: "hub" (timm's published weights), "random", or the path of a checkpoint.
+        state: the encoder's state dict, in place of `weights`.
+        mean, std: per channel, of images in [0, 1]; timm's for the model by default.
+        resize: of images of another size: "antialias" (timm's interpolation of the model), or "reference", bicubic
+            without antialias after normalisation, as in the released code of REPA.
+        low_pass: share of the Nyquist frequency above which the encoder sees nothing; None shows it all.
+        precision: "no" (float32), "bf16" or "fp16" whatever autocast is on around it; None takes what is on.
+        seed: of random weights.
+        kwargs: further arguments of `timm.create_model`, such as img_size.
+
+    Raises:
+        HasteError: there is no such encoder, its weights cannot be loaded, or mean and std do not fit its channels.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
-        mean: list[float],
-        std: list[float],
-        image_size: tuple[int, int],
-        grid: tuple[int, int],
-        resize: str = "bicubic",
-        antialias: bool = True,
+        model: str | nn.Module,
+        *,
+        weights: str = "hub",
+        state: Mapping[str, Tensor] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        resize: str = "antialias",
         low_pass: float | None = None,
         precision: str | None = None,
+        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
+        source = "random" if state is not None else weights
+        encoder: Any = build_encoder(model, source, seed, kwargs) if isinstance(model, str) else model
+        if state is not None:
+            encoder.load_state_dict(dict(state))
         self.encoder = encoder
-        self.image_size, self.grid, self.resize, self.antialias = image_size, grid, resize, antialias
+        cfg = encoder.pretrained_cfg
+        mean, std = list(mean or cfg["mean"]), list(std or cfg["std"])
+        channels = int(kwargs.get("in_chans", cfg["input_size"][0]))
+        if not len(mean) == len(std) == channels:
+            raise HasteError(
+                f"teacher {model!r} takes {channels} channels, its mean is {mean} and its std {std}; expected "
+                f"teacher.mean and teacher.std with {channels} values each"
+            )
+        self.image_size: tuple[int, int] = tuple(encoder.patch_embed.img_size)
+        self.grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
+        # torch resizes with antialias in these two ways only.
+        own = "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic"
+        self.antialias = resize == "antialias"
+        self.resize = own if self.antialias else "bicubic"
         self.low_pass, self.precision = low_pass, precision
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
@@ -75,7 +97,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode: a frozen teacher has no other."""
+        """No effect: a frozen teacher stays in eval mode."""
         return super().train(False)
 
     @property
@@ -131,7 +153,7 @@ class Teacher(nn.Module):
         return nullcontext() if self.precision is None else in_precision(self.precision, device)
 
     def cosine_to_float32(self, images: Tensor, blocks: tuple[int, ...], precision: str) -> float:
-        """The mean cosine, in [-1, 1], of tokens, q and k made in a precision to those made in float32; the least one.
+        """Least mean cosine, in [-1, 1], between tokens, q and k in a precision and those in float32.
 
         Args:
             images: (B, C, S, S) in [-1, 1]. blocks: whose q and k count. precision: as of the teacher.
@@ -146,64 +168,6 @@ class Teacher(nn.Module):
             self.precision = own
         pairs = zip(*found, strict=True)
         return min(float(F.cosine_similarity(a.double(), b.double(), dim=-1).mean()) for a, b in pairs)
-
-
-def check_precision(teacher: Teacher, dataset: Dataset, blocks: tuple[int, ...], precision: str) -> None:
-    """Raise HasteError where a teacher in a precision is no longer the teacher: a cosine to float32 below 0.999.
-
-    Args:
-        teacher: where it will be used. dataset: what it looks at. blocks: whose q and k are used.
-        precision: of the run, where the teacher has none of its own.
-    """
-    precision = teacher.precision or precision
-    if precision == "no":
-        return
-    images = dataset.examples("train", CHECKED_ON).images.to(teacher.mean.device)
-    cosine = teacher.cosine_to_float32(images, blocks, precision)
-    if not cosine >= LEAST_COSINE:
-        raise HasteError(
-            f"the teacher in {precision} has a cosine of {cosine:.5f} to itself in float32, below {LEAST_COSINE}; "
-            f"possible: teacher.precision=no, which the run's own precision does not change"
-        )
-
-
-def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = None) -> Teacher:
-    """The frozen teacher of a study.
-
-    Args:
-        teacher: its configuration.
-        state: weights trained in the study (`weights: pretrain`).
-
-    Its input size, mean, std and interpolation are timm's for that model unless the configuration names others;
-    `resize: reference` always is bicubic without antialias, as in the released code of REPA.
-
-    Raises:
-        HasteError: there is no such encoder, its weights cannot be loaded, or mean and std do not fit its channels.
-    """
-    encoder = build_encoder(teacher)
-    if state is not None:
-        encoder.load_state_dict(dict(state))
-    cfg: Mapping[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
-    mean, std = teacher.mean or list(cfg["mean"]), teacher.std or list(cfg["std"])
-    channels = int(teacher.kwargs.get("in_chans", cfg["input_size"][0]))
-    if not len(mean) == len(std) == channels:
-        raise HasteError(
-            f"teacher {teacher.model!r} takes {channels} channels, its mean is {mean} and its std {std}; possible: "
-            f"teacher.mean and teacher.std with {channels} values each"
-        )
-    # torch resizes with antialias in these two ways only.
-    own = "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic"
-    return Teacher(
-        encoder,
-        mean=mean,
-        std=std,
-        image_size=tuple(encoder.patch_embed.img_size),  # type: ignore[arg-type, union-attr]
-        grid=tuple(encoder.patch_embed.grid_size),  # type: ignore[arg-type, union-attr]
-        resize=own if teacher.resize == "antialias" else "bicubic",
-        antialias=teacher.resize == "antialias",
-        low_pass=teacher.low_pass,
-        precision=teacher.precision,
-    )
 
 
 def low_passed(images: Tensor, share: float | None) -> Tensor:
@@ -222,49 +186,80 @@ def low_passed(images: Tensor, share: float | None) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(images.float()) * kept, s=(height, width))
 
 
-class PatchClassifier(nn.Module):
-    """An encoder under two linear heads, on its class token (if any) and on the mean of its patch tokens.
+@contextmanager
+def read_qk(encoder: nn.Module, blocks: tuple[int, ...]) -> Iterator[dict[int, QK]]:
+    """While open, forward passes of a timm transformer leave q and k (B, H, patches, d) of `blocks` in the dict.
 
-    The second head makes the patch tokens themselves, which the student is aligned with, carry the class.
+    The values are those the attention kernel sees: after q/k norm and rotary embedding, before 1 / sqrt(d).
     """
+    count = len(encoder.blocks)  # type: ignore[arg-type]
+    for block in blocks:
+        if block >= count:
+            raise unknown("teacher block", block, range(count))
+    prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
+    found: dict[int, QK] = {}
 
-    def __init__(self, teacher: Teacher, classes: int) -> None:
-        super().__init__()
-        self.teacher, self.encoder = [teacher], teacher.encoder  # the list keeps the frozen wrapper unregistered
-        self.class_head = nn.Linear(teacher.width, classes)
-        self.patch_head = nn.Linear(teacher.width, classes)
+    def hook_for(block: int) -> Any:
+        def hook(attn: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            given = inspect.signature(attn.forward).bind(*args, **kwargs).arguments
+            if given.get("attn_mask") is not None or given.get("is_causal"):
+                raise HasteError(f"the attention of teacher block {block} is masked; possible: an unmasked teacher")
+            found[block] = _patch_qk(attn, args[0], given.get("rope"), prefix)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes), the mean of both heads."""
-        tokens = self.encoder.forward_features(self.teacher[0].prepare(images))  # type: ignore[operator]
-        prefix = int(self.encoder.num_prefix_tokens)  # type: ignore[arg-type]
-        logits = self.patch_head(tokens[:, prefix:].mean(1))
-        return (logits + self.class_head(tokens[:, 0])) / 2 if prefix else logits
+        return hook
+
+    handles = [
+        encoder.blocks[b].attn.register_forward_pre_hook(hook_for(b), with_kwargs=True)  # type: ignore[index, union-attr]
+        for b in blocks
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def pretrain(
-    teacher: config.Teacher, dataset: Dataset, partial: Path | None = None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train the study's own teacher as a classifier.
+def _patch_qk(attn: Any, x: Tensor, rope: Tensor | None, prefix: int) -> QK:
+    # timm rotates every token but the prefix ones.
+    q, k = (part[:, :, prefix:] for part in project_qk(attn, x))
+    if rope is not None:
+        half = bool(getattr(attn, "rotate_half", False))
+        q, k = (apply_rot_embed_cat(part, rope, half=half).type_as(part) for part in (q, k))
+    return q, k
 
-    Args:
-        teacher, dataset: what is trained, and on what.
-        partial: where the state is kept on the way, as in `fit_classifier`.
 
-    Returns:
-        The encoder's weights and its accuracies (`train_accuracy`, `validation_accuracy`, `test_accuracy`, in [0, 1]).
+def check_plain_attention(attn: Any) -> None:
+    """Raise HasteError where a timm attention module is more than one softmax of q k^T / sqrt(d) per head."""
+    if type(attn) not in PLAIN:
+        why = "its maps are not known to be a softmax of q and k alone"
+    elif getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
+        why = "fewer key heads than query heads"
+    elif abs(attn.scale * attn.head_dim**0.5 - 1) > 1e-6:
+        why = f"logits scaled by {attn.scale:g} instead of 1 / sqrt({attn.head_dim})"
+    else:
+        return
+    raise HasteError(
+        f"attention of kind {type(attn).__name__} ({why}) cannot be aligned with; possible: teachers whose attention "
+        "is one softmax of q and k per head (timm's ViT, DINOv2, DINOv3, CLIP, SigLIP, MAE, I-JEPA)"
+    )
+
+
+def project_qk(attn: Any, x: Tensor) -> QK:
+    """q and k (B, H, N, d) of a timm attention module at its input x (B, N, D), norms applied, without rope.
+
+    Raises:
+        HasteError: the module's attention is not a plain softmax of q and k.
     """
-    frozen = build_teacher(teacher)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream("teacher heads", teacher.fitting.seed))
-        classifier = PatchClassifier(frozen, dataset.classes)
-    classifier.requires_grad_(True)
-    accuracies = fit_classifier(classifier, dataset, teacher.fitting, "teacher", partial)
-    return {name: value.detach().clone() for name, value in frozen.encoder.state_dict().items()}, accuracies
-
-
-def load_pretrained(teacher: config.Teacher, path: Path) -> Teacher:
-    """The teacher whose weights `pretrain` left in the safetensors file `path`."""
-    if not path.is_file():
-        raise HasteError(f"no teacher weights at {path}; possible: haste teacher <study> trains them")
-    return build_teacher(teacher, load_file(path))
+    check_plain_attention(attn)
+    if getattr(attn, "qkv", None) is not None:
+        # Only the rows of q and k are computed; v would be thrown away.
+        rows = attn.qkv.weight.shape[0] // 3 * 2
+        bias = attn.qkv.bias
+        if getattr(attn, "q_bias", None) is not None:
+            separate = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            bias = separate if bias is None else bias + separate
+        qk = F.linear(x, attn.qkv.weight[:rows], None if bias is None else bias[:rows])
+        q, k = qk.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    else:
+        q, k = (p(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
+    return attn.q_norm(q), attn.k_norm(k)

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
-from haste_core.study import config
+from haste_core.errors import HasteError, unknown
 
 # One logged line: "step" and the means of what was measured since the line before.
 Line = Mapping[str, float]
 # Kinds of trigger that read an angle; it is logged under the same name.
 ANGLES = ("gradient_angle", "online_angle")
-# What of a line any trigger reads; the rest is not kept.
-_SEEN = {"step", "feature", "attention", *ANGLES}
+# Entries of a line that triggers read; the others are not kept.
+_READ = {"step", "feature", "attention", *ANGLES}
 
 
 class Trigger(Protocol):
@@ -105,15 +105,35 @@ def alignment_loss(line: Line) -> float:
     return sum(line[name] for name in ("feature", "attention") if line.get(name) is not None)
 
 
-def build_trigger(settings: config.Termination) -> Trigger:
-    """The trigger a run's settings name."""
-    if settings.kind == "iteration":
-        assert settings.at is not None  # the settings have seen to it
-        return FixedIteration(settings.at)
-    if settings.kind in ANGLES:
-        return Angle(settings.kind, settings.after, settings.threshold, settings.smoothing, settings.patience)
-    if settings.kind == "plateau":
-        return Plateau(settings.after, settings.window, settings.gain)
+def make_trigger(
+    kind: str,
+    at: int | None = None,
+    after: int = 0,
+    threshold: float = -0.05,
+    smoothing: float = 0.0,
+    patience: int = 1,
+    window: int = 4,
+    gain: float = 0.02,
+) -> Trigger:
+    """Trigger by name.
+
+    Args:
+        kind: "never", "iteration", "gradient_angle", "online_angle" or "plateau".
+        at: step of "iteration". The others are arguments of `Angle` and `Plateau`.
+
+    Raises:
+        HasteError: there is no such kind, or "iteration" has no step.
+    """
+    if kind == "iteration":
+        if at is None:
+            raise HasteError("trigger 'iteration' without a step; expected at=STEP")
+        return FixedIteration(at)
+    if kind in ANGLES:
+        return Angle(kind, after, threshold, smoothing, patience)
+    if kind == "plateau":
+        return Plateau(after, window, gain)
+    if kind != "never":
+        raise unknown("trigger", kind, ("never", "iteration", *ANGLES, "plateau"))
     return Never()
 
 
@@ -130,26 +150,28 @@ def replay(trigger: Trigger, log: Iterable[Line]) -> int | None:
     return None
 
 
-class Termination:
-    """The phase of a run: 1 while alignment is on, 2 from the switch to the end. It never goes back.
+class Switch:
+    """Phase of a run: 1 while alignment is on, 2 from the switch to the end. It never goes back.
 
-    A run without alignment is in phase 2 throughout: a vanilla step and a phase II step are the same thing. With
-    `fade` the weight of alignment falls linearly over so many steps once the trigger has fired, and phase II begins
-    when it is zero.
+    A run without alignment is in phase 2 throughout: a vanilla step and a phase II step are the same thing.
+
+    Args:
+        trigger: decides when phase I ends; None means a run without alignment.
+        fade: number of steps over which the weight of alignment falls linearly to zero after the trigger has fired;
+            phase II begins when it is zero.
     """
 
-    def __init__(self, run: config.RunConfig) -> None:
-        self.trigger = build_trigger(run.termination)
-        self.fade = run.termination.fade
-        self.phase = 1 if run.alignment.active else 2
+    def __init__(self, trigger: Trigger | None = None, fade: int = 0) -> None:
+        self.trigger, self.fade = trigger or Never(), fade
+        self.phase = 2 if trigger is None else 1
         self.fired_at: int | None = None
         self.switched_at: int | None = None
         self.log: list[Line] = []
 
     def observe(self, line: Line) -> None:
-        """Let the trigger see a logged line."""
+        """Add a logged line to what the trigger reads."""
         if self.phase == 1 and self.fired_at is None:
-            self.log.append({key: value for key, value in line.items() if key in _SEEN})
+            self.log.append({key: value for key, value in line.items() if key in _READ})
 
     def update(self, step: int) -> bool:
         """Ask the trigger before step `step`; True when the run switches to phase II right now."""
@@ -163,7 +185,7 @@ class Termination:
         return True
 
     def weight(self, step: int) -> float:
-        """What the alignment losses of step `step` are multiplied with in phase I, in (0, 1]."""
+        """Factor of the alignment losses of step `step` in phase I, in (0, 1]."""
         return 1.0 if self.fired_at is None or not self.fade else 1 - (step - self.fired_at) / self.fade
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,36 +1,72 @@
-"""Two-phase training: the step, and the loop around it that saves, logs and resumes.
+"""Two-phase training: the loss of a step, the step, and a loop.
 
-Phase I minimises L_diff + lambda_R L_REPA + lambda_A L_ATTA, phase II L_diff alone (Eqs. 3, 4, arXiv 2505.16792).
+Phase I minimises L_diff + lambda_R L_REPA + lambda_A L_ATTA, phase II L_diff alone (Eqs. 3, 4, arXiv 2505.16792). A
+phase II step does exactly the work of plain training.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Generator, Tensor
-from tqdm.auto import tqdm
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from haste_core import checkpoint, sampling, sharding, teacher_cache
-from haste_core.errors import Interrupted
-from haste_core.files import write_bytes, write_text
-from haste_core.meter import Meter, check_finite
+from haste_core.alignment import AlignmentLosses
+from haste_core.compiling import compile_blocks
+from haste_core.errors import HasteError
+from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
-from haste_core.objectives import shifted
-from haste_core.processes import Processes
-from haste_core.snapshot import capture, restore
-from haste_core.state import TrainState, create
-from haste_core.study import config, images, provenance, runs, signals
-from haste_core.study.data import Batch
-from haste_core.study.runs import Run
-from haste_core.teacher import Teacher, build_teacher, load_pretrained
-from haste_core.termination import Termination
+from haste_core.paths import Objective, objective_of, shifted
+from haste_core.processes import Processes, micro_batches
+from haste_core.taps import Seen
+from haste_core.termination import Switch
+
+
+class Batch(NamedTuple):
+    """Examples of one training step.
+
+    x: what the generator models, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents.
+    y: labels (B,) int64. images: the teacher's input, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space, and
+    (0, C', S', S') where latents were asked for without their images. indices: of the training images, (B,) int64, or
+    (0,) for other images.
+    """
+
+    x: Tensor
+    y: Tensor
+    images: Tensor
+    indices: Tensor = torch.empty(0, dtype=torch.int64)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        return Batch(*(part.pin_memory() for part in self))
+
+
+class BatchStream(Protocol):
+    """Endless stream of batches whose state can be saved. `with_images` False: images are not needed any more."""
+
+    with_images: bool
+
+    def next(self) -> Batch:
+        """The next batch, or this process's share of it."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to continue with exactly the next batch."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved state."""
+        ...
 
 
 class Draws(NamedTuple):
@@ -51,7 +87,7 @@ def draw_noise(
 ) -> Draws:
     """Draws for one step, taken on the CPU so that they are the same on every device.
 
-    drawn, part: draws are taken for so many images (by default as many as there are), of which `batch` is this part.
+    drawn: number of images in the global batch, by default those of `batch`; part: this process's share of them.
     """
     drawn = drawn or len(batch.x)
     t = torch.rand(drawn, generator=generator)[part]
@@ -60,251 +96,267 @@ def draw_noise(
     return Draws(t, eps, batch.y.masked_fill(dropped, null_label))
 
 
-def train_step(s: TrainState) -> dict[str, Tensor]:
-    """One optimizer step of the phase `s` is in; returns its losses and gradient norm as scalars on the device.
+class StepLosses(NamedTuple):
+    """Denoising loss of a step, a scalar, and in phase I its alignment losses."""
 
-    In phase I the student hands out what alignment asks for. In phase II nothing of that exists, and the work is
-    that of a vanilla step. What is random is drawn for the whole batch, through however many processes and
-    micro-batches it goes; the losses returned are means over this process's share.
-    """
-    if s.termination.update(s.step):
-        s.enter_phase_two()
-    batch = s.batches.next()
-    whole, dropout = (s.batches.batch_size, s.batches.part), s.config.train.label_dropout
-    draws = draw_noise(batch, s.ema.null_label, dropout, s.noise, *whole)
-    found = []
-    for i, part in enumerate(s.micro_batches, 1):
-        # Gradients are averaged over processes once a step, on the way back from the last micro-batch.
-        with nullcontext() if i == len(s.micro_batches) else s.unsynchronised():
-            found.append(accumulate_gradients(s, Batch(*(b[part] for b in batch)), Draws(*(d[part] for d in draws))))
-    measured = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
-    grad_norm = sharding.together(s.accelerator.clip_grad_norm_(s.parameters(), s.config.train.clip_norm))
-    for optimizer in s.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    update_ema(s)
-    s.step += 1
-    return measured | {"grad_norm": grad_norm.detach()}
+    denoising: Tensor
+    alignment: AlignmentLosses | None
+
+    def total(self, weight: float = 1.0) -> Tensor:
+        """The minimised sum, with the alignment losses times `weight` (`Switch.weight`)."""
+        return self.denoising if self.alignment is None else self.denoising + weight * self.alignment.total
 
 
-def accumulate_gradients(s: TrainState, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-    """Add one micro-batch's part to the gradients of the step; returns its losses as scalars on the device."""
-    device, indices = s.accelerator.device, batch.indices
-    batch, (u, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
-    u = shifted(u, s.config.train.timestep_shift)
-    t = s.objective.timesteps(u)
-    x_t = s.objective.noised(batch.x, eps, t)
-
-    measured: dict[str, Tensor] = {}
-    with s.accelerator.autocast():
-        if s.alignment is None:
-            predicted = s.model(x_t, t, y)
-        else:
-            tapped = s.model(x_t, t, y, s.alignment.taps)
-            watched = tapped if s.angle is None else s.angle.watch(tapped, u)
-            seen = None if s.cache is None else s.cache.seen(indices, device)
-            predicted, aligned = tapped.output, s.alignment.losses(watched, batch.images, u, seen)
-            measured = {k: v for k, v in aligned._asdict().items() if k != "total" and v is not None}
-    denoising = s.objective.loss(predicted, batch.x, eps, t).mean()
-    loss = denoising if s.alignment is None else denoising + s.termination.weight(s.step) * aligned.total
-
-    # Every loss is a mean over its images and micro-batches are equally large: their mean is the batch's.
-    s.accelerator.backward(loss / len(s.micro_batches))
-    measured = {"loss": loss, "denoising": denoising, **measured}
-    return {name: value.detach() for name, value in measured.items()}
-
-
-@torch.no_grad()
-def update_ema(s: TrainState) -> None:
-    """ema <- decay ema + (1 - decay) model, for all parameters at once."""
-    torch._foreach_lerp_(list(s.ema.parameters()), list(s.model.parameters()), 1 - s.config.train.ema_decay)
-
-
-def fit(
-    run: Run,
-    on_step: Callable[[TrainState], None] | None = None,
-    progress: bool = True,
-    processes: Processes | None = None,
-) -> None:
-    """Train a run until every checkpoint its configuration asks for exists; does nothing when they all do.
-
-    It resumes from the latest usable checkpoint of its own, else from a donor's at the switch (`Study.donor`), else
-    starts from scratch; all three end in the same bits on the CPU. SIGTERM and SIGINT save a checkpoint and leave.
-    Under a launcher every process calls this: all train, the main one writes, and a signal to any stops all.
+def step_losses(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    u: Tensor,
+    eps: Tensor,
+    y: Tensor,
+    haste: HASTE | None = None,
+    watch: bool = True,
+) -> StepLosses:
+    """Losses of one forward pass (Eqs. 3, 4, arXiv 2505.16792): of a training step, of an exact angle, of a FLOP count.
 
     Args:
-        run: the arm, seed and directory.
-        on_step: called after every step; for tests and notebooks.
-        progress: show a progress bar.
-        processes: those that train together; by default those that a launcher started.
+        model: called as model(x_t, t, y); its blocks are those of the unwrapped module.
+        objective: path and denoising loss. batch: clean examples on the model's device.
+        u: noise levels (B,) in [0, 1]. eps: noise like x. y: labels (B,).
+        haste: of phase I, or None. watch: let its online angle see the pass.
+    """
+    t = objective.timesteps(u)
+    x_t = objective.noised(batch.x, eps, t)
+    blocks: Any = getattr(model, "module", model).blocks
+    with nullcontext(Seen()) if haste is None else haste.tap(blocks) as seen:
+        predicted = model(x_t, t, y)
+    alignment = None if haste is None else haste.losses(seen, batch.images, u, watch)
+    return StepLosses(objective.loss(predicted, batch.x, eps, t).mean(), alignment)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How a run is optimised (Table 16, arXiv 2505.16792).
+
+    batch_size: images of one optimizer step, over all processes. accumulate: number of gradient-accumulation steps per
+    process. label_dropout: share of labels replaced by the null label. timestep_shift: see `paths.shifted`.
+    precision: "no" (float32), "bf16" or "fp16". compile: torch.compile the blocks. activation_checkpointing: recompute
+    activations of blocks in the backward pass. threads: of a CPU.
+    """
+
+    batch_size: int = 256
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+    label_dropout: float = 0.1
+    timestep_shift: float = 1.0
+    accumulate: int = 1
+    precision: str = "no"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    threads: int = 1
+
+
+class Trainer:
+    """A run between two steps, the same in all processes.
+
+    Args:
+        model: the generator at its first step, on the CPU.
+        batches: this process's share of each batch.
+        options: of the optimisation.
+        noise_seed: of noise levels, noise and dropped labels.
+        haste: of phase I; None trains plainly. switch: the phase, by default that of `haste`.
+        processes: those that train the run together; by default those that a launcher started.
+
+    Attributes:
+        model, optimizer: as accelerate prepared them. ema: the averaged generator. haste: None in phase II.
+        step: number of steps done. window: sums of measurements since the last `measure`.
 
     Raises:
-        HasteError: bad configuration, another process on the run, no room, or a loss that is not finite.
-        Interrupted: a signal arrived; the run is saved.
+        HasteError: options and machine do not fit together.
     """
-    processes = processes or Processes()
-    with processes.locked(run.dir / "run.lock", f"run {run.arm} seed {run.seed}"):
-        if not processes.from_main(lambda: _begin(run)):
+
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        batches: BatchStream,
+        options: Optimization,
+        noise_seed: int,
+        haste: HASTE | None = None,
+        switch: Switch | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.processes = processes or Processes()
+        self.batches, self.options = batches, options
+        self.share = self.processes.share(options.batch_size)
+        self.micro_batches = micro_batches(options.batch_size, options.accumulate, self.processes.count)
+        self.accelerator = make_accelerator(options)
+        self.objective = objective_of(model.kind)
+        self.noise = Generator().manual_seed(noise_seed)
+        self.switch = switch or (haste.switch if haste is not None else Switch())
+        self.haste = haste if self.switch.phase == 1 else None
+        model.activation_checkpointing = options.activation_checkpointing
+        model.to(self.accelerator.device)
+        if self.haste is not None:
+            self.haste.to(self.accelerator.device)
+        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        # Buffers are constants, equal in all processes; by default they would be sent before every forward pass.
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
+        groups = [{"params": list(model.parameters())}]
+        if self.haste is not None and self.haste.projector is not None:
+            groups.append({"params": list(self.haste.parameters())})
+        adamw = torch.optim.AdamW(
+            groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+        )
+        self.model: nn.Module
+        self.optimizer: Any
+        self.model, self.optimizer = self.accelerator.prepare(model, adamw)
+        self.step = 0
+        self.window: dict[str, Tensor] = {}
+        self._compile()
+
+    @property
+    def generator(self) -> DiffusionTransformer:
+        """The trained module without its wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One optimizer step of the present phase; returns its losses and gradient norm as scalars on the device.
+
+        Random numbers are drawn for the global batch, whatever the number of processes and micro-batches; the losses
+        returned are means over this process's share.
+        """
+        self._update_phase()
+        batch = self.batches.next()
+        null, dropout = self.ema.null_label, self.options.label_dropout
+        draws = draw_noise(batch, null, dropout, self.noise, self.options.batch_size, self.share)
+        found = []
+        for i, part in enumerate(self.micro_batches, 1):
+            # Gradients are averaged over processes once a step, in the backward pass of the last micro-batch.
+            with nullcontext() if i == len(self.micro_batches) else self.accelerator.no_sync(self.model):
+                found.append(self._accumulate(Batch(*(b[part] for b in batch)), Draws(*(d[part] for d in draws))))
+        measured = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+        trained = [*self.model.parameters(), *(self.haste.parameters() if self.haste is not None else ())]
+        grad_norm = self.accelerator.clip_grad_norm_(trained, self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._update_ema()
+        self.step += 1
+        measured |= {"grad_norm": grad_norm.detach()}
+        for name, value in measured.items():
+            for key, amount in ((name, value), (f"count_{name}", torch.ones_like(value))):
+                self.window[key] = self.window[key] + amount if key in self.window else amount
+        return measured
+
+    def _accumulate(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Add one micro-batch's part to the gradients of the step; returns its losses."""
+        device = self.accelerator.device
+        batch, (u, eps, y) = batch.to(device), (d.to(device, non_blocking=True) for d in draws)
+        u = shifted(u, self.options.timestep_shift)
+        with self.accelerator.autocast():
+            losses = step_losses(self.model, self.objective, batch, u, eps, y, self.haste)
+        loss = losses.total(self.switch.weight(self.step)) if self.haste is not None else losses.denoising
+        # Every loss is a mean over its images and micro-batches are equally large: their mean is the batch's.
+        self.accelerator.backward(loss / len(self.micro_batches))
+        parts = {} if losses.alignment is None else losses.alignment._asdict()
+        aligned = {name: value for name, value in parts.items() if name != "total" and value is not None}
+        measured = {"loss": loss, "denoising": losses.denoising, **aligned}
+        return {name: value.detach() for name, value in measured.items()}
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """ema <- decay ema + (1 - decay) model, for all parameters at once."""
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - self.options.ema_decay)
+
+    def _update_phase(self) -> None:
+        if self.haste is None:
             return
-        state = open_state(run, processes)
-        processes.from_main(lambda: run.keep_metrics_until(state.step))
-        stopped = _train(run, state, on_step, progress)
-        missing = processes.from_main(run.missing_steps)  # and the others stay until the main process is done
-    if stopped and missing:
-        raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {state.step}, saved; run again to go on")
+        if self.haste.update(self.step):
+            self.enter_phase_two()
+
+    def enter_phase_two(self) -> None:
+        """Leave nothing of phase I: teacher, projector and its moments are dropped, images are not read any more."""
+        if self.haste is not None:
+            self.haste.finish()
+            self.haste.release(self.optimizer.optimizer)
+        self.haste = None
+        self.batches.with_images = False
+        self._compile()
+
+    def _compile(self) -> None:
+        # Hooks sit on q and k inside the block, so blocks that are read are not compiled.
+        if self.options.compile:
+            compile_blocks(self.generator, leave=self.haste.taps.blocks if self.haste is not None else ())
+
+    def gather(self) -> None:
+        """Replace sums since the last `measure` by their means over all processes, in each of them."""
+        self.window = self.processes.mean(self.window)
+        if self.haste is not None and self.haste.angle is not None:
+            self.haste.angle.sums = self.processes.mean({"sums": self.haste.angle.sums})["sums"]
+
+    def measure(self, **readings: float) -> dict[str, Any]:
+        """Means of measurements since the last call, over all processes; the trigger sees them too.
+
+        Args:
+            readings: further measurements, such as gradient_angle.
+
+        Returns:
+            "step", "images_seen", "phase", "loss", "denoising", in phase I "feature" and "attention", "grad_norm", and
+            where the angle is watched "online" and "online_angle".
+
+        Raises:
+            HasteError: the loss is not finite.
+        """
+        self.gather()
+        window = self.window
+        means = {k: float(window[k] / window[f"count_{k}"]) for k in window if not k.startswith("count_")}
+        check_finite(means["loss"], self.step)
+        line: dict[str, Any] = {"step": self.step, "images_seen": self.step * self.options.batch_size}
+        line |= {"phase": self.switch.phase, **means}
+        if self.haste is not None and self.haste.angle is not None:
+            line |= self.haste.angle.summary()
+            self.haste.angle.reset()
+        line |= readings
+        # The trigger reads the main process's line, or rounding could part the processes at the switch.
+        line = self.processes.from_main(lambda: line)
+        self.switch.observe(line)
+        window.clear()
+        return line
 
 
-def _begin(run: Run) -> bool:
-    """Prepare a run's directory; False when there is nothing left to train."""
-    if not run.missing_steps():
-        return False
-    run.describe()
-    if run.resume_step() is None:
-        adopt_shared_part(run)
-    return True
+def check_finite(loss: float, step: int) -> None:
+    """Raise HasteError when a loss is NaN or infinite."""
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise HasteError(
+            f"the loss is {loss} at or before step {step}; try a lower train.lr, or precision 'no' or 'bf16'; the "
+            f"checkpoints before it are intact"
+        )
 
 
-def _train(run: Run, state: TrainState, on_step: Callable[[TrainState], None] | None, progress: bool) -> bool:
-    """The loop, with its bar, log and record, which the main process keeps; True when a signal ended it."""
-    main = state.processes.is_main
-    facts = {"first_step": state.step, "processes": state.processes.count}
-    session: AbstractContextManager[dict[str, Any]] = provenance.session(run.dir, **facts) if main else nullcontext({})
-    with session as record, signals.catch() as stopping:
-        bar = tqdm(
-            total=run.config.train.steps, initial=state.step, disable=not (progress and main), unit="step",
-            mininterval=1.0, desc=f"{run.arm} seed {run.seed}",
-        )  # fmt: skip
-        with bar, (run.metrics_path if main else Path(os.devnull)).open("a") as log:
-            stopped = _loop(run, state, Meter(log, bar, state), stopping, on_step)
-            record["last_step"] = state.step
-    return stopped
-
-
-def _loop(
-    run: Run,
-    state: TrainState,
-    meter: Meter,
-    stopping: threading.Event,
-    on_step: Callable[[TrainState], None] | None,
-) -> bool:
-    train, processes = run.config.train, state.processes
-    kept = set(train.kept_steps)
-    stopped = processes.any(stopping.is_set())
-    while state.step < train.steps and not stopped:
-        meter.add(train_step(state))
-        due = state.step in kept or state.step % train.checkpoint_every == 0
-        if state.step % train.log_every == 0 or state.step == train.steps:
-            meter.write()
-        if due:
-            save_checkpoint(run, state)
-        if state.step % train.sample_every == 0 or state.step == train.steps:
-            preview(run, state)
-        if on_step is not None:
-            on_step(state)
-        # All leave after the same step, whichever of them the signal reached.
-        stopped = processes.any(stopping.is_set())
-    if stopped:
-        save_checkpoint(run, state)
-    return stopped
-
-
-def save_checkpoint(run: Run, state: TrainState) -> None:
-    """Write the checkpoint of the present step and remove the temporary ones before it.
+def make_accelerator(options: Optimization) -> Accelerator:
+    """accelerate's handle on device, precision and averaging of gradients.
 
     Raises:
-        HasteError: a weight is not finite (nothing is written), or there is no room.
+        HasteError: the precision does not exist here, or accelerate was set up for more than data-parallel training.
     """
-    state.gather()
-    tensors, rest = capture(state)
-    state.processes.from_main(lambda: _write_checkpoint(run, state, tensors, rest))
+    averaging = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[averaging])
+    possible = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.num_processes > 1 and accelerator.distributed_type not in possible:
+        names = ", ".join(kind.value for kind in possible)
+        raise HasteError(f"accelerate is set up for {accelerator.distributed_type.value}; expected one of: {names}")
+    if accelerator.device.type == "cpu":
+        if options.precision == "fp16":
+            # accelerate would train in float32 without a word.
+            raise HasteError("train.precision fp16 needs a GPU; expected here: bf16, no")
+        torch.set_num_threads(options.threads)
+    return accelerator
 
 
-def _write_checkpoint(run: Run, state: TrainState, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    broken = [name for name, value in tensors.items() if name.startswith("model.") and not value.isfinite().all()]
-    if broken:
-        check_finite(float("nan"), state)
-    kept = run.config.train.kept_steps
-    checkpoint.save(run.checkpoint_path(state.step), tensors, rest | {"temporary": state.step not in kept})
-    for step in run.steps():
-        # Checkpoints say themselves whether they are temporary: `keep` may have been another one before.
-        if step < state.step and step not in kept and run.load(step, prefixes=("none",))[1]["temporary"]:
-            run.checkpoint_path(step).unlink(missing_ok=True)
-
-
-def adopt_shared_part(run: Run) -> bool:
-    """Take over a donor's checkpoints and metrics up to the switch, if it has them; True when it did.
-
-    Files are hard-linked where possible: they are never changed in place, so two runs can share them.
-    """
-    donor_arm = run.study.donor(run.arm)
-    if donor_arm is None:
-        return False
-    donor, tau = Run(run.study, donor_arm, run.seed), int(run.config.tau)
-    wanted = [s for s in {*run.config.train.kept_steps, tau} if s <= tau]
-    if not donor.checkpoint_path(tau).is_file() or not set(wanted) <= set(donor.steps()):
-        return False
-    donor.load(tau, prefixes=("noise.",))  # refuses a damaged or foreign checkpoint before anything is linked
-    lines = [line for line in donor.metrics() if line["step"] <= tau]
-    write_text(run.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
-    for step in sorted(wanted):
-        target = run.checkpoint_path(step)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(donor.checkpoint_path(step), target)
-        except OSError:  # a file system without hard links
-            write_bytes(target, donor.checkpoint_path(step).read_bytes())
-    provenance.note(run.dir, shared_with=f"{donor_arm} seed {run.seed}", shared_until_step=tau)
-    return True
-
-
-def open_state(run: Run, processes: Processes | None = None) -> TrainState:
-    """The run's training state, at its latest usable checkpoint or before the first step.
-
-    processes: those that train the run together, all of which call this; by default those that a launcher started.
-    """
-    processes = processes or Processes()
-    step = processes.from_main(run.resume_step)
-    loaded = run.load(step) if step is not None else None
-    termination = Termination(run.config)
-    if loaded is not None:
-        termination.load_state_dict(loaded[1]["termination"])
-    termination.update(step or 0)
-    # A run that is past its switch never builds a teacher.
-    teacher = find_teacher(run.study, run.config.teacher) if termination.phase == 1 else None
-    state = create(run.config, run.seed, teacher, termination, processes=processes)
-    if teacher is not None and run.config.train.cache_teacher:
-        place = runs.teacher_path(run.study, run.config.teacher).parent
-        alignment, dataset = state.alignment, state.batches.dataset
-        assert alignment is not None
-        state.read_teacher_from(processes.from_main(lambda: teacher_cache.write(place, run.config, alignment, dataset)))
-    if loaded is not None:
-        restore(state, *loaded)
-    return state
-
-
-def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> Teacher:
-    """A frozen teacher of a study, by default its own: pretrained in it, or timm's with hub or local weights."""
-    teacher = teacher or study.teacher
-    if teacher.weights == "pretrain":
-        return load_pretrained(teacher, runs.teacher_path(study, teacher))
-    return build_teacher(teacher)
-
-
-def preview(run: Run, state: TrainState) -> None:
-    """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time.
-
-    Of latents the first three channels are shown as they are; `haste sample` decodes. All processes call this, the main
-    one draws.
-    """
-    average = sharding.in_one_piece(state.ema, state.processes.is_main)
-    state.processes.from_main(lambda: _draw_preview(run, state.step, average))
-
-
-def _draw_preview(run: Run, step: int, average: DiffusionTransformer) -> None:
-    classes = average.null_label
-    labels = torch.arange(min(classes, 10)).repeat(4)
-    quick = config.Sample(sampler="ddpm" if average.kind == "dit" else "heun", solver_steps=10)
-    drawn = sampling.draw(average, labels, range(len(labels)), quick)
-    if drawn.shape[1] > 3:
-        drawn = drawn[:, :3] / 3  # latents, of about unit variance: no decoder beside a run that needs the memory
-    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{step:08d}.png", min(classes, 10))
+__all__ = [
+    "Batch", "BatchStream", "Draws", "Optimization", "StepLosses", "Trainer", "check_finite", "draw_noise",
+    "make_accelerator", "step_losses",
+]  # fmt: skip

@@ -23,7 +23,7 @@ from haste_core.errors import HasteError, Interrupted
 from haste_core.processes import Processes
 from haste_core.study import config
 from haste_core.study.runs import Run
-from haste_core.training import fit
+from haste_core.study.train import fit
 
 
 def stop(index, _folder=None):

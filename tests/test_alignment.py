@@ -20,7 +20,8 @@ from haste_core.models import SiT, build
 from haste_core.study import config
 from haste_core.study.data import contexts
 from haste_core.study.runs import Run
-from haste_core.teacher import Teacher, build_teacher
+from haste_core.study.teachers import build_teacher
+from haste_core.teacher import Teacher
 
 
 def draw(*shape, seed=0):

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from haste_core import training
-from haste_core.alignment import attention_logits, attention_loss
+from haste_core.alignment import attention_logits, attention_loss, resample_attention
 from haste_core.analysis.attention import divergence, student_attention, teacher_maps, token_maps
 from haste_core.figures import attention_maps
 from haste_core.study import preparation
 from haste_core.study.data import open_dataset
 from haste_core.study.runs import Run
-from haste_core.teacher import build_teacher
-from haste_core.token_grids import resample_attention
+from haste_core.study.teachers import build_teacher
 
 QUERIES = [0, 5, 15]
 

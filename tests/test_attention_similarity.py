@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 
 from haste_core import figures, training
-from haste_core.alignment import attention_logits, attention_loss, attention_probabilities
+from haste_core.alignment import attention_logits, attention_loss, attention_probabilities, resample_attention
 from haste_core.analysis import probe, scene
 from haste_core.analysis.attention import student_attention
 from haste_core.analysis.attention_similarity import (
@@ -28,7 +28,6 @@ from haste_core.analysis.token_maps import by_arm, token_map_table
 from haste_core.errors import HasteError
 from haste_core.study.explore import drawn_from
 from haste_core.study.runs import Run
-from haste_core.token_grids import resample_attention
 
 GRID = (2, 3)
 FACTS = ["step", "t", "n", "student_block", "teacher_block", "baseline", "head", "measure", "value"]

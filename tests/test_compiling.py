@@ -32,7 +32,7 @@ def graphs(found):
 
 
 def steps(study, arm, count=6):
-    state = training.open_state(Run(study, arm, 0))
+    state = training.open_trainer(Run(study, arm, 0))
     return [training.train_step(state) for _ in range(count)], state
 
 
@@ -46,7 +46,7 @@ def close(some, others):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_blocks_share_their_graphs_and_the_switch_makes_none(output, make_study, traced, arm, made, precision):
     study = make_study(*SWITCH, "train.compile=true", f"train.precision={precision}")
-    state = training.open_state(Run(study, arm, 0))
+    state = training.open_trainer(Run(study, arm, 0))
     for step in range(6):
         training.train_step(state)
         assert graphs(traced) == (made, 0), step

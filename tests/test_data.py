@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.data import Batch, Batches, open_dataset
+from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.base import affine, split_indices
+from haste_core.training import Batch
 
 SPLITS = ("train", "validation", "test")
 STRONG = config.Augment(shift=1.0, rotation=20, scale=0.2)

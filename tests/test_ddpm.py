@@ -11,8 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from haste_core import ddpm, sampling
-from haste_core.ddpm import Schedule
-from haste_core.objectives import NoiseAndVariance, Velocity, objective_of
+from haste_core.paths import NoiseVarianceObjective, Schedule, Velocity, objective_of
 from haste_core.study import config
 
 
@@ -274,7 +273,7 @@ def test_a_sample_depends_on_its_seed_and_label_and_not_on_its_batch():
 
 def test_objective_maps_uniform_draws_to_integer_timesteps():
     objective = objective_of("dit")
-    assert isinstance(objective, NoiseAndVariance)
+    assert isinstance(objective, NoiseVarianceObjective)
     u = torch.tensor([0.0, 0.00099, 0.001, 0.5, 0.99999, 1.0])
     t = objective.timesteps(u)
     assert t.tolist() == [0, 0, 1, 500, 999, 999]

@@ -11,7 +11,7 @@ import torch
 from haste_core import ddpm, sampling
 from haste_core.errors import HasteError
 from haste_core.models import build
-from haste_core.objectives import objective_of
+from haste_core.paths import objective_of
 from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.scoring import denoising

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from haste_core.checkpoint import capture
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.processes import micro_batches
-from haste_core.snapshot import capture
 from haste_core.study import config, launching
 from haste_core.study.data import contexts
 from haste_core.study.runs import Run
-from haste_core.training import draw_noise, fit, open_state, train_step, update_ema
+from haste_core.study.train import fit, open_trainer
+from haste_core.training import draw_noise, train_step, update_ema
 
 # Six steps across the switch, all of them logged.
 SHORT = ("train.steps=6", "train.keep=[3]", "train.log_every=1", "arms.haste.termination.at=4")
@@ -111,7 +112,7 @@ def test_one_micro_batch_of_one_process_is_the_plain_step_to_the_bit(output, sho
     states = []
     for step in (plain_step, train_step):
         torch.manual_seed(0)
-        states.append(open_state(Run(short(), "haste", 0)))
+        states.append(open_trainer(Run(short(), "haste", 0)))
         for _ in range(6):
             step(states[-1])
     plain, now = (capture(state)[0] for state in states)
@@ -120,12 +121,12 @@ def test_one_micro_batch_of_one_process_is_the_plain_step_to_the_bit(output, sho
 
 
 def test_one_micro_batch_is_the_whole_batch_and_a_step_looks_at_each_image_once(output, short):
-    state = open_state(Run(short("train.accumulate=4"), "vanilla", 0))
+    state = open_trainer(Run(short("train.accumulate=4"), "vanilla", 0))
     sizes = []
     state.model.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
     train_step(state)
     assert sizes == [4, 4, 4, 4]
-    assert open_state(Run(short(), "vanilla", 0)).micro_batches == [slice(0, 16)]
+    assert open_trainer(Run(short(), "vanilla", 0)).micro_batches == [slice(0, 16)]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_every_parameter_has_a_gradient_in_either_phase(output, short, kind, arm
     contexts.write(output / "captions.safetensors", torch.randn(10, 3, 6), torch.randn(3, 6))
     text = ("model.context_width=6", f"data.contexts={output / 'captions.safetensors'}")
     more = text if kind == "mmdit" else ("model.qk_norm=true",)
-    state = open_state(Run(short(f"model.kind={kind}", *more), arm, 0))
+    state = open_trainer(Run(short(f"model.kind={kind}", *more), arm, 0))
     missing = []
     for optimizer in state.optimizers:
         optimizer.optimizer.register_step_pre_hook(
@@ -354,8 +355,8 @@ def test_half_precision_is_that_of_whole_weights(two, short, monkeypatch):
 
 def test_one_process_trains_as_without(output, short):
     torch.manual_seed(0)
-    state = open_state(Run(short(*DIVIDED), "haste", 0))
-    plain = open_state(Run(short(), "haste", 0))
+    state = open_trainer(Run(short(*DIVIDED), "haste", 0))
+    plain = open_trainer(Run(short(), "haste", 0))
     assert state.config.hash == plain.config.hash
     assert [type(p) for p in state.parameters()] == [type(p) for p in plain.parameters()]
 

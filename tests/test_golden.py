@@ -13,9 +13,10 @@ from torch.testing import assert_close
 
 from haste_core import sampling
 from haste_core.alignment import Alignment, attention_logits
-from haste_core.interpolant import interpolate, velocity
-from haste_core.models import SiT, Taps
+from haste_core.models import SiT
+from haste_core.paths import interpolate, velocity
 from haste_core.study import config
+from haste_core.taps import Taps
 from haste_core.teacher import TeacherOutput
 
 FILE = Path(__file__).parent / "golden" / "sit_a.safetensors"

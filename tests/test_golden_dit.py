@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from haste_core import ddpm
-from haste_core.interop import load_reference
-from haste_core.layouts import KINDS
-from haste_core.models import DiT, Taps
-from haste_core.objectives import objective_of
+from haste_core.models import DiT
+from haste_core.paths import objective_of
+from haste_core.released import load_reference
+from haste_core.released_layout import KINDS
+from haste_core.taps import Taps
 
 FILE = Path(__file__).parent / "golden" / "dit_a.safetensors"
 EXACT = {"atol": 2e-5, "rtol": 1e-4}

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from haste_core.alignment import attention_logits, projector
-from haste_core.interop import load_reference
-from haste_core.models import MMDiT, Taps
+from haste_core.models import MMDiT
+from haste_core.released import load_reference
+from haste_core.taps import Taps
 
 FILE = Path(__file__).parent / "golden" / "mmdit_a.safetensors"
 EXACT = {"atol": 2e-5, "rtol": 1e-4}

@@ -10,16 +10,16 @@ import torch
 from haste_core import figures
 from haste_core.alignment import Alignment
 from haste_core.analysis import gradients
-from haste_core.analysis.cosine import CHUNKS, Products, gradient_cosine, losses_at, noise, reaching
 from haste_core.analysis.probe import noised
 from haste_core.errors import HasteError
+from haste_core.gradient_angle import CHUNKS, Products, gradient_cosine, losses_at, noise, reaching
 from haste_core.models import SiT
-from haste_core.objectives import objective_of
+from haste_core.paths import objective_of
 from haste_core.study import config
-from haste_core.study.data import Batch
 from haste_core.study.runs import Run
-from haste_core.teacher import build_teacher
-from haste_core.training import fit
+from haste_core.study.teachers import build_teacher
+from haste_core.study.train import fit
+from haste_core.training import Batch
 
 TEACHER = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 4}
 

@@ -18,10 +18,10 @@ from torch.testing import assert_close
 from haste_core import training
 from haste_core.alignment import projector
 from haste_core.errors import HasteError
-from haste_core.interop import export_run, load_reference, save_reference
-from haste_core.layouts import KINDS, infer
 from haste_core.models import DiT, MMDiT, SiT
 from haste_core.models.layers import sincos_positions
+from haste_core.released import export_run, load_reference, save_reference
+from haste_core.released_layout import KINDS, infer
 from haste_core.study import preparation
 from haste_core.study.runs import Run
 

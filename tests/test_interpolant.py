@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from haste_core import interpolant
-from haste_core.objectives import shifted
+from haste_core.paths import shifted
 
 
 @pytest.fixture(params=[(3,), (2, 5), (2, 1, 4, 4)], ids=str)

@@ -22,7 +22,6 @@ from haste_core import training
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.sampling import to_uint8
-from haste_core.state import create
 from haste_core.study import config
 from haste_core.study.commands import latents as command
 from haste_core.study.data import Batches, open_dataset
@@ -33,6 +32,7 @@ from haste_core.study.data.resize import center_crop, to_signed, to_tensor
 from haste_core.study.latents import encode, shards
 from haste_core.study.latents.workspace import Job, Workspace
 from haste_core.study.runs import Run
+from haste_core.study.train import create
 
 pytestmark = pytest.mark.xdist_group("vae")
 SIZE, CHANNELS, SIDE, CLASSES = 16, 4, 8, 3

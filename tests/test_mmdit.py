@@ -11,11 +11,12 @@ from torch.testing import assert_close
 
 from haste_core import models
 from haste_core.errors import HasteError
-from haste_core.models import MMDiT, Taps
+from haste_core.models import MMDiT
 from haste_core.models.layers import sincos_positions
 from haste_core.study import config
 from haste_core.study.data import contexts
 from haste_core.study.data.contexts import Contexts
+from haste_core.taps import Taps
 
 SMALL = {
     "image_size": 8, "channels": 3, "classes": 4, "depth": 3, "width": 16, "heads": 2, "patch": 2, "context_width": 6,

@@ -7,9 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from haste_core import models
-from haste_core.models import SiT, Taps
+from haste_core.models import SiT
 from haste_core.models.layers import Attention, TimestepEmbedder, sincos_positions, unpatchify
 from haste_core.study import config
+from haste_core.taps import Taps
 
 SMALL = {"image_size": 8, "channels": 3, "classes": 5, "depth": 3, "width": 16, "heads": 4, "patch": 2}
 

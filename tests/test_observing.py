@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from haste_core.analysis.cosine import gradient_cosine
 from haste_core.errors import HasteError
-from haste_core.observing import block_of, exact
-from haste_core.state import create
+from haste_core.gradient_angle import gradient_cosine
 from haste_core.study.data.digits import Digits
 from haste_core.study.runs import Run
+from haste_core.study.teachers import find_teacher
+from haste_core.study.train import block_of, create, exact, fit
 from haste_core.termination import Termination, build_trigger, replay
-from haste_core.training import find_teacher, fit, train_step
+from haste_core.training import train_step
 
 
 def trained(study, arm):

@@ -5,13 +5,14 @@ import torch
 
 from haste_core.alignment import attention_cross_entropy, attention_logits, attention_probabilities
 from haste_core.analysis import gradients
-from haste_core.analysis.cosine import losses_at, noise
-from haste_core.analysis.online import EDGES, OnlineAngle
 from haste_core.errors import HasteError
-from haste_core.models import Tapped
+from haste_core.gradient_angle import losses_at, noise
+from haste_core.online_angle import EDGES, OnlineAngle
 from haste_core.study.preparation import prepare_teacher
 from haste_core.study.runs import Run
-from haste_core.training import draw_noise, fit, open_state, train_step, update_ema
+from haste_core.study.train import fit, open_trainer
+from haste_core.taps import Tapped
+from haste_core.training import draw_noise, train_step, update_ema
 
 
 def watched_step(s, angle):
@@ -40,7 +41,7 @@ def state(output, make_study):
     def make(arm, *more):
         run = Run(make_study(*more), arm, 0)
         prepare_teacher(run.study, run.config.teacher)
-        return open_state(run)
+        return open_trainer(run)
 
     return make
 

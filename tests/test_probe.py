@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from haste_core.analysis import probe
-from haste_core.models import Taps
 from haste_core.study.evaluation import generator_at
 from haste_core.study.runs import Run
-from haste_core.training import fit, open_state
+from haste_core.study.train import fit, open_trainer
+from haste_core.taps import Taps
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def run(output, make_study):
 
 def test_step_zero_is_the_network_before_training(output, make_study):
     fresh = Run(make_study(), "vanilla", 3)
-    begun = open_state(fresh).ema.state_dict()
+    begun = open_trainer(fresh).ema.state_dict()
     assert all(value.equal(begun[name]) for name, value in probe.student_at(fresh, 0).state_dict().items())
 
 

@@ -10,7 +10,8 @@ from haste_core.errors import HasteError
 from haste_core.figures import similarity as pictures
 from haste_core.study.data import open_dataset
 from haste_core.study.runs import Run
-from haste_core.training import find_teacher, fit
+from haste_core.study.teachers import find_teacher
+from haste_core.study.train import fit
 
 
 def clusters(seed, n=200, classes=4, spread=0.1):

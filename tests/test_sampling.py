@@ -222,7 +222,7 @@ def test_uint8_rule_gives_every_level_back_and_clips():
 # What each kind of model makes of the sampler
 
 
-class NoiseAndVariance(nn.Module):
+class NoiseVarianceObjective(nn.Module):
     """A DiT-like model: `channels` values of noise equal to the label plus t, then as many of variance, 100 x label."""
 
     kind, null_label = "dit", 10
@@ -237,7 +237,7 @@ class NoiseAndVariance(nn.Module):
         return torch.cat([label + t[:, None, None, None], 100 * label], dim=1) * self.scale
 
 
-class Velocity(NoiseAndVariance):
+class Velocity(NoiseVarianceObjective):
     """The same with the first half of it, a velocity."""
 
     kind = "sit"
@@ -248,7 +248,7 @@ class Velocity(NoiseAndVariance):
 
 @torch.no_grad()
 def test_of_a_dit_the_noise_is_guided_and_the_variance_is_not():
-    model = NoiseAndVariance()
+    model = NoiseVarianceObjective()
     sample = config.Sample(sampler="ddpm", guidance=3.0, guidance_low=0.2, guidance_high=0.5)
     output = sampling.guided_by(model, torch.tensor([2]), sample)
     x = torch.zeros(1, 4, 2, 2, dtype=torch.float64)
@@ -261,10 +261,12 @@ def test_of_a_dit_the_noise_is_guided_and_the_variance_is_not():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "guided", "whole"), [(NoiseAndVariance, 3, 8), (Velocity, 3, 4), (Velocity, None, 4)])
+@pytest.mark.parametrize(
+    ("kind", "guided", "whole"), [(NoiseVarianceObjective, 3, 8), (Velocity, 3, 4), (Velocity, None, 4)]
+)
 def test_the_leading_channels_that_are_named_are_guided_and_the_others_conditional(kind, guided, whole):
     sample = config.Sample(
-        sampler="ddpm" if kind is NoiseAndVariance else "sde", guidance=2.0, guidance_channels=guided
+        sampler="ddpm" if kind is NoiseVarianceObjective else "sde", guidance=2.0, guidance_channels=guided
     )
     made = sampling.guided_by(kind(), torch.tensor([4]), sample)(torch.zeros(1, 4, 2, 2, dtype=torch.float64), 0.5)
     expected = [10 + 2 * (4 - 10) + 0.5] * (guided or 4) + [4.5] * (4 - (guided or 4)) + [400.0] * (whole - 4)
@@ -274,7 +276,9 @@ def test_the_leading_channels_that_are_named_are_guided_and_the_others_condition
 def test_more_guided_channels_than_a_dit_has_are_all_of_its_noise():
     sample = config.Sample(sampler="ddpm", guidance=2.0, guidance_channels=7)
     with torch.no_grad():
-        made = sampling.guided_by(NoiseAndVariance(), torch.tensor([4]), sample)(torch.zeros(1, 4, 2, 2).double(), 0.0)
+        made = sampling.guided_by(NoiseVarianceObjective(), torch.tensor([4]), sample)(
+            torch.zeros(1, 4, 2, 2).double(), 0.0
+        )
     assert made[0, :, 0, 0].tolist() == pytest.approx([-2.0] * 4 + [400.0] * 4)
 
 

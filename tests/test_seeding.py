@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from haste_core.seeding import stream
-from haste_core.state import Seeds, seeds_of
 from haste_core.study import config
+from haste_core.study.train import Seeds, seeds_of
 
 NETWORKS = ("teacher", "extractor", "autoencoder")
 PARTS = ("weights", "heads", "order", "noise", "train noise", "validation noise", "test noise")

@@ -6,7 +6,7 @@ import pytest
 from haste_core.analysis import tables
 from haste_core.errors import HasteError
 from haste_core.study.runs import Run
-from haste_core.training import fit
+from haste_core.study.train import fit
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from haste_core import _torchvision_guard
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.data import Batch
-from haste_core.teacher import build_teacher, check_precision, low_passed
-from haste_core.teacher_qk import project_qk, read_qk
+from haste_core.study.teachers import build_teacher, check_precision
+from haste_core.teacher import low_passed, project_qk, read_qk
+from haste_core.training import Batch
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
 PLAIN = ("vit_tiny_patch16_224", VIT)

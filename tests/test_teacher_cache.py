@@ -19,7 +19,7 @@ CACHED = [*STILL, "train.cache_teacher=true"]
 
 
 def losses(run, steps=6):
-    state = training.open_state(run)
+    state = training.open_trainer(run)
     return state, [training.train_step(state) for _ in range(steps)]
 
 
@@ -35,7 +35,7 @@ def test_a_run_with_a_cache_trains_as_one_without(output, make_study, arm):
 
 def test_the_teacher_is_not_called_once_it_is_written_down(output, make_study, monkeypatch):
     run = Run(make_study(*CACHED), "haste", 0)
-    training.open_state(run)
+    training.open_trainer(run)
 
     def called(self, *given):
         raise AssertionError("the teacher was called")
@@ -54,13 +54,13 @@ def test_a_cached_run_through_micro_batches_and_ahead_of_time_is_the_same(output
 
 
 def test_its_size_is_told_first_and_is_what_lies_on_the_disk(output, make_study, capsys):
-    training.open_state(Run(make_study(*CACHED), "haste", 0))
+    training.open_trainer(Run(make_study(*CACHED), "haste", 0))
     (folder,) = output.glob("runs/digits/teacher-*/seen-*/")
     arrays = [np.load(path, mmap_mode="r") for path in folder.glob("*.npy")]
     # 1,212 images of 16 tokens: tokens of width 24, and q and k of two blocks with 4 heads of width 6.
     assert sum(array.nbytes for array in arrays) == 1212 * 16 * 24 * 4 * 5
     assert f"1,212 images takes {1212 * 16 * 24 * 4 * 5 / 2**30:.3f} GiB" in capsys.readouterr().out
-    training.open_state(Run(make_study(*CACHED), "haste", 1))  # another seed reads the same
+    training.open_trainer(Run(make_study(*CACHED), "haste", 1))  # another seed reads the same
     assert capsys.readouterr().out == ""
 
 
@@ -77,26 +77,26 @@ def test_half_precision_takes_half_the_room(output, make_study):
 
 def test_augmented_data_are_refused(output, make_study):
     with pytest.raises(HasteError, match=r"cache_teacher with data\.augment.*possible: train.cache_teacher=false"):
-        training.open_state(Run(make_study("train.cache_teacher=true"), "haste", 0))
+        training.open_trainer(Run(make_study("train.cache_teacher=true"), "haste", 0))
 
 
 def test_a_disk_without_room_is_an_error_before_anything_is_written(output, make_study, monkeypatch):
     usage = shutil.disk_usage(output)._replace(free=1000)
     monkeypatch.setattr("haste_core.teacher_cache.shutil.disk_usage", lambda path: usage)
     with pytest.raises(HasteError, match=r"needs 0\.01 GiB in .*, 0\.00 are free"):
-        training.open_state(Run(make_study(*CACHED), "haste", 0))
+        training.open_trainer(Run(make_study(*CACHED), "haste", 0))
     assert not list(output.rglob("*.npy"))
 
 
 def test_a_cache_that_was_not_finished_is_made_again(output, make_study):
     run = Run(make_study(*CACHED), "haste", 0)
-    training.open_state(run)
+    training.open_trainer(run)
     (folder,) = output.glob("runs/digits/teacher-*/seen-*/")
     tokens = np.load(folder / "tokens.npy").copy()
     unfinished = folder.with_suffix(".unfinished")
     folder.rename(unfinished)
     np.save(unfinished / "tokens.npy", np.zeros(3))
-    training.open_state(run)
+    training.open_trainer(run)
     assert np.array_equal(np.load(folder / "tokens.npy"), tokens)
     assert not unfinished.exists()
 

@@ -19,8 +19,8 @@ from haste_core import encoders
 from haste_core.encoders import get_pretrained_cfg
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.teacher import build_teacher
-from haste_core.teacher_qk import check_plain_attention, read_qk
+from haste_core.study.teachers import build_teacher
+from haste_core.teacher import check_plain_attention, read_qk
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -6,8 +6,10 @@ import torch
 from haste_core.errors import HasteError
 from haste_core.study import config
 from haste_core.study.runs import Run
+from haste_core.study.teachers import find_teacher
+from haste_core.study.train import fit
 from haste_core.termination import Angle, FixedIteration, Never, Plateau, Termination, build_trigger, replay
-from haste_core.training import find_teacher, fit, train_step
+from haste_core.training import train_step
 
 
 def phases(termination, steps):
@@ -158,7 +160,7 @@ def test_fading_multiplies_alignment_down_to_nothing(make_study):
 
 
 def test_a_faded_step_minimises_the_faded_sum(make_study, output):
-    from haste_core.state import create
+    from haste_core.study.train import create
 
     study = make_study("arms.haste.termination.fade=4")
     run = study.run("haste")

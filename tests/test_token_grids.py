@@ -7,12 +7,18 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from haste_core.alignment import Alignment, attention_cross_entropy, attention_probabilities, feature_loss
+from haste_core.alignment import (
+    Alignment,
+    attention_cross_entropy,
+    attention_probabilities,
+    feature_loss,
+    resample_attention,
+    resample_tokens,
+)
 from haste_core.errors import HasteError
 from haste_core.models import SiT
 from haste_core.study import config
-from haste_core.teacher import build_teacher
-from haste_core.token_grids import resample_attention, resample_tokens
+from haste_core.study.teachers import build_teacher
 
 GRIDS = [((4, 4), (3, 3)), ((3, 3), (4, 4)), ((2, 5), (4, 3)), ((3, 2), (1, 7)), ((16, 16), (14, 14))]
 

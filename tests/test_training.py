@@ -20,11 +20,11 @@ from haste_core import checkpoint, training
 from haste_core.errors import HasteError, Interrupted
 from haste_core.models import SiT
 from haste_core.study import config
-from haste_core.study.data import Batch
 from haste_core.study.runs import Run
+from haste_core.study.train import fit, open_trainer
 from haste_core.teacher import Teacher
 from haste_core.termination import Termination
-from haste_core.training import draw_noise, fit, open_state, train_step
+from haste_core.training import Batch, draw_noise, train_step
 
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
@@ -109,7 +109,7 @@ def operators_of_a_step(state):
 def test_a_phase_two_step_runs_exactly_the_operators_of_a_vanilla_step(output, tiny):
     counted = {}
     for arm in ("vanilla", "haste"):
-        state = open_state(Run(tiny, arm, 0))
+        state = open_trainer(Run(tiny, arm, 0))
         counted[arm] = [operators_of_a_step(state) for _ in range(11)]
     assert counted["haste"][10] == counted["vanilla"][10]
     assert counted["haste"][9] == counted["vanilla"][9]
@@ -118,7 +118,7 @@ def test_a_phase_two_step_runs_exactly_the_operators_of_a_vanilla_step(output, t
 
 def test_nothing_of_phase_one_stays_in_memory_after_the_switch(output, tiny):
     """Not even in what accelerate keeps of all that it prepared."""
-    state = open_state(Run(tiny, "haste", 0))
+    state = open_trainer(Run(tiny, "haste", 0))
     alignment, optimizer = state.alignment, state.alignment_optimizer
     left = [weakref.ref(one) for one in (alignment, alignment.teacher, alignment.projector, optimizer)]
     del alignment, optimizer
@@ -136,7 +136,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonze
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_no_step_reads_what_the_device_computes(output, make_study, precision):
-    state = open_state(Run(make_study("train.watch_angle=true", f"train.precision={precision}"), "haste", 0))
+    state = open_trainer(Run(make_study("train.watch_angle=true", f"train.precision={precision}"), "haste", 0))
     for _ in range(11):
         names = {name.split(".")[1] for name in operators_of_a_step(state)}
         assert "mm" in names or "addmm" in names
@@ -185,7 +185,7 @@ def test_a_run_past_its_switch_or_without_alignment_never_builds_a_teacher(outpu
 
 def test_the_model_is_called_without_taps_in_phase_two(output, tiny):
     calls = []
-    state = open_state(Run(tiny, "haste", 0))
+    state = open_trainer(Run(tiny, "haste", 0))
     state.model.register_forward_pre_hook(lambda _m, args, kwargs: calls.append((len(args), kwargs)), with_kwargs=True)
     for _ in range(10):
         train_step(state)
@@ -195,7 +195,7 @@ def test_the_model_is_called_without_taps_in_phase_two(output, tiny):
 def test_a_phase_two_step_is_a_vanilla_step_from_the_same_state_to_the_bit(output, tiny):
     train(tiny, "haste", on_step=None)
     tensors, rest = Run(tiny, "haste", 0).load(8)
-    haste, vanilla = open_state(Run(tiny, "haste", 1)), open_state(Run(tiny, "vanilla", 1))
+    haste, vanilla = open_trainer(Run(tiny, "haste", 1)), open_trainer(Run(tiny, "vanilla", 1))
     training.restore(haste, tensors, rest)
     training.restore(vanilla, tensors, rest | {"termination": Termination(tiny.run("vanilla")).state_dict()})
     for _ in range(3):
@@ -397,7 +397,7 @@ import json, sys, time, torch
 from haste_core.study import config
 from haste_core.errors import Interrupted
 from haste_core.study.runs import Run
-from haste_core.training import fit
+from haste_core.study.train import fit
 
 def on_step(state):
     print(state.step, flush=True)
@@ -507,7 +507,7 @@ def test_draws_come_from_their_generator():
 
 def test_the_ema_is_the_weighted_mean_of_all_weights_so_far(output, make_study):
     decay = 0.7
-    state = open_state(Run(make_study(f"train.ema_decay={decay}"), "vanilla", 0))
+    state = open_trainer(Run(make_study(f"train.ema_decay={decay}"), "vanilla", 0))
     history = [[p.detach().clone() for p in state.model.parameters()]]
     for _ in range(5):
         train_step(state)
@@ -522,7 +522,7 @@ def test_the_ema_is_the_weighted_mean_of_all_weights_so_far(output, make_study):
 
 def gradients_at_the_optimizers(study, steps=3):
     """Gradients of student and projector as their optimizers see them, and the logged norm, per step."""
-    state = open_state(Run(study, "haste", 0))
+    state = open_trainer(Run(study, "haste", 0))
     seen = []
     for number, optimizer in enumerate(state.optimizers):
         optimizer.optimizer.register_step_pre_hook(
@@ -563,7 +563,7 @@ def test_the_logged_loss_is_denoising_plus_the_weighted_alignment_losses(output,
 
 def test_the_denoising_loss_is_the_mean_square_distance_to_eps_minus_x(output, tiny):
     """At initialisation the velocity is exactly 0, so the first loss is the mean of (eps - x)^2."""
-    state, twin = open_state(Run(tiny, "vanilla", 0)), open_state(Run(tiny, "vanilla", 0))
+    state, twin = open_trainer(Run(tiny, "vanilla", 0)), open_trainer(Run(tiny, "vanilla", 0))
     batch = twin.batches.next()
     eps = draw_noise(batch, 10, 0.1, twin.noise).eps
     assert float(train_step(state)["denoising"]) == pytest.approx(float(((eps - batch.x) ** 2).mean()), rel=1e-5)
@@ -571,7 +571,7 @@ def test_the_denoising_loss_is_the_mean_square_distance_to_eps_minus_x(output, t
 
 def inputs_of(study, arm, seed, steps=10):
     """What the model is called with, per step."""
-    state = open_state(Run(study, arm, seed))
+    state = open_trainer(Run(study, arm, seed))
     seen = []
     state.model.register_forward_pre_hook(lambda _m, args: seen.append([a.clone() for a in args[:3]]))
     initial = {name: value.clone() for name, value in state.model.state_dict().items()}

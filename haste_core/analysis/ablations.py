@@ -184,7 +184,7 @@ def grids(run: Run, open_scorer: Callable[[], Scoring]) -> pd.DataFrame:
         images, _ = evaluation_samples(run, step, scorer.classes, sample=drawn)
         scores = scorer.score(images)
         last = times_of(drawn.solver_steps, grid)[-2]
-        facts = {"step": step, "grid": grid, "calls": passes(run.config.model.kind, drawn), "last_t": last}
+        facts = {"step": step, "grid": grid, "calls": passes(run.config.model.kind, drawn.options), "last_t": last}
         rows.append(facts | {name: scores[name] for name in _GRID_SCORES} | {"n": len(images)})
     return pd.DataFrame(rows, columns=GRID)
 

@@ -8,14 +8,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from haste_core.alignment import attention_probabilities, paired_heads
+from haste_core.alignment import Grid, attention_probabilities, paired_heads, resample_attention
 from haste_core.analysis import probe
-from haste_core.models.layers import Taps
 from haste_core.study import config
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.runs import Run
+from haste_core.taps import Taps
 from haste_core.teacher import Teacher
-from haste_core.token_grids import Grid, resample_attention
 
 
 def middle_tokens(grid: tuple[int, int]) -> list[int]:
@@ -123,7 +122,7 @@ def token_grid(model: config.Model, x: Tensor) -> Grid:
 
 def aligned_heads(run: Run, teacher: Teacher) -> list[int]:
     """The heads a run aligns, or would: head m of the student with head m of the teacher."""
-    return paired_heads(run.config.alignment, run.config.model.heads, teacher.heads)
+    return paired_heads(run.config.alignment.heads, run.config.model.heads, teacher.heads)
 
 
 def _rows(probabilities: Tensor, queries: list[int], facts: dict[str, Any]) -> list[dict[str, Any]]:

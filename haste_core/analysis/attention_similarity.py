@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from haste_core.alignment import Grid
 from haste_core.analysis.scene import Scene, maps_of, other_images
 from haste_core.errors import HasteError
-from haste_core.models.layers import QK, Taps
 from haste_core.study.runs import Run
-from haste_core.token_grids import Grid
+from haste_core.taps import QK, Taps
 
 # The first keys of a query that are compared: one in eight, so that chance is 1/8 on every grid that 8 divides.
 TOP_SHARE = 8

@@ -16,12 +16,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from haste_core.alignment import resample_tokens
 from haste_core.analysis.attention_similarity import compared, references
 from haste_core.analysis.scene import Scene, other_images
 from haste_core.errors import HasteError
-from haste_core.models.layers import QK, Taps
 from haste_core.study.runs import Run
-from haste_core.token_grids import resample_tokens
+from haste_core.taps import QK, Taps
 
 # Of the regression, per token fitted on and for features of unit variance: too small to be felt where they are free of
 # each other, and enough where they are not.

@@ -13,20 +13,20 @@ import pandas as pd
 import torch
 
 from haste_core import checkpoint
-from haste_core.alignment import Alignment
-from haste_core.analysis.cosine import CHUNKS, LOSSES, Products, gradient_cosine, losses_at, noise, reaching, split
-from haste_core.analysis.online import OnlineAngle
 from haste_core.analysis.probe import BATCH, held_out
 from haste_core.devices import default_device
 from haste_core.errors import unknown
+from haste_core.gradient_angle import CHUNKS, LOSSES, Products, gradient_cosine, losses_at, noise, reaching, split
+from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
-from haste_core.objectives import Objective, objective_of
-from haste_core.state import build_generator
+from haste_core.online_angle import OnlineAngle
+from haste_core.paths import Objective, objective_of
 from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.runs import Run
+from haste_core.study.teachers import find_teacher
+from haste_core.study.train import build_generator, build_haste
 from haste_core.teacher import Teacher
-from haste_core.training import find_teacher
 
 __all__ = ["CHUNKS", "LOSSES", "Products", "conflict", "gradient_cosine", "online_conflict", "online_rho"]
 
@@ -40,7 +40,7 @@ class Moment(NamedTuple):
     """A run at one step: its training weights, and the losses it has or would have there."""
 
     model: DiffusionTransformer
-    alignment: Alignment
+    alignment: HASTE
     objective: Objective
 
 
@@ -121,15 +121,16 @@ def online_rho(run: Run, step: int, n: int | None = None) -> pd.DataFrame:
     batch, analysis = held_out(run, n), run.study.analysis
     eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
     angle = OnlineAngle(next(now.model.parameters()).device, edges=(0.0, 1.0))
+    now.alignment.angle = angle
     rows: list[dict[str, Any]] = []
     for t in analysis.timesteps:
         angle.reset()
         for part, part_eps in split(batch, eps, parts):
-            losses = losses_at(*now, part, part_eps, t, watch=angle.watch)
+            losses = losses_at(*now, part, part_eps, t, watch=True)
             total = torch.stack(list(losses.values())).sum() * len(part_eps) / len(eps)
             torch.autograd.grad(total, list(now.model.parameters()), allow_unused=True)
         rows += [{"step": step, "t": t, "loss": row["loss"], "online": row["cosine"], "n": row["count"]}
-                 for row in angle.read().to_dict("records")]  # fmt: skip
+                 for row in angle.read()]  # fmt: skip
     return pd.DataFrame(rows, columns=ONLINE_COLUMNS)
 
 
@@ -155,7 +156,7 @@ def moment(run: Run, step: int, teacher: Teacher, own: bool = False) -> Moment |
     settings = run.config.alignment if own else _switched_on(run, bool(projector))
     if not settings.active:
         return None
-    alignment = Alignment(settings, model, teacher.to(device), seed=0)
+    alignment = build_haste(run.config.model_copy(update={"alignment": settings}), model, teacher.to(device), seed=0)
     if alignment.projector is not None:
         alignment.projector.load_state_dict(projector)
         alignment.projector.eval().to(device)

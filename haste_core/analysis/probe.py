@@ -11,15 +11,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from haste_core.analysis.cosine import noise
 from haste_core.devices import default_device
+from haste_core.gradient_angle import noise
 from haste_core.models import DiffusionTransformer
-from haste_core.models.layers import Tapped, Taps
-from haste_core.objectives import objective_of
-from haste_core.state import build_generator, seeds_of
-from haste_core.study.data import Batch, open_dataset
+from haste_core.paths import objective_of
+from haste_core.study.data import open_dataset
 from haste_core.study.evaluation import generator_at
 from haste_core.study.runs import Run
+from haste_core.study.train import build_generator, seeds_of
+from haste_core.taps import Tapped, Taps, tapped
+from haste_core.training import Batch
 
 # Images that go through a network at a time.
 BATCH = 250
@@ -95,7 +96,8 @@ def _passes(
     device, count = next(model.parameters()).device, len(inputs[0])
     labels = torch.full((count,), model.null_label) if labels is None else labels
     for batch in zip(*(whole.split(BATCH) for whole in (*inputs, labels)), strict=True):
-        yield model(*(part.to(device) for part in batch), taps)
+        x, t, y = (part.to(device) for part in batch)
+        yield tapped(model, x, t, y, taps)
 
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from haste_core.alignment import attention_logits
+from haste_core.alignment import attention_logits, resample_attention
 from haste_core.analysis import probe
 from haste_core.analysis.attention import aligned_heads, layer_pairs, token_grid
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
-from haste_core.models.layers import QK, Tapped, Taps
 from haste_core.study.runs import Run
+from haste_core.study.teachers import find_teacher
+from haste_core.taps import QK, Tapped, Taps
 from haste_core.teacher import TeacherOutput
-from haste_core.token_grids import resample_attention
-from haste_core.training import find_teacher
 
 # Numbers in the maps (B, H, N, N) held at a time.
 MAP_NUMBERS = 2**22

@@ -14,15 +14,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from haste_core.alignment import Grid, resample_tokens
 from haste_core.analysis import probe
 from haste_core.analysis.tokens import student_tokens, teacher_blocks, teacher_tokens
 from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
-from haste_core.study.data import Batch, open_dataset
+from haste_core.study.data import open_dataset
 from haste_core.study.runs import Run
+from haste_core.study.teachers import find_teacher
 from haste_core.teacher import Teacher
-from haste_core.token_grids import Grid, resample_tokens
-from haste_core.training import find_teacher
+from haste_core.training import Batch
 
 # Radial frequency as a fraction of Nyquist; the last band holds the corners of the square, up to sqrt(2).
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 2**0.5)

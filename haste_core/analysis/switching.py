@@ -18,7 +18,8 @@ from haste_core.errors import HasteError
 from haste_core.study import config
 from haste_core.study.claims import interval, one_card
 from haste_core.study.runs import Run
-from haste_core.termination import Line, alignment_loss, build_trigger, replay
+from haste_core.study.train import trigger_of
+from haste_core.termination import Line, alignment_loss, replay
 
 # The measurement a kind of trigger reads from a log; `iteration` reads none.
 READS = {"gradient_angle": "gradient_angle", "online_angle": "online_angle", "plateau": "alignment"}
@@ -110,7 +111,7 @@ def fired(triggers: Mapping[str, config.Termination], runs: Iterable[Run]) -> pd
         log = run.metrics()
         for name, settings in triggers.items():
             readings = sum(_readable(settings.kind, line) for line in log)
-            tau = replay(build_trigger(settings), log) if readings else None
+            tau = replay(trigger_of(settings), log) if readings else None
             looked = [line for line in log if _looks(settings, line["step"]) and line["step"] <= (tau or math.inf)]
             gaps = sum(not _readable(settings.kind, line) for line in looked)
             rows.append(

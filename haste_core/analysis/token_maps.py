@@ -12,8 +12,8 @@ import torch
 
 from haste_core.analysis.scene import Scene, maps_of
 from haste_core.errors import unknown
-from haste_core.models.layers import QK, Taps
 from haste_core.study.runs import Run
+from haste_core.taps import QK, Taps
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from haste_core.analysis import probe
 from haste_core.models import DiffusionTransformer
-from haste_core.models.layers import Taps
+from haste_core.taps import Taps
 from haste_core.teacher import Teacher
 
 

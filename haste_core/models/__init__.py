@@ -1,36 +1,34 @@
-"""Generators: plain diffusion transformers that know nothing of teachers, from one function."""
+"""Generators: plain diffusion transformers that know nothing of teachers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from haste_core.models.base import DiffusionTransformer
-from haste_core.models.layers import Tapped, Taps
+from haste_core.errors import unknown
+from haste_core.models.layers import DiffusionTransformer
 from haste_core.models.mmdit import MMDiT
 from haste_core.models.sit import DiT, SiT
-from haste_core.study import config
-from haste_core.study.data.contexts import Contexts
 
-__all__ = ["DiT", "DiffusionTransformer", "MMDiT", "SiT", "Tapped", "Taps", "build"]
+__all__ = ["KINDS", "SIZES", "DiT", "DiffusionTransformer", "MMDiT", "SiT", "build"]
 
-_SIZES = {"depth", "width", "heads", "patch"}
+KINDS: dict[str, type[DiffusionTransformer]] = {"sit": SiT, "dit": DiT, "mmdit": MMDiT}
+# depth, width, heads of the published sizes (Table 16, arXiv 2505.16792; S from the DiT paper).
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
-def build(
-    model: config.Model, *, image_size: int, channels: int, classes: int, seed: int, contexts: Contexts | None = None
-) -> DiffusionTransformer:
-    """A freshly initialised generator in float32 on the CPU, its weights drawn from `seed` alone.
+def build(kind: str, seed: int, **sizes: Any) -> DiffusionTransformer:
+    """Generator of a kind in float32 on the CPU, its weights drawn from `seed` alone.
 
     Args:
-        model: kind and sizes.
-        image_size, channels, classes: of what is modelled: pixels or latents.
-        seed: of the weights.
-        contexts: text tokens by label, for an MM-DiT.
+        kind: "sit", "dit" or "mmdit". seed: of the weights. sizes: arguments of its class.
+
+    Raises:
+        HasteError: there is no such kind.
     """
-    common = {"image_size": image_size, "channels": channels, "classes": classes, **model.model_dump(include=_SIZES)}
+    if kind not in KINDS:
+        raise unknown("kind of generator", kind, KINDS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if model.kind == "mmdit":
-            return MMDiT(**common, context_width=model.context_width, contexts=contexts)
-        kind = DiT if model.kind == "dit" else SiT
-        return kind(**common, mlp_ratio=model.mlp_ratio, qk_norm=model.qk_norm)
+        return KINDS[kind](**sizes)

@@ -5,30 +5,12 @@ B batch, N tokens, D width, H heads, d head width. Golden values in tests/golden
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-QK = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Taps:
-    """What a forward pass should hand out: tokens after blocks `depths` (from 1), q and k of `blocks` (from 0)."""
-
-    depths: tuple[int, ...] = ()
-    blocks: tuple[int, ...] = ()
-
-
-class Tapped(NamedTuple):
-    """A generator's output (B, C', S, S) with tokens (B, N, D) by depth and q, k (B, H, N, d) by block."""
-
-    output: Tensor
-    tokens: dict[int, Tensor]
-    qk: dict[int, QK]
+from torch.utils.checkpoint import checkpoint
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
@@ -89,9 +71,10 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention by torch's fused kernel; hands out q and k (B, H, N, d) when asked.
+    """Multi-head self-attention by torch's fused kernel.
 
-    The handed-out q and k are those the kernel sees, after any q/k norm and before the scale 1 / sqrt(d).
+    `q_norm` and `k_norm` return q and k (B, H, N, d) as the kernel sees them, before the scale 1 / sqrt(d), with or
+    without a norm: this is where they can be read (`haste_core.taps`).
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
@@ -102,13 +85,13 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, hand_out: bool = False) -> tuple[Tensor, QK | None]:
-        """x (B, N, D) to the same shape, and (q, k) if `hand_out`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) to the same shape."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D)), (q, k) if hand_out else None
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
 
 
 class Mlp(nn.Module):
@@ -140,12 +123,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, hand_out: bool = False) -> tuple[Tensor, QK | None]:
-        """x (B, N, D) under c (B, D) to the same shape, and (q, k) of its attention if `hand_out`."""
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D) under c (B, D) to the same shape."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        attended, qk = self.attn(modulate(self.norm1(x), shift_a, scale_a), hand_out)
-        x = x + gate_a[:, None] * attended
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m)), qk
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -191,3 +173,69 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
         if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
             nn.init.zeros_(parameter)
+
+
+class DiffusionTransformer(nn.Module, ABC):
+    """A transformer over the patches of a square image, from (x, t, y) to an output of the image's size.
+
+    A generator of its own makes what else it needs: an embedding of y, `blocks`, `final_layer`; and says in `streams`
+    what enters the blocks.
+
+    Args:
+        image_size: side of the square input, a multiple of `patch`.
+        channels: of the input.
+        classes: number of labels; label `classes` is the null label of classifier-free guidance.
+        width, heads, patch: of the tokens, of attention, and side of a patch in pixels.
+
+    Attributes:
+        activation_checkpointing: True keeps the inputs of blocks alone for the backward pass, which computes the rest
+            again: less memory, one more forward pass of the blocks.
+    """
+
+    kind: str
+    outputs_per_channel = 1
+    blocks: nn.ModuleList
+    final_layer: FinalLayer
+
+    def __init__(self, *, image_size: int, channels: int, classes: int, width: int, heads: int, patch: int) -> None:
+        super().__init__()
+        self.patch, self.channels, self.classes, self.heads = patch, channels, classes, heads
+        self.image_size = image_size
+        self.activation_checkpointing = False
+        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.register_buffer("pos_embed", sincos_positions(width, image_size // patch)[None])
+        self.pos_embed: Tensor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the token grid."""
+        side = self.image_size // self.patch
+        return side, side
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no class" (MM-DiT: the index of the empty caption)."""
+        return self.classes
+
+    @abstractmethod
+    def streams(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the blocks update, each (B, tokens, D) and the image's tokens last, and the condition (B, D)."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The output at (x, t, y): the velocity, for DiT the noise and the values that interpolate its log-variance.
+
+        Args:
+            x: (B, C, S, S). t: (B,) in [0, 1] (DiT: 0 to 999).
+            y: (B,) int64 in [0, classes]; an MM-DiT takes text tokens (B, L, context_width) too.
+
+        Returns:
+            (B, C, S, S) (DiT: (B, 2C, S, S)).
+        """
+        streams, c = self.streams(x, t, y)
+        saving = self.activation_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            updated = checkpoint(block, *streams, c, use_reentrant=False) if saving else block(*streams, c)
+            streams = list(updated) if isinstance(updated, tuple) else [updated]
+        patches = self.final_layer(streams[-1], c)
+        return unpatchify(patches, self.patch, self.channels * self.outputs_per_channel)

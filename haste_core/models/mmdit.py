@@ -1,21 +1,21 @@
 """MM-DiT: text and image tokens, each with weights of their own, attend to each other in one joint attention.
 
-Sec. 3.2, arXiv 2505.16792 (text to image on MS-COCO); layout of Stable Diffusion 3's blocks. Aligned with a teacher is
-the image tokens' attention among themselves, so q and k are handed out for image tokens alone.
+Sec. 3.2, arXiv 2505.16792 (text to image on MS-COCO); layout of Stable Diffusion 3's blocks. The attention of image
+tokens among themselves is aligned with a teacher, so q and k are those of the image's stream.
 
 B batch, N image tokens, L text tokens, D width, H heads, d head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from haste_core.errors import HasteError
-from haste_core.models.base import DiffusionTransformer
-from haste_core.models.layers import QK, FinalLayer, Mlp, initialise, modulate
-from haste_core.study.data.contexts import Contexts
+from haste_core.models.layers import DiffusionTransformer, FinalLayer, Mlp, initialise, modulate
 
 
 class Stream(nn.Module):
@@ -30,7 +30,10 @@ class Stream(nn.Module):
         super().__init__()
         self.heads, self.pre_only = heads, pre_only
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width)})
+        # Without a norm; q and k are read off the two identities.
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "q_norm": nn.Identity(), "k_norm": nn.Identity()}
+        )
         parts = 2
         if not pre_only:
             self.attn["proj"] = nn.Linear(width, width)
@@ -40,11 +43,11 @@ class Stream(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
     def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """q, k, v (B, H, tokens, d) of tokens x (B, tokens, D) under c (B, D), and what `after` needs."""
+        """q, k, v (B, H, tokens, d) of tokens x (B, tokens, D) under c (B, D), and the modulation for `after`."""
         shift, scale, *rest = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
         qkv = self.attn["qkv"](modulate(self.norm1(x), shift, scale))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return (q, k, v), tuple(rest)
+        return (self.attn["q_norm"](q), self.attn["k_norm"](k), v), tuple(rest)
 
     def after(self, x: Tensor, attended: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
         """x (B, tokens, D) updated by its share of the attention's output (B, tokens, D) and by the MLP."""
@@ -61,8 +64,8 @@ class JointBlock(nn.Module):
         self.context_block = Stream(width, heads, pre_only=last)
         self.x_block = Stream(width, heads)
 
-    def forward(self, text: Tensor, x: Tensor, c: Tensor, hand_out: bool) -> tuple[Tensor, Tensor, QK | None]:
-        """Text (B, L, D) and image (B, N, D) tokens to the same shapes, and the image's (q, k) if `hand_out`."""
+    def forward(self, text: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Text (B, L, D) and image (B, N, D) tokens to the same shapes."""
         text_qkv, text_rest = self.context_block.before(text, c)
         image_qkv, image_rest = self.x_block.before(x, c)
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(text_qkv, image_qkv, strict=True))
@@ -70,7 +73,7 @@ class JointBlock(nn.Module):
         of_text, of_image = attended.split([text.shape[1], x.shape[1]], dim=1)
         if not self.context_block.pre_only:
             text = self.context_block.after(text, of_text, text_rest)
-        return text, self.x_block.after(x, of_image, image_rest), image_qkv[:2] if hand_out else None
+        return text, self.x_block.after(x, of_image, image_rest)
 
 
 class MMDiT(DiffusionTransformer):
@@ -78,10 +81,11 @@ class MMDiT(DiffusionTransformer):
 
     Args:
         image_size, channels, patch: of the input, as in `SiT`.
-        classes: number of captions in `contexts`; index `classes` is the empty caption.
+        classes: number of captions; index `classes` is the empty caption.
         depth, width, heads: the paper takes width 32 x depth and heads = depth.
         context_width: of the text tokens.
-        contexts: text tokens by caption index, so that captions can be named by number like labels.
+        contexts: from caption indices (B,) to text tokens (B, L, context_width), so that captions can be named by
+            number like labels.
     """
 
     kind = "mmdit"
@@ -97,7 +101,7 @@ class MMDiT(DiffusionTransformer):
         heads: int,
         patch: int,
         context_width: int = 768,
-        contexts: Contexts | None = None,
+        contexts: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(
             image_size=image_size, channels=channels, classes=classes, width=width, heads=heads, patch=patch

@@ -1,15 +1,13 @@
 """SiT and DiT: plain class-conditional diffusion transformers with adaLN-Zero, from the digits size to XL/2.
 
-They know nothing of teachers or projectors. While a run is in phase I the caller asks for taps; without taps the
-forward pass is exactly that of a vanilla run.
+They know nothing of teachers or projectors; `haste_core.taps` reads tokens, q and k off them.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from haste_core.models.base import DiffusionTransformer
-from haste_core.models.layers import Block, FinalLayer, LabelEmbedder, initialise
+from haste_core.models.layers import Block, DiffusionTransformer, FinalLayer, LabelEmbedder, initialise
 
 
 class SiT(DiffusionTransformer):
@@ -19,7 +17,8 @@ class SiT(DiffusionTransformer):
         image_size: side of the square input, a multiple of `patch`.
         channels: of the input, and of the velocity.
         classes: number of labels; label `classes` is the null label of classifier-free guidance.
-        depth, width, heads, patch, mlp_ratio, qk_norm: as in `config.Model`.
+        depth: number of blocks. width, heads, patch: as in `DiffusionTransformer`.
+        mlp_ratio: hidden width of the MLPs over `width`. qk_norm: LayerNorm on q and k of each head.
     """
 
     kind = "sit"
@@ -53,7 +52,7 @@ class SiT(DiffusionTransformer):
 class DiT(SiT):
     """The same network for improved DDPM: its output is the noise, then the values that interpolate the log-variance.
 
-    Takes timesteps 0 to 999 and returns (B, 2C, S, S); see `haste_core.ddpm`.
+    Takes timesteps 0 to 999 and returns (B, 2C, S, S); see `haste_core.paths.DDPMSchedule`.
     """
 
     kind = "dit"

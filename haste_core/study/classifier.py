@@ -16,7 +16,8 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError, Interrupted
 from haste_core.seeding import stream
 from haste_core.study import config, signals
-from haste_core.study.data import Batch, Batches, Dataset
+from haste_core.study.data import Batches, Dataset
+from haste_core.training import Batch
 
 # Steps between two saved states of a network in training.
 SAVE_EVERY = 500

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +12,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from haste_core import training
 from haste_core.errors import HasteError
 from haste_core.files import write_json
-from haste_core.state import TrainState, create
 from haste_core.study import config
 from haste_core.study.runs import study_dir
+from haste_core.study.teachers import find_teacher
+from haste_core.study.train import create, switch_of
+from haste_core.training import Trainer
 
 COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
 ROUNDS = 12
@@ -36,13 +36,13 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
+def states(study: config.Study) -> dict[tuple[str, int], Trainer]:
     """A training state for each main arm and phase; a phase II state really went through its switch.
 
     Arms whose step is the same work in a phase share its state.
     """
-    found: dict[tuple[str, int], TrainState] = {}
-    made: dict[tuple[Any, ...], TrainState] = {}
+    found: dict[tuple[str, int], Trainer] = {}
+    made: dict[tuple[Any, ...], Trainer] = {}
     for arm in study.main:
         run = study.run(arm)
         phases = [2] if not run.alignment.active else [1] if run.tau == float("inf") else [1, 2]
@@ -54,14 +54,14 @@ def states(study: config.Study) -> dict[tuple[str, int], TrainState]:
     return found
 
 
-def _state(study: config.Study, run: config.RunConfig, phase: int) -> TrainState:
+def _state(study: config.Study, run: config.RunConfig, phase: int) -> Trainer:
     if not run.alignment.active:
         return create(run, 0, None)
-    state = create(run, 0, training.find_teacher(study, run.teacher), training.Termination(run))
+    state = create(run, 0, find_teacher(study, run.teacher), switch_of(run))
     if phase == 2:
-        training.train_step(state)
+        state.train_step()
         state.step = int(run.tau)
-        training.train_step(state)
+        state.train_step()
     return state
 
 
@@ -92,11 +92,11 @@ def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) ->
     run = study.run(arm)
     if not run.alignment.active:
         raise HasteError(f"arm {arm!r} is never aligned, there is no angle to watch; possible: an aligned arm")
-    teacher = training.find_teacher(study, run.teacher)
+    teacher = find_teacher(study, run.teacher)
     running = {}
     for watched in (False, True):
         own = run.model_copy(update={"train": run.train.model_copy(update={"watch_angle": watched})})
-        running[watched] = create(own, 0, teacher, training.Termination(own))
+        running[watched] = create(own, 0, teacher, switch_of(own))
     names = ("median_step_s", "ratio", "ratio_low", "ratio_high", "rounds")
     rows = _steps(running, False, rounds, steps)
     return pd.DataFrame({"arm": arm, "watched": key} | dict(zip(names, row, strict=True)) for key, row in rows.items())
@@ -166,12 +166,12 @@ def timed(
     return times
 
 
-def step_of(state: TrainState) -> Callable[[], object]:
+def step_of(state: Trainer) -> Callable[[], object]:
     """A training step of a state, as an action to time."""
-    return partial(training.train_step, state)
+    return state.train_step
 
 
-def _steps(running: Mapping[Any, TrainState], base: Any, rounds: int, steps: int) -> dict[Any, Timing]:
+def _steps(running: Mapping[Any, Trainer], base: Any, rounds: int, steps: int) -> dict[Any, Timing]:
     device = next(iter(running.values())).accelerator.device
     return interleaved({key: step_of(state) for key, state in running.items()}, base, rounds, steps, device)
 

@@ -16,7 +16,6 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
-from haste_core.state import build_generator
 from haste_core.study import config, provenance
 from haste_core.study.data import open_dataset
 from haste_core.study.latents import decoding
@@ -25,6 +24,7 @@ from haste_core.study.sample_set import SampleSet, drawer, plan
 from haste_core.study.scoring.denoising import SUMMARIES, summaries
 from haste_core.study.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
 from haste_core.study.scoring.scorers import Scorer, Scoring, card, card_of, columns, metrics_of, open_scorer
+from haste_core.study.train import build_generator
 
 __all__ = [
     "DENOISING_COLUMNS", "METRICS", "SUMMARIES", "CopyCheck", "ImageSet", "Scorer", "card", "columns", "denoising_rows",
@@ -59,7 +59,7 @@ def evaluation_samples(
     model, fingerprint = generator_at(run, step)
     labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
     seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
-    drawn = sampling.draw(model, labels, seeds, sample, progress)
+    drawn = sampling.draw(model, labels, seeds, sample.options, progress)
     return sampling.to_uint8(decoding.to_images(drawn, study.data, sample)), fingerprint
 
 

@@ -22,10 +22,9 @@ import yaml
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from haste_core import training
 from haste_core.errors import HasteError, Interrupted
 from haste_core.processes import Processes, launched, micro_batches
-from haste_core.study import preparation, signals
+from haste_core.study import signals, train
 from haste_core.study.runs import Run
 
 # A stopped worker saves a checkpoint first, which may take longer than the launcher's own 30 s.
@@ -54,7 +53,7 @@ def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
         return
     if not run.missing_steps():
         return
-    _prepare(run)
+    train.prepare(run)
     with _place(run) as place, signals.catch() as stopping:
         launcher = _start(run, processes, place)
         try:
@@ -70,14 +69,8 @@ def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
 def _fit_here(run: Run, progress: bool) -> None:
     """Train in this process, alone or as one of those that a launcher started."""
     together = Processes()
-    together.from_main(lambda: _prepare(run))
-    training.fit(run, progress=progress, processes=together)
+    train.fit(run, progress=progress, processes=together)
     together.close()
-
-
-def _prepare(run: Run) -> None:
-    if run.config.alignment.active and run.missing_steps():
-        preparation.prepare_teacher(run.study, run.config.teacher)
 
 
 def _check(run: Run, processes: int) -> None:
@@ -87,7 +80,8 @@ def _check(run: Run, processes: int) -> None:
         gpus = torch.cuda.device_count()
         if processes > gpus:
             raise HasteError(f"{processes} processes on {gpus} GPU(s), of which each needs one; possible: 1 to {gpus}")
-    micro_batches(run.config.train, launched() if launched() > 1 else processes)
+    settings = run.config.train
+    micro_batches(settings.batch_size, settings.accumulate, launched() if launched() > 1 else processes)
 
 
 @contextmanager

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from haste_core import checkpoint
-from haste_core import teacher as teachers
 from haste_core.errors import HasteError
 from haste_core.files import write_json
 from haste_core.seeding import stream
-from haste_core.study import classifier, config, provenance, runs
+from haste_core.study import classifier, config, provenance, runs, teachers
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.turns import turn
 

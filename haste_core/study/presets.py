@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from haste_core.errors import unknown
+from haste_core.models import SIZES
 
-# depth, width, heads of the published sizes (Table 16, arXiv 2505.16792; S from the DiT paper).
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 # name -> the fields it fills.
 MODELS: dict[str, dict[str, Any]] = {
     f"{name}-{size}/{patch}": {"kind": kind, "depth": depth, "width": width, "heads": heads, "patch": patch}

@@ -21,6 +21,7 @@ from haste_core.study import claims, config, cost, evaluation, provenance, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.report_sections import sections
 from haste_core.study.runs import Run
+from haste_core.study.teachers import find_teacher
 from haste_core.study.wording import (
     VERDICTS,
     answers,
@@ -35,7 +36,6 @@ from haste_core.study.wording import (
     sentences,
     verdict_groups,
 )
-from haste_core.training import find_teacher
 
 __all__ = [
     "Report", "answer", "collect_samples", "draw_figures", "open_report", "readme_block", "refresh", "score_table",

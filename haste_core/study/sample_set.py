@@ -26,9 +26,9 @@ from haste_core.errors import HasteError, Interrupted
 from haste_core.files import atomic, write_json
 from haste_core.models import DiffusionTransformer
 from haste_core.sampling import draw as sample
-from haste_core.sampling import drawing_facts, sample_labels, to_uint8
+from haste_core.sampling import sample_labels, to_uint8
 from haste_core.study import config, signals
-from haste_core.study.latents.decoding import to_images
+from haste_core.study.latents.decoding import drawing_facts, to_images
 from haste_core.study.runs import Run
 from haste_core.study.scoring.image_sources import NpzImages
 from haste_core.study.turns import POLL_SECONDS, claimed, turn
@@ -63,7 +63,7 @@ def drawer(model: DiffusionTransformer, data: config.Data, how: config.Sample) -
     """What draws uint8 images (b, C, S, S) from a generator of `data`, decoded where these are latents."""
 
     def draw(labels: Tensor, seeds: range) -> Tensor:
-        return to_uint8(to_images(sample(model, labels, seeds, how), data, how))
+        return to_uint8(to_images(sample(model, labels, seeds, how.options), data, how))
 
     return draw
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from haste_core.sampling import Sampler
 from haste_core.study.presets import MODELS, SAMPLERS, fill
 
 Precision = Annotated[
@@ -230,17 +231,15 @@ class Train(Section):
     batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
     share of them in; it divides the memory and changes no number but by rounding, as the number of processes does.
 
-    sharded: divide weights, gradients, optimizer states and average among the processes, block by block; one process
-    has nobody to divide with and trains as without.
+    activation_checkpointing: recompute the activations of blocks in the backward pass, for models that do not fit into
+    memory otherwise; changes no number but by rounding.
 
     compile: torch.compile the blocks (`haste_core.compiling`); it too changes no number but by rounding, and pays where
     a run is much longer than the seconds to a minute that compiling takes (`make bench`).
 
-    prefetch: a thread reads the next batch while a step runs, for data on disk. cache_teacher: what the teacher makes
-    of every training image is written down once and read from then on (`haste_core.teacher_cache`); for data without
-    augmentation.
+    prefetch: a thread reads the next batch while a step runs, for data on disk.
 
-    watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.analysis.online`), which changes
+    watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.online_angle`), which changes
     no number of the run.
 
     timestep_shift: s maps a uniform t to s t / (1 + (s - 1) t); above 1 high noise is trained on more often. Not in the
@@ -250,7 +249,6 @@ class Train(Section):
     steps: Positive
     batch_size: Positive = 256
     accumulate: Positive = 1
-    sharded: bool = False
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Unit, Unit] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -261,7 +259,7 @@ class Train(Section):
     precision: Precision = "no"
     compile: bool = False
     prefetch: bool = False
-    cache_teacher: bool = False
+    activation_checkpointing: bool = False
     threads: Positive = 1
     keep: list[Positive] = []
     watch_angle: bool = False
@@ -283,8 +281,8 @@ class Train(Section):
 # What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, how many
 # images and whose weights the device holds at a time, and how its kernels are made.
 TRAIN_BOOKKEEPING = {
-    "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "sharded", "compile",
-    "prefetch", "cache_teacher",
+    "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "compile",
+    "prefetch", "activation_checkpointing",
 }  # fmt: skip
 
 
@@ -317,6 +315,11 @@ class Sample(Section):
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         return fill(values, SAMPLERS)
+
+    @property
+    def options(self) -> Sampler:
+        """The sampler these settings name."""
+        return Sampler(**self.model_dump(include=set(Sampler.__dataclass_fields__)))
 
 
 class Evaluate(Section):

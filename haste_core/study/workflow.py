@@ -148,7 +148,8 @@ def _check(study: config.Study, cores: int | None, processes: int, on: str | Non
         from haste_core.processes import micro_batches
 
         for arm in study.arms:
-            micro_batches(study.run(arm).train, processes)
+            train = study.run(arm).train
+            micro_batches(train.batch_size, train.accumulate, processes)
 
 
 def _where(place: cluster.Cluster | None, cores: int | None, dry_run: bool) -> list[str]:

@@ -11,8 +11,8 @@ import yaml
 from haste_core.errors import HasteError
 
 if TYPE_CHECKING:
-    from haste_core.interop import Reference
-    from haste_core.layouts import Layout
+    from haste_core.released import Reference
+    from haste_core.released_layout import Layout
 
 _DESCRIPTION = """Convert a checkpoint, executing nothing from it, and say what it holds.
 

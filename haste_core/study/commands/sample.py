@@ -145,7 +145,7 @@ def _draw_few(arguments: argparse.Namespace, found: Run) -> None:
     study = found.study
     labels = sampling.sample_labels(arguments.n, model.classes, study.evaluate.labels, arguments.first_seed)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.n)
-    x = sampling.draw(model, labels, seeds, found.sample, "sampling")
+    x = sampling.draw(model, labels, seeds, found.sample.options, "sampling")
     drawn = sampling.to_uint8(decoding.to_images(x, study.data, found.sample))
     if arguments.out.suffix == ".png":
         images.save_grid(drawn, arguments.out, columns=min(10, arguments.n))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,29 +15,7 @@ from torch.nn import functional as F
 from haste_core.errors import HasteError
 from haste_core.seeding import stream
 from haste_core.study import config
-
-
-class Batch(NamedTuple):
-    """What one training step sees.
-
-    x: what the generator models, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents.
-    y: labels (B,) int64. images: what the teacher sees, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space,
-    and none of them, (0, C', S', S'), where latents were asked for without their images. indices: which of the training
-    images these are, (B,) int64; none of them, (0,), where they come from elsewhere.
-    """
-
-    x: Tensor
-    y: Tensor
-    images: Tensor
-    indices: Tensor = torch.empty(0, dtype=torch.int64)
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
-
-    def pinned(self) -> Batch:
-        """The same batch in memory that a GPU can copy from without anybody waiting."""
-        return Batch(*(part.pin_memory() for part in self))
+from haste_core.training import Batch
 
 
 class Dataset(Protocol):

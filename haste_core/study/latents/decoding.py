@@ -54,3 +54,22 @@ def _load(name: str, fingerprint: str | None) -> Vae:
     from haste_core.study.latents import vae
 
     return vae.load(name, default_device(), fingerprint)
+
+
+def drawing_facts(data: config.Data, sample: config.Sample) -> dict[str, Any]:
+    """Sampler settings that affect the images, for cards and manifests."""
+    return {
+        "sampler": sample.sampler,
+        "solver_steps": sample.solver_steps,
+        # SDE and DDPM have a grid of their own.
+        **({"grid": sample.grid} if sample.sampler in ("euler", "heun") else {}),
+        "guidance": sample.guidance,
+        "guidance_interval": [sample.guidance_low, sample.guidance_high],
+        "guidance_channels": sample.guidance_channels,
+        "integrator_dtype": "float64",
+        # What is as ever is not named, so that cards from before there was a choice stay the same.
+        **({"precision": sample.precision} if sample.precision != "no" else {}),
+        **({"compiled": True} if sample.compile else {}),
+        "vae": vae_facts(data, sample),
+        "uint8_rule": "clip(127.5 x + 128), truncated",
+    }

@@ -11,11 +11,12 @@ import torch
 from accelerate import PartialState
 
 from haste_core.errors import HasteError
-from haste_core.state import TrainState, create
 from haste_core.study import config, cost, provenance
 from haste_core.study.preflight import estimates, stand_in
 from haste_core.study.preflight.tracing import Example, networks_of
-from haste_core.teacher import build_teacher
+from haste_core.study.teachers import build_teacher
+from haste_core.study.train import create
+from haste_core.training import Trainer
 
 # Parameters of the student that is timed: steps of a few seconds on a slow core, a few GiB on a GPU.
 _LIMIT = {"cpu": 5e7, "cuda": 4e8}
@@ -131,7 +132,7 @@ def _shares(
     return rate, {p: _share(found[p].flops * batch / rate / np.array(taken)) for p, taken in times.items()}, batch
 
 
-def _state(run: config.RunConfig, dataset: Any) -> TrainState:
+def _state(run: config.RunConfig, dataset: Any) -> Trainer:
     return create(run, 0, build_teacher(run.teacher) if run.alignment.active else None, dataset=dataset)
 
 

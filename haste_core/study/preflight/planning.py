@@ -154,7 +154,7 @@ def drawing(study: config.Study, table: pd.DataFrame) -> dict[str, Any]:
         run = study.run(arm)
         row = table[table["arm"] == arm].iloc[-1]
         kept = len(run.train.kept_steps) * len(study.seeds_of(arm))
-        passes = sampling.passes(run.model.kind, study.sample_of(arm))
+        passes = sampling.passes(run.model.kind, study.sample_of(arm).options)
         needed = float(row["forward"]) * kept * study.evaluate.n * passes
         rate = row["images_per_s"] * row["step_flops"] / run.train.batch_size
         checkpoints, most = checkpoints + kept, max(most, passes)

@@ -175,7 +175,7 @@ def _contexts(settings: config.RunConfig) -> Check:
 
 
 def _sampler(nets: Networks, sample: config.Sample) -> str:
-    sampling.check_sampler(nets.student, sample)
+    sampling.check_sampler(nets.student, sample.options)
     interval = f" for t in [{sample.guidance_low:g}, {sample.guidance_high:g}]"
     guidance = "no guidance" if sample.guidance == 1 else f"guidance {sample.guidance:g}{interval}"
     return f"{sample.sampler}, {sample.solver_steps} steps, {guidance}"

@@ -14,10 +14,11 @@ from torch import Generator, Tensor
 
 from haste_core.files import write_json
 from haste_core.study import config
-from haste_core.study.data import Batch, Dataset, open_dataset
+from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.data.base import augmented
 from haste_core.study.preflight.estimates import parameters
 from haste_core.study.preflight.tracing import Example, student_of
+from haste_core.training import Batch
 
 
 def smaller(run: config.RunConfig, example: Example, limit: float) -> config.RunConfig:

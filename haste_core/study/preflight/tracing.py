@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from haste_core.alignment import Alignment
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
-from haste_core.objectives import objective_of
+from haste_core.paths import objective_of
 from haste_core.study import config
-from haste_core.teacher import Teacher, build_teacher
+from haste_core.study.teachers import build_teacher
+from haste_core.teacher import Teacher
 
 # CLIP's text tokens per caption, which an MM-DiT is taken to have.
 TEXT_TOKENS = 77

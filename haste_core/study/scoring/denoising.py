@@ -17,7 +17,7 @@ from haste_core import checkpoint
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
-from haste_core.objectives import objective_of
+from haste_core.paths import objective_of
 from haste_core.seeding import stream
 from haste_core.study.data import Batches, Dataset
 

@@ -194,9 +194,8 @@ def build_dinov2(evaluate: config.Evaluate) -> tuple[DinoV2, str] | None:
         return None
     from haste_core.encoders import build_encoder
 
-    wanted = config.Teacher(model=evaluate.dinov2_model, weights=evaluate.dinov2, kwargs={"img_size": _DINOV2_SIDE})
     try:
-        encoder = build_encoder(wanted)
+        encoder = build_encoder(evaluate.dinov2_model, evaluate.dinov2, 1000, {"img_size": _DINOV2_SIDE})
     except HasteError as error:
         raise HasteError(
             f"evaluate.dinov2 {evaluate.dinov2!r}: {error}; or evaluate.dinov2=none leaves that score out"

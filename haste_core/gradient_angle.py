@@ -6,18 +6,18 @@ the checkpoints of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from haste_core.alignment import Alignment
+from haste_core.compiling import uncompiled
 from haste_core.errors import HasteError, unknown
-from haste_core.models.layers import Tapped
-from haste_core.objectives import Objective
-from haste_core.study.data import Batch
+from haste_core.haste import HASTE
+from haste_core.paths import Objective
+from haste_core.training import Batch, step_losses
 
 LOSSES = ("feature", "attention", "holistic")
 # Groups of images with a gradient each: enough for a bootstrap, few enough for the memory of an XL block.
@@ -95,43 +95,36 @@ def noise(like: Tensor, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=Generator().manual_seed(seed))
 
 
-def reaching(alignment: Alignment, block: int) -> tuple[str, ...]:
+def reaching(haste: HASTE, block: int) -> tuple[str, ...]:
     """Which of `LOSSES` have a gradient at the parameters of `block` (from 0), given what the alignment compares.
 
     A loss has none where it is off or read below the block; "holistic" needs both parts.
     """
-    feature = alignment.projector is not None and block < alignment.config.depth
-    attention = any(block <= student for student, _ in alignment.pairs)
+    feature = haste.projector is not None and block < haste.depth
+    attention = any(block <= student for student, _ in haste.pairs)
     found = zip(LOSSES, (feature, attention, feature and attention), strict=True)
     return tuple(loss for loss, reaches in found if reaches)
 
 
 def losses_at(
-    model: nn.Module,
-    alignment: Alignment,
-    objective: Objective,
-    batch: Batch,
-    eps: Tensor,
-    t: float,
-    watch: Callable[[Tapped, Tensor], Tapped] | None = None,
+    model: nn.Module, haste: HASTE, objective: Objective, batch: Batch, eps: Tensor, t: float, watch: bool = False
 ) -> dict[str, Tensor]:
-    """The weighted losses of a phase I step at one noise level: "denoising", and of "feature", "attention" what is on.
+    """Weighted losses of a phase I step at one noise level: "denoising", and of "feature", "attention" what is on.
 
     Args:
-        model, alignment, objective: as in training; labels are those of the batch, none is dropped.
+        model, haste, objective: as in training; labels are those of the batch, none is dropped.
         batch: on any device. eps: (B, C, S, S). t: the noise level in [0, 1].
-        watch: stands between what the model hands out and the alignment; see `analysis.online`.
+        watch: let the online angle see the pass.
     """
     device = next(model.parameters()).device
     batch, eps, u = batch.to(device), eps.to(device), torch.full((len(batch.x),), t, device=device)
-    at = objective.timesteps(u)
-    tapped: Tapped = model(objective.noised(batch.x, eps, at), at, batch.y, alignment.taps)
-    aligned = alignment.losses(tapped if watch is None else watch(tapped, u), batch.images)
-    losses = {"denoising": objective.loss(tapped.output, batch.x, eps, at).mean()}
-    if aligned.feature is not None:
-        losses["feature"] = alignment.config.lambda_feature * aligned.feature
-    if aligned.attention is not None:
-        losses["attention"] = alignment.config.lambda_attention * aligned.attention
+    found = step_losses(model, objective, batch, u, eps, batch.y, haste, watch)
+    losses = {"denoising": found.denoising}
+    assert found.alignment is not None
+    if found.alignment.feature is not None:
+        losses["feature"] = haste.lambda_feature * found.alignment.feature
+    if found.alignment.attention is not None:
+        losses["attention"] = haste.lambda_attention * found.alignment.attention
     return losses
 
 
@@ -144,7 +137,7 @@ def split(batch: Batch, eps: Tensor, chunks: int) -> Iterator[tuple[Batch, Tenso
 
 def gradient_cosine(
     model: nn.Module,
-    alignment: Alignment,
+    haste: HASTE,
     objective: Objective,
     batch: Batch,
     t: float,
@@ -161,7 +154,7 @@ def gradient_cosine(
     mode and no global random state changes.
 
     Args:
-        model, alignment, objective: those of a training state in phase I.
+        model, haste, objective: those of a run in phase I.
         batch: images with their true labels, on any device.
         t: the noise level in [0, 1]. block: whose parameters, from 0.
         losses: of `LOSSES`; by default all that reach the block.
@@ -173,13 +166,13 @@ def gradient_cosine(
     count = len(model.blocks)  # type: ignore[arg-type]
     if not 0 <= block < count:
         raise unknown("block (from 0) to compare gradients on", block, range(count))
-    possible = reaching(alignment, block)
+    possible = reaching(haste, block)
     losses = possible if losses is None else losses
     if not losses or not set(losses) <= set(possible):
         raise HasteError(
             f"block {block} (from 0) and losses {', '.join(losses) or 'none'}: possible there: "
-            f"{', '.join(possible) or 'none'} (the feature loss is read after block {alignment.config.depth - 1}, "
-            f"attention in blocks {sorted({s for s, _ in alignment.pairs})})"
+            f"{', '.join(possible) or 'none'} (the feature loss is read after block {haste.depth - 1}, "
+            f"attention in blocks {sorted({s for s, _ in haste.pairs})})"
         )
     alone = [part for part in LOSSES[:2] if part in losses or "holistic" in losses]
     names = ["denoising", *alone]
@@ -188,7 +181,7 @@ def gradient_cosine(
     gradients = torch.empty(len(names), min(chunks, len(batch.x)), size, dtype=parameters[0].dtype)
     with torch.enable_grad():
         for i, (part, eps) in enumerate(split(batch, noise(batch.x, seed), chunks)):
-            found = losses_at(model, alignment, objective, part, eps, t)
+            found = losses_at(model, haste, objective, part, eps, t)
             for row, name in zip(gradients[:, i], names, strict=True):
                 row.copy_(_gradient(found[name] * (len(eps) / len(batch.x)), parameters))
     grams = _grams(gradients)
@@ -216,3 +209,20 @@ def _products(grams: np.ndarray, parts: list[int]) -> Products:
     """Products of the denoising gradient (index 0) with the sum of the gradients `parts`: they add up."""
     cross = grams[0, parts].sum(0)
     return Products(cross, grams[0, 0], grams[np.ix_(parts, parts)].sum((0, 1)))
+
+
+def exact(
+    model: nn.Module, haste: HASTE, objective: Objective, batch: Batch, timesteps: Sequence[float], block: int
+) -> float:
+    """Mean cosine between denoising and alignment gradients over the losses that are on and over noise levels.
+
+    Eq. 2, Tables 9 and 10, arXiv 2505.16792: on the parameters of one block, on fixed images with fixed noise.
+
+    Args:
+        model, haste, objective: of a run in phase I. batch: images with their true labels.
+        timesteps: noise levels in [0, 1]. block: from 0.
+    """
+    which = [loss for loss in reaching(haste, block) if loss != "holistic"]
+    with uncompiled():  # one graph gives gradients of several losses
+        found = [gradient_cosine(model, haste, objective, batch, t, block, which) for t in timesteps]
+    return float(np.mean([products.rho() for by_loss in found for products in by_loss.values()]))

@@ -1,7 +1,7 @@
 """Checkpoints in the layout that DiT, SiT, REPA and HASTE release, read and written; nothing in a file is executed.
 
 Such a file is a state dict, or a dict with the state dicts `model` and `ema` beside optimizer state, arguments and
-steps. A run's checkpoint of this package is read as well. What the names mean is in `haste_core.layouts`.
+steps. A run's checkpoint of this package is read as well. What the names mean is in `haste_core.released_layout`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,15 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from haste_core import layouts
+from haste_core import released_layout
 from haste_core.checkpoint import under
 from haste_core.errors import HasteError, unknown
 from haste_core.files import atomic
-from haste_core.layouts import Convention, Family
 from haste_core.models import DiffusionTransformer
-
-if TYPE_CHECKING:
-    from haste_core.study.runs import Run
+from haste_core.released_layout import Convention, Family
 
 Source = str | Path | Mapping[str, Any]
 Weights = Literal["ema", "model"]
@@ -67,8 +64,10 @@ def load_reference(
         HasteError: the file cannot be read, wants code to run, holds another family, or does not fit.
     """
     tensors, _ = read_weights(source, weights)
-    layout = layouts.infer(tensors, family, num_heads, convention, image_size)
-    return Reference(layouts.generator(tensors, layout), layouts.projectors(tensors, layout.sizes["width"]))
+    layout = released_layout.infer(tensors, family, num_heads, convention, image_size)
+    return Reference(
+        released_layout.generator(tensors, layout), released_layout.projectors(tensors, layout.sizes["width"])
+    )
 
 
 def read_weights(source: Source, weights: Weights | None = None) -> tuple[dict[str, Tensor], str]:
@@ -109,16 +108,6 @@ def save_reference(
     extra = {f"projectors.{i}.{n}": v for i, one in enumerate(several) for n, v in one.state_dict().items()}
     model = _plain(generator.state_dict() | extra)
     _write(Path(path), model, model if ema is None else _plain(ema.state_dict() | extra))
-
-
-def export_run(run: Run, step: int, path: str | Path) -> None:
-    """Write the checkpoint of a run at `step` in the released layout; a phase I checkpoint has a projector.
-
-    Raises:
-        HasteError: there is no such checkpoint, `path` has another suffix, or there is no room.
-    """
-    tensors, _ = run.load(step, prefixes=("model.", "ema.", "alignment.projector."))
-    export(tensors, path)
 
 
 def export(content: Mapping[str, Any], path: str | Path) -> None:

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from haste_core.errors import HasteError, unknown
-from haste_core.models import DiffusionTransformer, DiT, MMDiT, SiT
+from haste_core.models import KINDS, SIZES, DiffusionTransformer
 from haste_core.models.layers import TimestepEmbedder, sincos_positions
-from haste_core.study.presets import SIZES
 
 Family = Literal["sit", "dit", "mmdit"]
 Convention = Literal["auto", "haste", "sit"]
-KINDS: dict[str, type[DiffusionTransformer]] = {"sit": SiT, "dit": DiT, "mmdit": MMDiT}
 CONVENTIONS = ("auto", "haste", "sit")
 _NORM = "blocks.0.attn.q_norm.weight"
 _LAST = ("final_layer.linear.weight", "final_layer.linear.bias")

@@ -7,15 +7,15 @@ is caught on an alias of the tensor, the whole gradient on the tensor itself, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from haste_core.errors import HasteError
-from haste_core.models.layers import QK, Tapped
+from haste_core.taps import QK, Seen
 
 LOSSES = ("feature", "attention")
 # Noise levels; the first bin is "near data" of Fig. 4, arXiv 2505.16792.
@@ -23,11 +23,10 @@ EDGES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 class OnlineAngle:
-    """Sums, over training steps, of what alignment and the rest of the loss want from the same activations.
+    """Sums, over training steps, of products between the gradients of alignment and of the rest of the loss.
 
-    Use, in a phase I step: `alignment.losses(angle.watch(tapped, u), images)` instead of `alignment.losses(tapped,
-    images)`; then `read` now and then, and `reset`. Nothing else changes, not by a bit, and nothing waits for the
-    device but `read`.
+    Use: compute the alignment losses on `watch(seen, t)` instead of `seen`; `read` from time to time, and `reset`.
+    No number of the step changes, and only `read` waits for the device.
 
     Own part: "feature", at the tokens of the aligned depth, the gradient through projector and feature loss;
     "attention", at q and k of all aligned blocks together, the gradient of the attention loss read there.
@@ -55,21 +54,21 @@ class OnlineAngle:
         # own * rest, own^2, rest^2, samples; a long run adds up more samples than float32 can count.
         self.sums = torch.zeros(len(LOSSES), len(edges) - 1, 4, dtype=torch.float64, device=device)
 
-    def watch(self, tapped: Tapped, t: Tensor) -> Tapped:
-        """The same values, as aliases for `Alignment.losses`; the backward pass of this step is summed up.
+    def watch(self, seen: Seen, t: Tensor) -> Seen:
+        """The same values, as aliases for the alignment losses; the backward pass of this step is summed up.
 
         Args:
-            tapped: what the model handed out.
+            seen: tokens, q and k of the student.
             t: (B,) noise levels in [0, 1], before `Objective.timesteps`.
         """
         bins = torch.bucketize(t.to(self.edges), self.edges[1:-1], right=True)
         member = bins[:, None] == torch.arange(len(self.edges) - 1, device=bins.device)  # (B, bins)
-        tokens = {d: self._alias(h, 0, member, counts=i == 0) for i, (d, h) in enumerate(tapped.tokens.items())}
+        tokens = {d: self._alias(h, 0, member, counts=i == 0) for i, (d, h) in enumerate(seen.tokens.items())}
         qk: dict[int, QK] = {}
-        for i, (block, (q, k)) in enumerate(tapped.qk.items()):
+        for i, (block, (q, k)) in enumerate(seen.qk.items()):
             # A sample counts once, however many tensors it is watched at.
             qk[block] = self._alias(q, 1, member, counts=i == 0), self._alias(k, 1, member, counts=False)
-        return Tapped(tapped.output, tokens, qk)
+        return Seen(tokens, qk)
 
     def _alias(self, tensor: Tensor, loss: int, member: Tensor, counts: bool) -> Tensor:
         if not tensor.requires_grad:
@@ -99,12 +98,12 @@ class OnlineAngle:
         # Not index_add_, whose order of additions a GPU does not fix.
         self.sums[loss] += (member[:, :, None] * parts[:, None, :]).sum(0)
 
-    def read(self) -> pd.DataFrame:
-        """What was summed up since the last `reset`; the only method that waits for the device.
+    def read(self) -> list[dict[str, Any]]:
+        """Sums since the last `reset` as cosines; the only method that waits for the device.
 
         Returns:
-            A row per bin of every loss that was seen. Columns: loss; bin, from 0; t_low, t_high; cosine, in [-1, 1],
-            NaN for an empty bin; norm_ratio, length of the own part over that of the rest; count, samples.
+            A row per bin of every loss that was seen: loss; bin, from 0; t_low, t_high; cosine, in [-1, 1], NaN for an
+            empty bin; norm_ratio, length of the own part over that of the rest; count, samples.
         """
         edges = [round(edge, 6) for edge in self.edges.tolist()]
         rows = []
@@ -116,14 +115,31 @@ class OnlineAngle:
             for i, (cosine, ratio) in enumerate(zip(cosines, ratios, strict=True)):
                 facts = {"loss": loss, "bin": i, "t_low": edges[i], "t_high": edges[i + 1], "cosine": float(cosine)}
                 rows.append(facts | {"norm_ratio": float(ratio), "count": round(float(sums[i, 3]))})
-        return pd.DataFrame(rows, columns=["loss", "bin", "t_low", "t_high", "cosine", "norm_ratio", "count"])
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """`online`: cosines by loss and bin (None: empty bin); `online_angle`: their mean. Empty before any sample."""
+        rows = self.read()
+        cosines = np.array([row["cosine"] for row in rows])
+        known = ~np.isnan(cosines)
+        if not known.any():
+            return {}
+        bins: dict[str, list[float | None]] = {}
+        for row in rows:
+            bins.setdefault(row["loss"], []).append(None if np.isnan(row["cosine"]) else row["cosine"])
+        return {"online": bins, "online_angle": float(np.where(known, cosines, 0).sum() / known.sum())}
 
     def reset(self) -> None:
         """Begin again from nothing."""
         self.sums.zero_()
 
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move the sums to where `fn` moves tensors; they stay float64."""
+        device = fn(torch.zeros((), device=self.sums.device)).device
+        self.sums, self.units, self.edges = (part.to(device) for part in (self.sums, self.units, self.edges))
+
     def state_dict(self) -> dict[str, Tensor]:
-        """What was summed up, and the bins, as tensors."""
+        """Sums and edges of the bins."""
         return {"sums": self.sums.clone(), "edges": self.edges.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,397 @@
+"""Training of a run of a study: its settings mapped onto the core, its folder filled, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from tqdm.auto import tqdm
+
+from haste_core import checkpoint, gradient_angle, sampling
+from haste_core.errors import HasteError, Interrupted, is_disk_full
+from haste_core.files import locked, write_bytes, write_text
+from haste_core.haste import HASTE
+from haste_core.models import DiffusionTransformer, build
+from haste_core.processes import Processes
+from haste_core.seeding import stream
+from haste_core.study import config, images, preparation, provenance, signals
+from haste_core.study.data import Batches, Dataset, open_dataset
+from haste_core.study.data.contexts import Contexts
+from haste_core.study.runs import Run
+from haste_core.study.teachers import check_precision, find_teacher
+from haste_core.teacher import Teacher
+from haste_core.termination import Switch, Trigger, make_trigger
+from haste_core.training import Optimization, Trainer, check_finite
+
+
+def fit(
+    run: Run,
+    on_step: Callable[[Trainer], None] | None = None,
+    progress: bool = True,
+    processes: Processes | None = None,
+) -> None:
+    """Train a run until every checkpoint its configuration asks for exists; no effect when they all do.
+
+    It resumes from the latest usable checkpoint of its own, else from a donor's at the switch (`Study.donor`), else
+    starts from scratch; all three end in the same bits on the CPU. A teacher that is pretrained in the study is trained
+    first where it does not exist. SIGTERM and SIGINT save a checkpoint and stop. Under a launcher every process calls
+    this: all train, the main one writes, and a signal to any stops all.
+
+    Args:
+        run: the arm, seed and directory.
+        on_step: called after every step.
+        progress: show a progress bar.
+        processes: those that train together; by default those that a launcher started.
+
+    Raises:
+        HasteError: bad configuration, another process on the run, a full disk, or a loss that is not finite.
+        Interrupted: a signal arrived; the run is saved.
+    """
+    processes = processes or Processes()
+    with ExitStack() as held:
+        what = f"run {run.arm} seed {run.seed}"
+        processes.from_main(lambda: held.enter_context(locked(run.dir / "run.lock", what)) and None)
+        if not processes.from_main(lambda: _begin(run)):
+            return
+        trainer = open_trainer(run, processes)
+        processes.from_main(lambda: run.keep_metrics_until(trainer.step))
+        stopped = _train(run, trainer, on_step, progress)
+        missing = processes.from_main(run.missing_steps)  # the others wait until the main process is done
+    if stopped and missing:
+        raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {trainer.step}, saved; run again to go on")
+
+
+def _begin(run: Run) -> bool:
+    """Prepare a run's directory; False when there is nothing left to train."""
+    if not run.missing_steps():
+        return False
+    prepare(run)
+    run.describe()
+    if run.resume_step() is None:
+        adopt_shared_part(run)
+    return True
+
+
+def prepare(run: Run) -> None:
+    """Pretrain the teacher of an aligned run that is not finished, where the study has yet to do so."""
+    if run.config.alignment.active and run.missing_steps():
+        preparation.prepare_teacher(run.study, run.config.teacher)
+
+
+def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None, progress: bool) -> bool:
+    """The loop with its bar, log and record, which the main process keeps; True when a signal ended it."""
+    main = trainer.processes.is_main
+    facts = {"first_step": trainer.step, "processes": trainer.processes.count}
+    session: AbstractContextManager[dict[str, Any]] = provenance.session(run.dir, **facts) if main else nullcontext({})
+    with session as record, signals.catch() as stopping:
+        bar = tqdm(
+            total=run.config.train.steps, initial=trainer.step, disable=not (progress and main), unit="step",
+            mininterval=1.0, desc=f"{run.arm} seed {run.seed}",
+        )  # fmt: skip
+        with bar, (run.metrics_path if main else Path(os.devnull)).open("a") as log:
+            stopped = _loop(run, trainer, _Log(log, bar, trainer), stopping, on_step)
+            record["last_step"] = trainer.step
+    return stopped
+
+
+def _loop(
+    run: Run,
+    trainer: Trainer,
+    log: _Log,
+    stopping: threading.Event,
+    on_step: Callable[[Trainer], None] | None,
+) -> bool:
+    train, processes = run.config.train, trainer.processes
+    kept = set(train.kept_steps)
+    stopped = processes.any(stopping.is_set())
+    while trainer.step < train.steps and not stopped:
+        trainer.train_step()
+        if trainer.step % train.log_every == 0 or trainer.step == train.steps:
+            log.write(**exact_angle(run.config, trainer))
+        if trainer.step in kept or trainer.step % train.checkpoint_every == 0:
+            save_checkpoint(run, trainer)
+        if trainer.step % train.sample_every == 0 or trainer.step == train.steps:
+            preview(run, trainer)
+        if on_step is not None:
+            on_step(trainer)
+        # All leave after the same step, whichever of them the signal reached.
+        stopped = processes.any(stopping.is_set())
+    if stopped:
+        save_checkpoint(run, trainer)
+    return stopped
+
+
+class _Log:
+    """Lines of metrics.jsonl and updates of the bar. Nothing is read off the device between two of them."""
+
+    def __init__(self, stream: TextIO, bar: Any, trainer: Trainer) -> None:
+        self.stream, self.bar, self.trainer = stream, bar, trainer
+        self.time, self.step = time.perf_counter(), trainer.step
+
+    def write(self, **readings: float) -> None:
+        """Log the means since the last call.
+
+        Raises:
+            HasteError: the loss is not finite, or the disk is full.
+        """
+        trainer = self.trainer
+        line = trainer.measure(**readings)
+        rate = (trainer.step - self.step) / max(time.perf_counter() - self.time, 1e-9)
+        trainer.processes.from_main(lambda: self._append(line | {"steps_per_s": round(rate, 3)}))
+        shown = {
+            k: f"{v:.3f}" for k, v in line.items() if k in ("loss", "denoising", "feature", "attention", "grad_norm")
+        }
+        self.bar.set_postfix(phase=line["phase"], **shown, refresh=False)
+        self.bar.update(trainer.step - self.step)
+        self.time, self.step = time.perf_counter(), trainer.step
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            self.stream.write(json.dumps(line) + "\n")
+            self.stream.flush()
+        except OSError as error:
+            if is_disk_full(error):
+                raise HasteError(
+                    f"no room to write metrics ({error}); checkpoints are intact, free some space"
+                ) from error
+            raise
+
+
+def exact_angle(run: config.RunConfig, trainer: Trainer) -> dict[str, float]:
+    """`gradient_angle` at the steps where the run's trigger reads it (Eq. 2, arXiv 2505.16792), else nothing."""
+    settings, haste = run.termination, trainer.haste
+    if haste is None or settings.kind != "gradient_angle":
+        return {}
+    if trainer.step <= settings.after or trainer.step % settings.every:
+        return {}
+    batch = trainer.batches.dataset.examples("validation", settings.n)  # type: ignore[attr-defined]
+    block = run.alignment.depth - 1 if settings.block is None else settings.block
+    # The images are not divided among processes.
+    found = trainer.processes.from_main(
+        lambda: gradient_angle.exact(trainer.generator, haste, trainer.objective, batch, settings.timesteps, block)
+    )
+    return {"gradient_angle": found}
+
+
+def save_checkpoint(run: Run, trainer: Trainer) -> None:
+    """Write the checkpoint of the present step and remove the temporary ones before it.
+
+    Raises:
+        HasteError: a weight is not finite (nothing is written), or the disk is full.
+    """
+    trainer.gather()
+    trainer.processes.from_main(lambda: _write_checkpoint(run, trainer))
+
+
+def _write_checkpoint(run: Run, trainer: Trainer) -> None:
+    tensors, rest = checkpoint.capture(trainer)
+    broken = [name for name, value in tensors.items() if name.startswith("model.") and not value.isfinite().all()]
+    if broken:
+        check_finite(float("nan"), trainer.step)
+    kept = run.config.train.kept_steps
+    rest |= {"seed": run.seed, "lineage": run.config.lineage, "run": run.config.hash}
+    checkpoint.save(run.checkpoint_path(trainer.step), tensors, rest | {"temporary": trainer.step not in kept})
+    for step in run.steps():
+        # Checkpoints say themselves whether they are temporary: `keep` may have been another one before.
+        if step < trainer.step and step not in kept and run.load(step, prefixes=("none",))[1]["temporary"]:
+            run.checkpoint_path(step).unlink(missing_ok=True)
+
+
+def adopt_shared_part(run: Run) -> bool:
+    """Take over a donor's checkpoints and metrics up to the switch, if it has them; True when it did.
+
+    Files are hard-linked where possible: they are never changed in place, so two runs can share them.
+    """
+    donor_arm = run.study.donor(run.arm)
+    if donor_arm is None:
+        return False
+    donor, tau = Run(run.study, donor_arm, run.seed), int(run.config.tau)
+    wanted = [s for s in {*run.config.train.kept_steps, tau} if s <= tau]
+    if not donor.checkpoint_path(tau).is_file() or not set(wanted) <= set(donor.steps()):
+        return False
+    donor.load(tau, prefixes=("noise.",))  # refuses a damaged or foreign checkpoint before anything is linked
+    lines = [line for line in donor.metrics() if line["step"] <= tau]
+    write_text(run.metrics_path, "".join(json.dumps(line) + "\n" for line in lines))
+    for step in sorted(wanted):
+        target = run.checkpoint_path(step)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(donor.checkpoint_path(step), target)
+        except OSError:  # a file system without hard links
+            write_bytes(target, donor.checkpoint_path(step).read_bytes())
+    provenance.note(run.dir, shared_with=f"{donor_arm} seed {run.seed}", shared_until_step=tau)
+    return True
+
+
+def open_trainer(run: Run, processes: Processes | None = None) -> Trainer:
+    """Trainer of a run, at its latest usable checkpoint or before the first step.
+
+    processes: those that train the run together, all of which call this; by default those that a launcher started.
+    """
+    processes = processes or Processes()
+    step = processes.from_main(run.resume_step)
+    loaded = run.load(step) if step is not None else None
+    switch = switch_of(run.config)
+    if loaded is not None:
+        switch.load_state_dict(loaded[1]["termination"])
+    switch.update(step or 0)
+    # A run that is past its switch never builds a teacher.
+    teacher = find_teacher(run.study, run.config.teacher) if switch.phase == 1 else None
+    trainer = create(run.config, run.seed, teacher, switch, processes=processes)
+    if loaded is not None:
+        checkpoint.restore(trainer, *loaded)
+    return trainer
+
+
+def create(
+    run: config.RunConfig,
+    seed: int,
+    teacher: Teacher | None,
+    switch: Switch | None = None,
+    dataset: Dataset | None = None,
+    processes: Processes | None = None,
+) -> Trainer:
+    """Trainer of a run before its first step; every initial value comes from `seed`.
+
+    Args:
+        run: its settings.
+        seed: of weights, projector, data order and noise, each of which gets a stream of its own.
+        teacher: the frozen encoder; needed in phase I only.
+        switch: the phase to begin in; by default that of step 0.
+        dataset: images to learn from in place of the run's data; for timing.
+        processes: those that train the run together; by default those that a launcher started.
+
+    Raises:
+        HasteError: there is no teacher, or settings, data and machine do not fit together.
+    """
+    processes = processes or Processes()
+    seeds = seeds_of(seed)
+    torch.manual_seed(seeds.rest)  # nothing draws from it; set so that it is the same in every run
+    dataset = open_dataset(run.data) if dataset is None else dataset
+    student = build_generator(run, dataset, seeds.weights)
+    if switch is None:
+        switch = switch_of(run)
+        switch.update(0)
+    haste = None
+    if switch.phase == 1:
+        if teacher is None:
+            raise HasteError("an aligned run needs its teacher; haste teacher <study> prepares it")
+        haste = build_haste(run, student, teacher, seeds.projector, switch)
+    train = run.train
+    share, aligned = processes.share(train.batch_size), haste is not None
+    batches = Batches(dataset, train.batch_size, seeds.order, aligned, share, train.prefetch)
+    options = Optimization(**train.model_dump(include=set(Optimization.__dataclass_fields__)))
+    trainer = Trainer(student, batches, options, seeds.noise, haste, switch, processes)
+    if haste is not None:
+        check_precision(haste.teacher, dataset, haste.teacher_blocks, train.precision)
+    return trainer
+
+
+def build_haste(
+    run: config.RunConfig, student: DiffusionTransformer, teacher: Teacher, seed: int, switch: Switch | None = None
+) -> HASTE:
+    """Phase I of a run.
+
+    Args:
+        run: its settings. student: the generator, for its width, heads and grid. teacher: the frozen encoder.
+        seed: of the projector's weights. switch: the phase, by default one that never ends.
+    """
+    settings = run.alignment
+    return HASTE(
+        teacher,
+        width=run.model.width,
+        heads=student.heads,
+        grid=student.grid,
+        depth=settings.depth,
+        layer_pairs=settings.layer_pairs,
+        lambda_feature=settings.lambda_feature,
+        lambda_attention=settings.lambda_attention,
+        projector_width=settings.projector_width,
+        seed=seed,
+        aligned_heads=settings.heads,
+        t_low=settings.t_low,
+        t_high=settings.t_high,
+        watch_angle=watches(run),
+        switch=switch,
+    )
+
+
+def trigger_of(settings: config.Termination) -> Trigger:
+    """Trigger that settings name."""
+    names = {"kind", "at", "after", "threshold", "smoothing", "patience", "window", "gain"}
+    return make_trigger(**settings.model_dump(include=names))
+
+
+def switch_of(run: config.RunConfig) -> Switch:
+    """Phase of a run before its first step."""
+    return Switch(trigger_of(run.termination) if run.alignment.active else None, run.termination.fade)
+
+
+def watches(run: config.RunConfig) -> bool:
+    """True when a run takes the online estimate of its gradient angle in phase I."""
+    return run.train.watch_angle or run.termination.kind == "online_angle"
+
+
+class Seeds(NamedTuple):
+    """Seeds of the random parts of a run, one each, so that the draws of one do not depend on another."""
+
+    weights: int
+    projector: int
+    order: int
+    noise: int
+    rest: int
+
+
+def seeds_of(seed: int) -> Seeds:
+    """Seeds of all parts from the seed of a run."""
+    return Seeds(*(stream(role, seed) for role in Seeds._fields))
+
+
+def build_generator(run: config.RunConfig, dataset: Dataset, seed: int) -> DiffusionTransformer:
+    """Generator of a run before the first step, sized for the images of `dataset`.
+
+    Raises:
+        HasteError: the patch does not divide the image, or an MM-DiT has no text tokens to learn from.
+    """
+    if dataset.image_size % run.model.patch:
+        raise HasteError(f"model.patch {run.model.patch} does not divide the image size {dataset.image_size}")
+    contexts, model = Contexts(run.data.contexts) if run.data.contexts else None, run.model
+    if model.kind == "mmdit" and (
+        contexts is None or (contexts.captions, contexts.width) != (dataset.classes, model.context_width)
+    ):
+        found = "none" if contexts is None else f"{contexts.captions} captions of width {contexts.width}"
+        raise HasteError(
+            f"an MM-DiT needs text tokens for {dataset.classes} labels of width {model.context_width}, data.contexts "
+            f"has {found}; possible: a file by haste_core.study.data.contexts.write, or another model.context_width"
+        )
+    sizes = {"image_size": dataset.image_size, "channels": dataset.channels, "classes": dataset.classes}
+    sizes |= model.model_dump(include={"depth", "width", "heads", "patch"})
+    if model.kind == "mmdit":
+        return build(model.kind, seed, **sizes, context_width=model.context_width, contexts=contexts)
+    return build(model.kind, seed, **sizes, mlp_ratio=model.mlp_ratio, qk_norm=model.qk_norm)
+
+
+def preview(run: Run, trainer: Trainer) -> None:
+    """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time.
+
+    Of latents the first three channels are shown as they are; `haste sample` decodes. All processes call this, the main
+    one draws.
+    """
+    trainer.processes.from_main(lambda: _draw_preview(run, trainer.step, trainer.ema))
+
+
+def _draw_preview(run: Run, step: int, average: DiffusionTransformer) -> None:
+    classes = average.null_label
+    labels = torch.arange(min(classes, 10)).repeat(4)
+    quick = sampling.Sampler(sampler="ddpm" if average.kind == "dit" else "heun", solver_steps=10)
+    drawn = sampling.draw(average, labels, range(len(labels)), quick)
+    if drawn.shape[1] > 3:
+        drawn = drawn[:, :3] / 3  # latents, of about unit variance: no decoder beside a run that needs the memory
+    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{step:08d}.png", min(classes, 10))
