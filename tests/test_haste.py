@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from haste_core import HASTE, HasteError, Optimization, SiT, Taps, Teacher, Trainer, make_trigger, tap
+from haste_core import HASTE, DiT, HasteError, Optimization, SiT, Taps, Teacher, Trainer, make_trigger, tap
 from haste_core.training import Batch, draw_noise
 
 ROOT = Path(__file__).parents[1]
@@ -348,3 +348,16 @@ def test_the_core_alone_imports_nothing_of_the_study():
     heavy = {"pydantic", "pandas", "sklearn", "datasets", "diffusers", "matplotlib", "papermill", "snakemake"}
     assert not heavy & set(told)
     assert told[-2:] == ["False", "False"]
+
+
+@pytest.mark.parametrize("kind", [SiT, DiT])
+def test_recomputed_activations_change_no_number(make_teacher, output, kind):
+    def run(recompute):
+        torch.manual_seed(0)
+        model = fill(kind(image_size=8, channels=1, classes=10, depth=3, width=32, heads=4, patch=2))
+        options = Optimization(batch_size=8, lr=1e-3, activation_checkpointing=recompute)
+        trainer = Trainer(model, Stream(), options, 5, haste_for(make_teacher(), stop_at=2, watch_angle=True))
+        losses = [float(trainer.train_step()["loss"]) for _ in range(2)]
+        return [*losses, trainer.measure()["online_angle"], *(float(trainer.train_step()["loss"]) for _ in range(2))]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-6)
