@@ -14,8 +14,8 @@ from haste_core.errors import HasteError
 from haste_core.models import DiT, MMDiT, SiT
 from haste_core.sampling import SeededNoise
 from haste_core.study import config
-from haste_core.study.data import contexts
 from haste_core.study import latents as decoding
+from haste_core.study.data import contexts
 from haste_core.study.presets import SAMPLERS
 
 MEAN, STD = 0.7, 0.4
