@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from haste_core import checkpoint
+from haste_core import _torchvision_guard, checkpoint  # noqa: F401  (the guard must come before diffusers)
 from haste_core.devices import default_device
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 from haste_core.files import locked, write_json, write_text
@@ -167,7 +167,7 @@ def _from_hub(name: str) -> Any:
 
 
 def _pretrained(name: str, **options: Any) -> Any:
-    from diffusers import AutoencoderKL  # takes seconds; haste_core.checkpoint must be imported before it
+    from diffusers import AutoencoderKL  # takes seconds to import
 
     try:
         model, report = AutoencoderKL.from_pretrained(
