@@ -91,7 +91,7 @@ def open_samples(path: Path) -> tuple[Images, dict[str, Any]]:
 
     if not path.is_dir():
         return NpzImages(path), {"samples": path.name, "samples_hash": file_hash(path)}
-    from haste_core.study.sample_set import SampleSet, read_manifest
+    from haste_core.study.samples import SampleSet, read_manifest
 
     manifest = read_manifest(path)
     samples = SampleSet(path, manifest)

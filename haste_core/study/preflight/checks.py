@@ -174,7 +174,7 @@ def vae(data: config.Data, sample: config.Sample) -> Check | None:
     """Whether the decoder of latents is there; None in pixel space."""
     if data.kind != "latents":
         return None
-    from haste_core.study.latents.decoding import vae_of
+    from haste_core.study.latents import vae_of
 
     try:
         named = vae_of(data, sample)[0]

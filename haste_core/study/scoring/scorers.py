@@ -13,9 +13,8 @@ from torch import Generator, Tensor
 
 from haste_core import sampling
 from haste_core.seeding import stream
-from haste_core.study import config, provenance
+from haste_core.study import config, latents, provenance
 from haste_core.study.data import Batches, Dataset, open_dataset
-from haste_core.study.latents import decoding
 from haste_core.study.preparation import load_autoencoder, load_extractor
 from haste_core.study.runs import Run
 from haste_core.study.scoring import adm
@@ -90,7 +89,7 @@ def card(
         scoring = adm.scoring_facts(evaluate, study.data, extractor) if adm_facts else _study_facts(study, extractor)
         scoring |= probe_of(study).facts
     content = {
-        **decoding.drawing_facts(study.data, study.sample),
+        **latents.drawing_facts(study.data, study.sample),
         "suite": evaluate.suite,
         "n": evaluate.n,
         "seeds": [evaluate.seed, evaluate.seed + evaluate.n - 1],
@@ -103,7 +102,7 @@ def card(
 
 def card_of(known: dict[str, Any], run: Run) -> dict[str, Any]:
     """A study's card for one of its runs, which may average its weights and draw its images in its own way."""
-    own = {**decoding.drawing_facts(run.study.data, run.sample), "ema_decay": run.config.train.ema_decay}
+    own = {**latents.drawing_facts(run.study.data, run.sample), "ema_decay": run.config.train.ema_decay}
     content = {key: value for key, value in known.items() if key != "card_id"} | own
     return content | {"card_id": config.digest(content)}
 
