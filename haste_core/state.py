@@ -28,7 +28,8 @@ from haste_core.seeding import stream
 from haste_core.study.config import RunConfig
 from haste_core.study.data import Batches, Dataset, open_dataset
 from haste_core.study.data.contexts import Contexts
-from haste_core.teacher import Teacher, check_precision
+from haste_core.study.pretrain import check_precision
+from haste_core.teacher import Teacher
 from haste_core.teacher_cache import TeacherCache
 from haste_core.termination import Termination
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,14 +19,8 @@ from haste_core.devices import in_precision
 from haste_core.encoders import build_encoder
 from haste_core.errors import HasteError
 from haste_core.models.layers import QK
-from haste_core.seeding import stream
 from haste_core.study import config
-from haste_core.study.classifier import fit_classifier
-from haste_core.study.data import Dataset
 from haste_core.teacher_qk import read_qk
-
-# What a teacher in half precision keeps of itself in float32, looked at on so many images.
-LEAST_COSINE, CHECKED_ON = 0.999, 8
 
 
 class TeacherOutput(NamedTuple):
@@ -148,25 +140,6 @@ class Teacher(nn.Module):
         return min(float(F.cosine_similarity(a.double(), b.double(), dim=-1).mean()) for a, b in pairs)
 
 
-def check_precision(teacher: Teacher, dataset: Dataset, blocks: tuple[int, ...], precision: str) -> None:
-    """Raise HasteError where a teacher in a precision is no longer the teacher: a cosine to float32 below 0.999.
-
-    Args:
-        teacher: where it will be used. dataset: what it looks at. blocks: whose q and k are used.
-        precision: of the run, where the teacher has none of its own.
-    """
-    precision = teacher.precision or precision
-    if precision == "no":
-        return
-    images = dataset.examples("train", CHECKED_ON).images.to(teacher.mean.device)
-    cosine = teacher.cosine_to_float32(images, blocks, precision)
-    if not cosine >= LEAST_COSINE:
-        raise HasteError(
-            f"the teacher in {precision} has a cosine of {cosine:.5f} to itself in float32, below {LEAST_COSINE}; "
-            f"possible: teacher.precision=no, which the run's own precision does not change"
-        )
-
-
 def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = None) -> Teacher:
     """The frozen teacher of a study.
 
@@ -220,51 +193,3 @@ def low_passed(images: Tensor, share: float | None) -> Tensor:
     fx = torch.fft.rfftfreq(width, device=images.device)[None, :]
     kept = fy.square() + fx.square() <= (share / 2) ** 2 + 1e-12
     return torch.fft.irfft2(torch.fft.rfft2(images.float()) * kept, s=(height, width))
-
-
-class PatchClassifier(nn.Module):
-    """An encoder under two linear heads, on its class token (if any) and on the mean of its patch tokens.
-
-    The second head makes the patch tokens themselves, which the student is aligned with, carry the class.
-    """
-
-    def __init__(self, teacher: Teacher, classes: int) -> None:
-        super().__init__()
-        self.teacher, self.encoder = [teacher], teacher.encoder  # the list keeps the frozen wrapper unregistered
-        self.class_head = nn.Linear(teacher.width, classes)
-        self.patch_head = nn.Linear(teacher.width, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes), the mean of both heads."""
-        tokens = self.encoder.forward_features(self.teacher[0].prepare(images))  # type: ignore[operator]
-        prefix = int(self.encoder.num_prefix_tokens)  # type: ignore[arg-type]
-        logits = self.patch_head(tokens[:, prefix:].mean(1))
-        return (logits + self.class_head(tokens[:, 0])) / 2 if prefix else logits
-
-
-def pretrain(
-    teacher: config.Teacher, dataset: Dataset, partial: Path | None = None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train the study's own teacher as a classifier.
-
-    Args:
-        teacher, dataset: what is trained, and on what.
-        partial: where the state is kept on the way, as in `fit_classifier`.
-
-    Returns:
-        The encoder's weights and its accuracies (`train_accuracy`, `validation_accuracy`, `test_accuracy`, in [0, 1]).
-    """
-    frozen = build_teacher(teacher)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream("teacher heads", teacher.fitting.seed))
-        classifier = PatchClassifier(frozen, dataset.classes)
-    classifier.requires_grad_(True)
-    accuracies = fit_classifier(classifier, dataset, teacher.fitting, "teacher", partial)
-    return {name: value.detach().clone() for name, value in frozen.encoder.state_dict().items()}, accuracies
-
-
-def load_pretrained(teacher: config.Teacher, path: Path) -> Teacher:
-    """The teacher whose weights `pretrain` left in the safetensors file `path`."""
-    if not path.is_file():
-        raise HasteError(f"no teacher weights at {path}; possible: haste teacher <study> trains them")
-    return build_teacher(teacher, load_file(path))

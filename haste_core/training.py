@@ -28,8 +28,9 @@ from haste_core.snapshot import capture, restore
 from haste_core.state import TrainState, create
 from haste_core.study import config, images, provenance, runs, signals
 from haste_core.study.data import Batch
+from haste_core.study.pretrain import load_pretrained
 from haste_core.study.runs import Run
-from haste_core.teacher import Teacher, build_teacher, load_pretrained
+from haste_core.teacher import Teacher, build_teacher
 from haste_core.termination import Termination
 
 

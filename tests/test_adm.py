@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-from haste_core.errors import HasteError
-from haste_core.study import config
 from haste_core.study.scoring import adm, extractors, image_sources, reference
 from haste_core.study.scoring.adm import Networks, extract, scores_of
 from haste_core.study.scoring.extractors import LOGITS, POOL, SPATIAL
 from haste_core.study.scoring.frechet import Gaussian, Moments, frechet_distance, inception_score, precision_recall
 from haste_core.study.scoring.image_sources import MemoryImages, NpzImages, TrainingImages
+from torch import nn
+
+from haste_core.errors import HasteError
+from haste_core.study import config
 
 import timm  # isort: skip
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from haste_core.study.scoring import denoising
+from haste_core.study.scoring.frechet import frechet_distance, pixel_gaussian
 
 from haste_core import ddpm, sampling
 from haste_core.errors import HasteError
@@ -14,8 +16,6 @@ from haste_core.models import build
 from haste_core.objectives import objective_of
 from haste_core.study import config
 from haste_core.study.data import open_dataset
-from haste_core.study.scoring import denoising
-from haste_core.study.scoring.frechet import frechet_distance, pixel_gaussian
 
 
 class Constant(torch.nn.Module):

@@ -6,15 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from haste_core.study.classifier import SmallCNN
+from haste_core.study.scoring import adm, extractors, image_sources, scorers
 
 from haste_core import training
 from haste_core.errors import HasteError
 from haste_core.study import config, evaluation, preparation, report
-from haste_core.study.classifier import SmallCNN
 from haste_core.study.data import open_dataset
 from haste_core.study.evaluation import CopyCheck, evaluate_run, evaluation_samples, nearest_distances, score
 from haste_core.study.runs import Run
-from haste_core.study.scoring import adm, extractors, image_sources, scorers
 
 import torch_fidelity  # isort: skip
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # isort: skip

@@ -9,7 +9,7 @@ from haste_core.analysis.cosine import losses_at, noise
 from haste_core.analysis.online import EDGES, OnlineAngle
 from haste_core.errors import HasteError
 from haste_core.models import Tapped
-from haste_core.study.preparation import prepare_teacher
+from haste_core.study.pretrain import prepare_teacher
 from haste_core.study.runs import Run
 from haste_core.training import draw_noise, fit, open_state, train_step, update_ema
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from haste_core import training
 from haste_core.errors import HasteError, Interrupted
 from haste_core.processes import Processes, launched, micro_batches
-from haste_core.study import preparation, signals
+from haste_core.study import pretrain, signals
 from haste_core.study.runs import Run
 
 # A stopped worker saves a checkpoint first, which may take longer than the launcher's own 30 s.
@@ -77,7 +77,7 @@ def _fit_here(run: Run, progress: bool) -> None:
 
 def _prepare(run: Run) -> None:
     if run.config.alignment.active and run.missing_steps():
-        preparation.prepare_teacher(run.study, run.config.teacher)
+        pretrain.prepare_teacher(run.study, run.config.teacher)
 
 
 def _check(run: Run, processes: int) -> None:

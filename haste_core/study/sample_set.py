@@ -28,9 +28,9 @@ from haste_core.models import DiffusionTransformer
 from haste_core.sampling import draw as sample
 from haste_core.sampling import drawing_facts, sample_labels, to_uint8
 from haste_core.study import config, signals
+from haste_core.study.images import NpzImages
 from haste_core.study.latents.decoding import to_images
 from haste_core.study.runs import Run
-from haste_core.study.scoring.image_sources import NpzImages
 from haste_core.study.turns import POLL_SECONDS, claimed, turn
 
 # From labels (b,) and their seeds to uint8 images (b, C, S, S).
