@@ -33,11 +33,7 @@ def autoencoder(seed=0):
     return pretrain.Autoencoder(16)
 
 
-both_kinds = pytest.mark.parametrize(
-    ("make", "fit"),
-    [(network, pretrain.fit_classifier), (autoencoder, pretrain.fit_autoencoder)],
-    ids=["classifier", "autoencoder"],
-)
+both_kinds = pytest.mark.parametrize("make", [network, autoencoder])
 
 
 class Wrapped:
@@ -74,38 +70,38 @@ def stops_at(dataset, number):
 
 
 @both_kinds
-def test_stopping_at_a_signal_and_resuming_equals_an_uninterrupted_fit(digits, tmp_path, make, fit):
+def test_stopping_at_a_signal_and_resuming_equals_an_uninterrupted_fit(digits, tmp_path, make):
     whole, stopped, partial = make(), make(), tmp_path / "partial.safetensors"
-    expected = fit(whole, digits, FITTING, "network")
+    expected = pretrain.fit(whole, digits, FITTING, "network")
     with pytest.raises(Interrupted, match="step 5 of 12"):
-        fit(stopped, stops_at(digits, 5), FITTING, "network", partial)
+        pretrain.fit(stopped, stops_at(digits, 5), FITTING, "network", partial)
     again = make(seed=1)  # other weights: everything has to come from the file
-    assert fit(again, digits, FITTING, "network", partial) == expected
+    assert pretrain.fit(again, digits, FITTING, "network", partial) == expected
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
     assert not partial.exists()
 
 
 @both_kinds
-def test_acceptance_is_decided_without_test_images(digits, make, fit):
+def test_acceptance_is_decided_without_test_images(digits, make):
     read = []
     dataset = Wrapped(digits, before_images=read.append)
     with pytest.raises(HasteError, match=r"network: .*validation .*\d\.\d+ is below the required 1\.0"):
-        fit(make(), dataset, config.Fitting(steps=1, min_accuracy=1.0), "network")
+        pretrain.fit(make(), dataset, config.Fitting(steps=1, min_accuracy=1.0), "network")
     assert "test" not in read
-    fit(make(), dataset, FITTING, "network")
+    pretrain.fit(make(), dataset, FITTING, "network")
     assert "test" in read
 
 
 def test_a_classifier_learns(digits):
     fitting = config.Fitting(steps=150, batch_size=64, lr=3e-3, min_accuracy=0.5)
-    found = pretrain.fit_classifier(network(), digits, fitting, "digits")
+    found = pretrain.fit(network(), digits, fitting, "digits")
     assert list(found) == ["train_accuracy", "validation_accuracy", "test_accuracy"]
     assert all(value > 0.8 for value in found.values())
 
 
 def test_the_autoencoder_explains_held_out_images_by_features_of_unit_variance(digits):
     made, fitting = autoencoder(), config.Fitting(steps=200, batch_size=64, min_accuracy=0.3, seed=5)
-    found = pretrain.fit_autoencoder(made, digits, fitting, "autoencoder")
+    found = pretrain.fit(made, digits, fitting, "autoencoder")
     assert list(found) == ["train_explained", "validation_explained", "test_explained"]
     assert all(0.3 < value < 1 for value in found.values())
     with torch.no_grad():
@@ -122,8 +118,8 @@ def test_the_autoencoder_sees_no_labels(digits):
             return batch._replace(y=torch.zeros_like(batch.y))
 
     one, other = autoencoder(), autoencoder()
-    pretrain.fit_autoencoder(one, digits, FITTING, "autoencoder")
-    pretrain.fit_autoencoder(other, Unlabelled(digits), FITTING, "autoencoder")
+    pretrain.fit(one, digits, FITTING, "autoencoder")
+    pretrain.fit(other, Unlabelled(digits), FITTING, "autoencoder")
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
@@ -202,7 +198,7 @@ def test_the_suite_adm_needs_no_extractors(make_study, output):
 
 
 def test_a_refused_network_is_trained_again_from_the_next_seed(make_study, output, monkeypatch):
-    fit, seeds = pretrain.fit_classifier, []
+    fit, seeds = pretrain.fit, []
 
     def second_is_good(network, dataset, fitting, what, partial):
         seeds.append(fitting.seed)
@@ -210,7 +206,7 @@ def test_a_refused_network_is_trained_again_from_the_next_seed(make_study, outpu
             raise HasteError("not good enough")
         return fit(network, dataset, fitting, what, partial)
 
-    monkeypatch.setattr(pretrain, "fit_classifier", second_is_good)
+    monkeypatch.setattr(pretrain, "fit", second_is_good)
     study = make_study("evaluate.extractor.attempts=2", "evaluate.extractor.seed=5")
     assert pretrain.prepare_extractor(study, "extractor")["attempts"] == 2
     assert seeds == [5, 6]

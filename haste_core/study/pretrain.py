@@ -124,19 +124,6 @@ class PatchClassifier(nn.Module):
 # Training
 
 
-class Goal(NamedTuple):
-    """The loss and the measure of a network in training.
-
-    loss: of a batch on the CPU, with a generator for its noise. measure: of a split ("train", "validation", "test");
-    `name` is its key in results, `text` its name in errors.
-    """
-
-    name: str
-    text: str
-    loss: Callable[[Batch, Generator], Tensor]
-    measure: Callable[[str], float]
-
-
 @torch.no_grad()
 def accuracy(logits_of: Callable[[Tensor], Tensor], dataset: Dataset, split: str) -> float:
     """The share of a split's images that are classified correctly, in [0, 1]."""
@@ -167,68 +154,67 @@ def _noised(x: Tensor, generator: Generator) -> Tensor:
     return x + NOISE * torch.randn(x.shape, generator=generator)
 
 
-def fit_classifier(
-    model: nn.Module, dataset: Dataset, fitting: config.Fitting, what: str, partial: Path | None = None
-) -> dict[str, float]:
-    """Train `model` (images to logits) by cross-entropy; see `fit`.
+class Goal(NamedTuple):
+    """The loss and the measure of a network in training.
 
-    Returns:
-        Accuracies in [0, 1]: `train_accuracy`, `validation_accuracy`, `test_accuracy`.
+    loss: of a batch on the CPU, with a generator for its noise. measure: of a split ("train", "validation", "test");
+    `name` is its key in results, `text` its name in errors.
     """
+
+    name: str
+    text: str
+    loss: Callable[[Batch, Generator], Tensor]
+    measure: Callable[[str], float]
+
+
+def _classification(model: nn.Module, dataset: Dataset, fitting: config.Fitting) -> Goal:
+    """Cross-entropy, measured by accuracy."""
     device = default_device()
 
     def loss(batch: Batch, generator: Generator) -> Tensor:
         batch = batch.to(device)
         return F.cross_entropy(model(batch.images), batch.y, label_smoothing=fitting.label_smoothing)
 
-    goal = Goal("accuracy", "validation accuracy", loss, lambda split: accuracy(model, dataset, split))
-    return fit(model, dataset, fitting, what, goal, partial)
+    return Goal("accuracy", "validation accuracy", loss, lambda split: accuracy(model, dataset, split))
 
 
-def fit_autoencoder(
-    model: nn.Module, dataset: Dataset, fitting: config.Fitting, what: str, partial: Path | None = None
-) -> dict[str, float]:
-    """Train `model` to remove Gaussian noise from images, by the mean square error and without labels; see `fit`.
-
-    Returns:
-        Shares of pixel variance explained from noised images: `train_explained`, `validation_explained`,
-        `test_explained`.
-    """
+def _denoising(model: nn.Module, dataset: Dataset, fitting: config.Fitting) -> Goal:
+    """Mean square error of images restored from Gaussian noise, without labels, measured by explained variance."""
     device = default_device()
 
     def loss(batch: Batch, generator: Generator) -> Tensor:
         noised = _noised(batch.images, generator).to(device)
         return F.mse_loss(model(noised), batch.images.to(device))
 
-    def measure(split: str) -> float:
-        return explained(model, dataset, split, fitting.seed)
-
-    goal = Goal("explained", "explained validation variance", loss, measure)
-    return fit(model, dataset, fitting, what, goal, partial)
+    return Goal(
+        "explained", "explained validation variance", loss, lambda split: explained(model, dataset, split, fitting.seed)
+    )
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, fitting: config.Fitting, what: str, goal: Goal, partial: Path | None = None
+    model: nn.Module, dataset: Dataset, fitting: config.Fitting, what: str, partial: Path | None = None
 ) -> dict[str, float]:
     """Train `model` on the augmented training split, leaving it in eval mode on the CPU.
 
-    AdamW under a one-cycle schedule. Batches and noise come from the streams "<what> order" and "<what> noise" of
+    An `Autoencoder` learns to remove noise, any other network (images to logits) to classify. AdamW under a one-cycle
+    schedule. Batches and noise come from the streams "<what> order" and "<what> noise" of
     `fitting.seed`. Acceptance is decided on validation images; test images are measured after it.
 
     Args:
         model, dataset, fitting: network, data and settings.
         what: the network's role, used for streams, progress bar and errors.
-        goal: loss and measure.
         partial: checkpoint file, written every `SAVE_EVERY` steps and on SIGTERM or SIGINT, from which the next call
             resumes, on the CPU to the bit; removed at the end.
 
     Returns:
-        The measure on each split, as `train_<name>`, `validation_<name>` and `test_<name>`.
+        By split, `train_accuracy`, `validation_accuracy`, `test_accuracy`, or for an autoencoder `train_explained`,
+        `validation_explained`, `test_explained`: shares of pixel variance explained from noised images. In [0, 1].
 
     Raises:
         HasteError: the measure on validation images stays below `fitting.min_accuracy`.
         Interrupted: a signal arrived; the state is saved if `partial` is given.
     """
+    goal = (_denoising if isinstance(model, Autoencoder) else _classification)(model, dataset, fitting)
     batches = Batches(dataset, min(fitting.batch_size, len(dataset)), stream(f"{what} order", fitting.seed))
     noise = Generator().manual_seed(stream(f"{what} noise", fitting.seed))
     model.to(default_device())
@@ -336,11 +322,8 @@ def _trained_once(
                     else:
                         raise failure
                     facts: dict[str, Any] = measured | {"attempts": attempt + 1}
-                    if role == "teacher":
-                        state = {"accuracies": facts}
-                    else:
-                        state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}
-                    checkpoint.save(path, weights, state)
+                    state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}
+                    checkpoint.save(path, weights, {"accuracies": facts} if role == "teacher" else state)
     return checkpoint.load(path, prefixes=("none",))[1]
 
 
@@ -405,7 +388,7 @@ def pretrain(teacher: config.Teacher, dataset: Dataset, partial: Path | None = N
     with _seeded("teacher heads", teacher.fitting.seed):
         classifier = PatchClassifier(frozen, dataset.classes)
     classifier.requires_grad_(True)
-    accuracies = fit_classifier(classifier, dataset, teacher.fitting, "teacher", partial)
+    accuracies = fit(classifier, dataset, teacher.fitting, "teacher", partial)
     return {name: value.detach().clone() for name, value in frozen.encoder.state_dict().items()}, accuracies
 
 
@@ -476,8 +459,7 @@ def prepare_extractor(study: config.Study, role: str) -> dict[str, Any]:
 
     def train(fitting: config.Fitting, dataset: Dataset, partial: Path) -> Trained:
         network = build_extractor(study, role, dataset, fitting.seed)
-        fit_role = fit_classifier if role == "extractor" else fit_autoencoder
-        measured = fit_role(network, dataset, fitting, role, partial)
+        measured = fit(network, dataset, fitting, role, partial)
         return network.state_dict(), measured
 
     state = _trained_once(study, _extractor_path(study, role), wanted, train)

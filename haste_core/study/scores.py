@@ -304,8 +304,9 @@ class StudyScorer:
         self.card = card(study, scoring_facts(study, "+".join(names)) | self.probe.facts)
 
     def _side(self, images: Tensor) -> Side:
-        features = [extract_features(images, network, self.study.evaluate.batch_size) for network in self.networks]
-        return Side(*features, pixel_gaussian(images), len(images))
+        batch_size = self.study.evaluate.batch_size
+        labelled, unlabelled = (extract_features(images, network, batch_size) for network in self.networks)
+        return Side(labelled, unlabelled, pixel_gaussian(images), len(images))
 
     def _compare(self, a: Side, b: Side) -> dict[str, float]:
         """The scores of STUDY_METRICS of one side against another."""
@@ -315,7 +316,7 @@ class StudyScorer:
         }
 
     def score(self, generated: Tensor) -> dict[str, float]:
-        """Scores of uint8 images (n, C, S, S): against held-in images, with `_heldout` against held-out ones, copies."""
+        """Scores of uint8 images: against held-in images, with `_heldout` against held-out ones, and copies."""
         found = self._side(generated)
         scores = self._compare(found, self.sides["train"])
         held_out = {f"{name}_heldout": value for name, value in self._compare(found, self.sides["test"]).items()}
