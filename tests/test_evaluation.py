@@ -106,7 +106,9 @@ def test_a_run_is_scored_once_for_its_settings(workshop, tiny, make_study, count
     assert np.array_equal(found, evaluation_samples(Run(tiny, "vanilla", 0), 12)[:10].numpy())
 
 
-@pytest.mark.parametrize("order", [("holistic", "haste"), ("haste", "holistic")])
+@pytest.mark.parametrize(
+    "order", [("holistic", "haste"), pytest.param(("haste", "holistic"), marks=pytest.mark.slow)], ids=str
+)
 def test_a_shared_checkpoint_is_scored_once_and_its_samples_are_found(order, workshop, tiny, counted):
     study = tiny.model_copy(update={"arms": {arm: tiny.arms[arm] for arm in order}})
     one = evaluate(study, order[0])
@@ -129,16 +131,11 @@ def test_a_missing_checkpoint_or_score_is_an_error_with_the_command_that_makes_i
         evaluation.rows(Run(tiny, "haste", 3))
 
 
-def test_images_of_equal_weights_are_equal_to_the_bit(workshop, tiny):
-    one, other = (evaluation_samples(Run(tiny, arm, 0), 8) for arm in ("holistic", "haste"))
+def test_images_depend_on_weights_and_evaluation_noise_alone(workshop, tiny, make_study, monkeypatch):
+    one, other = (evaluation_samples(Run(tiny, arm, 0), 8) for arm in ("holistic", "haste"))  # a shared checkpoint
     assert (one.dtype, one.shape) == (torch.uint8, (40, 1, 8, 8))
     assert torch.equal(one, other)
     assert not torch.equal(one, evaluation_samples(Run(tiny, "haste", 0), 12))
-
-
-def test_noise_and_labels_are_the_same_for_every_arm_seed_and_step_in_batches_of_any_size(
-    workshop, tiny, make_study, monkeypatch
-):
     loaded = evaluation.generator_at(Run(tiny, "vanilla", 0), 12)
     monkeypatch.setattr(evaluation, "generator_at", lambda run, step: loaded)
     expected = evaluation_samples(Run(tiny, "vanilla", 0), 12)
@@ -180,12 +177,6 @@ def test_the_floor_compares_real_images_with_real_ones_once_for_a_card(workshop,
     assert scorer.score(scorer.real["test"])["fid"] == pytest.approx(floor["held-out against held-in"]["fid"])
     monkeypatch.setattr(scorer, "floor", lambda: pytest.fail("measured again"))
     assert evaluation.floor(scorer, tiny) == measured
-
-
-def test_an_arm_that_averages_its_weights_differently_has_another_card(workshop, tiny, make_study):
-    study = make_study("arms.vanilla.train.ema_decay=0.5")
-    training.fit(Run(study, "vanilla", 0), progress=False)
-    assert evaluate(study, "vanilla")[0]["card"] != evaluate(tiny, "vanilla")[0]["card"]
 
 
 def test_an_interrupted_evaluation_resumes_and_is_not_taken_for_finished(workshop, tiny, counted):
@@ -245,6 +236,7 @@ def test_the_adm_suite_scores_runs_once_by_the_same_rows_and_card(workshop, tiny
     assert [row["fid"] for row in evaluate(adm_study, "vanilla")] == [row["fid"] for row in rows]
 
 
+@pytest.mark.slow
 def test_another_reference_under_the_same_name_is_scored_anew(workshop, make_study, adm_study, tmp_path):
     path = tmp_path / "reference.npz"
     study = make_study("evaluate.suite=adm", "evaluate.dinov2=none", f"evaluate.reference={path}")

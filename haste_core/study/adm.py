@@ -364,29 +364,6 @@ def _gaussian(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def reference_facts(reference: str | None, data: config.Data | None) -> dict[str, Any]:
-    """Name, content hash and kind of a reference, for the card.
-
-    Args:
-        reference: the path of an .npz file. data: without a path, the data whose training images are the reference.
-
-    Raises:
-        HasteError: neither is given, or the file cannot be read.
-    """
-    if reference:
-        path = Path(reference)
-        names = array_names(path)
-        held = {"reference_statistics": "mu" in names, "reference_images": "arr_0" in names}
-        return {"reference": path.name, "reference_hash": file_hash(path), **held}
-    if data is None:
-        raise HasteError("no reference to score against; expected an ADM .npz or a study")
-    return {
-        "reference": f"{data.kind} train split (held-in), not augmented",
-        "reference_hash": TrainingImages(data).hash(),
-        "reference_manifold": MANIFOLD,
-    }
-
-
 def _warn(text: str) -> None:
     print(f"haste: warning: {text}", file=sys.stderr)
 
@@ -397,9 +374,24 @@ def _warn(text: str) -> None:
 def scoring_facts(evaluate: config.Evaluate, data: config.Data | None, extractor: str) -> dict[str, Any]:
     """Everything of the scoring that changes a score, for the card.
 
+    Args:
+        evaluate: settings; `reference` is the path of an .npz file, or None.
+        data: without a path, the data whose training images are the reference.
+        extractor: name of the networks.
+
     Raises:
         HasteError: there is no reference, or it cannot be read.
     """
+    if evaluate.reference:
+        path = Path(evaluate.reference)
+        names = array_names(path)
+        reference: dict[str, Any] = {"reference": path.name, "reference_hash": file_hash(path)}
+        reference |= {"reference_statistics": "mu" in names, "reference_images": "arr_0" in names}
+    elif data is not None:
+        reference = {"reference": f"{data.kind} train split (held-in), not augmented"}
+        reference |= {"reference_hash": TrainingImages(data).hash(), "reference_manifold": MANIFOLD}
+    else:
+        raise HasteError("no reference to score against; expected an ADM .npz or a study")
     return {
         "evaluator": f"ADM protocol on torch-fidelity {provenance.environment()['torch-fidelity']}",
         "extractor": extractor,
@@ -408,7 +400,7 @@ def scoring_facts(evaluate: config.Evaluate, data: config.Data | None, extractor
         "precision_recall": "Inception pool features",
         "neighborhood": evaluate.neighborhood,
         "dinov2": None if evaluate.dinov2 == "none" else evaluate.dinov2_model,
-        **reference_facts(evaluate.reference, data),
+        **reference,
     }
 
 
@@ -463,7 +455,7 @@ class AdmScorer:
     def _open_reference(self, data: config.Data | None) -> Reference:
         """The reference, with features extracted from images where the file holds no statistics of them."""
         if not self.evaluate.reference:
-            assert data is not None  # checked in reference_facts
+            assert data is not None  # checked in scoring_facts
             return self._extracted(TrainingImages(data), MANIFOLD)
         path = Path(self.evaluate.reference)
         stored = load_reference(path)

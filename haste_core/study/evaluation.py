@@ -54,11 +54,9 @@ class Scorer(Protocol):
 
     def score(self, generated: Any) -> dict[str, float]:
         """All scores of uint8 images."""
-        ...
 
     def floor(self) -> list[dict[str, Any]]:
         """Scores of real images: rows of `pair`, `n`, `n_reference` and the scores of `metrics_of`."""
-        ...
 
 
 def open_scorer(study: config.Study, progress: bool = True) -> Scorer:

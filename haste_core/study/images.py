@@ -30,11 +30,9 @@ class Images(Protocol):
 
     def __len__(self) -> int:
         """Number of images."""
-        ...
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images in order, uint8 (at most `size`, C, S, S)."""
-        ...
 
 
 class MemoryImages:
