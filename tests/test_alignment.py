@@ -19,8 +19,8 @@ from haste_core.errors import HasteError
 from haste_core.models import SiT, build
 from haste_core.study import config
 from haste_core.study.data import contexts
+from haste_core.study.pretrain import build_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import build_teacher
 from haste_core.teacher import Teacher
 
 

@@ -8,10 +8,10 @@ from haste_core import training
 from haste_core.alignment import attention_logits, attention_loss, resample_attention
 from haste_core.analysis.attention import divergence, student_attention, teacher_maps, token_maps
 from haste_core.figures import attention_maps
-from haste_core.study import preparation
+from haste_core.study import pretrain
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import build_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import build_teacher
 
 QUERIES = [0, 5, 15]
 
@@ -64,7 +64,7 @@ def run(output, make_study):
     """A trained run whose averaged weights follow the model closely, so that its attention is its own."""
     study = make_study("train.ema_decay=0.5", "train.steps=8", "train.keep=[4]")
     chosen = Run(study, "atta", 0)
-    preparation.prepare_teacher(study)
+    pretrain.prepare_teacher(study)
     training.fit(chosen, progress=False)
     return chosen
 

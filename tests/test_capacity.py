@@ -10,8 +10,8 @@ from haste_core import figures
 from haste_core.analysis import capacity, probe
 from haste_core.analysis.tokens import student_tokens, teacher_tokens
 from haste_core.errors import HasteError
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import fit
 
 ALL = capacity.measures()

@@ -16,8 +16,8 @@ from haste_core.gradient_angle import CHUNKS, Products, gradient_cosine, losses_
 from haste_core.models import SiT
 from haste_core.paths import objective_of
 from haste_core.study import config
+from haste_core.study.pretrain import build_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import build_teacher
 from haste_core.study.train import fit
 from haste_core.training import Batch
 

@@ -22,7 +22,6 @@ from haste_core.models import DiT, MMDiT, SiT
 from haste_core.models.layers import sincos_positions
 from haste_core.released import export_run, load_reference, save_reference
 from haste_core.released_layout import KINDS, infer
-from haste_core.study import preparation
 from haste_core.study.runs import Run
 
 SMALL = {"image_size": 8, "channels": 4, "classes": 5, "depth": 2, "width": 24, "heads": 3, "patch": 2}
@@ -483,7 +482,7 @@ def test_no_room_is_one_line_and_the_old_files_stay(tmp_path, made):
 def run(tiny, output):
     """A finished tiny run with a switch at step 8."""
     run = Run(tiny, "haste", 0)
-    preparation.prepare_teacher(run.study, run.config.teacher)
+    pretrain.prepare_teacher(run.study, run.config.teacher)
     training.fit(run)
     return run
 

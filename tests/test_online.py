@@ -8,7 +8,7 @@ from haste_core.analysis import gradients
 from haste_core.errors import HasteError
 from haste_core.gradient_angle import losses_at, noise
 from haste_core.online_angle import EDGES, OnlineAngle
-from haste_core.study.preparation import prepare_teacher
+from haste_core.study.pretrain import prepare_teacher
 from haste_core.study.runs import Run
 from haste_core.study.train import fit, open_trainer
 from haste_core.taps import Tapped

@@ -9,8 +9,8 @@ from haste_core.analysis import probe, probing
 from haste_core.errors import HasteError
 from haste_core.figures import similarity as pictures
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import fit
 
 

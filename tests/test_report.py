@@ -17,7 +17,7 @@ from PIL import Image
 from haste_core import figures, training
 from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
-from haste_core.study import claims, config, cost, evaluation, preparation, report, wording
+from haste_core.study import claims, config, cost, evaluation, pretrain, report, wording
 from haste_core.study.runs import Run, study_dir
 from haste_core.study.sections import Claims
 
@@ -300,7 +300,7 @@ def finished(new_output, tiny_overrides):
     with new_output():
         study = config.load("digits", overrides=[*tiny_overrides, "seeds=[0, 1]", "train.keep=[8]"])
         study = study.model_copy(update={"arms": {arm: study.arms[arm] for arm in ("vanilla", "haste")}})
-        preparation.write_facts(study, study_dir(study) / "prepared.json")
+        pretrain.write_facts(study, study_dir(study) / "prepared.json")
         result = report.open_report(study)
         for run in result.all_runs():
             training.fit(run, progress=False)
@@ -358,7 +358,7 @@ def test_fid_table_holds_the_scores_of_the_runs(finished):
 
 def test_samples_of_the_report_are_those_that_were_scored(finished):
     run = Run(finished.study, "vanilla", 0)
-    images, _ = evaluation.evaluation_samples(run, 12, 10)
+    images = evaluation.evaluation_samples(run, 12)
     assert np.array_equal(finished.samples()["vanilla", 12], images[:10].numpy())
 
 

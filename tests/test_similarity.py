@@ -11,8 +11,8 @@ from haste_core.analysis import probe, similarity
 from haste_core.analysis.kernels import Kernels, drawn_again, resampled_hsic
 from haste_core.errors import HasteError
 from haste_core.figures import similarity as pictures
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import fit
 
 

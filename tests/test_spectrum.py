@@ -8,8 +8,8 @@ from sklearn.linear_model import Ridge
 from haste_core import figures
 from haste_core.analysis import probe, spectrum
 from haste_core.errors import HasteError
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import fit
 
 SHAPES = [(1, 8, 8), (3, 32, 32), (2, 6, 10), (4, 5, 7)]

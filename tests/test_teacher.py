@@ -16,7 +16,7 @@ from haste_core import _torchvision_guard
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.teachers import build_teacher, check_precision
+from haste_core.study.pretrain import build_teacher, check_precision
 from haste_core.teacher import low_passed, project_qk, read_qk
 from haste_core.training import Batch
 
@@ -481,9 +481,9 @@ def test_a_teacher_in_half_precision_is_still_the_teacher(randomise):
 def test_a_teacher_that_half_precision_changes_is_refused(randomise, monkeypatch):
     teacher = make(precision="bf16")
     randomise(teacher.encoder)
-    monkeypatch.setattr("haste_core.teacher.LEAST_COSINE", 1.0)
+    monkeypatch.setattr("haste_core.study.pretrain.LEAST_COSINE", 1.0)
     with pytest.raises(
-        HasteError, match=r"teacher in bf16 has a cosine of (0\.99\d+|1\.0+) .* possible: teacher.precision=no"
+        HasteError, match=r"teacher in bf16 has a cosine of (0\.99\d+|1\.0+) .* set teacher.precision=no"
     ):
         check_precision(teacher, Noise(), (1,), "no")
     teacher.precision = "no"

@@ -19,7 +19,7 @@ from haste_core import encoders
 from haste_core.encoders import get_pretrained_cfg
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.teachers import build_teacher
+from haste_core.study.pretrain import build_teacher
 from haste_core.teacher import check_plain_attention, read_qk
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

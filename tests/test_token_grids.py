@@ -18,7 +18,7 @@ from haste_core.alignment import (
 from haste_core.errors import HasteError
 from haste_core.models import SiT
 from haste_core.study import config
-from haste_core.study.teachers import build_teacher
+from haste_core.study.pretrain import build_teacher
 
 GRIDS = [((4, 4), (3, 3)), ((3, 3), (4, 4)), ((2, 5), (4, 3)), ((3, 2), (1, 7)), ((16, 16), (14, 14))]
 

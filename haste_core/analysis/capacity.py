@@ -23,8 +23,8 @@ from haste_core.alignment import Grid
 from haste_core.analysis import probe
 from haste_core.analysis.tokens import student_tokens, teacher_blocks, teacher_tokens
 from haste_core.errors import HasteError
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 
 NEIGHBOURS = 20  # of `local_rank`
 DISCARDED = 0.1  # of `two_nn`

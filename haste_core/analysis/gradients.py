@@ -23,8 +23,8 @@ from haste_core.online_angle import OnlineAngle
 from haste_core.paths import Objective, objective_of
 from haste_core.study import config
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import build_generator, build_haste
 from haste_core.teacher import Teacher
 

@@ -17,8 +17,8 @@ from haste_core.analysis import probe
 from haste_core.analysis.similarity import middle_level, teacher_means
 from haste_core.errors import HasteError
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 
 
 def linear_probe(features_train: Any, labels_train: Any, features_test: Any, labels_test: Any) -> float:

@@ -17,8 +17,8 @@ from haste_core.analysis import probe
 from haste_core.analysis.attention import aligned_heads, layer_pairs, token_grid
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.taps import QK, Tapped, Taps
 from haste_core.teacher import TeacherOutput
 

@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 from haste_core.analysis import probe
 from haste_core.analysis.kernels import Kernels, correlation, drawn_again, inner, resampled_hsic
 from haste_core.errors import HasteError
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.teacher import Teacher
 
 # Rows of a table whose value depends on k.

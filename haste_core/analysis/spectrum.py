@@ -20,8 +20,8 @@ from haste_core.analysis.tokens import student_tokens, teacher_blocks, teacher_t
 from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.teacher import Teacher
 from haste_core.training import Batch
 

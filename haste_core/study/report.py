@@ -19,9 +19,9 @@ from haste_core.errors import HasteError
 from haste_core.files import write_bytes, write_json, write_table, write_text
 from haste_core.study import claims, config, cost, evaluation, provenance, runs
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.report_sections import sections
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.wording import (
     VERDICTS,
     answers,

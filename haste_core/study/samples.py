@@ -28,9 +28,9 @@ from haste_core.models import DiffusionTransformer
 from haste_core.sampling import draw as sample
 from haste_core.sampling import sample_labels, to_uint8
 from haste_core.study import config, signals
+from haste_core.study.images import NpzImages
 from haste_core.study.latents import drawing_facts, to_images
 from haste_core.study.runs import Run
-from haste_core.study.scoring.image_sources import NpzImages
 
 # A function of labels (b,) and their seeds that returns uint8 images (b, C, S, S).
 Draw = Callable[[Tensor, range], Tensor]

@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and print one line."""
-    from haste_core import interop, layouts
+    from haste_core import released, released_layout
 
     source, out = arguments.source, arguments.out
     released.check_suffix(out, released.WRITABLE)

@@ -1,6 +1,6 @@
-"""Denoising loss by noise level on held-out images: it shows where arms differ, with no extractor and no sampler.
+"""Denoising loss by noise level on held-out images: differences of arms without an extractor or a sampler.
 
-Every generator of a study sees the same images, noise draws and levels, so that differences between arms are paired.
+All generators of a study are measured on the same images, noise draws and levels, so differences are paired.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from haste_core.seeding import stream
 from haste_core.study.data import Batches, Dataset
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-# Noise draws of every image, by split, and training images for each held-out one: they only show how much is memorised.
+# Noise draws of an image, by split, and training images per held-out image; training images only show memorisation.
 DRAWS = {"held-out": 3, "training": 1}
 TRAINING_SHARE = 1 / 3
 SUMMARIES = ("near_data", "structure", "denoising", "nats")
 NEAR, STRUCTURE = 0.1, 0.3
-# Noise is drawn for so many images at a time, whatever a device holds, so that it is the same everywhere.
+# Noise is drawn for this many images at a time on every device, so that it is the same everywhere.
 CHUNK = 250
 
 
@@ -35,8 +35,8 @@ class Probe:
     """The fixed images that denoising is measured on: held-out ones, and a third as many training ones, augmented once.
 
     Args:
-        dataset: of the study. count: images of each split, at most. seed: of the noise, and of the training images'
-            choice and augmentation.
+        dataset: of the study. count: maximum number of held-out images.
+        seed: of the noise, and of the choice and augmentation of training images.
     """
 
     def __init__(self, dataset: Dataset, count: int, seed: int) -> None:
@@ -57,7 +57,7 @@ class Probe:
     def measure(self, model: DiffusionTransformer) -> list[dict[str, Any]]:
         """Rows of `split`, `t`, `loss`, `nats`, `n` and `draws` for a generator in eval mode.
 
-        `loss` is its own training objective per value (the squared error of the velocity; of a DiT the hybrid loss),
+        `loss` is its own training objective per value (the squared error of the velocity; for a DiT the hybrid loss),
         `nats` the integrand of the likelihood bound at t (`Objective.bound`), both means over images and draws.
         """
         return [
@@ -71,10 +71,10 @@ class Probe:
 def losses(
     model: DiffusionTransformer, x: Tensor, y: Tensor, draws: int, seed: int, levels: Sequence[float] = LEVELS
 ) -> list[dict[str, float]]:
-    """Mean denoising loss and bound of a generator at each noise level, a row a level: `t`, `loss`, `nats`.
+    """Mean denoising loss and bound of a generator at each noise level, one row per level: `t`, `loss`, `nats`.
 
     Args:
-        model: in eval mode. x, y: images (n, C, S, S) as it models them, and their labels.
+        model: in eval mode. x, y: inputs (n, C, S, S), images or latents, and their labels.
         draws: noise draws of each image, the same at every level. seed: of the noise.
 
     Raises:
