@@ -180,9 +180,10 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
             judged = trigger["readings"] > 0 and trigger["gaps"] == 0
             there = float(np.interp(math.log(used), np.log(taus), values)) if judged else math.nan
             away = used - taus[best] if judged else math.nan
-            row = (family, trigger["trigger"], seed, trigger["tau"], math.exp(there), taus[best], math.exp(values[best]))
+            place = (family, trigger["trigger"], seed, trigger["tau"])
+            fids = (math.exp(there), taus[best], math.exp(values[best]))
             costs = (there - values[best], values[-1] - values[best], away)
-            rows.append(dict(zip(NEAREST, (*row, *costs), strict=True)))
+            rows.append(dict(zip(NEAREST, (*place, *fids, *costs), strict=True)))
     return pd.DataFrame(rows, columns=NEAREST)
 
 
