@@ -301,7 +301,9 @@ UNEQUAL = "teacher.kwargs={img_size: 12, patch_size: 4, in_chans: 1, embed_dim: 
         ("arms.atta.model.patch=4", [0, 1, 2, 3], (2, 2), (4, 4)),
     ],
 )
-def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(output, make_study, change, heads, grid, teacher_grid):
+def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(
+    output, make_study, change, heads, grid, teacher_grid
+):
     study = make_study("train.ema_decay=0.5", "train.keep=[]", "analysis.n=20", "analysis.timesteps=[0.5]", change)
     run, expects = Run(study, "atta", 0), pytest.warns(UserWarning, match="student 2x2, teacher 4x4")
     with expects if grid == (2, 2) else nullcontext():

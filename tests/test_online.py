@@ -224,7 +224,8 @@ def test_the_online_angle_at_a_checkpoint_is_one_pass_over_the_held_out_images(o
     assert list(whole.columns) == ["step", "t", "loss", "online", "n"]
     assert whole[["step", "t", "loss", "n"]].to_numpy().tolist() == [[8, 0.1, "feature", 20], [8, 1.0, "feature", 20]]
     monkeypatch.setattr(gradients, "BATCH", 7)
-    torch.testing.assert_close(*(torch.tensor(x["online"].to_numpy()) for x in (whole, gradients.online_conflict(run, [8]))))
+    parts = gradients.online_conflict(run, [8])
+    torch.testing.assert_close(*(torch.tensor(x["online"].to_numpy()) for x in (whole, parts)))
     # Features alone are aligned, so the rest is the denoising loss: both gradients by passes of their own.
     now = gradients.moment(run, 8, gradients.find_teacher(run.study, run.config.teacher), own=True)
     batch = gradients.held_out(run)
