@@ -50,13 +50,7 @@ def conflict_over_training(table: pd.DataFrame, tau: int | None, arm: str, loss:
     Raises:
         HasteError: the table has no such rows.
     """
-    figure, axes, rows = _loss_panels(_only(table, arm=arm, loss=loss))
-    for axis, (name, part) in zip(axes, rows, strict=True):
-        for colour, t, level in _coloured(part, "t"):
-            _points(axis, level, "step", f"t = {t:g}", color=colour)
-        mark_switch(axis, tau)
-        axis.set(xlabel="training steps", title=f"{name} loss")
-    return _finish(figure, axes, f"{arm}, {_counts(_only(table, arm=arm, loss=loss))}")
+    return _conflict(table, arm, loss, "step", tau)
 
 
 def conflict_over_t(table: pd.DataFrame, arm: str, loss: str | None = None) -> Figure:
@@ -67,12 +61,21 @@ def conflict_over_t(table: pd.DataFrame, arm: str, loss: str | None = None) -> F
     Raises:
         HasteError: the table has no such rows.
     """
-    figure, axes, rows = _loss_panels(_only(table, arm=arm, loss=loss))
-    for axis, (name, part) in zip(axes, rows, strict=True):
-        for colour, step, checkpoint in _coloured(part, "step"):
-            _points(axis, checkpoint, "t", f"step {step}", color=colour)
-        axis.set(xlabel="noise level t (0: data, 1: noise)", title=f"{name} loss")
-    return _finish(figure, axes, f"{arm}, {_counts(_only(table, arm=arm, loss=loss))}")
+    return _conflict(table, arm, loss, "t")
+
+
+def _conflict(table: pd.DataFrame, arm: str, loss: str | None, along: str, tau: int | None = None) -> Figure:
+    by, label, xlabel = ("t", "t = {:g}", "training steps")
+    if along == "t":
+        by, label, xlabel = ("step", "step {}", "noise level t (0: data, 1: noise)")
+    rows = _only(table, arm=arm, loss=loss)
+    figure, axes, parts = _loss_panels(rows)
+    for axis, (name, part) in zip(axes, parts, strict=True):
+        for colour, value, some in _coloured(part, by):
+            _points(axis, some, along, label.format(value), color=colour)
+        mark_switch(axis, tau)
+        axis.set(xlabel=xlabel, title=f"{name} loss")
+    return _finish(figure, axes, f"{arm}, {_counts(rows)}")
 
 
 def conflict_by_arm(table: pd.DataFrame, tau: int | None, loss: str, t: float) -> Figure:
