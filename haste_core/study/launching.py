@@ -157,8 +157,6 @@ def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
             launch(words, processes, run.dir, lambda: (_step(run), steps), bar, run.config.train.threads)
 
 
-
-
 def _step(run: Run) -> int:
     """The last step in the run's log, whose last line may be in the middle of being written."""
     if not run.metrics_path.is_file():

@@ -5,7 +5,7 @@ Each is trained once, under a lock, and kept by the hash of its settings (`haste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple

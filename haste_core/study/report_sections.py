@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from haste_core import figures
-from haste_core.analysis import ablations, switching
+from haste_core.analysis import switching
 from haste_core.figures import Figure
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _spectrum(report: Report) -> Figure:
 
 def _effects(report: Report, table: str) -> Figure:
     rows = report.table(table)
-    return figures.group_effects(rows, ablations.effects(rows, report.study.claims.confidence))
+    return figures.group_effects(rows, switching.effects(rows, report.study.claims.confidence))
 
 
 def _family(report: Report) -> str:
