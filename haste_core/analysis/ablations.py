@@ -15,8 +15,8 @@ import pandas as pd
 from haste_core.errors import HasteError, unknown
 from haste_core.sampling import passes, times_of
 from haste_core.study import config
-from haste_core.study.claims import Curves, curves_of, interval, one_card
 from haste_core.study.evaluation import evaluation_samples
+from haste_core.study.judging import Curves, curves_of, interval, one_card
 from haste_core.study.runs import Run
 from haste_core.study.scoring.scorers import Scoring
 

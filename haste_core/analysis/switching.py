@@ -16,7 +16,7 @@ import pandas as pd
 
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.claims import interval, one_card
+from haste_core.study.judging import interval, one_card
 from haste_core.study.runs import Run
 from haste_core.termination import Line, alignment_loss, build_trigger, replay
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from haste_core.figures.scores import draw_fid
 from haste_core.figures.style import Figure, arm_line, mark_switch, plain_numbers, style, tile
-from haste_core.study.claims import one_card
+from haste_core.study.judging import one_card
 
 NEAR_DATA, STRUCTURE = 0.1, 0.3  # noise levels up to the first, and from the second on
 _ROLES = ("early", "at the switch", "at the end")

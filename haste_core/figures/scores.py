@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from haste_core.figures.style import VERDICT_COLOUR, Figure, arm_line, mark_switch, plain_numbers, style, tile
-from haste_core.study.claims import one_card
+from haste_core.study.judging import one_card
 
 # A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.
 NEAR = 30

@@ -17,7 +17,7 @@ from haste_core import figures
 from haste_core.analysis import attention
 from haste_core.errors import HasteError
 from haste_core.files import write_bytes, write_json, write_table, write_text
-from haste_core.study import claims, config, cost, evaluation, provenance, runs
+from haste_core.study import claims, config, cost, evaluation, judging, provenance, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.report_sections import sections
 from haste_core.study.runs import Run
@@ -189,9 +189,9 @@ def write_tables(report: Report) -> None:
             old.unlink()
     times = json.loads((runs.study_dir(study) / "step_time.json").read_text())
     write_table(folder / "step_time.csv", times, cost.COLUMNS)
-    write_table(folder / "claims.csv", judge(report, pd.DataFrame(fid)), claims.COLUMNS)
-    sensitive = claims.sensitivity(claims.CLAIMS, evidence(report, pd.DataFrame(fid)), study.claims.confidence)
-    write_table(folder / "sensitivity.csv", sensitive, claims.SENSITIVITY)
+    write_table(folder / "claims.csv", judge(report, pd.DataFrame(fid)), judging.COLUMNS)
+    sensitive = judging.sensitivity(claims.CLAIMS, evidence(report, pd.DataFrame(fid)), study.claims.confidence)
+    write_table(folder / "sensitivity.csv", sensitive, judging.SENSITIVITY)
     maps = attention.token_maps(report.shown_runs(), find_teacher(study, study.teacher))
     write_table(folder / "attention.csv", maps, tuple(maps[0]))
     names = ("arm", "seed", "step", "phase", "loss", "denoising", "feature", "attention", "grad_norm")
@@ -207,17 +207,17 @@ def write_tables(report: Report) -> None:
     write_json(folder / "provenance.json", study_provenance(report))
 
 
-def evidence(report: Report, fid: pd.DataFrame) -> claims.Evidence:
+def evidence(report: Report, fid: pd.DataFrame) -> judging.Evidence:
     """The evidence that claims are judged on: the rows of fid.csv and the tables of analyses that there are."""
     study = report.study
     study.check_claims()
     tables = {name: report.table(name) for name in claims.TABLES if report.has(name)}
-    return claims.Evidence(fid, study.claims.early, study.train.steps, study.claims.roles, tables)
+    return judging.Evidence(fid, study.claims.early, study.train.steps, study.claims.roles, tables)
 
 
 def judge(report: Report, fid: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of claims.csv, from the rows of fid.csv and the tables of analyses that there are."""
-    return claims.judge_all(claims.CLAIMS, evidence(report, fid), report.study.claims.confidence)
+    return judging.judge_all(claims.CLAIMS, evidence(report, fid), report.study.claims.confidence)
 
 
 def study_provenance(report: Report) -> dict[str, Any]:

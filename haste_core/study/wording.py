@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from haste_core.figures import NEAR_DATA, STRUCTURE, VERDICT_COLOUR, compared, loss_ratio
-from haste_core.study import claims
-from haste_core.study.claims.judging import MEASURES
+from haste_core.study import judging
+from haste_core.study.judging import MEASURES
 from haste_core.study.sections import Claims
 
 # Columns of fid.csv that are no scores.
@@ -83,8 +83,8 @@ def _given_back(near: pd.DataFrame, settings: Claims, arms: tuple[str, str], tau
     back = _log_ratios(near, stayed, switched, [last])
     if not len(back):
         return ""
-    cost, low, high = claims.interval(_log_ratios(near, stayed, "vanilla", [last]).tolist(), settings.confidence)
-    mean, least, most = claims.interval(back.tolist(), settings.confidence)
+    cost, low, high = judging.interval(_log_ratios(near, stayed, "vanilla", [last]).tolist(), settings.confidence)
+    mean, least, most = judging.interval(back.tolist(), settings.confidence)
     if low <= 0 <= high:
         share = "The cost near the data is itself not decided, so no share of it is given"
     elif high < 0:
@@ -116,7 +116,7 @@ def _log_ratios(values: pd.DataFrame, arm: str, base: str, steps: Iterable[int])
 
 def change(logs: Sequence[float] | np.ndarray, confidence: float) -> str:
     """log ratios over seeds as a change in words: "6.4 % higher (95 % interval +4.7 to +8.1 %, 3 seeds)"."""
-    mean, low, high = (100 * np.expm1(value) for value in claims.interval([float(v) for v in logs], confidence))
+    mean, low, high = (100 * np.expm1(value) for value in judging.interval([float(v) for v in logs], confidence))
     size = f"{abs(mean):.1f} % {'higher' if mean > 0 else 'lower'}"
     if len(logs) < 2:
         return f"{size} (one seed)"
@@ -160,7 +160,7 @@ def _difference(values: pd.DataFrame, arm: str, name: str, confidence: float) ->
     found = pair[arm] - pair["vanilla"] if nats else np.log(pair[arm] / pair["vanilla"])
     if not len(found):
         return "-"
-    numbers = claims.interval(found.tolist(), confidence)
+    numbers = judging.interval(found.tolist(), confidence)
     mean, low, high = numbers if nats else (100 * np.expm1(number) for number in numbers)
     span = f" ({low:+.2f} to {high:+.2f})" if len(found) > 1 else ""
     return f"{mean:+.2f}{' nats' if nats else ' %'}{span}"
