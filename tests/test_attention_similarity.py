@@ -26,7 +26,6 @@ from haste_core.analysis.cross_effects import cross_effects, feature_fit
 from haste_core.analysis.scene import Scene, other_images
 from haste_core.analysis.token_maps import by_arm, token_map_table
 from haste_core.errors import HasteError
-from haste_core.study.explore import drawn_from
 from haste_core.study.runs import Run
 from haste_core.token_grids import resample_attention
 
@@ -381,6 +380,6 @@ def test_every_table_has_its_picture(trained):
     mean = effects[(effects["measure"] == "jensen_shannon") & (effects["baseline"] == "none")].groupby("step")["value"]
     assert drawn == pytest.approx(mean.mean().to_numpy())
     assert "R^2" in right.get_ylabel()
-    draw = drawn_from(by_arm([run]), lambda m: figures.query_maps(m, np.zeros((8, 8))))
-    picture = draw(arm="haste", block=2, head=0, t=0.6, query=6)
+    maps = by_arm([run])(arm="haste", block=2, head=0, t=0.6, query=6)
+    picture = figures.query_maps(maps, np.zeros((8, 8)))
     assert picture.axes[1].patches[0].get_xy() == (1.5, 0.5)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import ipywidgets
 import pytest
+from haste_core.study.explore import BATCH, drawn_from, explore
 
 from haste_core.errors import HasteError
-from haste_core.study.explore import BATCH, drawn_from, explore
 
 
 def drawn(**chosen):
