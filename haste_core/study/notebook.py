@@ -120,3 +120,8 @@ def explore(draw: Callable[..., Any], start: dict[str, Any] | None = None, **cho
             controls[name] = ipywidgets.Dropdown(**given)
     picture = ipywidgets.interactive_output(lambda **chosen: display(draw(**chosen)), controls)
     return ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), picture])
+
+
+def drawn_from(table: Callable[..., Any], figure: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A `draw` for `explore` that measures on demand: `figure` of the rows that `table` returns for a choice."""
+    return lambda **chosen: figure(table(**chosen))
