@@ -32,7 +32,7 @@ from haste_core.analysis.attention import (
 from haste_core.errors import HasteError
 from haste_core.study import config
 from haste_core.study.data import open_dataset
-from haste_core.study.explore import drawn_from
+from haste_core.study.notebook import drawn_from
 from haste_core.study.runs import Run
 from haste_core.taps import Taps
 

@@ -18,10 +18,9 @@ import pandas as pd
 from haste_core.errors import HasteError, unknown
 from haste_core.sampling import passes, times_of
 from haste_core.study import config
-from haste_core.study.claims import Curves, curves_of, interval, one_card
-from haste_core.study.evaluation import evaluation_samples
+from haste_core.study.evaluation import Scorer, evaluation_samples
+from haste_core.study.judging import Curves, curves_of, interval, one_card
 from haste_core.study.runs import Run
-from haste_core.study.scoring.scorers import Scoring
 from haste_core.study.train import trigger_of
 from haste_core.termination import Line, alignment_loss, replay
 
@@ -335,7 +334,7 @@ def plane(study: config.Study, scores: pd.DataFrame, arms: Sequence[str]) -> pd.
     return pd.DataFrame(rows, columns=PLANE)
 
 
-def grids(run: Run, open_scorer: Callable[[], Scoring]) -> pd.DataFrame:
+def grids(run: Run, open_scorer: Callable[[], Scorer]) -> pd.DataFrame:
     """Scores of a run's last checkpoint by the grid of solver steps, all else as its study draws images.
 
     Args:
@@ -347,7 +346,7 @@ def grids(run: Run, open_scorer: Callable[[], Scoring]) -> pd.DataFrame:
     step, rows, scorer = run.config.train.steps, [], open_scorer()
     for grid in ("uniform", "quadratic"):
         drawn = run.sample.model_copy(update={"grid": grid})
-        images, _ = evaluation_samples(run, step, scorer.classes, sample=drawn)
+        images = evaluation_samples(run, step, sample=drawn)
         scores = scorer.score(images)
         last = times_of(drawn.solver_steps, grid)[-2]
         facts = {"step": step, "grid": grid, "calls": passes(run.config.model.kind, drawn.options), "last_t": last}

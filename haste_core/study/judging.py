@@ -1,4 +1,21 @@
-"""What a claim is, what it is judged on, and how."""
+"""The rules by which a claim gets its verdict, from scores and analysis tables.
+
+A claim has one or more contrasts. A contrast is computed per seed: a difference of the logarithm of a score (arms of
+one seed share data order, noise and initial weights, so differences are paired) or a number from an analysis table. It
+is summarised by its mean and a Student-t interval over seeds. A claim is
+
+    equivalent                 if at least one contrast has its interval inside the margin around zero (5 % for FID,
+                               1 % for the denoising loss), and every other holds;
+    supported                  if every contrast's interval lies inside the claim's region (intersection-union);
+    contradicted               if a contrast's interval, at a confidence divided among the contrasts (Bonferroni),
+                               lies outside the region and not inside the margin;
+    smaller than the paper's   if the sign is open and the paper's effect lies outside the interval;
+    not decided                otherwise, and always with fewer than two seeds;
+    not tested                 if an arm or table is missing, or the event that the claim is about did not happen.
+
+Each claim also has a p value (one-sided, the largest of its contrasts) and its corrections over all claims of the
+table: Holm (family-wise error) and Benjamini-Hochberg (false discovery rate).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +31,7 @@ from scipy import stats
 
 from haste_core.errors import HasteError
 
-# arm -> seed -> step -> FID
+# arm -> seed -> step -> score
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
 COLUMNS = (
     "id", "claim", "measure", "effect", "low", "high", "seeds", "verdict", "p", "p_holm", "p_bh", "unit", "rule",
@@ -24,7 +41,7 @@ SENSITIVITY = ("id", "measure", "early", "effect", "low", "high", "seeds", "verd
 
 
 class Measure(NamedTuple):
-    """A score that claims are read on. margin: a difference that counts as none; log: differences are of logarithms."""
+    """A score that claims are read on. margin: largest difference that counts as none; log: compare logarithms."""
 
     name: str
     margin: float
@@ -42,19 +59,19 @@ MEASURES = {
     "precision": Measure("precision", 0.02, log=False),
     "recall": Measure("recall", 0.02, log=False),
 }
-# Claims on FID are read on these too, and the early ones at each early step by itself.
+# The sensitivity table reads claims on FID on these measures too.
 ALTERNATIVES = ("fid_heldout", "fid_unlabelled", "fd_pixel")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a study has measured.
+    """The scores and analysis tables of a study.
 
     Args:
         scores: rows of fid.csv: arm, seed, step, card, and a column for each measure.
-        early: the steps that early gains are averaged over. last: of the study.
-        roles: the study's arm (or trigger) by the name a claim uses, where they differ.
-        tables: of analyses, by name. measure: the score that `value` reads, of MEASURES.
+        early: steps that early gains are averaged over. last: last step of the study.
+        roles: name of the study's arm (or trigger) by the name that a claim uses, if they differ.
+        tables: analysis tables by name. measure: the score that `value` reads, a key of MEASURES.
     """
 
     scores: pd.DataFrame
@@ -65,33 +82,21 @@ class Evidence:
     measure: str = "fid"
 
     @cached_property
-    def _known(self) -> dict[tuple[str, int], dict[int, float]]:
-        """The measure by arm and seed, then step."""
-        found: dict[tuple[str, int], dict[int, float]] = {}
-        columns = (self.scores[name] for name in ("arm", "seed", "step", self.measure))
-        for arm, seed, step, score in zip(*columns, strict=True):
-            found.setdefault((str(arm), int(seed)), {})[int(step)] = float(score)
-        return found
+    def curves(self) -> Curves:
+        """The measure by arm, seed and step."""
+        return curves_of(self.scores, self.measure)
 
     def name(self, role: str) -> str:
         """The study's own name for a role."""
         return self.roles.get(role, role)
 
-    def arms(self) -> set[str]:
-        """Arms that have scores."""
-        return set(self.scores["arm"].astype(str))
-
-    def seeds(self, role: str) -> set[int]:
-        """Seeds with scores of an arm."""
-        return {seed for arm, seed in self._known if arm == self.name(role)}
-
     def steps(self, role: str, seed: int) -> set[int]:
         """Steps at which an arm is scored."""
-        return set(self._known[self.name(role), seed])
+        return set(self.curves[self.name(role)][seed])
 
     def value(self, role: str, seed: int, step: int) -> float:
         """The measure of an arm at a step: its logarithm (a score of exactly zero counts as 1e-12) or itself."""
-        score = self._known[self.name(role), seed][step]
+        score = self.curves[self.name(role)][seed][step]
         return math.log(max(score, 1e-12)) if MEASURES[self.measure].log else score
 
     def early_value(self, role: str, seed: int) -> float:
@@ -107,11 +112,13 @@ class Evidence:
         arms = [self.name(role) for role in roles]
         steps = set.intersection(*(self.steps(arm, seed) for arm in arms))
         if not steps:
-            raise HasteError(f"arms {', '.join(arms)} share no scored step for seed {seed}; keep equal train.keep")
+            raise HasteError(
+                f"arms {', '.join(arms)} share no scored step for seed {seed}; give them the same train.keep"
+            )
         return max(steps)
 
     def rows(self, table: str, seed: int, **chosen: Any) -> pd.DataFrame:
-        """The rows of an analysis' table for one seed that hold these values; there may be none."""
+        """The rows of an analysis table for one seed, with these values in these columns; may be empty."""
         found = self.tables[table]
         found = found[found["seed"] == seed]
         for column, value in chosen.items():
@@ -119,26 +126,26 @@ class Evidence:
         return found
 
 
-Statistic = Callable[[Evidence, int], float]
-
-
 class Contrast(NamedTuple):
-    """A number per seed, named by what is compared."""
+    """A number per seed, named by the compared arms."""
 
     name: str
-    statistic: Statistic
+    statistic: Callable[[Evidence, int], float]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: every contrast must lie inside `region` for it to hold.
+    """A claim of the paper, which holds if every contrast lies inside `region`.
 
-    contrasts: fixed, or found in the evidence. size: the paper's effect in the same unit, if it is known. arms: roles
-    (`Evidence.roles`) it is read from. measure: of MEASURES. margin: by default the measure's where the region is one
-    side of zero, else none. table: of an analysis, for claims that are not on scores; its rows must have all the arms.
-    early, last: it reads `Evidence.early` or `Evidence.last` of all of them. log_scale: the logarithm is averaged and
-    its exponential reported. needs: what is missing where no study here can have the arms. happened: an empty text, or
-    why the claim is not tested by evidence that has all its arms.
+    Args:
+        arms: roles (`Evidence.roles`) that it is read from.
+        region: open interval. contrasts: fixed, or a function of the evidence.
+        size: the paper's effect in the same unit, if known. measure: a key of MEASURES.
+        table: the analysis table, for claims that are not on scores; it must have rows for all arms.
+        early, last: whether all arms need scores at `Evidence.early`, or at `Evidence.last`.
+        log_scale: average the logarithm and report its exponential.
+        needs: requirements of arms that no study here has. happened: empty text, or the reason why the evidence does
+            not test the claim although all arms are there.
     """
 
     id: str
@@ -160,7 +167,7 @@ class Claim:
 
     @property
     def margin(self) -> float | None:
-        """The half-width around zero inside which an effect counts as none, or None."""
+        """Half-width around zero inside which an effect counts as none: the measure's if a bound is zero, else None."""
         if self.table is not None or set(self.region) - {0.0, math.inf, -math.inf}:
             return None
         return MEASURES[self.measure].margin
@@ -175,7 +182,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], confidence: float) -> Interval:
-    """Mean and Student-t interval (mean, low, high); with one value the interval is infinite."""
+    """Mean and Student-t interval (mean, low, high); infinite with a single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
@@ -184,9 +191,9 @@ def interval(values: Sequence[float], confidence: float) -> Interval:
 
 
 def p_value(values: Sequence[float], region: tuple[float, float]) -> float:
-    """One-sided p value of the mean lying inside a region: the larger of its two sides' (Student's t).
+    """One-sided p value of the mean lying inside a region, the larger of both sides (Student's t).
 
-    NaN with fewer than two values or one that is not finite.
+    NaN with fewer than two values or with one that is not finite.
     """
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan
@@ -206,11 +213,11 @@ def verdict(
     margin: float | None = None,
     size: float | None = None,
 ) -> str:
-    """The verdict by the rules in the package's first lines.
+    """The verdict by the rules in the module's docstring.
 
     Args:
-        values: of each contrast, one per seed. region: open. margin: of equivalence, None for none.
-        size: the paper's effect, where it is known.
+        values: one per seed, for each contrast. region: open interval. margin: of equivalence, None for none.
+        size: the paper's effect, if known.
     """
     found = [interval(v, confidence) for v in values]
     if not all(math.isfinite(bound) for i in found for bound in i):
@@ -222,16 +229,16 @@ def verdict(
     divided = [interval(v, 1 - (1 - confidence) / len(values)) for v in values]
     if any((i.high < region[0] or i.low > region[1]) and not s for i, s in zip(divided, same, strict=True)):
         return "contradicted"
-    open_sign = all(i.low <= 0 <= i.high for i, h in zip(found, holds, strict=True) if not h)
-    if size is not None and open_sign and all(size > i.high for i, h in zip(found, holds, strict=True) if not h):
+    undecided = [i for i, h in zip(found, holds, strict=True) if not h]
+    if size is not None and all(i.low <= 0 <= i.high < size for i in undecided):
         return "smaller than the paper's"
     return "not decided"
 
 
 def judge(claim: Claim, evidence: Evidence, confidence: float) -> dict[str, Any]:
-    """One row of claims.csv for a claim, without the corrections of its p value.
+    """One row of claims.csv, without the corrections of its p value.
 
-    `effect`, `low` and `high` are of the weakest contrast, the one that reaches least into the region on average.
+    `effect`, `low` and `high` belong to the weakest contrast, whose mean reaches least into the region.
 
     Raises:
         ValueError: the arms were scored under different cards.
@@ -259,12 +266,13 @@ def judge(claim: Claim, evidence: Evidence, confidence: float) -> dict[str, Any]
     shown = interval(values[weakest], confidence)
     if claim.log_scale:
         shown = Interval(*(math.exp(v) for v in shown))
-    found: dict[str, Any] = {"effect": shown.mean, "low": shown.low, "high": shown.high, "seeds": len(seeds)}
-    found |= {"verdict": verdict(values, region, confidence, claim.margin, claim.size)}
-    found |= {"p": max(p_value(of_one, region) for of_one in values)}
     if len(contrasts) > 1:
-        found["unit"] = f"{claim.unit} (shown: {contrasts[weakest].name})"
-    return row | found
+        row["unit"] = f"{claim.unit} (shown: {contrasts[weakest].name})"
+    return row | {
+        "effect": shown.mean, "low": shown.low, "high": shown.high, "seeds": len(seeds),
+        "verdict": verdict(values, region, confidence, claim.margin, claim.size),
+        "p": max(p_value(of_one, region) for of_one in values),
+    }  # fmt: skip
 
 
 def _short_of(mean: float, region: tuple[float, float]) -> float:
@@ -272,16 +280,22 @@ def _short_of(mean: float, region: tuple[float, float]) -> float:
     return math.inf if math.isnan(mean) else -min(mean - region[0], region[1] - mean)
 
 
+def _arms(claim: Claim, evidence: Evidence) -> dict[str, set[int]]:
+    """Seeds by arm (or family of arms) in the scores or the table that a claim is read from."""
+    if claim.table is None:
+        return {arm: set(seeds) for arm, seeds in evidence.curves.items()}
+    table = evidence.tables[claim.table]
+    column = "family" if "family" in table else "arm"
+    return {str(name): {int(seed) for seed in rows["seed"]} for name, rows in table.groupby(column)}
+
+
 def _missing(claim: Claim, evidence: Evidence) -> str:
-    """What the claim needs and the study does not have, in words; empty where it has all."""
-    there = evidence.arms()
+    """Names of the arms, tables or scores that the claim needs and the study does not have; empty if complete."""
     if claim.table is None and claim.measure not in evidence.scores:
         return f"score missing: {claim.measure}"
-    if claim.table is not None:
-        if claim.table not in evidence.tables:
-            return f"table missing: {claim.table}"
-        column = "family" if "family" in evidence.tables[claim.table] else "arm"
-        there = set(evidence.tables[claim.table][column].astype(str))
+    if claim.table is not None and claim.table not in evidence.tables:
+        return f"table missing: {claim.table}"
+    there = _arms(claim, evidence)
     arms = [evidence.name(role) for role in claim.arms if evidence.name(role) not in there]
     if arms:
         return f"arms missing: {', '.join(arms)}" + (f" ({claim.needs})" if claim.needs else "")
@@ -297,15 +311,13 @@ def _missing(claim: Claim, evidence: Evidence) -> str:
 
 
 def _seeds(claim: Claim, evidence: Evidence) -> list[int]:
-    if claim.table is None:
-        return sorted(set.intersection(*(evidence.seeds(role) for role in claim.arms)))
-    names, table = [evidence.name(role) for role in claim.arms], evidence.tables[claim.table]
-    column = "family" if "family" in table else "arm"
-    return sorted(set.intersection(*({int(s) for s in table.loc[table[column] == name, "seed"]} for name in names)))
+    """Seeds that all arms of a claim have."""
+    there = _arms(claim, evidence)
+    return sorted(set.intersection(*(there[evidence.name(role)] for role in claim.arms)))
 
 
 def judge_all(claims: Iterable[Claim], evidence: Evidence, confidence: float) -> list[dict[str, Any]]:
-    """A row of COLUMNS for every claim, in order, p values corrected over all of them that have one.
+    """Rows of COLUMNS for all claims, in order, with p values corrected over all claims that have one.
 
     A claim for each horizon (`Claim.id` ending in "@") becomes a row for each step that its arms share after the
     first early one.
@@ -313,31 +325,29 @@ def judge_all(claims: Iterable[Claim], evidence: Evidence, confidence: float) ->
     judged = [judge(one, evidence, confidence) for claim in claims for one in _at_horizons(claim, evidence)]
     known = [row for row in judged if math.isfinite(row["p"])]
     values = [row["p"] for row in known]
-    for name, corrected in (("p_holm", holm(values)), ("p_bh", benjamini_hochberg(values))):
-        for row in judged:
-            row[name] = math.nan
-        for row, p in zip(known, corrected, strict=True):
-            row[name] = p
+    discovery = stats.false_discovery_control(values).tolist() if values else []
+    for row in judged:
+        row |= {"p_holm": math.nan, "p_bh": math.nan}
+    for row, p_holm, p_bh in zip(known, holm(values), discovery, strict=True):
+        row |= {"p_holm": p_holm, "p_bh": p_bh}
     return judged
 
 
 def _at_horizons(claim: Claim, evidence: Evidence) -> list[Claim]:
+    """The claim at each horizon, whose contrasts read the evidence as if the study ended there."""
     if not claim.id.endswith("@"):
         return [claim]
+    assert isinstance(claim.contrasts, tuple)
     seeds = _seeds(claim, evidence) if not _missing(claim, evidence) else []
     steps = set.intersection(*(evidence.steps(role, seed) for role in claim.arms for seed in seeds)) if seeds else set()
-    horizons = sorted(step for step in steps if step > min(evidence.early)) or [evidence.last]
-    return [_until(claim, horizon) for horizon in horizons]
 
+    def until(contrast: Contrast, horizon: int) -> Contrast:
+        return Contrast(contrast.name, lambda e, seed: contrast.statistic(replace(e, last=horizon), seed))
 
-def _until(claim: Claim, horizon: int) -> Claim:
-    """The claim for one horizon, whose contrasts see the evidence as if it ended there."""
-    assert isinstance(claim.contrasts, tuple)
-    contrasts = tuple(
-        Contrast(c.name, lambda e, seed, c=c: c.statistic(replace(e, last=horizon), seed))  # type: ignore[misc]
-        for c in claim.contrasts
-    )
-    return replace(claim, id=f"{claim.id}{horizon}", contrasts=contrasts)
+    return [
+        replace(claim, id=f"{claim.id}{horizon}", contrasts=tuple(until(c, horizon) for c in claim.contrasts))
+        for horizon in sorted(step for step in steps if step > min(evidence.early)) or [evidence.last]
+    ]
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -349,16 +359,11 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def benjamini_hochberg(values: Sequence[float]) -> list[float]:
-    """p values corrected for the false discovery rate, in the order given."""
-    return [float(p) for p in stats.false_discovery_control(values)] if len(values) else []
-
-
 def sensitivity(claims: Iterable[Claim], evidence: Evidence, confidence: float) -> list[dict[str, Any]]:
-    """How verdicts on FID depend on its features and on the early steps: rows of SENSITIVITY.
+    """Verdicts on FID under other features and single early steps, rows of SENSITIVITY.
 
-    Each claim on FID again on held-out FID, on features without labels and on pixels; and each early claim at each of
-    the early steps alone. Claims that are not tested have no rows.
+    Each claim on FID is judged again on held-out FID, on features without labels and on pixels; each early claim also
+    at each of the early steps alone. Claims that are not tested have no rows.
     """
     rows = []
     for claim in claims:
@@ -376,12 +381,7 @@ def sensitivity(claims: Iterable[Claim], evidence: Evidence, confidence: float) 
 
 
 def curves_of(scores: pd.DataFrame, measure: str = "fid") -> dict[str, dict[int, dict[int, float]]]:
-    """A score by arm, seed and step from the rows of fid.csv.
-
-    Raises:
-        ValueError: an arm's rows carry different cards; such scores cannot be compared.
-    """
-    cards_of(scores)
+    """A score by arm, seed and step, from rows of fid.csv."""
     curves: dict[str, dict[int, dict[int, float]]] = {}
     columns = (scores[name] for name in ("arm", "seed", "step", measure))
     for arm, seed, step, value in zip(*columns, strict=True):
@@ -390,27 +390,12 @@ def curves_of(scores: pd.DataFrame, measure: str = "fid") -> dict[str, dict[int,
 
 
 def one_card(fid: pd.DataFrame) -> str:
-    """The card all rows share.
+    """The id of the evaluation card that all rows share.
 
     Raises:
-        ValueError: rows carry different cards; such scores are not compared, nor drawn on one axis.
+        ValueError: rows carry different cards; such scores are neither compared nor drawn on one axis.
     """
     cards = sorted(fid["card"].unique())
     if len(cards) != 1:
         raise ValueError(f"scores with different cards cannot share an axis: {', '.join(cards)}")
     return cards[0]
-
-
-def cards_of(fid: pd.DataFrame) -> dict[str, str]:
-    """The evaluation card of every arm.
-
-    Raises:
-        ValueError: an arm's rows carry different cards.
-    """
-    found = {}
-    for arm, rows in fid.groupby("arm", sort=False):
-        cards = sorted(rows["card"].unique())
-        if len(cards) > 1:
-            raise ValueError(f"{arm}: scores with different cards cannot be compared: {', '.join(cards)}")
-        found[str(arm)] = str(cards[0])
-    return found
