@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 
-from haste_core import figures, training
+from haste_core import figures
 from haste_core.alignment import attention_logits, attention_loss, attention_probabilities, resample_attention
 from haste_core.analysis import attention, probe
 from haste_core.analysis.attention import (
@@ -33,7 +33,9 @@ from haste_core.errors import HasteError
 from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.notebook import drawn_from
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
+from haste_core.study.train import fit
 from haste_core.taps import Taps
 
 GRID = (2, 3)
@@ -171,7 +173,7 @@ def test_fit_is_the_least_squares_solution_scored_on_images_it_has_not_seen():
 
 def trained_run(overrides, arm):
     run = Run(config.load("digits", overrides=overrides), arm, 0)
-    training.fit(run, progress=False)
+    fit(run, progress=False)
     return run
 
 
@@ -190,7 +192,7 @@ def table(atta):
 
 @pytest.fixture(scope="module")
 def teacher(atta):
-    return training.find_teacher(atta.study, atta.config.teacher)
+    return find_teacher(atta.study, atta.config.teacher)
 
 
 def student_maps(run, block, x, t, labels=None):
@@ -244,7 +246,7 @@ def test_the_students_map_is_compared_with_the_teachers(atta, table, teacher):
 
 def test_an_arm_without_alignment_is_compared_where_the_study_aligns(output, make_study):
     run = Run(make_study("train.steps=4", "train.keep=[]", "analysis.n=20", "alignment.heads=[1, 3]"), "vanilla", 0)
-    training.fit(run, progress=False)
+    fit(run, progress=False)
     found = attention_similarity(run)
     assert set(zip(found["student_block"], found["teacher_block"], strict=True)) == {(1, 1), (2, 2)}
     assert set(found["head"]) == {1, 3}
@@ -306,8 +308,8 @@ def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(
     study = make_study("train.ema_decay=0.5", "train.keep=[]", "analysis.n=20", "analysis.timesteps=[0.5]", change)
     run, expects = Run(study, "atta", 0), pytest.warns(UserWarning, match="student 2x2, teacher 4x4")
     with expects if grid == (2, 2) else nullcontext():
-        training.fit(run, progress=False)
-    teacher = training.find_teacher(study, run.config.teacher)
+        fit(run, progress=False)
+    teacher = find_teacher(study, run.config.teacher)
     found = pd.DataFrame(token_maps([run], teacher, [5, 6], count=10))
     assert list(found["source"].unique()) == ["teacher", "atta"]
     assert set(found["block"]) == {2}
@@ -336,8 +338,8 @@ def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(
 def test_token_maps_show_the_block_an_arm_aligns(output, make_study):
     # An arm may override the pairing; showing another block than the aligned one would mislead.
     run = Run(make_study("arms.atta.alignment.layer_pairs=[[0, 3]]", "train.keep=[]"), "atta", 0)
-    training.fit(run, progress=False)
-    found = pd.DataFrame(token_maps([run], training.find_teacher(run.study, run.config.teacher), [0], count=10))
+    fit(run, progress=False)
+    found = pd.DataFrame(token_maps([run], find_teacher(run.study, run.config.teacher), [0], count=10))
     assert found.groupby("source")["block"].first().to_dict() == {"teacher": 3, "atta": 0}
 
 
@@ -355,8 +357,8 @@ def test_alignment_brings_attention_closer_to_the_teacher(output, make_study):
     )  # fmt: skip
     runs = [Run(study, arm, 0) for arm in ("vanilla", "atta")]
     for chosen in runs:
-        training.fit(chosen, progress=False)
-    found = pd.DataFrame(token_maps(runs, training.find_teacher(study, study.teacher), [5], count=50))
+        fit(chosen, progress=False)
+    found = pd.DataFrame(token_maps(runs, find_teacher(study, study.teacher), [5], count=50))
     apart = found.groupby("source")["divergence"].first()
     assert apart["atta"] < 0.7 * apart["vanilla"]
 

@@ -13,7 +13,7 @@ ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
 def step_flops(state):
     with FlopCounterMode(display=False) as counter:
-        training.train_step(state)
+        state.train_step()
     return counter.get_total_flops()
 
 
@@ -67,14 +67,14 @@ def test_phase_two_state_trained_in_phase_one_before(states):
 def test_a_phase_two_step_stays_in_phase_two(states):
     state = states["haste", 2]
     for _ in range(3):
-        assert set(training.train_step(state)) == {"loss", "denoising", "grad_norm"}
+        assert set(state.train_step()) == {"loss", "denoising", "grad_norm"}
     assert state.alignment is None
 
 
 def test_a_phase_two_step_does_exactly_the_arithmetic_of_a_vanilla_step(states):
     # The guard that does not depend on a clock: floating point operations of a whole step, teacher and all.
     for state in (states["vanilla", 2], states["haste", 2]):
-        training.train_step(state)
+        state.train_step()
     vanilla = step_flops(states["vanilla", 2])
     assert vanilla > 1e6
     assert step_flops(states["haste", 2]) == vanilla
@@ -104,7 +104,7 @@ def test_what_arms_share_is_timed_once_and_every_arm_has_its_row(output, tiny, m
     study = without(tiny, "repa", "atta")
     states = cost.states(study)
     monkeypatch.setattr(cost, "states", lambda _: states)
-    monkeypatch.setattr(training, "train_step", lambda state: stepped.append(id(state)) or train_step(state))
+    monkeypatch.setattr(training, "train_step", lambda state: stepped.append(id(state)) or state.train_step())
     rows = cost.measure(study, rounds=3, steps=1)
     assert [(row["arm"], row["phase"]) for row in rows] == [("vanilla", 2), ("holistic", 1), ("haste", 1), ("haste", 2)]
     assert rows[1] | {"arm": "haste"} == rows[2]

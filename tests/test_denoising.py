@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from haste_core import ddpm, sampling
+from haste_core import paths, sampling
 from haste_core.errors import HasteError
 from haste_core.models import build
 from haste_core.paths import objective_of
 from haste_core.seeding import stream
-from haste_core.study import config, denoising
+from haste_core.study import config, denoising, latents
 from haste_core.study.data import open_dataset
 
 
@@ -114,7 +114,7 @@ def test_the_bound_of_ddpm_is_its_variational_term_in_nats():
     objective, (x, _) = objective_of("dit"), images(2)
     t = torch.tensor([10, 500])
     output = torch.zeros(2, 2, 8, 8)
-    bits = ddpm.Schedule().losses(output, x, x, t).variational.flatten(1).sum(1)
+    bits = paths.DDPMSchedule().losses(output, x, x, t).variational.flatten(1).sum(1)
     assert objective.bound(output, x, x, t) == pytest.approx(1000 * math.log(2) * bits.double(), rel=1e-6)
 
 
@@ -148,5 +148,5 @@ def test_solvers_keep_their_order_on_a_quadratic_grid(sampler, order):
 def test_the_grid_is_on_the_card_of_the_solvers_that_have_one():
     data = config.Data()
     for grid in ("uniform", "quadratic"):
-        assert sampling.drawing_facts(data, config.Sample(sampler="heun", grid=grid))["grid"] == grid
-    assert "grid" not in sampling.drawing_facts(data, config.Sample(sampler="sde", grid="quadratic"))
+        assert latents.drawing_facts(data, config.Sample(sampler="heun", grid=grid))["grid"] == grid
+    assert "grid" not in latents.drawing_facts(data, config.Sample(sampler="sde", grid="quadratic"))

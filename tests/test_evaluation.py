@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from haste_core import training
 from haste_core.errors import HasteError
 from haste_core.study import adm, config, evaluation, pretrain, report
 from haste_core.study.evaluation import evaluate_run, evaluation_samples
 from haste_core.study.images import MemoryImages
 from haste_core.study.runs import Run
 from haste_core.study.scores import METRICS, compare, extract_features
+from haste_core.study.train import fit
 
 # One worker builds the trained runs once.
 pytestmark = pytest.mark.xdist_group("evaluation")
@@ -35,7 +35,7 @@ def trained(new_output, tiny_overrides):
         study = config.load("digits", overrides=tiny_overrides)
         pretrain.prepare_extractors(study)
         for arm in ARMS:
-            training.fit(Run(study, arm, 0), progress=False)
+            fit(Run(study, arm, 0), progress=False)
     return folder
 
 

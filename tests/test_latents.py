@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from haste_core import training
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.sampling import to_uint8
@@ -31,8 +30,9 @@ from haste_core.study.data.base import center_crop, to_signed, to_tensor
 from haste_core.study.data.images import Split
 from haste_core.study.data.latents import Folder, read_pairs
 from haste_core.study.latents import Job, Preparation, check, load_vae, prepare
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.train import create
+from haste_core.study.train import create, fit
 
 pytestmark = pytest.mark.xdist_group("vae")
 SIZE, CHANNELS, SIDE, CLASSES = 16, 4, 8, 3
@@ -168,9 +168,9 @@ def test_training_reads_images_in_phase_one_only(folder, arm, reads, output, mak
         "train.batch_size=4", "alignment.layer_pairs=[[1, 1]]",
     )  # fmt: skip
     run = study.run(arm)
-    state = create(run, 0, training.find_teacher(study, run.teacher))
+    state = create(run, 0, find_teacher(study, run.teacher))
     for _ in range(12):
-        training.train_step(state)
+        state.train_step()
     assert len(counted) == reads
 
 
@@ -769,7 +769,7 @@ def test_a_tiny_model_trains_through_both_phases(reference, output, make_study):
     )  # fmt: skip
     seen = []
     run = Run(study, "haste", 0)
-    training.fit(run, on_step=lambda state: seen.append((state.step, state.alignment is None)), progress=False)
+    fit(run, on_step=lambda state: seen.append((state.step, state.alignment is None)), progress=False)
     assert seen == [(step, step > 4) for step in range(1, 9)]
     logged = run.metrics()
     assert [row["phase"] for row in logged] == [1, 1, 2, 2]

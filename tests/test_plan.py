@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from haste_core import training
 from haste_core.errors import HasteError
 from haste_core.study import config, cost
 from haste_core.study.cli import main
@@ -18,6 +17,7 @@ from haste_core.study.data import Batches
 from haste_core.study.preflight import calibration, checks, estimates, planning, stand_in, tracing
 from haste_core.study.preflight.tracing import Example
 from haste_core.study.runs import Run
+from haste_core.study.train import adopt_shared_part, fit
 
 RATE, SHARE = 1e12, 0.5
 BY_HAND = ("--rate", "1e12", "--utilisation", "0.5")
@@ -100,8 +100,8 @@ def test_an_arm_that_cannot_share_costs_all_of_its_steps(make_study, output, cha
     haste = rows_of(planned_of(study), "haste")
     assert (haste["shared_with"][1], haste["steps"][1], haste["steps"][2]) == ("", 8, 4)
     if "lambda" not in change:
-        training.fit(Run(study, "holistic", 0), progress=False)
-        assert not training.adopt_shared_part(Run(study, "haste", 0))
+        fit(Run(study, "holistic", 0), progress=False)
+        assert not adopt_shared_part(Run(study, "haste", 0))
 
 
 def test_a_fading_run_is_in_phase_one_until_it_has_faded(make_study):
@@ -279,7 +279,7 @@ def test_a_gpu_is_calibrated_in_the_precision_of_the_run(make_study, tmp_path, m
 def step_seconds(run):
     """Median seconds of a training step in each phase of a run that is trained now."""
     looks = {1: [], 2: []}
-    training.fit(run, lambda s: looks[s.termination.phase].append(time.perf_counter()), progress=False)
+    fit(run, lambda s: looks[s.termination.phase].append(time.perf_counter()), progress=False)
     return {p: statistics.median(b - a for a, b in zip(t, t[1:], strict=False)) for p, t in looks.items() if len(t) > 1}
 
 

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from haste_core import training
 from haste_core.study import config, preflight
 from haste_core.study.preflight import checks, estimates, readiness, tracing
 from haste_core.study.preflight.tracing import Example
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.train import create
+from haste_core.study.train import create, fit
 
 IMAGENET = Example(32, 4, 1000, 256, 3)
 Usage = namedtuple("Usage", "total used free")
@@ -109,9 +109,9 @@ def test_few_traced_blocks_stand_for_all(make_study, kind, precision):
 def measured_peak(state):
     """Bytes that a step of a warmed-up run takes at most beyond what lies there between steps."""
     for _ in range(2):
-        training.train_step(state)
+        state.train_step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        training.train_step(state)
+        state.train_step()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     taken = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
     return int(taken.max())
@@ -125,7 +125,7 @@ def test_memory_is_what_a_step_takes_on_the_cpu(make_study, output, arm, phase, 
     study = make_study(*wide)
     run = study.run(arm)
     found = estimated(study, arm, checks.DIGITS).memory[phase]
-    state = create(run, 0, training.find_teacher(study) if phase == 1 else None)
+    state = create(run, 0, find_teacher(study) if phase == 1 else None)
     assert 1 <= measured_peak(state) / max(found.activations, found.gradients) < 1.15
     assert (found.activations > found.gradients) == (batch == 128)
     trained = [p for p in state.parameters()]
@@ -147,7 +147,7 @@ def test_gradients_of_one_micro_batch_lie_there_during_the_next(make_study, outp
 
 def test_checkpoints_have_the_size_that_was_foretold(tiny, output):
     run = Run(tiny, "haste", 0)
-    training.fit(run, progress=False)
+    fit(run, progress=False)
     found = estimated(tiny, "haste", checks.DIGITS)
     for step, phase in ((8, 1), (12, 2)):
         size = run.checkpoint_path(step).stat().st_size
@@ -376,7 +376,7 @@ def test_a_reference_must_hold_statistics_or_images(tmp_path, arrays, state):
 
 def test_an_existing_run_says_where_it_would_go_on(tiny, make_study, output):
     assert "begin at step 0" in text_of(preflight.check(tiny, "holistic", 0), "run")
-    training.fit(Run(tiny, "holistic", 0), progress=False)
+    fit(Run(tiny, "holistic", 0), progress=False)
     assert "complete" in text_of(preflight.check(tiny, "holistic", 0), "run")
     assert "begin at step 8, shared with arm holistic" in text_of(preflight.check(tiny, "haste", 0), "run")
     longer = make_study("train.steps=20")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from haste_core import training
 from haste_core.study import config
 from haste_core.study.preflight import tracing
 from haste_core.study.runs import Run
+from haste_core.study.train import fit
 
 ARMS = {"vanilla": (0, 0), "repa": (0.5, 0), "atta": (0, 0.5), "holistic": (0.5, 0.5), "haste": (0.5, 0.5)}
 XL = [(4, 8), (5, 9), (6, 10), (7, 11)]
@@ -155,7 +155,7 @@ def decoder(tmp_path):
 def test_the_smoke_profile_trains_through_both_phases_on_a_prepared_folder(name, prepared, decoder, output):
     study = config.load(name, "smoke", [f"data.path={prepared}", f"sample.vae={decoder}"])
     run = Run(study, "haste", 0)
-    training.fit(run, progress=False)
+    fit(run, progress=False)
     assert run.missing_steps() == []
     phases = {line["step"]: line["phase"] for line in run.metrics()}
     assert phases == {2: 1, 4: 1, 6: 2}

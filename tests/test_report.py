@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from haste_core import figures, training
+from haste_core import figures
 from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
 from haste_core.study import claims, config, cost, evaluation, judging, pretrain, report
 from haste_core.study.runs import Run, study_dir
 from haste_core.study.sections import Claims
+from haste_core.study.train import fit
 
 # One worker builds the finished study once.
 pytestmark = pytest.mark.xdist_group("report")
@@ -273,7 +274,7 @@ def finished(new_output, tiny_overrides):
         pretrain.write_facts(study, study_dir(study) / "prepared.json")
         result = report.open_report(study)
         for run in result.all_runs():
-            training.fit(run, progress=False)
+            fit(run, progress=False)
             evaluation.evaluate_run(run, progress=False)
         cost.write(study, rounds=2)
         report.write_tables(result)

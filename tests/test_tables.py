@@ -14,7 +14,7 @@ from haste_core.study import config
 from haste_core.study.evaluation import generator_at
 from haste_core.study.runs import Run
 from haste_core.study.train import fit, open_trainer
-from haste_core.taps import Taps
+from haste_core.taps import Taps, tapped
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_outputs_are_those_of_the_network_on_noised_images(run, monkeypatch):
     assert len(x) == 20
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     t = torch.full((20,), 0.3)
-    expected = model(0.7 * x + 0.3 * eps, t, torch.full((20,), 10), Taps((1, 3), (0,)))
+    expected = tapped(model, 0.7 * x + 0.3 * eps, t, torch.full((20,), 10), Taps((1, 3), (0,)))
     monkeypatch.setattr(probe, "BATCH", 7)
     found = probe.student_output(model, x, 0.3, Taps((1, 3), (0,)), seed=5)
     torch.testing.assert_close((found.output, found.tokens, found.qk), (expected.output, expected.tokens, expected.qk))
