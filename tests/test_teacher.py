@@ -161,7 +161,7 @@ def test_q_k_and_tokens_of_every_family_are_those_of_its_own_forward_pass(random
     teacher = make(family, *grid)
     images = pictures(teacher)
     fresh = teacher(images).tokens  # the final norm, at its initial weights, gives each token a mean square of 1
-    assert_close(fresh.square().mean(-1), torch.ones(2, grid[0] * grid[1]), atol=1e-2, rtol=0)
+    assert_close(fresh.square().mean(-1), torch.ones(2, grid[0] * grid[1]), atol=0.05, rtol=0)
     randomise(teacher.encoder, std=0.3)
     blocks = (0, teacher.blocks // 2, teacher.blocks - 1)
     before = teacher(images).tokens
