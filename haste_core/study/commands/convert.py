@@ -50,27 +50,27 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and print one line."""
-    from haste_core import interop, layouts
+    from haste_core import released, released_layout
 
     source, out = arguments.source, arguments.out
-    interop.check_suffix(out, interop.WRITABLE)
+    released.check_suffix(out, released.WRITABLE)
     if out.exists() and source.exists() and out.samefile(source):
         raise HasteError(f"{out} is the source itself; possible: another name")
     if out.is_dir():
-        raise HasteError(f"{out} is a folder; possible: a name ending in {' or '.join(interop.WRITABLE)}")
-    content = interop.read(source)
-    tensors, which = interop.read_weights(content, arguments.weights)
+        raise HasteError(f"{out} is a folder; possible: a name ending in {' or '.join(released.WRITABLE)}")
+    content = released.read(source)
+    tensors, which = released.read_weights(content, arguments.weights)
     family, heads = _known(source, arguments)
-    layout = layouts.infer(tensors, family, heads, arguments.convention, arguments.image_size)
-    reference = interop.Reference(
-        layouts.generator(tensors, layout), layouts.projectors(tensors, layout.sizes["width"])
+    layout = released_layout.infer(tensors, family, heads, arguments.convention, arguments.image_size)
+    reference = released.Reference(
+        released_layout.generator(tensors, layout), released_layout.projectors(tensors, layout.sizes["width"])
     )
     plain = layout.convention == "haste" and not layout.doubled
-    if plain and interop.is_run(content) and arguments.weights is None and out.suffix.lower() == ".pt":
+    if plain and released.is_run(content) and arguments.weights is None and out.suffix.lower() == ".pt":
         which = "ema and model"
-        interop.export(content, out)
+        released.export(content, out)
     else:
-        interop.save_reference(out, *reference)
+        released.save_reference(out, *reference)
     print(f"{out}: {describe(reference, layout)}, weights {which}")
 
 
