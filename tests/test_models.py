@@ -176,23 +176,6 @@ def test_text_has_no_positions_and_image_tokens_do(randomise):
     assert (model(x[..., order], t, text)[..., order] - velocity).abs().max() > 1e-2
 
 
-def test_names_and_shapes_of_an_mmdit_are_those_of_the_released_layout():
-    def stream(name, parts):
-        shapes = {"attn.qkv": (48, 16), "adaLN_modulation.1": (16 * parts, 16)}
-        if parts == 6:
-            shapes |= {"attn.proj": (16, 16), "mlp.fc1": (64, 16), "mlp.fc2": (16, 64)}
-        return {f"joint_blocks.{name}.{key}": shape for key, shape in shapes.items()}
-
-    linear = {"t_embedder.mlp.0": (16, 256), "t_embedder.mlp.2": (16, 16), "context_embedder": (16, 6)}
-    linear |= {"final_layer.linear": (12, 16), "final_layer.adaLN_modulation.1": (32, 16)}
-    for i in range(3):  # the last block has no text side beyond the attention
-        linear |= stream(f"{i}.context_block", 2 if i == 2 else 6) | stream(f"{i}.x_block", 6)
-    expected = {f"{name}.weight": shape for name, shape in linear.items()}
-    expected |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
-    expected |= {"x_embedder.proj.weight": (16, 3, 2, 2), "x_embedder.proj.bias": (16,), "pos_embed": (1, 16, 16)}
-    assert {name: tuple(value.shape) for name, value in small("mmdit").state_dict().items()} == expected
-
-
 # -- whole generators -------------------------------------------------------------------------------------------------
 
 
@@ -304,5 +287,3 @@ def test_a_type_of_block_that_cannot_be_read_is_refused_naming_its_modules():
     ):
         pass
     assert not block._forward_hooks
-
-

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from haste_core.alignment import projector
 from haste_core.errors import HasteError
-from haste_core.models import KINDS, DiT, MMDiT, SiT
+from haste_core.models import KINDS, MMDiT, SiT
 from haste_core.models.layers import sincos_positions
 from haste_core.released import load_reference, save_reference
 from haste_core.released_layout import infer
@@ -80,7 +80,6 @@ CONFIGURATIONS = [
     ("sit", ".pt", {}),
     ("sit", ".pt", {"qk_norm": True}),
     ("sit", ".pt", {"depth": 1, "width": 20, "heads": 5, "patch": 1, "image_size": 4, "channels": 1, "classes": 1}),
-    ("sit", ".pt", {"depth": 12, "width": 48, "heads": 16, "mlp_ratio": 2.5}),
     ("sit", ".safetensors", {"width": 28, "heads": 7, "mlp_ratio": 5 / 28, "patch": 4, "image_size": 12}),
     ("sit", ".safetensors", {"width": 28, "heads": 7, "mlp_ratio": 61.5 / 28}),
     ("dit", ".safetensors", {}),
@@ -236,8 +235,6 @@ def test_a_family_that_does_not_fit_is_refused_naming_the_right_one(made, kind, 
 def test_without_a_family_the_weights_are_asked(made):
     assert type(load(made("sit").state_dict(), None)) is SiT
     assert type(load(made("mmdit").state_dict(), None, None)) is MMDiT
-    assert type(load(made("dit").state_dict(), None, convention="sit")) is SiT
-    assert type(load(made("dit").state_dict(), "dit")) is DiT
 
 
 @pytest.mark.parametrize(("family", "block"), [("sit", "blocks.1"), ("mmdit", "joint_blocks.1.x_block")])
@@ -366,7 +363,7 @@ def test_truncated_and_other_files_are_refused(tmp_path, made):
 
 
 def test_what_was_loaded_trains_outlives_its_source_and_leaves_it_alone(tmp_path, made):
-    weights, random = made().state_dict(), torch.get_rng_state()
+    weights = made().state_dict()
     for name in ("a.pt", "a.safetensors", None):
         source = weights if name is None else tmp_path / name
         if name is not None:
@@ -381,7 +378,7 @@ def test_what_was_loaded_trains_outlives_its_source_and_leaves_it_alone(tmp_path
         with torch.no_grad():
             found.x_embedder.proj.weight += 1
     assert_same(weights, made())
-    torch.set_rng_state(random)
+    random = torch.get_rng_state()
     load(weights)
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -487,12 +484,10 @@ def test_a_run_is_converted_in_both_phases_with_heads_and_kind_of_its_configurat
 
 
 def test_convert_reads_every_family_and_says_what_it_found(tmp_path, made, projected, haste):
-    extra, modules = projected()
     out = tmp_path / "out.safetensors"
     save_reference(tmp_path / "d.pt", made("dit", qk_norm=True))
-    assert haste(tmp_path / "d.pt", out, "--family", "dit").startswith(
-        f"{out}: dit, depth 2, width 24, heads 3, patch 2, q/k norm, 4x8x8, 5 classes, 0.0"
-    )
+    line = haste(tmp_path / "d.pt", out, "--family", "dit")
+    assert line.startswith(f"{out}: dit, depth 2, width 24, heads 3, patch 2, q/k norm, 4x8x8, 5 classes, 0.0")
     assert_same(load(out, "dit", None), made("dit", qk_norm=True))
     assert "convention sit" in haste(tmp_path / "d.pt", out, "--family", "sit")
     assert load(out, None, None).kind == "sit"
@@ -500,11 +495,6 @@ def test_convert_reads_every_family_and_says_what_it_found(tmp_path, made, proje
     line = haste(tmp_path / "m.pt", tmp_path / "m.safetensors")
     for words in ("mmdit, ", "text width 6", "projectors 64-20-20-10,", "convention haste"):
         assert words in line
-    torch.save(made().state_dict() | extra, tmp_path / "s.pth")
-    millions = sum(p.numel() for p in made().parameters()) / 1e6
-    assert f"{millions:.2f} M parameters" in haste(tmp_path / "s.pth", tmp_path / "s.pt", "--heads", "3")
-    assert_same(load(tmp_path / "s.pt"), made())
-    assert len(load_reference(tmp_path / "s.pt", "sit", 3).projectors) == len(modules)
 
 
 def test_convert_never_harms_its_source(tmp_path, made, haste):
@@ -519,9 +509,4 @@ def test_convert_never_harms_its_source(tmp_path, made, haste):
     for out, words in cases.items():
         with pytest.raises(HasteError, match=words):
             haste(source, tmp_path / out, "--heads", "3")
-    with pytest.raises(HasteError, match=r"no checkpoint"):
-        haste(tmp_path / "none.pt", tmp_path / "b.pt", "--heads", "3")
-    with pytest.raises(HasteError, match="does not divide width 24"):
-        haste(source, tmp_path / "b.pt", "--heads", "7")
     assert source.read_bytes() == before
-    assert not (tmp_path / "b.pt").exists()

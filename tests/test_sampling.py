@@ -35,7 +35,6 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-
 # -- integration ------------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +354,10 @@ def test_what_is_as_ever_changes_no_hash_and_no_card(make_study):
     plain = make_study()
     assert not {"precision", "compile"} & plain.sample.model_dump().keys()
     assert make_study("sample.precision=no", "sample.compile=false").evaluation_hash == plain.evaluation_hash
-    for setting, name, value in (("sample.precision=bf16", "precision", "bf16"), ("sample.compile=true", "compiled", True)):
+    for setting, name, value in (
+        ("sample.precision=bf16", "precision", "bf16"),
+        ("sample.compile=true", "compiled", True),
+    ):
         other = make_study(setting)
         assert other.evaluation_hash != plain.evaluation_hash
         assert decoding.drawing_facts(other.data, other.sample)[name] == value
