@@ -1,4 +1,4 @@
-# make study | test | lint | lab | bench | clean     STUDY=digits PROFILE= ARGS='--set train.steps=200'
+# make study | test | test-slow | lint | lab | bench | clean     STUDY=digits PROFILE= ARGS='--set train.steps=200'
 PYTHON ?= python3
 STUDY ?= digits
 PROFILE ?=
@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL := /bin/bash
 
-.PHONY: study test lint lab bench lock clean help
+.PHONY: study test test-slow lint lab bench lock clean help
 
 help:
 	@echo "make study   set up and run the study $(STUDY); ends with the path of its report"
-	@echo "make test    set up and run the test suite"
-	@echo "make lint    ruff and mypy"
+	@echo "make test    set up and run the default tests; make test-slow runs the others"
+	@echo "make lint    ruff, mypy and import-linter"
 	@echo "make lab     JupyterLab on notebooks/"
 	@echo "make bench   what things cost on this machine; writes benchmarks/results/<machine>/report.md"
 	@echo "make clean   remove .venv and runs/ (reports/ stay)"
@@ -24,8 +24,11 @@ study: $(READY)
 test: $(READY)
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
 lint: $(READY)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from haste_core import config as haste
+from haste_core.study import config as haste
 from haste_core.study.runs import Run, report_dir, study_dir
 from haste_core.study.workflow import priorities, stamp_hash
 

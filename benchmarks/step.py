@@ -20,7 +20,7 @@ from benchmarks import machine
 from haste_core.devices import default_device
 from haste_core.study import config, cost
 from haste_core.study.preflight import estimates, stand_in, tracing
-from haste_core.study.teachers import build_teacher
+from haste_core.study.pretrain import build_teacher
 from haste_core.study.train import create, switch_of
 from haste_core.training import Trainer
 

@@ -1,41 +1,24 @@
-"""HASTE: does representation alignment help a diffusion transformer, until when, and why does it stop helping?
+"""HASTE (arXiv 2505.16792): when representation alignment helps a diffusion transformer, and when it stops helping.
 
-Names are imported on first use, so that `import haste_core` costs nothing and prints nothing.
+The method is here: generators, frozen teacher, alignment losses, `HASTE` for any training loop, two-phase training,
+samplers. `haste_core.study` is the study around it.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import Any
+from haste_core.alignment import attention_loss, feature_loss
+from haste_core.errors import HasteError
+from haste_core.haste import HASTE
+from haste_core.models import DiT, MMDiT, SiT
+from haste_core.released import load_reference, save_reference
+from haste_core.sampling import Sampler, draw
+from haste_core.taps import Taps, tap, tapped
+from haste_core.teacher import Teacher
+from haste_core.termination import Angle, FixedIteration, Never, Plateau, Switch, make_trigger
+from haste_core.training import Optimization, Trainer
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "HasteError": "errors",
-    "load": "study.config",
-    "Study": "study.config",
-    "RunConfig": "study.config",
-    "Run": "study.runs",
-    "SiT": "models",
-    "DiT": "models",
-    "MMDiT": "models",
-    "Taps": "models",
-    "load_reference": "interop",
-    "save_reference": "interop",
-    "Teacher": "teacher",
-    "Alignment": "alignment",
-    "fit": "training",
-    "draw": "sampling",
-    "evaluate_run": "study.evaluation",
-}
-__all__ = ["__version__", *_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = [
+    "HASTE", "Angle", "DiT", "FixedIteration", "HasteError", "MMDiT", "Never", "Optimization", "Plateau", "Sampler",
+    "SiT", "Switch", "Taps", "Teacher", "Trainer", "__version__", "attention_loss", "draw", "feature_loss",
+    "load_reference", "make_trigger", "save_reference", "tap", "tapped",
+]  # fmt: skip

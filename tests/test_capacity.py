@@ -1,3 +1,5 @@
+"""Ranks, dimensions and entropy on data whose answer is known; frequency bands and linear readouts; their tables."""
+
 from __future__ import annotations
 
 import math
@@ -5,16 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from haste_core import figures
 from haste_core.analysis import capacity, probe
-from haste_core.analysis.tokens import student_tokens, teacher_tokens
 from haste_core.errors import HasteError
+from haste_core.study import config
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import fit
 
 ALL = capacity.measures()
+RANKS = ("effective_rank", "participation_ratio", "local_rank")
 
 
 def gaussian(n, d, within=None, seed=0):
@@ -23,6 +27,9 @@ def gaussian(n, d, within=None, seed=0):
     points = generator.standard_normal((n, d))
     turn = np.linalg.qr(generator.standard_normal((within or d, within or d)))[0]
     return points @ turn[:d]
+
+
+# -- directions -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("d", [2, 5, 12])
@@ -44,33 +51,24 @@ def test_two_nn_sees_a_curved_surface_as_two_dimensional():
     assert capacity.participation_ratio(roll) > 2.2
 
 
-def test_two_nn_is_the_slope_of_the_fit_by_hand():
+def test_two_nn_is_the_slope_of_the_fit_by_hand_and_counts_equal_rows_once():
     points = gaussian(40, 3)
-    mu = []
-    for i in range(40):
-        near = sorted(math.dist(points[i], points[j]) for j in range(40) if j != i)
-        mu.append(near[1] / near[0])
-    pairs = [(math.log(m), -math.log(1 - (i + 1) / 40)) for i, m in enumerate(sorted(mu)[:36])]
-    slope = np.linalg.lstsq(np.array(pairs)[:, :1], np.array(pairs)[:, 1], rcond=None)[0][0]
+    near = [sorted(math.dist(points[i], points[j]) for j in range(40) if j != i) for i in range(40)]
+    mu = sorted(distances[1] / distances[0] for distances in near)
+    pairs = np.array([(math.log(m), -math.log(1 - (i + 1) / 40)) for i, m in enumerate(mu[:36])])
+    slope = np.linalg.lstsq(pairs[:, :1], pairs[:, 1], rcond=None)[0][0]
     assert capacity.two_nn(points) == pytest.approx(slope)
     assert capacity.two_nn(points, discarded=0) != pytest.approx(slope)
-
-
-def test_two_nn_counts_equal_rows_once():
-    points = gaussian(300, 3)
-    assert capacity.two_nn(np.repeat(points, 3, axis=0)) == pytest.approx(capacity.two_nn(points))
+    assert capacity.two_nn(np.repeat(points, 3, axis=0)) == pytest.approx(slope)
     assert math.isnan(capacity.two_nn(np.repeat(points[:2], 9, axis=0)))
     assert capacity.two_nn(np.eye(5)) == math.inf
 
 
-def test_points_on_a_line_have_one_dimension():
+def test_points_on_a_line_have_one_dimension_and_rows_of_one_direction_no_entropy():
     line = 3 + np.random.default_rng(0).standard_normal((400, 1)) * np.arange(1.0, 8.0)
-    for name in ("effective_rank", "participation_ratio", "local_rank"):
+    for name in RANKS:
         assert ALL[name](line) == pytest.approx(1, abs=1e-6), name
     assert capacity.two_nn(line) == pytest.approx(1, rel=0.12)
-
-
-def test_rows_through_the_origin_that_all_point_one_way_have_no_entropy():
     rows = np.random.default_rng(0).uniform(1, 2, (50, 1)) * np.arange(1.0, 8.0)
     assert capacity.matrix_entropy(rows) == pytest.approx(0, abs=1e-12)
 
@@ -78,36 +76,23 @@ def test_rows_through_the_origin_that_all_point_one_way_have_no_entropy():
 @pytest.mark.parametrize("row", [0.1, 1 / 3, 1e5 / 7, 0.0])
 def test_equal_rows_use_no_direction(row):
     same = np.full((50, 7), row)
-    for name in ("effective_rank", "participation_ratio", "local_rank"):
-        assert ALL[name](same) == 0, name
+    assert [ALL[name](same) for name in RANKS] == [0, 0, 0]
     assert math.isnan(capacity.two_nn(same))
     assert math.isnan(capacity.matrix_entropy(same)) if row == 0 else capacity.matrix_entropy(same) < 1e-12
 
 
-def test_matrix_entropy_of_orthogonal_rows_is_log_n_whatever_their_lengths():
-    rows = np.diag(np.arange(1.0, 9.0))
-    assert capacity.matrix_entropy(rows) == pytest.approx(math.log(8))
-    assert capacity.matrix_entropy(np.vstack([rows, np.zeros((3, 8))])) == pytest.approx(math.log(8))
-
-
-def test_matrix_entropy_is_that_of_the_gram_matrix():
-    points = gaussian(30, 6) + 1
-    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
-    values = np.linalg.eigvalsh(unit @ unit.T / 30)
-    expected = -sum(v * math.log(v) for v in values if v > 1e-12)
-    assert capacity.matrix_entropy(points) == pytest.approx(expected)
-
-
-def test_participation_ratio_is_that_of_the_covariance():
-    points = gaussian(60, 6) * np.arange(1, 7) + 5
-    values = np.linalg.eigvalsh(np.cov(points.T))
-    assert capacity.participation_ratio(points) == pytest.approx(values.sum() ** 2 / (values**2).sum())
-
-
-def test_effective_rank_by_hand():
+def test_measures_by_their_formulas():
     # Two centred directions with singular values 3 : 1.
     points = np.array([[3.0, 0], [-3, 0], [0, 1], [0, -1]])
     assert capacity.effective_rank(points) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    points = gaussian(60, 6) * np.arange(1, 7) + 5
+    values = np.linalg.eigvalsh(np.cov(points.T))
+    assert capacity.participation_ratio(points) == pytest.approx(values.sum() ** 2 / (values**2).sum())
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    values = np.linalg.eigvalsh(unit @ unit.T / 60)
+    assert capacity.matrix_entropy(points) == pytest.approx(-sum(v * math.log(v) for v in values if v > 1e-12))
+    rows = np.diag(np.arange(1.0, 9.0))
+    assert capacity.matrix_entropy(np.vstack([rows, np.zeros((3, 8))])) == pytest.approx(math.log(8))
 
 
 def test_local_rank_is_the_mean_over_neighbourhoods():
@@ -117,35 +102,24 @@ def test_local_rank_is_the_mean_over_neighbourhoods():
         near = sorted((j for j in range(30) if j != i), key=lambda j, i=i: math.dist(points[i], points[j]))[:6]
         ranks.append(capacity.effective_rank(points[near]))
     assert capacity.local_rank(points, 6) == pytest.approx(np.mean(ranks))
-
-
-@pytest.mark.parametrize("k", [1, 30])
-def test_local_rank_needs_k_other_rows(k):
-    with pytest.raises(HasteError, match=f"30 rows with k={k}"):
-        capacity.local_rank(gaussian(30, 5), k)
+    for k in (1, 30):
+        with pytest.raises(HasteError, match=f"30 rows with k={k}"):
+            capacity.local_rank(points, k)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_turning_and_scaling_changes_nothing(name):
+def test_turning_and_scaling_changes_nothing_and_moving_nothing_but_entropy(name):
     points = gaussian(120, 6) * np.arange(1, 7)
     turn = np.linalg.qr(np.random.default_rng(1).standard_normal((6, 6)))[0]
     assert ALL[name](7 * points @ turn) == pytest.approx(ALL[name](points), rel=1e-8)
-
-
-@pytest.mark.parametrize("name", [n for n in ALL if n != "matrix_entropy"])
-def test_moving_changes_nothing_but_the_entropy_of_directions(name):
-    points = gaussian(120, 6) * np.arange(1, 7)
-    assert ALL[name](points + 5) == pytest.approx(ALL[name](points), rel=1e-8)
-    assert capacity.matrix_entropy(points + 5) < capacity.matrix_entropy(points) - 0.1
+    moved = ALL[name](points + 5)
+    assert moved < ALL[name](points) - 0.1 if name == "matrix_entropy" else moved == pytest.approx(ALL[name](points))
 
 
 def test_intervals_cover_the_true_value_about_as_often_as_they_say():
-    def deviation(points):
-        return float(points.std())
-
     inside = 0
     for seed in range(200):
-        low, high = capacity.interval(gaussian(60, 1, seed=seed), deviation, 0.9)
+        low, high = capacity.interval(gaussian(60, 1, seed=seed), lambda points: float(points.std()), 0.9)
         inside += low < 1 < high
     assert 164 <= inside <= 194
 
@@ -158,16 +132,109 @@ def test_the_place_of_a_token_is_the_same_on_a_finer_grid():
     assert set(one[:, 0]) == {0, 1, 2, 3}
 
 
-@pytest.fixture
-def run(output, make_study):
-    study = make_study("train.keep=[]", "train.steps=6", "analysis.n=40", "analysis.timesteps=[0.1, 0.6]")
-    chosen = Run(study, "vanilla", 0)
-    fit(chosen, progress=False)
-    return chosen
+# -- frequencies ------------------------------------------------------------------------------------------------------
 
 
-def test_measure_of_a_run(run):
-    table = capacity.measure(run)
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (2, 6, 10), (4, 5, 7)])
+def test_bands_partition_the_energy(shape):
+    images = noise(5, *shape)
+    found = capacity.band_energies(images)
+    assert found.shape == (5, 5)
+    np.testing.assert_allclose(found.sum(1), images.square().sum((1, 2, 3)).numpy())
+
+
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize(("along_x", "along_y"), [(0, 0), (1, 0), (0, 2), (1, 1), (3, 2), (4, 4), (2, 4)])
+def test_a_wave_lies_in_the_band_of_its_frequency(size, along_x, along_y):
+    at = torch.arange(size, dtype=torch.float64)
+    wave = torch.cos(2 * np.pi * (along_x * at[None] + along_y * at[:, None]) / size)
+    found = capacity.band_energies(wave[None, None])[0]
+    radius = np.hypot(along_x, along_y) / (size / 2)
+    band = next((i for i, upper in enumerate(capacity.EDGES[1:-1]) if radius < upper), 4)
+    assert found[band] == pytest.approx(float(wave.square().sum()))
+    assert np.delete(found, band) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((1, 8, 8), (4, 4)), ((3, 32, 32), (8, 8)), ((2, 6, 10), (3, 2))])
+def test_patches_are_the_areas_of_tokens_and_a_readout_of_them_gives_the_images_back(shape, grid):
+    images = noise(40, *shape)
+    cut = capacity.to_patches(images, grid)
+    height, width = shape[1] // grid[0], shape[2] // grid[1]
+    assert cut[:, 1].equal(images[:, :, :height, width : 2 * width].reshape(40, -1))
+    assert cut[:, grid[1]].equal(images[:, :, height : 2 * height, :width].reshape(40, -1))
+    again = capacity.fit_readout(5 * cut + 2, images, grid).reconstruct(5 * cut + 2)
+    assert again.numpy() == pytest.approx(images.numpy(), abs=1e-3)
+
+
+def test_readouts_of_too_few_images_or_of_another_grid_are_refused():
+    with pytest.raises(HasteError, match="a 3x3 grid of tokens does not divide images of 8x8"):
+        capacity.to_patches(noise(2, 1, 8, 8), (3, 3))
+    with pytest.raises(HasteError, match="readout of 4 images"):
+        capacity.fit_readout(noise(4, 4, 3), noise(4, 1, 8, 8), (2, 2))
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-1, 10.0])
+def test_a_readout_is_sklearns_ridge_on_tokens_less_the_mean_of_their_place(strength, monkeypatch):
+    monkeypatch.setattr(probe, "BATCH", 7)
+    tokens, images = noise(30, 16, 5) * torch.arange(1, 6) + 3, noise(30, 2, 8, 8, seed=1) + 1
+    found = capacity.fit_readout(tokens, images, (4, 4), [strength])
+    x = (tokens - tokens.mean(0)).reshape(480, 5).numpy()
+    y = capacity.to_patches(images - images.mean(0), (4, 4)).reshape(480, 8).numpy()
+    expected = Ridge(alpha=strength * (x**2).sum() / 5, fit_intercept=False, solver="svd").fit(x, y)
+    np.testing.assert_allclose(found.weights.T.numpy(), expected.coef_, atol=1e-10)
+    shown = capacity.to_patches(found.reconstruct(tokens) - images.mean(0), (4, 4))
+    np.testing.assert_allclose(shown.reshape(480, 8).numpy(), expected.predict(x), atol=1e-10)
+
+
+def test_the_strength_is_chosen_on_images_that_were_not_fitted():
+    # As many useless features as tokens: without a ridge the fit is perfect and worth nothing elsewhere.
+    tokens, images = noise(50, 4, 150), noise(50, 1, 4, 4, seed=1)
+    assert capacity.fit_readout(tokens, images, (2, 2)).strength == max(capacity.STRENGTHS)
+    exact = capacity.to_patches(images, (2, 2))
+    assert capacity.fit_readout(exact, images, (2, 2)).strength == min(capacity.STRENGTHS)
+
+
+def errors_of(see, shape, grid=(4, 4)):
+    """Relative error per band on fresh images, of tokens that `see` the patches, spectrum 1 / f."""
+    fy, fx = (torch.fft.fftfreq(size, dtype=torch.float64) for size in shape[1:])
+    falling = 1 / torch.hypot(fy[:, None], fx[None]).clamp_min(1 / shape[-1])
+    images = torch.fft.ifft2(torch.fft.fft2(noise(400, *shape)) * falling).real
+    tokens = see(capacity.to_patches(images, grid))
+    readout = capacity.fit_readout(tokens[:300], images[:300], grid)
+    return capacity.relative_error(images[300:], readout.reconstruct(tokens[300:]), readout.image_mean)
+
+
+def test_bands_that_tokens_keep_and_lose():
+    for shape in ((1, 8, 8), (3, 16, 16)):
+        assert errors_of(lambda patches: 5 * patches + 2, shape) == pytest.approx(0, abs=1e-6)
+    coarse = errors_of(lambda patches: patches.mean(-1, keepdim=True), (1, 16, 16))
+    assert coarse[0] < 0.1
+    assert (coarse[1:] > 0.8).all()
+    blind = errors_of(lambda patches: noise(*patches.shape[:2], 3, seed=9), (1, 8, 8))
+    assert blind == pytest.approx(1, abs=0.02)
+    images, mean = noise(20, 1, 8, 8), noise(1, 8, 8, seed=2)
+    assert capacity.relative_error(images, mean.expand_as(images), mean) == pytest.approx(1)
+    assert np.isnan(capacity.relative_error(images[:, :, :1, :1], images[:, :, :1, :1], mean[:, :1, :1])[1:]).all()
+
+
+# -- tables of a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(new_output, tiny_overrides):
+    more = ["train.keep=[]", "train.steps=6", "analysis.n=40", "analysis.timesteps=[0.1, 0.6]"]
+    with new_output():
+        run = Run(config.load("digits", overrides=[*tiny_overrides, *more]), "vanilla", 0)
+        fit(run, progress=False)
+        yield run
+
+
+def test_capacity_of_a_run(run):
+    table = capacity.token_capacity(run)
     assert set(table["n"]) == {40}
     # Teacher: 4 blocks and the final tokens; student: 2 steps, 2 noise levels, 3 blocks; 2 kinds, 5 measures.
     assert table["who"].value_counts().to_dict() == {"student": 120, "teacher": 50}
@@ -175,23 +242,19 @@ def test_measure_of_a_run(run):
     assert set(table[table["who"] == "teacher"]["t"]) == {0.0}
     assert table["value"].notna().all()
     known = table[table["measure"] != "local_rank"]
-    assert (known["low"] < known["value"]).all()
-    assert (known["value"] < known["high"]).all()
+    assert ((known["low"] < known["value"]) & (known["value"] < known["high"])).all()
     assert table[table["measure"] == "local_rank"]["low"].isna().all()
-    assert capacity.measure(run).equals(table)
 
     x, _, images, _ = probe.held_out(run)
-    tokens = student_tokens(probe.student_at(run, 6), x, 0.6, 1, run.study.analysis.seed)
-    keys = ["who", "step", "t", "block", "kind", "measure"]
-    found = table.set_index(keys)["value"]
+    tokens = capacity.student_tokens(probe.student_at(run, 6), x, 0.6, 1, run.study.analysis.seed)
+    found = table.set_index(["who", "step", "t", "block", "kind", "measure"])["value"]
     expected = capacity.effective_rank(tokens.double().mean(1).numpy())
     assert found["student", 6, 0.6, 1, "patch mean", "effective_rank"] == pytest.approx(expected)
     teacher = find_teacher(run.study)
     final = capacity.one_per_image(teacher(images).tokens, teacher.grid, run.study.analysis.seed)
     assert found["teacher", 0, 0.0, 4, "tokens", "two_nn"] == pytest.approx(capacity.two_nn(final))
 
-    table.insert(0, "seed", 0)
-    table.insert(0, "arm", "vanilla")
+    table = table.assign(arm="vanilla", seed=0)
     assert len(figures.capacity_over_depth(table, 6, 0.6).axes) == 6
     drawn = figures.capacity_over_training(table, 1, 0.1, 4, "patch mean").axes[0]
     assert list(drawn.lines[1].get_xdata()) == [0, 6]
@@ -199,6 +262,56 @@ def test_measure_of_a_run(run):
 
 def test_tokens_of_a_teacher_are_those_of_each_block(run):
     teacher, images = find_teacher(run.study), probe.held_out(run).images
-    assert teacher_tokens(teacher, images, 4).equal(teacher(images).tokens)
-    third = teacher_tokens(teacher, images, 3)
+    assert capacity.teacher_tokens(teacher, images, 4).equal(teacher(images).tokens)
+    third = capacity.teacher_tokens(teacher, images, 3)
     torch.testing.assert_close(teacher.encoder.norm(third), teacher(images).tokens)
+
+
+def test_band_errors_of_a_run(run):
+    table = capacity.band_errors(run, t=0.05, fit_images=100)
+    # Teacher: 4 blocks and the final tokens; student: 2 steps with 3 blocks; 5 bands.
+    assert table["who"].value_counts().to_dict() == {"student": 30, "teacher": 25}
+    assert set(table["n"]) == {40}
+    assert set(table[table["who"] == "student"]["t"]) == {0.05}
+    assert table["relative_error"].between(0, 1.2).all()
+    # Untrained blocks pass the embedded patch on: only the noise is missing.
+    fresh = table[(table["step"] == 0) & (table["who"] == "student")]
+    assert (fresh.groupby("band_low")["relative_error"].max() < 0.2).all()
+
+    images, teacher = capacity.sides(run, 100), find_teacher(run.study)
+    readout = capacity.fit_readout(teacher(images.fit.images).tokens, images.fit.x, (4, 4))
+    again = readout.reconstruct(teacher(images.held_out.images).tokens)
+    expected = capacity.relative_error(images.held_out.x, again, readout.image_mean)
+    found = table[(table["who"] == "teacher") & (table["block"] == 4)]["relative_error"]
+    assert found.to_numpy() == pytest.approx(expected, abs=1e-6)
+
+    table = table.assign(arm="vanilla", seed=0)
+    drawn = figures.error_per_band(table, "vanilla", 6)
+    assert [len(axis.get_legend().get_texts()) for axis in drawn.axes] == [5, 3]
+    assert len(figures.error_by_arm(table, 6).axes) == 5
+
+
+def test_a_students_readout_is_of_clean_images_from_noised_ones(run):
+    images, model = capacity.sides(run, 100), probe.student_at(run, 0)
+    low, high = (
+        capacity.relative_error(images.held_out.x, again, readout.image_mean)
+        for readout, again in (capacity.read_student(model, 0, images, t, seed=0) for t in (0.0, 0.5))
+    )
+    assert low == pytest.approx(0, abs=1e-4)
+    assert (high > low + 0.05).all()
+    rows = capacity.reconstructions(run, step=0, t=0.0, count=4, fit_images=60)
+    assert len(rows) == 1 + 5 + 3
+    assert {(shown.shape, str(shown.dtype)) for shown in rows.values()} == {((4, 1, 8, 8), "uint8")}
+    assert np.abs(rows["student, block 2"].astype(int) - rows["held-out image"]).max() <= 2
+    assert figures.image_rows(rows).axes
+
+
+@pytest.mark.filterwarnings("ignore:token grids differ")
+def test_a_teacher_whose_grid_does_not_divide_the_image_is_resampled_to_one_that_does(output, make_study):
+    study = make_study(
+        "teacher.kwargs={img_size: 12, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 4}",
+        "analysis.n=30",
+    )
+    readout, again = capacity.read_teacher(find_teacher(study), 4, capacity.sides(Run(study, "vanilla", 0), 50))
+    assert readout.grid == (4, 4)
+    assert again.shape == (30, 1, 8, 8)

@@ -10,13 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import ipywidgets
 import nbformat
 import pandas as pd
 import psutil
 import pytest
+import yaml
 from test_study import copy_of, finished_study, once
 
+from haste_core.errors import HasteError
 from haste_core.study import config, evaluation, notebook
+from haste_core.study.notebook import BATCH, explore
 from haste_core.study.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -92,14 +96,9 @@ def kernels():
 
 @together
 @pytest.mark.parametrize("name", IN_ORDER)
-def test_a_notebook_runs_from_top_to_bottom_without_errors(executed, name):
+def test_a_notebook_runs_from_top_to_bottom_and_shows_its_pictures(executed, name):
     assert_ran_through(executed / f"{name}.ipynb")
-
-
-@together
-@pytest.mark.parametrize(("name", "count"), list(zip(IN_ORDER, (2, 2, 2), strict=True)))
-def test_a_notebook_shows_its_pictures(executed, name, count):
-    assert len(pictures(executed / f"{name}.ipynb")) == count
+    assert len(pictures(executed / f"{name}.ipynb")) == 2
 
 
 @together
@@ -123,21 +122,22 @@ def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(name, tm
 
 
 @together
-def test_the_first_notebook_leaves_teacher_extractor_and_their_facts(executed):
+def test_notebooks_leave_networks_a_finished_run_and_its_scores(executed):
     for network in ("teacher", "extractor"):
         assert len(list(executed.glob(f"runs/digits/{network}-*/{network}.safetensors"))) == 1
     facts = json.loads((executed / "runs" / "digits" / "prepared.json").read_text())
     assert facts["teacher"]["grid"] == [4, 4]
     assert 0 <= facts["extractor"]["test_accuracy"] <= 1
-
-
-@together
-def test_the_training_notebook_leaves_a_finished_run(executed):
     run = Run(config.load("digits", "smoke"), "haste", 0)
     assert run.steps() == [4, 8, 12]
     assert [line["phase"] for line in run.metrics()] == [1, 1, 1, 1, 2, 2]
     printed = "".join(out["text"] for out in outputs(executed / "01_train.ipynb", "stream"))
     assert str(run.dir) in printed
+    stored = json.loads(run.evaluation_path.read_text())
+    assert sorted(stored["steps"], key=int) == ["4", "8", "12"]
+    shown = "".join(out["data"].get("text/plain", "") for out in outputs(executed / "02_fid.ipynb", "execute_result"))
+    for fingerprint in stored["steps"].values():
+        assert f"{stored['scores'][fingerprint]['fid']:.4f}"[:4] in shown
 
 
 @together
@@ -167,30 +167,11 @@ def test_the_training_notebook_scores_all_seeds_and_leaves_finished_ones_alone(e
 
 
 @together
-def test_the_scoring_notebook_leaves_and_shows_a_score_per_kept_step(executed):
-    run = Run(config.load("digits", "smoke"), "haste", 0)
-    stored = json.loads(run.evaluation_path.read_text())
-    assert sorted(stored["steps"], key=int) == ["4", "8", "12"]
-    shown = "".join(out["data"].get("text/plain", "") for out in outputs(executed / "02_fid.ipynb", "execute_result"))
-    for fingerprint in stored["steps"].values():
-        assert f"{stored['scores'][fingerprint]['fid']:.4f}"[:4] in shown
-
-
-@together
-def test_an_executed_notebook_holds_the_parameters_it_was_given(executed):
+def test_an_executed_notebook_holds_its_parameters_and_the_notebooks_stay_without_outputs(executed):
     (cell,) = (
         c for c in code_cells(executed / "01_train.ipynb") if "injected-parameters" in c.metadata.get("tags", [])
     )
-    values: dict = {}
-    for line in cell.source.splitlines():
-        name, equals, value = line.partition(" = ")
-        if equals:
-            values[name] = value
-    assert values == {"profile": '"smoke"', "arm": '"haste"', "seeds": "[0]"}
-
-
-@together
-def test_the_notebooks_themselves_stay_without_outputs(executed):
+    assert cell.source.splitlines()[1:] == ['profile = "smoke"', 'arm = "haste"', "seeds = [0]"]
     for name in notebook.notebooks():
         cells = code_cells(ROOT / "notebooks" / f"{name}.ipynb")
         assert [cell.outputs for cell in cells] == [[]] * len(cells)
@@ -198,7 +179,7 @@ def test_the_notebooks_themselves_stay_without_outputs(executed):
 
 
 @together
-def test_a_notebook_is_found_by_its_path_too(executed, tmp_path, monkeypatch):
+def test_a_notebook_is_found_by_its_path_too(tmp_path, monkeypatch):
     set_up(monkeypatch, tmp_path)
     mine = nbformat.v4.new_notebook(
         cells=[
@@ -213,19 +194,44 @@ def test_a_notebook_is_found_by_its_path_too(executed, tmp_path, monkeypatch):
 
 
 @pytest.mark.xdist_group("study")
-def test_the_report_notebook_writes_tables_and_report_of_a_finished_study(tmp_path_factory, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("alone", "runs", "shown"), [(False, 5, 9), (True, 1, 6)], ids=["all arms", "vanilla alone"])
+def test_the_report_notebook_writes_tables_and_report(tmp_path_factory, tmp_path, monkeypatch, alone, runs, shown):
     study = copy_of(finished_study(tmp_path_factory), tmp_path / "copy")
-    folder = study.report
-    shutil.rmtree(folder)
+    shutil.rmtree(study.report)
     set_up(monkeypatch, study.dir)
-    notebook.execute("10_report", tmp_path / "10.ipynb", {"profile": "smoke", "overrides": ["seeds=[0]"]})
+    given = {"profile": "smoke", "overrides": ["seeds=[0]"]}
+    if alone:
+        content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text())
+        content["arms"], content["profiles"]["smoke"]["arms"] = {"vanilla": {}}, {}
+        (tmp_path / "alone.yaml").write_text(yaml.safe_dump(content))
+        given["study"] = str(tmp_path / "alone.yaml")
+    notebook.execute("10_report", tmp_path / "10.ipynb", given)
     assert_ran_through(tmp_path / "10.ipynb")
-    assert len(pictures(tmp_path / "10.ipynb")) == 9
-    assert len(pd.read_csv(folder / "tables" / "fid.csv")) == 15
-    assert "data:image/png;base64," in (folder / "report.html").read_text()
+    assert len(pictures(tmp_path / "10.ipynb")) == shown
+    assert len(pd.read_csv(study.report / "tables" / "fid.csv")) == 3 * runs
+    assert "data:image/png;base64," in (study.report / "report.html").read_text()
     printed = "".join(out["text"] for out in outputs(tmp_path / "10.ipynb", "stream"))
-    assert "written from 5 runs" in printed
-    assert str(folder / "report.html") in printed
+    assert f"written from {runs} runs" in printed
+    assert str(study.report / "report.html") in printed
+
+
+# -- figures to move --------------------------------------------------------------------------------------------------
+
+
+def test_explore_draws_once_under_papermill_and_anew_with_every_move_of_a_control(monkeypatch):
+    monkeypatch.setenv(BATCH, "1")
+    choices = {"t": [0.1, 0.5], "arm": ["repa", "haste"]}
+    assert explore(dict, {"t": 0.5}, **choices) == {"t": 0.5, "arm": "repa"}
+    monkeypatch.delenv(BATCH)
+    seen = []
+    made = explore(lambda **chosen: seen.append(chosen), {"t": 0.5}, **choices)
+    slider, menu = made.children[0].children
+    assert isinstance(slider, ipywidgets.SelectionSlider)
+    assert isinstance(menu, ipywidgets.Dropdown)
+    slider.value = 0.1
+    assert seen == [{"t": 0.5, "arm": "repa"}, {"t": 0.1, "arm": "repa"}]
+    with pytest.raises(HasteError, match=r"start value of t '0.3'.*0.1, 0.5"):
+        explore(dict, {"t": 0.3}, **choices)
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch
 
 from haste_core.errors import HasteError
 from haste_core.gradient_angle import gradient_cosine
-from haste_core.study.data.digits import Digits
+from haste_core.study.data.base import Digits
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import block_of, create, exact, fit
 from haste_core.termination import Termination, build_trigger, replay
 from haste_core.training import train_step

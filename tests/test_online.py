@@ -8,7 +8,7 @@ from haste_core.analysis import gradients
 from haste_core.errors import HasteError
 from haste_core.gradient_angle import losses_at, noise
 from haste_core.online_angle import EDGES, OnlineAngle
-from haste_core.study.preparation import prepare_teacher
+from haste_core.study.pretrain import prepare_teacher
 from haste_core.study.runs import Run
 from haste_core.study.train import fit, open_trainer
 from haste_core.taps import Tapped
@@ -218,14 +218,15 @@ def test_it_goes_on_from_where_it_was_saved(seen):
         OnlineAngle(edges=(0, 0.5, 1)).load_state_dict(first.state_dict())
 
 
-def test_online_rho_at_a_checkpoint_is_one_pass_over_the_held_out_images(output, make_study, monkeypatch):
+def test_the_online_angle_at_a_checkpoint_is_one_pass_over_the_held_out_images(output, make_study, monkeypatch):
     run = Run(make_study("analysis.n=20", "analysis.timesteps=[0.1, 1.0]"), "repa", 0)
     fit(run, progress=False)
-    whole = gradients.online_rho(run, 8)
+    whole = gradients.online_conflict(run, [8])
     assert list(whole.columns) == ["step", "t", "loss", "online", "n"]
     assert whole[["step", "t", "loss", "n"]].to_numpy().tolist() == [[8, 0.1, "feature", 20], [8, 1.0, "feature", 20]]
     monkeypatch.setattr(gradients, "BATCH", 7)
-    torch.testing.assert_close(*(torch.tensor(x["online"].to_numpy()) for x in (whole, gradients.online_rho(run, 8))))
+    parts = gradients.online_conflict(run, [8])
+    torch.testing.assert_close(*(torch.tensor(x["online"].to_numpy()) for x in (whole, parts)))
     # Features alone are aligned, so the rest is the denoising loss: both gradients by passes of their own.
     now = gradients.moment(run, 8, gradients.find_teacher(run.study, run.config.teacher), own=True)
     batch = gradients.held_out(run)

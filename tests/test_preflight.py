@@ -356,11 +356,11 @@ def test_local_teacher_weights_are_looked_for(tmp_path, make_study, output):
 
 
 def test_a_pretrained_teacher_is_foretold_and_then_found(make_study, output):
-    from haste_core.study import preparation
+    from haste_core.study import pretrain
 
     study = make_study("teacher.weights=pretrain")
     assert "trained first, 20 steps" in text_of(preflight.check(study, "repa", 0), "teacher weights")
-    preparation.prepare_teacher(study)
+    pretrain.prepare_teacher(study)
     assert "teacher.safetensors" in text_of(preflight.check(study, "repa", 0), "teacher weights")
 
 

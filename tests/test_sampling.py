@@ -15,9 +15,8 @@ from haste_core import sampling
 from haste_core.errors import HasteError
 from haste_core.models import build
 from haste_core.sampling import Sampler, SeededNoise
-from haste_core.study import config
+from haste_core.study import config, latents
 from haste_core.study.data import contexts
-from haste_core.study.latents import decoding
 from haste_core.study.presets import SAMPLERS
 
 MEAN, STD = 0.7, 0.4
@@ -322,13 +321,13 @@ def test_presets_are_what_the_paper_reports_and_fields_that_are_given_win():
 
 
 def test_facts_of_the_drawing_hold_every_field_that_moves_a_pixel(tiny):
-    facts = decoding.drawing_facts(tiny.data, config.Sample(preset="haste-xl-100ep", guidance_channels=3))
+    facts = latents.drawing_facts(tiny.data, config.Sample(preset="haste-xl-100ep", guidance_channels=3))
     assert facts == {
         "sampler": "sde", "solver_steps": 250, "guidance": 1.825, "guidance_interval": [0.0, 0.6],
         "guidance_channels": 3, "integrator_dtype": "float64", "vae": None,
         "uint8_rule": "clip(127.5 x + 128), truncated",
     }  # fmt: skip
-    assert decoding.drawing_facts(tiny.data, config.Sample(sampler="heun", grid="quadratic"))["grid"] == "quadratic"
+    assert latents.drawing_facts(tiny.data, config.Sample(sampler="heun", grid="quadratic"))["grid"] == "quadratic"
 
 
 class FakeVae:
@@ -339,15 +338,17 @@ class FakeVae:
 
 
 def test_latents_are_decoded_by_the_vae_and_pixels_are_not(tiny, tmp_path, monkeypatch):
-    latents = config.Data(kind="latents", path=str(tmp_path))
+    data = config.Data(kind="latents", path=str(tmp_path))
     asked = []
-    monkeypatch.setattr(decoding, "_load", lambda name, fingerprint: asked.append((name, fingerprint)) or FakeVae())
+    monkeypatch.setattr(
+        latents, "_cached_vae", lambda name, fingerprint: asked.append((name, fingerprint)) or FakeVae()
+    )
     x, sample = noise(2, 1, 4, 4), config.Sample(vae="folder/vae")
-    assert decoding.to_images(x, tiny.data, sample) is x
+    assert latents.to_images(x, tiny.data, sample) is x
     assert asked == []
-    assert_close(decoding.to_images(x, latents, sample), x.repeat(1, 3, 2, 2) / 2)
+    assert_close(latents.to_images(x, data, sample), x.repeat(1, 3, 2, 2) / 2)
     assert asked == [("folder/vae", None)]
-    assert decoding.drawing_facts(latents, sample)["vae"] == {"name": "folder/vae", "weights": "0123456789abcdef"}
+    assert latents.drawing_facts(data, sample)["vae"] == {"name": "folder/vae", "weights": "0123456789abcdef"}
 
 
 def test_what_is_as_ever_changes_no_hash_and_no_card(make_study):
@@ -360,8 +361,8 @@ def test_what_is_as_ever_changes_no_hash_and_no_card(make_study):
     ):
         other = make_study(setting)
         assert other.evaluation_hash != plain.evaluation_hash
-        assert decoding.drawing_facts(other.data, other.sample)[name] == value
-        assert name not in decoding.drawing_facts(plain.data, plain.sample)
+        assert latents.drawing_facts(other.data, other.sample)[name] == value
+        assert name not in latents.drawing_facts(plain.data, plain.sample)
 
 
 @pytest.mark.parametrize(

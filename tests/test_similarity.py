@@ -1,3 +1,5 @@
+"""CKA, CKNNA and mutual neighbours against their definitions; linear probing; their tables and pictures."""
+
 from __future__ import annotations
 
 from itertools import permutations
@@ -7,13 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
+from haste_core import figures
 from haste_core.analysis import probe, similarity
-from haste_core.analysis.kernels import Kernels, drawn_again, resampled_hsic
 from haste_core.errors import HasteError
-from haste_core.figures import similarity as pictures
+from haste_core.study import config
+from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import fit
+from haste_core.taps import Taps
 
 
 def features(n, d, seed):
@@ -72,18 +76,11 @@ def test_biased_cka_with_centring_matrices():
     assert similarity.linear_cka_biased(x, y) == pytest.approx(cross / np.sqrt(own_k * own_l), rel=1e-12)
 
 
-def test_unbiased_cka_by_the_formula():
-    x, y = related()
-    k, m = grams(x + 3, y)
-    expected = hsic_1(k, m) / np.sqrt(hsic_1(k, k) * hsic_1(m, m))
-    assert similarity.linear_cka(x + 3, y) == pytest.approx(expected, rel=1e-10)
-
-
-def test_unbiased_cka_by_all_tuples_of_distinct_images():
-    x, y = related(7)
+@pytest.mark.parametrize(("hsic", "n"), [(hsic_1, 24), (hsic_1_by_tuples, 7)])
+def test_unbiased_cka_by_the_formula_and_by_all_tuples_of_distinct_images(hsic, n):
+    x, y = related(n)
     k, m = grams(x, y)
-    expected = hsic_1_by_tuples(k, m) / np.sqrt(hsic_1_by_tuples(k, k) * hsic_1_by_tuples(m, m))
-    assert similarity.linear_cka(x, y) == pytest.approx(expected, rel=1e-10)
+    assert similarity.linear_cka(x, y) == pytest.approx(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)), rel=1e-10)
 
 
 @pytest.mark.parametrize("k", [2, 5, 23])
@@ -98,15 +95,9 @@ def test_cknna_by_loops(k):
                 p[i, j], q[i, j] = (float(torch.cosine_similarity(s[i], s[j], dim=0)) for s in (a, b))
         return hsic_1(p, q)
 
-    expected = local(x, y) / np.sqrt(local(x, x) * local(y, y))
-    assert similarity.cknna(x, y, k) == pytest.approx(expected, rel=1e-10)
-
-
-def test_cknna_with_all_neighbours_is_the_unbiased_cka_of_normalised_features():
-    x, y = related()
+    assert similarity.cknna(x, y, k) == pytest.approx(local(x, y) / np.sqrt(local(x, x) * local(y, y)), rel=1e-10)
     whole = similarity.linear_cka(*(s / s.norm(dim=1, keepdim=True) for s in (x, y)))
-    assert similarity.cknna(x, y, 23) == pytest.approx(whole, rel=1e-10)
-    assert similarity.cknna(x, y, 3) != pytest.approx(whole, abs=0.01)
+    assert (similarity.cknna(x, y, k) == pytest.approx(whole, rel=1e-10)) == (k == 23)
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -118,106 +109,61 @@ def test_mutual_knn_by_loops(k):
 
 
 def test_equally_near_images_count_in_order():
-    same = torch.ones(5, 2)
-    assert Kernels(same).neighbours(2).nonzero().tolist() == [
-        [0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1], [3, 0], [3, 1], [4, 0], [4, 1]
-    ]  # fmt: skip
+    first = similarity.Kernels(torch.ones(5, 2)).neighbours(2).nonzero()[:, 1].reshape(5, 2)
+    assert first.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
 
 
-# -- what they must not depend on -------------------------------------------------------------------------------------
-
-ALL = {
-    "cka": similarity.linear_cka,
-    "cka_biased": similarity.linear_cka_biased,
-    "cknna": lambda x, y: similarity.cknna(x, y, 5),
-    "mutual_knn": lambda x, y: similarity.mutual_knn(x, y, 5),
-}
-every = pytest.mark.parametrize("name", list(ALL))
-
-
-@every
-def test_rotations_and_scalings_change_nothing(name):
+@pytest.mark.parametrize("name", similarity.MEASURES)
+def test_rotation_scale_and_order_change_nothing_and_equal_features_give_one(name):
     x, y = related()
-    rotation = torch.linalg.qr(features(6, 6, 9)).Q
-    assert ALL[name](0.01 * x @ rotation, 30 * y) == pytest.approx(ALL[name](x, y), rel=1e-9)
 
+    def of(a, b):
+        return similarity.MEASURES[name](a, b, 5)
 
-@every
-def test_the_order_of_the_images_changes_nothing(name):
-    x, y = related()
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
-    assert ALL[name](x[order], y[order]) == pytest.approx(ALL[name](x, y), rel=1e-9)
-
-
-@every
-def test_equal_features_give_one_and_arrays_do_as_well_as_tensors(name):
-    x, y = related()
-    assert ALL[name](x, x) == pytest.approx(1, rel=1e-12)
-    assert ALL[name](x.numpy(), y.numpy()) == ALL[name](x, y)
-
-
-def test_cka_does_not_see_a_shift():
-    x, y = related()
-    for found in (similarity.linear_cka, similarity.linear_cka_biased):
-        assert found(x + 100, y - 7) == pytest.approx(found(x, y), rel=1e-8)
+    rotation, order = torch.linalg.qr(features(6, 6, 9)).Q, torch.randperm(24)
+    assert of(0.01 * x @ rotation, 30 * y) == pytest.approx(of(x, y), rel=1e-9)
+    assert of(x[order], y[order]) == pytest.approx(of(x, y), rel=1e-9)
+    assert of(x, x) == pytest.approx(1, rel=1e-12)
+    assert of(x.numpy(), y.numpy()) == of(x, y)
+    if name.startswith("cka"):
+        assert of(x + 100, y - 7) == pytest.approx(of(x, y), rel=1e-8)
 
 
 def test_more_features_than_images_fool_the_biased_cka_alone():
     x, y = features(40, 400, 0), features(40, 400, 1)
     assert similarity.linear_cka_biased(x, y) > 0.85
     assert abs(similarity.linear_cka(x, y)) < 0.1
+    # Copies of an image as pairs would put the whole interval far above zero.
+    low, high = similarity.cka_interval(x, y, 200, 0.95, 0)
+    assert -0.2 < low < 0 < high < 0.2
 
 
 def test_features_that_do_not_vary_have_no_similarity():
     assert np.isnan(similarity.linear_cka(torch.ones(8, 3), features(8, 3, 0)))
 
 
-# -- minibatches, baselines, intervals --------------------------------------------------------------------------------
-
-
-def test_one_minibatch_is_the_whole():
-    x, y = related()
-    assert similarity.minibatch_cka([(x, y)]) == pytest.approx(similarity.linear_cka(x, y), rel=1e-12)
-
-
-def test_minibatches_average_the_terms_and_drop_a_short_last_one():
-    x, y = related(26)
-    parts = list(zip(x.split(8), y.split(8), strict=True))
-    assert [len(a) for a, _ in parts] == [8, 8, 8, 2]
-    terms = np.array([[hsic_1(k, m), hsic_1(k, k), hsic_1(m, m)] for k, m in (grams(*part) for part in parts[:3])])
-    cross, own_x, own_y = terms.mean(0)
-    assert similarity.minibatch_cka(parts) == pytest.approx(cross / np.sqrt(own_x * own_y), rel=1e-10)
-
-
-def test_a_short_batch_in_the_middle_is_refused():
-    x, y = related(24)
-    with pytest.raises(HasteError, match="batches of 8, 6, 8 images; possible: one size"):
-        similarity.minibatch_cka([(x[:8], y[:8]), (x[8:14], y[8:14]), (x[14:22], y[14:22])])
-    with pytest.raises(HasteError, match="no batches"):
-        similarity.minibatch_cka([])
-
-
-def test_the_baseline_is_the_mean_over_shuffled_pairs():
-    x, y = related()
-    by_hand = [similarity.linear_cka(x, y[order]) for order in similarity.orders(24, 4, 3)]
-    assert similarity.shuffled(similarity.linear_cka, x, y, seed=4, permutations=3) == pytest.approx(np.mean(by_hand))
-    assert similarity.shuffled(similarity.linear_cka, x, y) < 0.5 * similarity.linear_cka(x, y)
-
-
-def test_mutual_knn_of_shuffled_pairs_is_the_share_that_chance_gives():
-    x, y = related(60)
-    found = similarity.shuffled(lambda a, b: similarity.mutual_knn(a, b, 10), x, y, permutations=30)
-    assert found == pytest.approx(10 / 59, abs=0.02)
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda x: similarity.linear_cka(x, x[:9]), "features of 10 and of 9 images"),
+        (lambda x: similarity.linear_cka(x[:3], x[:3]), r"shape \(3, 4\); expected"),
+        (lambda x: similarity.mutual_knn(x, x, 10), "k is 10 .* there are 10 images; expected 1 to 9"),
+        (lambda x: similarity.cknna(x, x, 1), "k of CKNNA is 1; expected 2 to 9"),
+    ],
+)
+def test_features_that_cannot_be_compared_are_refused(call, match):
+    with pytest.raises(HasteError, match=match):
+        call(features(10, 4, 0))
 
 
 def test_resampled_hsic_by_all_tuples_counted_as_drawn():
     k, m = grams(*related(7))
-    weights = drawn_again(7, 3, seed=1)
+    weights = similarity.bootstrap_counts(7, 3, seed=1)
     assert (weights.sum(1) == 7).all()
     assert (weights > 1).any()
-    found = resampled_hsic(torch.from_numpy(k), torch.from_numpy(m), torch.cat([weights, torch.ones(1, 7)]))
-    expected = [hsic_1_by_tuples(k, m, w) for w in weights.numpy()] + [hsic_1(k, m)]
-    assert found.numpy() == pytest.approx(np.array(expected), rel=1e-9)
+    weights = torch.cat([weights, torch.ones(1, 7)])
+    found = similarity.resampled_hsic(torch.from_numpy(k), torch.from_numpy(m), weights)
+    assert found.numpy() == pytest.approx(np.array([hsic_1_by_tuples(k, m, w) for w in weights.numpy()]), rel=1e-9)
 
 
 def test_the_interval_holds_the_true_value_as_often_as_it_says_and_is_no_wider_than_that():
@@ -229,66 +175,74 @@ def test_the_interval_holds_the_true_value_as_often_as_it_says_and_is_no_wider_t
         values.append(similarity.linear_cka(a, b))
         bounds.append(similarity.cka_interval(a, b, 100, 0.9, part))
     low, high = np.array(bounds).T
-    assert (low < values).all()
-    assert (values < high).all()
+    assert ((low < values) & (values < high)).all()
     assert ((low <= truth) & (truth <= high)).sum() >= 30
     assert np.mean(high - low) / (2 * 1.645) == pytest.approx(np.std(values), rel=0.4)
 
 
-def test_the_interval_of_independent_features_is_about_zero_however_many_they_are():
-    # Copies of an image as pairs would put the whole interval far above zero.
-    low, high = similarity.cka_interval(features(40, 400, 0), features(40, 400, 1), 200, 0.95, 0)
-    assert -0.2 < low < 0 < high < 0.2
+# -- linear probing ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda x: similarity.linear_cka(x, x[:9]), "features of 10 and of 9 images"),
-        (lambda x: similarity.linear_cka(x[:3], x[:3]), r"shape \(3, 4\); possible"),
-        (lambda x: similarity.mutual_knn(x, x, 10), "k 10 nearest neighbours among 10 images; possible: 1 to 9"),
-        (lambda x: similarity.cknna(x, x, 1), "CKNNA with k 1; possible: 2 to 9"),
-    ],
-)
-def test_what_cannot_be_compared_is_named(call, match):
-    with pytest.raises(HasteError, match=match):
-        call(features(10, 4, 0))
+def clusters(seed, n=200, classes=4, spread=0.1):
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(classes, size=n)
+    return 5 * np.eye(classes)[labels] + spread * generator.standard_normal((n, classes)), labels
 
 
-# -- a run ------------------------------------------------------------------------------------------------------------
+def test_a_probe_reads_separable_classes_and_leaves_shuffled_labels_at_chance():
+    assert similarity.linear_probe(*clusters(0), *clusters(1)) == 1
+    # Wide clusters: with narrow ones whole classes would be right or wrong at once.
+    (x, labels), (a, b) = clusters(0, 800, spread=5), clusters(1, 800, spread=5)
+    mixed = np.random.default_rng(2).permutation(labels)
+    assert similarity.linear_probe(x, mixed, a, b) == pytest.approx(0.25, abs=0.08)
+    assert similarity.linear_probe(x, labels, a, b) > 0.4
 
 
-@pytest.fixture
-def run(output, make_study):
-    study = make_study(
-        "train.keep=[]", "train.steps=8", "train.ema_decay=0.5", "analysis.n=40", "analysis.timesteps=[0.1, 0.6]",
-        "analysis.resamples=50",
-    )  # fmt: skip
-    run = Run(study, "repa", 0)
-    fit(run, progress=False)
-    return run
+def test_scale_and_shift_of_a_feature_change_nothing_and_tensors_do_as_well():
+    (x, y), (a, b) = clusters(0, spread=3), clusters(1, spread=3)
+    scale, shift = np.array([1e-4, 1, 1e3, 7]), np.array([5, -3, 100, 0])
+    plain = similarity.linear_probe(x, y, a, b)
+    assert 0.4 < plain < 1
+    assert similarity.linear_probe(x * scale + shift, y, a * scale + shift, b) == pytest.approx(plain, abs=0.011)
+    assert similarity.linear_probe(*map(torch.from_numpy, (x, y, a, b))) == plain
 
 
-@pytest.fixture
+def test_a_class_without_training_images_is_refused():
+    x, y = clusters(0)
+    with pytest.raises(HasteError, match="trained on 3 classes and tested on 4, of which 1 are new"):
+        similarity.linear_probe(x[y > 0], y[y > 0], x, y)
+
+
+# -- tables of a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(new_output, tiny_overrides):
+    more = ["train.keep=[]", "train.steps=8", "train.ema_decay=0.5", "analysis.n=40", "analysis.timesteps=[0.1, 0.6]"]
+    with new_output():
+        run = Run(config.load("digits", overrides=[*tiny_overrides, *more, "analysis.resamples=50"]), "repa", 0)
+        fit(run, progress=False)
+        yield run
+
+
+@pytest.fixture(scope="module")
 def table(run):
-    return similarity.measure(run, k=4, permutations=2)
+    return similarity.block_similarity(run, k=4, permutations=2)
+
+
+@pytest.fixture(scope="module")
+def probing(run):
+    return similarity.linear_probing(run, train=150)
 
 
 def test_all_pairs_at_one_level_and_the_aligned_one_at_all(table):
-    assert len(table) == 2 * (3 * 4 + 1) * 4
     counts = table.groupby(["step", "t"]).size()
     assert counts.to_dict() == {(0, 0.1): 4, (0, 0.6): 48, (8, 0.1): 4, (8, 0.6): 48}
     aligned = table[table["aligned"]]
-    assert set(aligned["depth"]) == {2}
-    assert set(aligned["teacher_block"]) == {3}
+    assert set(zip(aligned["depth"], aligned["teacher_block"], strict=True)) == {(2, 3)}
     assert len(aligned) == 2 * 2 * 4
     assert set(table["n"]) == {40}
-    assert table.groupby("measure")["k"].agg(lambda k: k.notna().all()).to_dict() == {
-        "cka": False, "cka_biased": False, "cknna": True, "mutual_knn": True
-    }  # fmt: skip
-
-
-def test_the_interval_is_that_of_the_aligned_pairs_cka(table):
+    assert set(table.loc[table["k"].notna(), "measure"]) == {"cknna", "mutual_knn"}
     with_interval = table["aligned"] & (table["measure"] == "cka")
     assert table["low"].notna().equals(with_interval)
     assert (table["low"] < table["value"])[with_interval].all()
@@ -297,53 +251,87 @@ def test_the_interval_is_that_of_the_aligned_pairs_cka(table):
 
 def test_values_are_those_of_the_features_by_hand(run, table):
     batch, teacher = probe.held_out(run), find_teacher(run.study)
-    seen = probe.look(probe.student_at(run, 8), batch.x, 0.6, probe.everything(probe.student_at(run, 8)), 0)
-    final = teacher(batch.images).tokens.mean(1)
-    first = teacher.block_tokens(batch.images, [0])[0].mean(1)
+    tapped = probe.student_output(probe.student_at(run, 8), batch.x, 0.6, Taps(depths=(2,)), 0)
+    mine, final = tapped.tokens[2].mean(1), teacher(batch.images).tokens.mean(1)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(40, generator=generator) for _ in range(2)]
     chosen = table[(table["step"] == 8) & (table["t"] == 0.6) & (table["depth"] == 2)]
-    for block, target in ((0, first), (3, final)):
+    for block, target in ((0, teacher.block_tokens(batch.images, [0])[0].mean(1)), (3, final)):
         rows = chosen[chosen["teacher_block"] == block].set_index("measure")
-        assert rows.loc["cka", "value"] == pytest.approx(similarity.linear_cka(seen.tokens[2].mean(1), target))
-        knn = [seen.tokens[2].mean(1), target]
-        assert rows.loc["mutual_knn", "value"] == similarity.mutual_knn(*knn, 4)
+        assert rows.loc["cka", "value"] == pytest.approx(similarity.linear_cka(mine, target), rel=1e-4)
+        assert rows.loc["mutual_knn", "value"] == similarity.mutual_knn(mine, target, 4)
         # A mean of permutations of both signs: rounding of the features in float32 is large beside what is left of it.
-        assert rows.loc["cknna", "baseline"] == pytest.approx(
-            similarity.shuffled(lambda x, y: similarity.cknna(x, y, 4), *knn, seed=0, permutations=2), rel=1e-4
-        )
+        baseline = np.mean([similarity.cknna(mine, target[order], 4) for order in orders])
+        assert rows.loc["cknna", "baseline"] == pytest.approx(baseline, rel=1e-4)
 
 
-def test_the_same_run_gives_the_same_table(run, table):
-    assert similarity.measure(run, k=4, permutations=2).equals(table)
-
-
-def test_before_training_all_blocks_are_alike(table):
-    values = table[(table["step"] == 0) & (table["t"] == 0.6)].groupby(["measure", "teacher_block"])["value"]
-    assert (values.max() - values.min()).max() < 1e-9
-    later = table[(table["step"] == 8) & (table["t"] == 0.6)].groupby(["measure", "teacher_block"])["value"]
-    assert (later.max() - later.min()).max() > 1e-4
+def test_before_training_all_blocks_are_equal(table):
+    first, last = (
+        table[(table["step"] == s) & (table["t"] == 0.6)].groupby(["measure", "teacher_block"])["value"] for s in (0, 8)
+    )
+    assert (first.max() - first.min()).max() < 1e-9
+    assert (last.max() - last.min()).max() > 1e-4
 
 
 def test_a_depth_the_generator_does_not_have_is_its_last(run, make_study):
-    teacher = find_teacher(run.study)
     deep = Run(make_study("arms.vanilla.alignment.depth=9"), "vanilla", 0)
-    assert similarity.aligned_pair(deep, teacher) == (3, 3)
+    assert similarity.aligned_pair(deep, find_teacher(run.study)) == (3, 3)
+
+
+def test_probing_has_a_row_per_step_and_depth_and_one_of_the_teacher(probing):
+    assert probing["network"].tolist() == ["teacher"] + ["student"] * 6
+    student = probing[probing["network"] == "student"]
+    assert list(zip(student["step"], student["depth"], strict=True)) == [(s, d) for s in (0, 8) for d in (1, 2, 3)]
+    assert set(student["t"]) == {0.6}
+    assert set(zip(probing["n"], probing["n_train"], strict=True)) == {(40, 150)}
+    assert probing["accuracy"].between(0, 1).all()
+    # Wilson's interval by its closed form.
+    z, n, p = 1.959963984540054, 40, probing["accuracy"]
+    middle, half = (p + z**2 / (2 * n)), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert probing["low"].to_numpy() == pytest.approx(((middle - half) / (1 + z**2 / n)).to_numpy(), abs=1e-9)
+    assert probing["high"].to_numpy() == pytest.approx(((middle + half) / (1 + z**2 / n)).to_numpy(), abs=1e-9)
+
+
+def test_accuracies_are_those_of_the_patch_means_by_hand(run, probing):
+    data, teacher = open_dataset(run.study.data), find_teacher(run.study)
+    fitted, tested = data.examples("train", 150), data.examples("test", 40)
+    model, taps = probe.student_at(run, 8), Taps(depths=(2,))
+    trained, held = (probe.student_output(model, b.x, 0.6, taps, s) for b, s in ((fitted, 1), (tested, 0)))
+    by_hand = similarity.linear_probe(trained.tokens[2].mean(1), fitted.y, held.tokens[2].mean(1), tested.y)
+    chosen = probing[(probing["step"] == 8) & (probing["depth"] == 2) & (probing["network"] == "student")]
+    assert chosen["accuracy"].item() == pytest.approx(by_hand, abs=1 / 39)
+    seen = [teacher(b.images).tokens.mean(1) for b in (fitted, tested)]
+    by_hand = similarity.linear_probe(seen[0], fitted.y, seen[1], tested.y)
+    assert probing["accuracy"].iloc[0] == pytest.approx(by_hand, abs=1 / 39)
+    common = int(fitted.y.mode().values)
+    assert probing["chance"].iloc[0] == pytest.approx(float((tested.y == common).float().mean()))
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_a_table(table):
+def test_pictures_of_similarity(table):
     tables = pd.concat([table.assign(arm=arm, seed=0) for arm in ("vanilla", "repa")])
-    maps = pictures.similarity_maps(tables, "cka")
-    shown = [axis for axis in maps.axes if axis.images]
+    shown = [axis for axis in figures.similarity_maps(tables, "cka").axes if axis.images]
     assert len(shown) == 4
     chosen = table[(table["step"] == 8) & (table["t"] == 0.6) & (table["measure"] == "cka")]
     expected = chosen.pivot(index="depth", columns="teacher_block", values="value").to_numpy()
     assert np.asarray(shown[1].images[0].get_array()) == pytest.approx(expected)
-    curves = pictures.aligned_similarity(tables, 4).axes[0]
     row = table[table["aligned"] & (table["t"] == 0.6) & (table["measure"] == "cka")].sort_values("step")
-    drawn = [list(line.get_ydata()) for line in curves.lines]
+    drawn = [list(line.get_ydata()) for line in figures.aligned_similarity(tables, 4).axes[0].lines]
     assert row["value"].tolist() in drawn
     assert row["baseline"].tolist() in drawn
-    over_t = pictures.similarity_over_t(tables, 8, "cknna").axes[0]
+    over_t = figures.similarity_over_t(tables, 8, "cknna").axes[0]
     assert list(over_t.lines[0].get_xdata()) == [0.1, 0.6]
+
+
+def test_pictures_of_probing(probing):
+    tables = pd.concat([probing.assign(arm=arm, seed=0) for arm in ("vanilla", "repa")])
+    student = probing[probing["network"] == "student"]
+    for axis, rows in (
+        (figures.probing_over_depth(tables, 8).axes[0], student[student["step"] == 8]),
+        (figures.probing_over_training(tables, 2, 4).axes[0], student[student["depth"] == 2]),
+    ):
+        assert rows["accuracy"].tolist() in [list(line.get_ydata()) for line in axis.lines]
+        labels = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert labels == ["vanilla", "repa", "teacher, clean images", "chance"]

@@ -23,7 +23,7 @@ from haste_core import encoders
 from haste_core.devices import in_precision
 from haste_core.encoders import get_pretrained_cfg
 from haste_core.errors import HasteError
-from haste_core.study.teachers import build_teacher, check_precision
+from haste_core.study.pretrain import build_teacher, check_precision
 from haste_core.teacher import Teacher, check_plain_attention, low_passed, read_qk
 from haste_core.training import Batch
 
@@ -517,9 +517,9 @@ def test_a_teacher_that_half_precision_changes_is_refused(randomise, monkeypatch
     assert 0.999 < teacher.cosine_to_float32(images, (0, 1), "bf16") < 1
     assert teacher.precision is None
     check_precision(teacher, Noise(), (0, 1), "bf16")
-    monkeypatch.setattr("haste_core.study.teachers.LEAST_COSINE", 1.0)
+    monkeypatch.setattr("haste_core.study.pretrain.LEAST_COSINE", 1.0)
     teacher.precision = "bf16"
-    expected = r"teacher in bf16 has a cosine of (0\.99\d+|1\.0+) .* possible: teacher.precision=no"
+    expected = r"teacher in bf16 has a cosine of (0\.99\d+|1\.0+) .* set teacher.precision=no"
     with pytest.raises(HasteError, match=expected):
         check_precision(teacher, Noise(), (1,), "no")
     teacher.precision = "no"

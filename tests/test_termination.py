@@ -5,8 +5,8 @@ import torch
 
 from haste_core.errors import HasteError
 from haste_core.study import config
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import fit
 from haste_core.termination import Angle, FixedIteration, Never, Plateau, Termination, build_trigger, replay
 from haste_core.training import train_step

@@ -285,15 +285,3 @@ def test_kubernetes_wants_the_output_where_the_project_is(filled, output, monkey
     monkeypatch.delenv("HASTE_OUTPUT")
     assert found.options()[:2] == ["--default-storage-prefix", str(ROOT)]
     assert config.studies()
-
-
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(files.errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    with (
-        pytest.raises(HasteError, match=r"cannot be locked \(No locks available\); possible: a file system with locks"),
-        files.locked(tmp_path / "lock", "x"),
-    ):
-        pass

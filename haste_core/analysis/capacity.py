@@ -1,15 +1,16 @@
-"""How many directions features use: ranks, intrinsic dimension and entropy of teacher and student tokens.
+"""Capacity of teacher and student tokens: the number of directions they use, and the spatial frequencies they keep.
 
-Not in the paper, which argues from a capacity mismatch without measuring it: these are the measures the field has for
-how much room a representation takes. Every one of them grows with the number of rows and depends on centring, so that
-teacher and student are measured on the same number of rows, one row per image, and both stand in the table.
+Not in the paper, which argues from a capacity mismatch without measuring it (Sec. 1, Fig. 5). Ranks, intrinsic
+dimension and entropy grow with the number of rows and depend on centring, so teacher and student are measured on the
+same number of rows, one row per image. Frequencies: a linear readout reconstructs each token's own patch of the image,
+and its error is split by frequency.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,17 +19,28 @@ from scipy.spatial.distance import cdist
 from scipy.special import entr
 from scipy.stats import t as student_t
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
-from haste_core.alignment import Grid
+from haste_core.alignment import Grid, resample_tokens
 from haste_core.analysis import probe
-from haste_core.analysis.tokens import student_tokens, teacher_blocks, teacher_tokens
 from haste_core.errors import HasteError
+from haste_core.sampling import to_uint8
+from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
+from haste_core.taps import Taps
+from haste_core.teacher import Teacher
+from haste_core.training import Batch
 
 NEIGHBOURS = 20  # of `local_rank`
 DISCARDED = 0.1  # of `two_nn`
 GROUPS = 10  # of the jackknife
+# Radial frequency as a fraction of Nyquist; the last band holds the corners of the square, up to sqrt(2).
+EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 2**0.5)
+# Candidate ridge strengths, as multiples of the mean variance of a feature times the number of tokens.
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+VALIDATION = 0.2  # share of the training images the strength is chosen on
+FIT_IMAGES = 500
 
 Measure = Callable[[np.ndarray], float]
 
@@ -37,35 +49,35 @@ def effective_rank(features: np.ndarray) -> float:
     """exp of the entropy of the normalised singular values of the centred features; between 1 and min(n - 1, d).
 
     Roy & Vetterli (EUSIPCO 2007), of the singular values themselves, not of their squares, the eigenvalues of the
-    covariance. 0 where all rows are equal.
+    covariance. 0 if all rows are equal.
 
     Args:
         features: (n, d).
     """
-    return float(_effective_rank(_spectrum(features)))
+    return float(_effective_rank(_singular_values(features)))
 
 
 def participation_ratio(features: np.ndarray) -> float:
-    """(sum l)^2 / sum l^2 over the eigenvalues l of the covariance of features (n, d); 0 where all rows are equal.
+    """(sum l)^2 / sum l^2 over the eigenvalues l of the covariance of features (n, d); 0 if all rows are equal.
 
     Counts d equal directions as d, like `effective_rank`, and small directions for less.
     """
-    power = _spectrum(features) ** 2
+    power = _singular_values(features) ** 2
     return float(power.sum() ** 2 / (power**2).sum()) if power.any() else 0.0
 
 
 def two_nn(features: np.ndarray, discarded: float = DISCARDED) -> float:
-    """The intrinsic dimension of features (n, d) from the distances to the two nearest neighbours.
+    """Intrinsic dimension of features (n, d) from the distances to the two nearest neighbours.
 
     Facco et al. (Sci. Rep. 7, 2017): with mu = r2 / r1, -log(1 - F(mu)) = dimension * log mu; the slope through the
-    origin over the points of smallest mu. F of the i-th smallest of n is i / n. Centring does not change it.
+    origin over the points of smallest mu. F of the i-th smallest of n is i / n. Independent of centring.
 
-    Rule for equal rows: each distinct row counts once, since a distance of 0 says nothing of a dimension. NaN with
-    fewer than three distinct rows; infinite where all distances are equal.
+    Equal rows count once, since a distance of 0 carries no information on the dimension. NaN with fewer than three
+    distinct rows; infinite if all distances are equal.
 
     Args:
         features: (n, d).
-        discarded: the share of points with the largest mu that the fit leaves out, in [0, 1); those are the noisiest.
+        discarded: share of points with the largest mu, the noisiest, that the fit leaves out, in [0, 1).
     """
     distinct = np.unique(np.asarray(features, dtype=np.float64), axis=0)
     if len(distinct) < 3:
@@ -82,7 +94,7 @@ def matrix_entropy(features: np.ndarray) -> float:
 
     Giraldo et al. (IEEE Trans. Inf. Theory 61, 2015) with the linear kernel: von Neumann's entropy of the Gram matrix
     of the L2-normalised rows divided by its trace. Not centred: a direction that all rows share lowers it. Rows of
-    length zero have no direction and are left out; NaN where no other is left.
+    length zero have no direction and are left out; NaN if no other is left.
 
     Args:
         features: (n, d).
@@ -97,7 +109,7 @@ def matrix_entropy(features: np.ndarray) -> float:
 
 
 def local_rank(features: np.ndarray, k: int = NEIGHBOURS) -> float:
-    """The mean over all points of the effective rank of their k nearest neighbours; between 1 and min(k - 1, d).
+    """Mean over all points of the effective rank of their k nearest neighbours; between 1 and min(k - 1, d).
 
     Local principal components (Fukunaga & Olsen, IEEE Trans. Comput. C-20, 1971), counted by `effective_rank` instead
     of by a threshold: for every row of features (n, d), its k nearest other rows (Euclidean), centred at their mean.
@@ -107,15 +119,30 @@ def local_rank(features: np.ndarray, k: int = NEIGHBOURS) -> float:
     """
     features = np.asarray(features, dtype=np.float64)
     if not 2 <= k < len(features):
-        raise HasteError(f"local rank of {len(features)} rows with k={k} neighbours; possible: k from 2 to n - 1")
+        raise HasteError(f"local rank of {len(features)} rows with k={k} neighbours; expected k from 2 to n - 1")
     distances = cdist(features, features)
     np.fill_diagonal(distances, np.inf)
     near = np.argpartition(distances, k - 1, axis=1)[:, :k]
-    return float(_effective_rank(np.stack([_spectrum(features[rows]) for rows in near])).mean())
+    return float(_effective_rank(np.stack([_singular_values(features[rows]) for rows in near])).mean())
+
+
+def _singular_values(features: np.ndarray) -> np.ndarray:
+    """Singular values of the centred features, those within rounding of zero set to zero."""
+    features = np.asarray(features, dtype=np.float64)
+    values = np.linalg.svd(features - features.mean(0), compute_uv=False)
+    # Rounding of the mean is relative to the features themselves, also if nothing is left after centring.
+    noise = np.finfo(np.float64).eps * max(features.shape) * np.linalg.norm(features)
+    return np.where(values > noise, values, 0.0)
+
+
+def _effective_rank(values: np.ndarray) -> np.ndarray:
+    total = values.sum(-1, keepdims=True)
+    shares = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
+    return np.where(total[..., 0] > 0, np.exp(entr(shares).sum(-1)), 0.0)
 
 
 def measures(k: int = NEIGHBOURS) -> dict[str, Measure]:
-    """Every measure of this module by name, from features (n, d) to a number; k is that of `local_rank`."""
+    """Every measure of features (n, d) by name; k is that of `local_rank`."""
     return {
         "effective_rank": effective_rank,
         "participation_ratio": participation_ratio,
@@ -126,11 +153,11 @@ def measures(k: int = NEIGHBOURS) -> dict[str, Measure]:
 
 
 def interval(features: np.ndarray, measure: Measure, confidence: float, groups: int = GROUPS) -> tuple[float, float]:
-    """The measure's confidence interval over rows (n, d), by the jackknife that leaves out one group of rows at a time.
+    """Confidence interval of a measure over rows (n, d), by the jackknife that leaves out one group of rows at a time.
 
     Not a bootstrap: drawing with replacement repeats rows, which lowers every rank and puts nearest neighbours at
-    distance zero. Rows are dealt out in turn (row i to group i modulo `groups`); Student's t with groups - 1 degrees
-    of freedom around the value of all rows. NaN where a value is not finite.
+    distance zero. Row i belongs to group i modulo `groups`; Student's t with groups - 1 degrees of freedom around the
+    value of all rows. NaN if a value is not finite.
     """
     groups = min(groups, len(features))
     group = np.arange(len(features)) % groups
@@ -141,10 +168,10 @@ def interval(features: np.ndarray, measure: Measure, confidence: float, groups: 
 
 
 def one_per_image(tokens: Tensor, grid: Grid, seed: int) -> np.ndarray:
-    """One token of every image, (n, D) float64, drawn at random.
+    """One token of every image, (n, D) float64, drawn at random, since tokens of one image are not independent.
 
-    One, because tokens of the same image are no independent samples. The place is drawn as a share of height and
-    width from `seed` alone, so that teacher and student, every block and every step are looked at in the same places.
+    The place is drawn as a share of height and width from `seed` alone, so that teacher and student, every block and
+    every step are measured at the same places.
 
     Args:
         tokens: (n, N, D). grid: their (rows, columns).
@@ -154,7 +181,42 @@ def one_per_image(tokens: Tensor, grid: Grid, seed: int) -> np.ndarray:
     return tokens[torch.arange(len(tokens)), place[:, 0] * grid[1] + place[:, 1]].double().numpy()
 
 
-def measure(
+def teacher_tokens(teacher: Teacher, images: Tensor, block: int) -> Tensor:
+    """Patch tokens (n, N, D) float32 on the CPU after a block of the teacher.
+
+    Args:
+        teacher: frozen. images: (n, C, S, S) in [-1, 1].
+        block: from 0; `teacher.blocks` is one more, the tokens after the final norm, with which students are aligned.
+    """
+    parts = (part.to(teacher.mean.device) for part in images.split(probe.BATCH))
+    if block == teacher.blocks:
+        found = [teacher(part).tokens for part in parts]
+    else:
+        found = [teacher.block_tokens(part, [block])[block] for part in parts]
+    return torch.cat([tokens.float().cpu() for tokens in found])
+
+
+def student_tokens(model: Any, x: Tensor, t: float, block: int, seed: int) -> Tensor:
+    """Patch tokens (n, N, D) float32 on the CPU after a block of the generator (from 0), by `probe.student_output`."""
+    return probe.student_output(model, x, t, Taps(depths=(block + 1,)), seed).tokens[block + 1]
+
+
+def _teacher_blocks(teacher: Teacher) -> Iterator[dict[str, Any]]:
+    for block in range(teacher.blocks + 1):
+        yield {"step": 0, "t": 0.0, "who": "teacher", "block": block, "blocks": teacher.blocks + 1}
+
+
+def _student_blocks(
+    run: Run, steps: Sequence[int] | None, timesteps: Sequence[float]
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    for step in [0, *run.config.train.kept_steps] if steps is None else steps:
+        model = probe.student_at(run, step)
+        for t in timesteps:
+            for block in range(len(model.blocks)):
+                yield {"step": step, "t": t, "who": "student", "block": block, "blocks": len(model.blocks)}, model
+
+
+def token_capacity(
     run: Run, steps: Sequence[int] | None = None, timesteps: Sequence[float] | None = None, k: int = NEIGHBOURS
 ) -> pd.DataFrame:
     """Every measure of the tokens after each block of the student over training, and of its teacher.
@@ -176,50 +238,217 @@ def measure(
     batch, teacher = probe.held_out(run), find_teacher(run.study, run.config.teacher)
     rows: list[dict[str, Any]] = []
 
-    def add(tokens: Tensor, grid: Grid, **facts: Any) -> None:
+    def add(tokens: Tensor, grid: Grid, facts: Mapping[str, Any]) -> None:
         kinds = {"tokens": one_per_image(tokens, grid, seed), "patch mean": tokens.double().mean(1).numpy()}
         for kind, features in kinds.items():
-            rows.extend(_rows(features, facts | {"kind": kind}, study.analysis.confidence, k))
+            for name, of in measures(k).items():
+                low, high = (
+                    (math.nan, math.nan) if name == "local_rank" else interval(features, of, study.analysis.confidence)
+                )
+                found = {"measure": name, "value": of(features), "low": low, "high": high}
+                size = {"n": len(features), "width": features.shape[1], "k": k}
+                rows.append({**facts, "kind": kind, **found, **size})
 
-    blocks = teacher_blocks(teacher)
-    for block in blocks:
-        facts: dict[str, Any] = {"step": 0, "t": 0.0, "who": "teacher", "block": block, "blocks": len(blocks)}
-        add(teacher_tokens(teacher, batch.images, block), teacher.grid, **facts)
-    for facts, model in _students(run, steps, timesteps):
-        tokens = student_tokens(model, batch.x, facts["t"], facts["block"], seed)
-        add(tokens, model.grid, **facts)
+    for facts in _teacher_blocks(teacher):
+        add(teacher_tokens(teacher, batch.images, facts["block"]), teacher.grid, facts)
+    for facts, model in _student_blocks(run, steps, study.analysis.timesteps if timesteps is None else timesteps):
+        add(student_tokens(model, batch.x, facts["t"], facts["block"], seed), model.grid, facts)
     return pd.DataFrame(rows)
 
 
-def _students(
-    run: Run, steps: Sequence[int] | None, timesteps: Sequence[float] | None
-) -> Iterator[tuple[dict[str, Any], Any]]:
-    for step in [0, *run.config.train.kept_steps] if steps is None else steps:
-        model = probe.student_at(run, step)
-        for t in run.study.analysis.timesteps if timesteps is None else timesteps:
-            for block in range(len(model.blocks)):
-                yield {"step": step, "t": t, "who": "student", "block": block, "blocks": len(model.blocks)}, model
+def to_patches(images: Tensor, grid: Grid) -> Tensor:
+    """Images (n, C, H, W) as (n, N, C p q): for each token of `grid`, row by row, the area of the image it covers.
+
+    Raises:
+        HasteError: height and width are not multiples of rows and columns.
+    """
+    (height, width), (rows, columns) = images.shape[-2:], grid
+    if height % rows or width % columns:
+        raise HasteError(
+            f"a {rows}x{columns} grid of tokens does not divide images of {height}x{width}; expected sides that are "
+            "multiples of rows and columns"
+        )
+    size = (height // rows, width // columns)
+    return F.unfold(images, size, stride=size).transpose(1, 2)
 
 
-def _rows(features: np.ndarray, facts: Mapping[str, Any], confidence: float, k: int) -> list[dict[str, Any]]:
-    rows = []
-    for name, of in measures(k).items():
-        low, high = (math.nan, math.nan) if name == "local_rank" else interval(features, of, confidence)
-        found = {"measure": name, "value": of(features), "low": low, "high": high}
-        rows.append({**facts, **found, "n": len(features), "width": features.shape[1], "k": k})
-    return rows
+class Readout(NamedTuple):
+    """A linear map from tokens to image patches, float64.
+
+    weights: (D, C p q). token_mean: (N, D), image_mean: (C, H, W), both of the images it was fitted on: each place has
+    its own intercept, so that the explained part excludes the mean image. grid: rows and columns of the tokens.
+    strength: the ridge strength in the unit of `STRENGTHS`.
+    """
+
+    weights: Tensor
+    token_mean: Tensor
+    image_mean: Tensor
+    grid: Grid
+    strength: float
+
+    def reconstruct(self, tokens: Tensor) -> Tensor:
+        """Images (n, C, H, W) float64 from tokens (n, N, D)."""
+        patches = (tokens.double() - self.token_mean) @ self.weights
+        height, width = self.image_mean.shape[-2:]
+        size = (height // self.grid[0], width // self.grid[1])
+        return F.fold(patches.transpose(1, 2), (height, width), size, stride=size) + self.image_mean
 
 
-def _spectrum(features: np.ndarray) -> np.ndarray:
-    """Singular values of the centred features, those within rounding of zero set to zero."""
-    features = np.asarray(features, dtype=np.float64)
-    values = np.linalg.svd(features - features.mean(0), compute_uv=False)
-    # Rounding of the mean is as large as the features themselves say, also where nothing is left after centring.
-    noise = np.finfo(np.float64).eps * max(features.shape) * np.linalg.norm(features)
-    return np.where(values > noise, values, 0.0)
+def fit_readout(tokens: Tensor, images: Tensor, grid: Grid, strengths: Sequence[float] = STRENGTHS) -> Readout:
+    """Ridge regression from each token to its own patch, one map for all places, in closed form.
+
+    The strength is the one of `strengths` with the least squared error on the last fifth of the images, fitted on the
+    others; then all images are fitted with it.
+
+    Args:
+        tokens: (n, N, D). images: (n, C, H, W). grid: of the tokens.
+
+    Raises:
+        HasteError: fewer than 5 images, or a grid that does not divide them.
+    """
+    if len(tokens) < 5:
+        raise HasteError(f"a readout of {len(tokens)} images; expected 5 or more, the last fifth to choose the ridge")
+    kept = len(tokens) - max(1, int(len(tokens) * VALIDATION))
+    tried = _solutions(tokens[:kept], images[:kept], grid, strengths)
+    errors = [float((r.reconstruct(tokens[kept:]) - images[kept:].double()).square().sum()) for r in tried]
+    return _solutions(tokens, images, grid, [strengths[int(np.argmin(errors))]])[0]
 
 
-def _effective_rank(spectrum: np.ndarray) -> np.ndarray:
-    total = spectrum.sum(-1, keepdims=True)
-    shares = np.divide(spectrum, total, out=np.zeros_like(spectrum), where=total > 0)
-    return np.where(total[..., 0] > 0, np.exp(entr(shares).sum(-1)), 0.0)
+def _solutions(tokens: Tensor, images: Tensor, grid: Grid, strengths: Sequence[float]) -> list[Readout]:
+    token_mean, image_mean = tokens.double().mean(0), images.double().mean(0)
+    gram, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    # In parts: all tokens of a large model in float64 would not fit into memory.
+    for part, shown in zip(tokens.split(probe.BATCH), images.split(probe.BATCH), strict=True):
+        x = (part.double() - token_mean).flatten(0, 1)
+        y = to_patches(shown.double() - image_mean, grid).flatten(0, 1)
+        gram, cross = gram + x.T @ x, cross + x.T @ y
+    values, vectors = torch.linalg.eigh(gram)
+    unit, turned = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny), vectors.T @ cross
+    return [
+        Readout(vectors @ (turned / (values.clamp_min(0) + s * unit)[:, None]), token_mean, image_mean, grid, s)
+        for s in strengths
+    ]
+
+
+def band_energies(images: Tensor, edges: Sequence[float] = EDGES) -> np.ndarray:
+    """Energy of images (n, C, H, W) per radial band, (n, bands) float64, summed over channels.
+
+    Of the orthonormal 2-D Fourier transform, so that the bands of an image sum to its sum of squares. The radius is
+    sqrt(fx^2 + fy^2) over the Nyquist frequency of half a cycle per pixel; a band holds its lower edge and not its
+    upper; the first and the last take frequencies outside of the edges.
+    """
+    power = torch.fft.fft2(images.double(), norm="ortho").abs().square().sum(1)
+    fy, fx = (np.fft.fftfreq(size) * 2 for size in images.shape[-2:])
+    band = torch.from_numpy(np.digitize(np.hypot(fy[:, None], fx[None]), edges[1:-1]))
+    return torch.stack([power[:, band == b].sum(-1) for b in range(len(edges) - 1)], 1).numpy()
+
+
+def relative_error(images: Tensor, reconstructed: Tensor, mean: Tensor) -> np.ndarray:
+    """Energy of the error over energy of the images less `mean`, per band of `EDGES`; 0: all is kept, 1: nothing is.
+
+    Args:
+        images, reconstructed: (n, C, H, W). mean: (C, H, W), the mean of the training images.
+
+    Returns:
+        (bands,) float64; NaN if the images have no energy in a band. It can exceed 1: a readout has the least error in
+        all bands together, and one that finds little more than the mean of each patch draws edges between patches.
+    """
+    lost = band_energies(images.double() - reconstructed.double()).sum(0)
+    there = band_energies(images.double() - mean).sum(0)
+    return np.divide(lost, there, out=np.full_like(lost, np.nan), where=there > 0)
+
+
+class Sides(NamedTuple):
+    """Training and held-out images of a run, as the generator models them (x) and as the teacher sees them (images)."""
+
+    fit: Batch
+    held_out: Batch
+
+
+def sides(run: Run, fit_images: int = FIT_IMAGES) -> Sides:
+    """First `fit_images` training images and the study's held-out ones (`analysis.n`), without augmentation."""
+    return Sides(open_dataset(run.config.data).examples("train", fit_images), probe.held_out(run))
+
+
+def read_teacher(teacher: Teacher, block: int, images: Sides) -> tuple[Readout, Tensor]:
+    """Readout of a teacher's block (see `teacher_tokens`) and its reconstruction of the held-out x.
+
+    If the teacher's grid does not divide x (14x14 tokens beside latents of 32x32), the tokens are first resampled to
+    the next finer grid that does, bilinear, as in alignment (Tables 11 and 12, arXiv 2505.16792).
+    """
+    x = images.fit.x
+    grid = (_dividing(x.shape[-2], teacher.grid[0]), _dividing(x.shape[-1], teacher.grid[1]))
+    parts = [resample_tokens(teacher_tokens(teacher, side.images, block), teacher.grid, grid) for side in images]
+    readout = fit_readout(parts[0], x, grid)
+    return readout, readout.reconstruct(parts[1])
+
+
+def _dividing(size: int, count: int) -> int:
+    """Smallest divisor of `size` that is not below `count`, or `size` itself."""
+    return next((n for n in range(count, size) if size % n == 0), size)
+
+
+def read_student(model: Any, block: int, images: Sides, t: float, seed: int) -> tuple[Readout, Tensor]:
+    """Readout of a generator's block (from 0) at noise level t, and its reconstruction of the held-out x.
+
+    The target is the clean x; training and held-out images get different noise.
+    """
+    fitted, fresh = (student_tokens(model, side.x, t, block, seed + i) for i, side in enumerate(images))
+    readout = fit_readout(fitted, images.fit.x, model.grid)
+    return readout, readout.reconstruct(fresh)
+
+
+def band_errors(
+    run: Run, steps: Sequence[int] | None = None, t: float | None = None, fit_images: int = FIT_IMAGES
+) -> pd.DataFrame:
+    """Share of the image that a linear readout does not find in the tokens, per frequency band and block.
+
+    The image is `Batch.x`, as the generator models it: pixels, or the scaled latents, whose frequencies are those of
+    the latent grid.
+
+    Args:
+        run: finished.
+        steps: of the student, 0 for the untrained network; by default 0 and every kept one.
+        t: noise level of the student's input in [0, 1], the study's lowest by default. The teacher sees clean images.
+        fit_images: training images that readouts are fitted on, the first of the split, or all there are.
+
+    Returns:
+        step, t (0 and 0.0 for the teacher), who ("student" or "teacher"), block (from 0; a teacher's last is its final
+        tokens after the norm), blocks (how many there are of it), band_low, band_high (fractions of Nyquist),
+        relative_error (in [0, about 1]), strength (of the ridge, see `STRENGTHS`), n (held-out images).
+    """
+    level = min(run.study.analysis.timesteps) if t is None else t
+    images, teacher = sides(run, fit_images), find_teacher(run.study, run.config.teacher)
+    x, rows = images.held_out.x, []
+
+    def add(facts: Mapping[str, Any], readout: Readout, reconstructed: Tensor) -> None:
+        errors = relative_error(x, reconstructed, readout.image_mean)
+        for low, high, error in zip(EDGES[:-1], EDGES[1:], errors, strict=True):
+            found = {"band_low": low, "band_high": high, "relative_error": float(error)}
+            rows.append({**facts, **found, "strength": readout.strength, "n": len(x)})
+
+    for facts in _teacher_blocks(teacher):
+        add(facts, *read_teacher(teacher, facts["block"], images))
+    for facts, model in _student_blocks(run, steps, [level]):
+        add(facts, *read_student(model, facts["block"], images, level, run.study.analysis.seed))
+    return pd.DataFrame(rows)
+
+
+def reconstructions(
+    run: Run, step: int | None = None, t: float | None = None, count: int = 10, fit_images: int = FIT_IMAGES
+) -> dict[str, np.ndarray]:
+    """First held-out images and their reconstruction by each block's readout, uint8 (count, C, S, S) by label.
+
+    Args as in `band_errors`; step: the last by default. The channels of latents are shown as they are, not decoded.
+    """
+    level = min(run.study.analysis.timesteps) if t is None else t
+    images, teacher = sides(run, fit_images), find_teacher(run.study, run.config.teacher)
+    model = probe.student_at(run, run.config.train.steps if step is None else step)
+    shown = {"held-out image": images.held_out.x}
+    for block in range(teacher.blocks + 1):
+        name = "teacher, final" if block == teacher.blocks else f"teacher, block {block}"
+        shown[name] = read_teacher(teacher, block, images)[1]
+    for block in range(len(model.blocks)):
+        found = read_student(model, block, images, level, run.study.analysis.seed)
+        shown[f"student, block {block}"] = found[1]
+    return {name: to_uint8(tensor[:count]).numpy() for name, tensor in shown.items()}

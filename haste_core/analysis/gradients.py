@@ -1,7 +1,7 @@
-"""Gradient conflict in a run's checkpoints: the exact cosine, and what the online estimate would have read there.
+"""Gradient conflict in a run's checkpoints: the exact cosine, and the online estimate at the same places.
 
 Eq. 2 and Figs. 3, 4, 9, Tables 7, 8, arXiv 2505.16792. Gradients are those of the training weights, not of their
-average: the question is where the next step would have gone.
+average: the question is the direction of the next training step.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ from haste_core import checkpoint
 from haste_core.analysis.probe import BATCH, held_out
 from haste_core.devices import default_device
 from haste_core.errors import unknown
-from haste_core.gradient_angle import CHUNKS, LOSSES, Products, gradient_cosine, losses_at, noise, reaching, split
+from haste_core.gradient_angle import CHUNKS, gradient_cosine, losses_at, noise, reaching, split
 from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
 from haste_core.online_angle import OnlineAngle
 from haste_core.paths import Objective, objective_of
 from haste_core.study import config
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import build_generator, build_haste
 from haste_core.teacher import Teacher
 
-__all__ = ["CHUNKS", "LOSSES", "Products", "conflict", "gradient_cosine", "online_conflict", "online_rho"]
-
-# The paper's weight of both losses (Table 16), where a study sets none.
+# The paper's weight of both losses (Table 16), for a study that sets none.
 WEIGHT = 0.5
 COLUMNS = ["step", "t", "loss", "block", "rho", "low", "high", "rho_corrected", "norm_ratio", "n", "chunks"]
 ONLINE_COLUMNS = ["step", "t", "loss", "online", "n"]
@@ -40,18 +38,18 @@ class Moment(NamedTuple):
     """A run at one step: its training weights, and the losses it has or would have there."""
 
     model: DiffusionTransformer
-    alignment: HASTE
+    haste: HASTE
     objective: Objective
 
 
 def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS) -> pd.DataFrame:
-    """The exact cosine between denoising and alignment gradients, by checkpoint, noise level and loss.
+    """Exact cosine between denoising and alignment gradients, by checkpoint, noise level and loss.
 
-    Held-out images (`analysis.n`) with their true labels, the teacher sees them clean. A loss the arm does not have is
-    measured as if it were switched on now, with the study's weight or the paper's 0.5. The feature loss goes through
-    the run's own projector, which only checkpoints of phase I hold: elsewhere (vanilla, attention alone, after the
-    switch) the rows of "feature" and "holistic" are missing, as are those of a loss read below the block. Untrained
-    weights are left out: with adaLN-Zero no gradient reaches a block.
+    Held-out images (`analysis.n`) with their true labels; the teacher sees them clean. A loss the arm does not have is
+    measured as if it were switched on now, with the study's weight or the paper's 0.5. The feature loss uses the run's
+    own projector, which only checkpoints of phase I hold: elsewhere (vanilla, attention alone, after the switch) there
+    are no rows of "feature" and "holistic", nor of a loss read below the block. Untrained weights are left out: with
+    adaLN-Zero no gradient reaches a block.
 
     Args:
         run: finished. steps: with a checkpoint; by default all that are kept.
@@ -66,21 +64,24 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
         HasteError: no loss reaches the block (`block_of`), or a checkpoint is missing.
     """
     analysis, batch = run.study.analysis, held_out(run)
-    block, teacher = block_of(run), _teacher(run)
+    block, teacher = block_of(run), find_teacher(run.study, run.config.teacher)
     rows: list[dict[str, Any]] = []
     for step in run.config.train.kept_steps if steps is None else steps:
         now = moment(run, step, teacher)
-        if now is None or not reaching(now.alignment, block):
+        if now is None or not reaching(now.haste, block):
             continue
         for t in analysis.timesteps:
             found = gradient_cosine(*now, batch, t, block, chunks=chunks, seed=analysis.seed)
-            rows += [{"step": step, "t": t, "loss": loss, "block": block, **_facts(products, run.study.analysis),
-                      "n": len(batch.x)} for loss, products in found.items()]  # fmt: skip
+            for loss, products in found.items():
+                low, high = products.interval(analysis.resamples, analysis.confidence, analysis.seed)
+                values = (step, t, loss, block, float(products.rho()), low, high, products.rho_corrected,
+                          products.norm_ratio, len(batch.x), len(products.cross))  # fmt: skip
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def block_of(run: Run) -> int:
-    """The block, from 0, on whose parameters gradients are compared: `analysis.block`, or the last below the depth.
+    """Block, from 0, on whose parameters gradients are compared: `analysis.block`, or the last below the depth.
 
     Raises:
         HasteError: the block does not exist, or lies above everything that is aligned.
@@ -94,58 +95,49 @@ def block_of(run: Run) -> int:
     return block
 
 
-def _facts(products: Products, analysis: config.Analysis) -> dict[str, Any]:
-    low, high = products.interval(analysis.resamples, analysis.confidence, analysis.seed)
-    return {
-        "rho": float(products.rho()), "low": low, "high": high, "rho_corrected": products.rho_corrected,
-        "norm_ratio": products.norm_ratio, "chunks": len(products.cross),
-    }  # fmt: skip
+def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None = None) -> pd.DataFrame:
+    """Readings of `OnlineAngle` at checkpoints of phase I, on the images, noise and noise levels of `conflict`.
 
-
-def online_rho(run: Run, step: int, n: int | None = None) -> pd.DataFrame:
-    """What `OnlineAngle` reads at a checkpoint of phase I, on the images, noise and noise levels of `conflict`.
-
-    One backward pass of the run's own loss a noise level. Empty where the run is not in phase I at that step: there is
-    no alignment to read it from.
+    One backward pass of the run's own loss a noise level. A step outside of phase I has no rows: it has no alignment
+    loss to read from.
 
     Args:
-        run: whose checkpoint. step: which. n: held-out images, `analysis.n` by default.
+        run: finished. steps: with a checkpoint; by default all that are kept. n: held-out images, `analysis.n` by
+            default.
 
     Returns:
         Columns: step, t, loss ("feature", "attention": those the run has), online (a cosine, in [-1, 1]), n (images).
     """
-    _, state = run.load(step, prefixes=("none",))
-    now = moment(run, step, _teacher(run), own=True) if state["termination"]["phase"] == 1 else None
-    if now is None:
-        return pd.DataFrame(columns=ONLINE_COLUMNS)
-    batch, analysis = held_out(run, n), run.study.analysis
-    eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
-    angle = OnlineAngle(next(now.model.parameters()).device, edges=(0.0, 1.0))
-    now.alignment.angle = angle
-    rows: list[dict[str, Any]] = []
-    for t in analysis.timesteps:
-        angle.reset()
-        for part, part_eps in split(batch, eps, parts):
-            losses = losses_at(*now, part, part_eps, t, watch=True)
-            total = torch.stack(list(losses.values())).sum() * len(part_eps) / len(eps)
-            torch.autograd.grad(total, list(now.model.parameters()), allow_unused=True)
-        rows += [{"step": step, "t": t, "loss": row["loss"], "online": row["cosine"], "n": row["count"]}
-                 for row in angle.read()]  # fmt: skip
-    return pd.DataFrame(rows, columns=ONLINE_COLUMNS)
-
-
-def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None = None) -> pd.DataFrame:
-    """`online_rho` at all kept steps, or at `steps`, in one table."""
-    found = [online_rho(run, step, n) for step in (run.config.train.kept_steps if steps is None else steps)]
-    rows = [row for table in found for row in table.to_dict("records")]
+    analysis, rows = run.study.analysis, []
+    for step in run.config.train.kept_steps if steps is None else steps:
+        _, state = run.load(step, prefixes=("none",))
+        if state["termination"]["phase"] != 1:
+            continue
+        now = moment(run, step, find_teacher(run.study, run.config.teacher), own=True)
+        if now is None:
+            continue
+        batch = held_out(run, n)
+        eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
+        angle = OnlineAngle(next(now.model.parameters()).device, edges=(0.0, 1.0))
+        now.haste.angle = angle
+        for t in analysis.timesteps:
+            angle.reset()
+            for part, part_eps in split(batch, eps, parts):
+                losses = losses_at(*now, part, part_eps, t, watch=True)
+                total = torch.stack(list(losses.values())).sum() * len(part_eps) / len(eps)
+                torch.autograd.grad(total, list(now.model.parameters()), allow_unused=True)
+            rows += [
+                {"step": step, "t": t, "loss": row["loss"], "online": row["cosine"], "n": row["count"]}
+                for row in angle.read()
+            ]
     return pd.DataFrame(rows, columns=ONLINE_COLUMNS)
 
 
 def moment(run: Run, step: int, teacher: Teacher, own: bool = False) -> Moment | None:
-    """The training weights of a checkpoint with the alignment to measure; None where nothing can be aligned.
+    """Training weights of a checkpoint with the alignment to measure; None if nothing can be aligned.
 
     Args:
-        run, step: which checkpoint. teacher: the run's.
+        run, step: the checkpoint. teacher: the run's.
         own: only the losses the run itself has; otherwise both, as far as there are layer pairs and a projector.
     """
     tensors, _ = run.load(step, prefixes=("model.", "alignment.projector."))
@@ -156,21 +148,17 @@ def moment(run: Run, step: int, teacher: Teacher, own: bool = False) -> Moment |
     settings = run.config.alignment if own else _switched_on(run, bool(projector))
     if not settings.active:
         return None
-    alignment = build_haste(run.config.model_copy(update={"alignment": settings}), model, teacher.to(device), seed=0)
-    if alignment.projector is not None:
-        alignment.projector.load_state_dict(projector)
-        alignment.projector.eval().to(device)
-    return Moment(model.eval().to(device), alignment, objective_of(model.kind))
+    haste = build_haste(run.config.model_copy(update={"alignment": settings}), model, teacher.to(device), seed=0)
+    if haste.projector is not None:
+        haste.projector.load_state_dict(projector)
+        haste.projector.eval().to(device)
+    return Moment(model.eval().to(device), haste, objective_of(model.kind))
 
 
 def _switched_on(run: Run, projector: bool) -> config.Alignment:
-    """The run's alignment with the study's weight, or the paper's, where the arm has none."""
+    """The run's alignment with the study's weight, or the paper's, if the arm has none."""
     own, base = run.config.alignment, run.study.alignment
     feature = own.lambda_feature or base.lambda_feature or WEIGHT
     attention = own.lambda_attention or base.lambda_attention or WEIGHT
     weights = {"lambda_feature": feature * projector, "lambda_attention": attention * bool(own.layer_pairs)}
     return own.model_copy(update=weights)
-
-
-def _teacher(run: Run) -> Teacher:
-    return find_teacher(run.study, run.config.teacher)

@@ -1,77 +1,78 @@
-"""What every analysis looks at: the same held-out images under the same noise, through the weights of a checkpoint.
+"""The measuring protocol of all analyses: held-out images and noise, averaged weights, taps of student and teacher.
 
-The field's protocol for looking inside a diffusion transformer (REPA, arXiv 2410.06940): averaged weights, the null
-label, one noise level at a time.
+REPA's protocol (arXiv 2410.06940): averaged weights, the null label, one noise level at a time, the same images under
+the same noise for every run and step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from haste_core.alignment import Grid, attention_logits, paired_heads, resample_attention
 from haste_core.devices import default_device
+from haste_core.errors import HasteError
 from haste_core.gradient_angle import noise
 from haste_core.models import DiffusionTransformer
 from haste_core.paths import objective_of
+from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.evaluation import generator_at
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
 from haste_core.study.train import build_generator, seeds_of
-from haste_core.taps import Tapped, Taps, tapped
+from haste_core.taps import QK, Tapped, Taps, tapped
+from haste_core.teacher import Teacher, TeacherOutput
 from haste_core.training import Batch
 
-# Images that go through a network at a time.
+# Images per forward pass.
 BATCH = 250
+# Entries of attention maps (B, H, N, N) held in memory at a time.
+MAP_NUMBERS = 2**22
 
 
 def held_out(run: Run, n: int | None = None) -> Batch:
-    """The first `n` held-out images without augmentation (`analysis.n` of the study by default, or all there are)."""
+    """First `n` held-out images without augmentation (`analysis.n` of the study by default, or all there are)."""
     return open_dataset(run.config.data).examples("test", n or run.study.analysis.n)
 
 
 def student_at(run: Run, step: int) -> DiffusionTransformer:
-    """The averaged generator of a checkpoint, in eval mode; step 0 is the run's network before any training."""
+    """Averaged generator of a checkpoint, in eval mode; step 0 is the run's network before any training."""
     if step > 0:
         return generator_at(run, step)[0]
     initial = build_generator(run.config, open_dataset(run.config.data), seeds_of(run.seed).weights)
     return initial.requires_grad_(False).eval().to(default_device())
 
 
-def everything(model: DiffusionTransformer) -> Taps:
-    """Taps for the tokens after every block (depths from 1) and q, k of every block (from 0)."""
-    count = len(model.blocks)
-    return Taps(depths=tuple(range(1, count + 1)), blocks=tuple(range(count)))
-
-
 def noised(model: DiffusionTransformer, x: Tensor, t: float, seed: int) -> tuple[Tensor, Tensor]:
-    """x (B, C, S, S) at noise level t in [0, 1], and the timesteps (B,) the model is given with it.
+    """x (B, C, S, S) at noise level t in [0, 1], and the timesteps (B,) that the model is given with it.
 
-    Image i gets the same noise at every t, in every run and at every step: it comes from `seed` alone.
+    Image i gets the same noise at every t, in every run and at every step: it depends on `seed` alone.
     """
     objective = objective_of(model.kind)
-    eps = noise(x, seed)
     at = objective.timesteps(torch.full((len(x),), t))
-    return objective.noised(x, eps, at), at
+    return objective.noised(x, noise(x, seed), at), at
 
 
 @torch.no_grad()
-def look(
+def student_output(
     model: DiffusionTransformer, x: Tensor, t: float, taps: Taps, seed: int, labels: Tensor | None = None
 ) -> Tapped:
-    """What a generator hands out for clean images x (B, C, S, S) at noise level t in [0, 1], in float32 on the CPU.
+    """Output and tapped tensors of a generator for clean images x at noise level t, float32 on the CPU.
 
     Args:
-        model: in eval mode. x: clean, as the generator models it. t: the noise level. taps: what is handed out.
-        seed: of the noise, see `noised`.
+        model: in eval mode. x: (B, C, S, S), clean, as the generator models it. t: noise level in [0, 1].
+        taps: the tokens, q and k to return. seed: of the noise, see `noised`.
         labels: (B,); the null label by default.
     """
-    seen = list(_passes(model, noised(model, x, t, seed), labels, taps))
+    parts = list(_passes(model, noised(model, x, t, seed), labels, taps))
     return Tapped(
-        _joined(s.output for s in seen),
-        {d: _joined(s.tokens[d] for s in seen) for d in taps.depths},
-        {b: (_joined(s.qk[b][0] for s in seen), _joined(s.qk[b][1] for s in seen)) for b in taps.blocks},
+        _joined(part.output for part in parts),
+        {depth: _joined(part.tokens[depth] for part in parts) for depth in taps.depths},
+        {b: (_joined(part.qk[b][0] for part in parts), _joined(part.qk[b][1] for part in parts)) for b in taps.blocks},
     )
 
 
@@ -79,14 +80,14 @@ def look(
 def patch_means(
     model: DiffusionTransformer, x: Tensor, t: float, depths: Iterable[int], seed: int
 ) -> dict[int, Tensor]:
-    """The mean over patch tokens after the blocks at `depths` (from 1), (B, D) float32 on the CPU by depth.
+    """Mean over patch tokens after the blocks at `depths` (from 1), (B, D) float32 on the CPU by depth.
 
-    The inputs are those of `look` with the null label. Tokens are averaged batch by batch: those of all blocks of a
-    large generator at once do not fit into memory.
+    The inputs are those of `student_output` with the null label. Tokens are averaged batch by batch: those of all
+    blocks of a large generator at once do not fit into memory.
     """
     taps = Taps(depths=tuple(depths))
-    seen = _passes(model, noised(model, x, t, seed), None, taps)
-    means = [{depth: tokens.float().mean(1) for depth, tokens in s.tokens.items()} for s in seen]
+    parts = _passes(model, noised(model, x, t, seed), None, taps)
+    means = [{depth: tokens.float().mean(1) for depth, tokens in part.tokens.items()} for part in parts]
     return {depth: _joined(part[depth] for part in means) for depth in taps.depths}
 
 
@@ -102,3 +103,108 @@ def _passes(
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.float().cpu() for part in parts])
+
+
+def middle_level(timesteps: Sequence[float]) -> float:
+    """Noise level nearest to t = 0.5, where the paper finds the alignment gradient most helpful (Fig. 4)."""
+    return min(timesteps, key=lambda t: abs(t - 0.5))
+
+
+def layer_pairs(run: Run, teacher: Teacher) -> list[tuple[int, int]]:
+    """Aligned (student block, teacher block) of a run, both from 0.
+
+    Those of the study for an arm without its own; the last block of each if the study names none either.
+    """
+    named = run.config.alignment.layer_pairs or run.study.alignment.layer_pairs
+    return [(int(s), int(t)) for s, t in named] or [(run.config.model.depth - 1, teacher.blocks - 1)]
+
+
+def aligned_heads(run: Run, teacher: Teacher) -> list[int]:
+    """Heads that a run aligns, or would align: head m of the student with head m of the teacher."""
+    return paired_heads(run.config.alignment.heads, run.config.model.heads, teacher.heads)
+
+
+def token_grid(model: config.Model, x: Tensor) -> Grid:
+    """Rows and columns of a generator's tokens for inputs x (B, C, S, S)."""
+    return x.shape[-2] // model.patch, x.shape[-1] // model.patch
+
+
+def maps_of(qk: QK, images: Tensor) -> Tensor:
+    """Attention maps (n, H, N, N) float64 of images (indices) from q and k of all images."""
+    return attention_logits(qk[0][images], qk[1][images]).double().softmax(-1)
+
+
+def other_images(count: int, seed: int) -> Tensor:
+    """Index of another image for each image, (count,): a seeded cycle through all of them.
+
+    Raises:
+        HasteError: there are fewer than two images.
+    """
+    if count < 2:
+        raise HasteError(f"analysis.n is {count}; expected at least 2, since a baseline compares with another image")
+    cycle = torch.randperm(count, generator=Generator().manual_seed(seed))
+    other = torch.empty_like(cycle)
+    other[cycle] = cycle.roll(-1)
+    return other
+
+
+class StudentTeacher:
+    """Held-out images of a study with the teacher's output on them, and the student's at any step and noise level.
+
+    Attention maps are float64 probabilities (B, H, N, N) over patch tokens on the student's token grid, where attention
+    is aligned (Sec. 2.3, Tables 11, 12, arXiv 2505.16792).
+
+    Args:
+        run: its aligned layer pairs and heads are compared, or the study's if it has none.
+        every_block: keep q and k of every block of the teacher, not of the aligned ones alone.
+        n: images; `analysis.n` of the study by default.
+    """
+
+    def __init__(self, run: Run, every_block: bool = False, n: int | None = None) -> None:
+        teacher = find_teacher(run.study, run.config.teacher)
+        self.run, self.batch = run, held_out(run, n)
+        self.pairs, self.heads = layer_pairs(run, teacher), aligned_heads(run, teacher)
+        self.grid, self.teacher_grid = token_grid(run.config.model, self.batch.x), teacher.grid
+        blocks = tuple(range(teacher.blocks)) if every_block else tuple(sorted({t for _, t in self.pairs}))
+        device = teacher.mean.device
+        parts = [teacher(images.to(device), blocks) for images in self.batch.images.split(BATCH)]
+        self.teacher = TeacherOutput(
+            _joined(part.tokens for part in parts),
+            {b: (_joined(p.qk[b][0] for p in parts), _joined(p.qk[b][1] for p in parts)) for b in blocks},
+        )
+        self._loaded: tuple[int, DiffusionTransformer] | None = None
+
+    @property
+    def student_blocks(self) -> tuple[int, ...]:
+        """Blocks of the student that are paired with one of the teacher's."""
+        return tuple(sorted({s for s, _ in self.pairs}))
+
+    @property
+    def steps(self) -> list[int]:
+        """0 for the untrained network, and every kept checkpoint."""
+        return [0, *self.run.config.train.kept_steps]
+
+    def student(self, step: int, t: float, taps: Taps) -> Tapped:
+        """Tapped tensors of the averaged student of a step at noise level t, under the null label."""
+        if self._loaded is None or self._loaded[0] != step:
+            self._loaded = step, student_at(self.run, step)
+        return student_output(self._loaded[1], self.batch.x, t, taps, self.run.study.analysis.seed)
+
+    def teacher_maps(self, block: int, images: Tensor) -> Tensor:
+        """Teacher's maps of images (indices), all its heads, on the student's grid."""
+        return resample_attention(maps_of(self.teacher.qk[block], images), self.teacher_grid, self.grid).double()
+
+    def facts(self, step: int, t: float) -> dict[str, Any]:
+        """Columns that every row of a table has: step, t, n."""
+        return {"step": step, "t": t, "n": len(self.batch.x)}
+
+    def averaged(self, measured: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Means over all images of `measured`, called with indices of as many images as their maps fit into memory."""
+        heads = max(self.run.config.model.heads, *(q.shape[1] for q, _ in self.teacher.qk.values()))
+        tokens = max(self.grid[0] * self.grid[1], self.teacher_grid[0] * self.teacher_grid[1])
+        parts = torch.arange(len(self.batch.x)).split(max(1, MAP_NUMBERS // (heads * tokens**2)))
+        found = [(len(part), measured(part)) for part in parts]
+        total = sum(count for count, _ in found)
+        return {
+            name: torch.stack([count * values[name] for count, values in found]).sum(0) / total for name in found[0][1]
+        }

@@ -1,36 +1,111 @@
-"""How similar the generator's and the teacher's representations are: CKA, CKNNA, shared nearest neighbours.
+"""Similarity of the generator's and the teacher's representations: CKA, CKNNA, mutual neighbours, linear probing.
 
-Fig. 6, arXiv 2505.16792; the measures are those of its sources, computed in float64. Features are (n, d), tensors or
+Fig. 6, arXiv 2505.16792; the measures are those of their sources, computed in float64. Features are (n, d), tensors or
 arrays, row i of both sides belonging to image i; the widths may differ. Every measure is invariant under rotations and
-scalings of either side. None is clamped, and each is NaN where one side does not vary at all.
+scalings of either side. None is clamped, and each is NaN if one side does not vary at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from haste_core.analysis import probe
-from haste_core.analysis.kernels import Kernels, correlation, drawn_again, inner, resampled_hsic
 from haste_core.errors import HasteError
+from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import find_teacher
 from haste_core.teacher import Teacher
 
-# Rows of a table whose value depends on k.
-WITH_NEIGHBOURS = ("cknna", "mutual_knn")
 
+class Kernels:
+    """Kernel matrices (n, n) of one set of features, float64, each computed when first read.
 
-def linear_cka_biased(x: Any, y: Any) -> float:
-    """Linear CKA from the biased HSIC, in [0, 1] (Kornblith et al. 2019).
+    Args:
+        features: (n, d), a tensor or an array.
 
-    It goes to 1 when features outnumber images, even for independent ones: here to compare with older numbers only.
+    Raises:
+        HasteError: not two dimensions, or fewer than four images, for which no unbiased estimate exists.
     """
-    return _cka_biased(*_sides(x, y), 0)
+
+    def __init__(self, features: Any) -> None:
+        self.features = torch.as_tensor(features).detach().cpu().double()
+        if self.features.ndim != 2 or len(self.features) < 4:
+            raise HasteError(f"features of shape {tuple(self.features.shape)}; expected (n, d) of at least 4 images")
+        self._own: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Inner products of the centred features: no measure depends on the mean, and centring saves precision."""
+        centred = self.features - self.features.mean(0)
+        return centred @ centred.T
+
+    @cached_property
+    def double_centred(self) -> Tensor:
+        """H K H with H = 1 - 11^T / n; inner products of such matrices are the biased HSIC times (n - 1)^2."""
+        return self.gram - self.gram.mean(0) - self.gram.mean(1, keepdim=True) + self.gram.mean()
+
+    @cached_property
+    def u_centred(self) -> Tensor:
+        """Kernel centred without its diagonal; inner products are HSIC_1 (Song et al. 2012) times n (n - 3)."""
+        n, hollow = len(self), self.gram.clone().fill_diagonal_(0)
+        rows, total = hollow.sum(1), hollow.sum()
+        centred = hollow - (rows[:, None] + rows) / (n - 2) + total / ((n - 1) * (n - 2))
+        return centred.fill_diagonal_(0)
+
+    @cached_property
+    def cosine(self) -> Tensor:
+        """Cosines between the features, not centred; the diagonal is zero."""
+        unit = F.normalize(self.features, dim=1)
+        return (unit @ unit.T).fill_diagonal_(0)
+
+    @cached_property
+    def _ranks(self) -> Tensor:
+        hidden = self.cosine.clone().fill_diagonal_(-torch.inf)
+        return hidden.argsort(dim=1, descending=True, stable=True)
+
+    def neighbours(self, k: int) -> Tensor:
+        """(n, n) bool, True at [i, j] if j is among the k nearest of i by cosine, i itself left out.
+
+        Ties go to the first image in order.
+
+        Raises:
+            HasteError: k is not in 1 to n - 1.
+        """
+        if not 1 <= k < len(self):
+            raise HasteError(
+                f"k is {k} nearest neighbours, but there are {len(self)} images; expected 1 to {len(self) - 1}"
+            )
+        chosen = torch.zeros(len(self), len(self), dtype=torch.bool)
+        return chosen.scatter_(1, self._ranks[:, :k], True)
+
+    def local(self, other: Kernels, k: int) -> float:
+        """n (n - 3) times HSIC_1 of both cosine kernels, restricted to the neighbours that both sides share."""
+        if other is self and k in self._own:
+            return self._own[k]
+        n, common = len(self), self.neighbours(k) & other.neighbours(k)
+        p, q = self.cosine * common, other.cosine * common
+        means = p.sum() * q.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (p.sum(0) @ q.sum(1))
+        value = float((p * q.T).sum()) + float(means)
+        if other is self:
+            self._own[k] = value
+        return value
 
 
 def linear_cka(x: Any, y: Any) -> float:
@@ -38,31 +113,17 @@ def linear_cka(x: Any, y: Any) -> float:
 
     Only the three HSIC are unbiased, not their ratio; it may be slightly negative.
     """
-    return _cka(*_sides(x, y), 0)
+    a, b = _sides(x, y)
+    return _correlation(a.u_centred, b.u_centred)
 
 
-def minibatch_cka(batches: Iterable[tuple[Any, Any]]) -> float:
-    """Linear CKA over minibatches (Nguyen et al. 2021): each HSIC_1 averaged over them, then the ratio, once.
+def linear_cka_biased(x: Any, y: Any) -> float:
+    """Linear CKA from the biased HSIC, in [0, 1] (Kornblith et al. 2019).
 
-    Args:
-        batches: pairs (x, y) of one size; a last batch that is shorter is dropped.
-
-    Raises:
-        HasteError: there is no batch, or one that is not the last has another size than the first.
+    For comparison with older numbers only: it goes to 1 if features outnumber images, even for independent ones.
     """
-    sizes: list[int] = []
-    sums = torch.zeros(3, dtype=torch.float64)
-    for x, y in batches:
-        sizes.append(len(x))
-        if len(x) > sizes[0] or min(sizes[:-1], default=sizes[0]) < sizes[0]:
-            raise HasteError(f"batches of {', '.join(map(str, sizes))} images; possible: one size, a shorter last one")
-        if len(x) == sizes[0]:
-            # The factor 1 / (n (n - 3)) is the same in every term and falls out of the ratio.
-            a, b = (side.u_centred for side in _sides(x, y))
-            sums += torch.tensor([inner(a, b), inner(a, a), inner(b, b)], dtype=torch.float64)
-    if not sizes:
-        raise HasteError("no batches; possible: at least one pair of features")
-    return float(sums[0] / (sums[1] * sums[2]).sqrt())
+    a, b = _sides(x, y)
+    return _correlation(a.double_centred, b.double_centred)
 
 
 def cknna(x: Any, y: Any, k: int) -> float:
@@ -81,77 +142,92 @@ def cknna(x: Any, y: Any, k: int) -> float:
     Raises:
         HasteError: k is not in 2 to n - 1 (no pair need be near in both directions at k = 1).
     """
-    return _cknna(*_sides(x, y), k)
+    a, b = _sides(x, y)
+    if k < 2:
+        raise HasteError(f"k of CKNNA is {k}; expected 2 to {len(a) - 1}")
+    norms = a.local(a, k) * b.local(b, k)
+    return a.local(b, k) / norms**0.5 if norms > 0 else math.nan
 
 
 def mutual_knn(x: Any, y: Any, k: int) -> float:
-    """The share of an image's k nearest neighbours (by cosine) that both sides agree on, mean over images, in [0, 1].
+    """Share of an image's k nearest neighbours (by cosine) that both sides have in common, mean over images, in [0, 1].
 
     Huh et al. 2024, arXiv 2405.07987. For independent features about k / (n - 1).
 
     Raises:
         HasteError: k is not in 1 to n - 1.
     """
-    return _mutual_knn(*_sides(x, y), k)
+    a, b = _sides(x, y)
+    return float((a.neighbours(k) & b.neighbours(k)).sum()) / (k * len(a))
 
 
-def shuffled(measure: Callable[[Any, Any], float], x: Any, y: Any, seed: int = 0, permutations: int = 5) -> float:
-    """A measure between x and the rows of y in random order: what it gives where nothing belongs together.
-
-    Args:
-        measure: of two sets of features, such as `linear_cka`.
-        x, y: (n, d). seed: of the orders. permutations: how many the mean is over.
-    """
-    y = torch.as_tensor(y)
-    values = [measure(x, y[order]) for order in orders(len(y), seed, permutations)]
-    return sum(values) / len(values)
+def _sides(x: Any, y: Any) -> tuple[Kernels, Kernels]:
+    a, b = (side if isinstance(side, Kernels) else Kernels(side) for side in (x, y))
+    if len(a) != len(b):
+        raise HasteError(f"features of {len(a)} and of {len(b)} images; expected the same images on both sides")
+    return a, b
 
 
-def orders(n: int, seed: int, count: int) -> list[Tensor]:
-    """`count` random orders of n rows."""
-    generator = Generator().manual_seed(seed)
-    return [torch.randperm(n, generator=generator) for _ in range(count)]
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Inner product of two matrices over their norms, in [-1, 1]; NaN if one is zero."""
+    return float((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt())
+
+
+MEASURES: dict[str, Callable[[Any, Any, int], float]] = {
+    "cka": lambda x, y, k: linear_cka(x, y),
+    "cka_biased": lambda x, y, k: linear_cka_biased(x, y),
+    "cknna": cknna,
+    "mutual_knn": mutual_knn,
+}
 
 
 def cka_interval(x: Any, y: Any, resamples: int, confidence: float, seed: int) -> tuple[float, float]:
-    """The percentile bootstrap interval over images of `linear_cka`; copies of one image are never a pair."""
+    """Percentile bootstrap interval of `linear_cka` over images; copies of one image are never a pair."""
     a, b = (side.gram for side in _sides(x, y))
-    weights = drawn_again(len(a), resamples, seed)
+    weights = bootstrap_counts(len(a), resamples, seed)
     cross, own_a, own_b = (resampled_hsic(*pair, weights) for pair in ((a, b), (a, a), (b, b)))
     bounds = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = torch.quantile(cross / (own_a * own_b).sqrt(), bounds).tolist()
     return low, high
 
 
-def _sides(x: Any, y: Any) -> tuple[Kernels, Kernels]:
-    a, b = (side if isinstance(side, Kernels) else Kernels(side) for side in (x, y))
-    if len(a) != len(b):
-        raise HasteError(f"features of {len(a)} and of {len(b)} images; possible: the same images on both sides")
-    return a, b
+def bootstrap_counts(n: int, resamples: int, seed: int) -> Tensor:
+    """Number of times each of n images is drawn when n are drawn with replacement, (resamples, n) float64."""
+    chosen = torch.randint(n, (resamples, n), generator=Generator().manual_seed(seed))
+    return torch.zeros(resamples, n).double().scatter_add_(1, chosen, torch.ones(1).double().expand_as(chosen))
 
 
-def _cka_biased(x: Kernels, y: Kernels, _: int) -> float:
-    return correlation(x.double_centred, y.double_centred)
+def resampled_hsic(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """HSIC_1 of two kernels over images drawn `weights` (resamples, n) times each, (resamples,).
+
+    HSIC_1 is a sum of three means over distinct images: of K_ij L_ij, of K_ij L_iq, and of K_ij L_qr (Song et al.
+    2012). Every tuple of distinct images counts as often as it is drawn. Two copies of one image are not a pair: as a
+    pair they would bring back the diagonal whose absence makes the estimate unbiased, and the resampled values would
+    lie above it. Not in the paper. With weights of one it is HSIC_1 itself.
+    """
+    hollow = (a.clone().fill_diagonal_(0), b.clone().fill_diagonal_(0))
+    sums = zip(_distinct_sums(*hollow, weights), _distinct_counts(weights), strict=True)
+    pairs, triples, quads = (value / count for value, count in sums)
+    return pairs + quads - 2 * triples
 
 
-def _cka(x: Kernels, y: Kernels, _: int) -> float:
-    return correlation(x.u_centred, y.u_centred)
+def _distinct_sums(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of w_i w_j.. a_ij b_.. over distinct indices: over all tuples, less those with two equal indices."""
+    rows, both = (w @ a) * (w @ b), a * b
+    same = (w**2) @ both
+    pairs = (w * (w @ both)).sum(1)
+    triples = (w * (rows - same)).sum(1)
+    one_shared = (w**2 * (rows - same)).sum(1)
+    two_shared = (w**2 * same).sum(1)
+    everything = (w * (w @ a)).sum(1) * (w * (w @ b)).sum(1)
+    return pairs, triples, everything - 4 * one_shared - 2 * two_shared
 
 
-def _cknna(x: Kernels, y: Kernels, k: int) -> float:
-    if k < 2:
-        raise HasteError(f"CKNNA with k {k}; possible: 2 to {len(x) - 1}")
-    norms = x.local(x, k) * y.local(y, k)
-    return x.local(y, k) / norms**0.5 if norms > 0 else float("nan")
-
-
-def _mutual_knn(x: Kernels, y: Kernels, k: int) -> float:
-    return float((x.neighbours(k) & y.neighbours(k)).sum()) / (k * len(x))
-
-
-MEASURES: dict[str, Callable[[Kernels, Kernels, int], float]] = {
-    "cka": _cka, "cka_biased": _cka_biased, "cknna": _cknna, "mutual_knn": _mutual_knn,
-}  # fmt: skip
+def _distinct_counts(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of pairs, triples and quads of distinct images, from the sums of powers of w."""
+    s1, s2, s3, s4 = ((w**power).sum(1) for power in (1, 2, 3, 4))
+    quads = s1**4 - 6 * s1**2 * s2 + 8 * s1 * s3 + 3 * s2**2 - 6 * s4
+    return s1**2 - s2, s1**3 - 3 * s1 * s2 + 2 * s3, quads
 
 
 class Pair(NamedTuple):
@@ -162,35 +238,30 @@ class Pair(NamedTuple):
 
 
 def aligned_pair(run: Run, teacher: Teacher) -> Pair:
-    """What feature alignment brings together (Eq. 1): the run's aligned depth and the teacher's last block.
+    """The pair that feature alignment compares (Eq. 1): the run's aligned depth and the teacher's last block.
 
-    Arms without alignment have the depth of the study's; a generator with fewer blocks is looked at in its last.
+    An arm without alignment has the study's depth; a generator with fewer blocks is measured in its last.
     """
     return Pair(min(run.config.alignment.depth, run.config.model.depth), teacher.blocks - 1)
 
 
-def middle_level(timesteps: Sequence[float]) -> float:
-    """The one nearest to t = 0.5, where the paper finds the alignment gradient most helpful (Fig. 4)."""
-    return min(timesteps, key=lambda t: abs(t - 0.5))
-
-
 def teacher_means(teacher: Teacher, images: Tensor) -> dict[int, Tensor]:
-    """The teacher's patch tokens averaged over patches, (n, D) float32 on the CPU by block from 0.
+    """Mean over the teacher's patch tokens, (n, D) float32 on the CPU by block from 0.
 
-    Those of the last block are taken after the final norm: the features that the student is aligned with.
+    Tokens of the last block are taken after the final norm: the features that the student is aligned with.
 
     Args:
         teacher: frozen. images: (n, C, S, S) in [-1, 1].
     """
     last, parts = teacher.blocks - 1, []
     for batch in images.split(probe.BATCH):
-        seen = teacher.block_tokens(batch.to(teacher.mean.device), range(last)) if last else {}
-        seen[last] = teacher(batch.to(teacher.mean.device)).tokens
-        parts.append({block: tokens.float().mean(1).cpu() for block, tokens in seen.items()})
+        tokens = teacher.block_tokens(batch.to(teacher.mean.device), range(last)) if last else {}
+        tokens[last] = teacher(batch.to(teacher.mean.device)).tokens
+        parts.append({block: value.float().mean(1).cpu() for block, value in tokens.items()})
     return {block: torch.cat([part[block] for part in parts]) for block in range(teacher.blocks)}
 
 
-def measure(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFrame:
+def block_similarity(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFrame:
     """Similarity of student and teacher blocks over the run's checkpoints, by REPA's protocol.
 
     Averaged weights, null label, mean over patch tokens, held-out images (`analysis.n`); step 0 is the untrained
@@ -203,60 +274,104 @@ def measure(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFrame:
     Returns:
         Columns: step, t, depth (from 1), teacher_block (from 0), aligned (True for the pair of Eq. 1), measure ("cka",
         "cka_biased", "cknna", "mutual_knn"), value, baseline (mean over shuffled pairs of images), low, high
-        (bootstrap interval over images, for "cka" of the aligned pair; else NaN), n (images), k (NaN where there is
-        none).
+        (bootstrap interval over images, for "cka" of the aligned pair; else NaN), n (images), k (NaN for both CKA).
     """
     settings = run.study.analysis
     examples, teacher = probe.held_out(run), find_teacher(run.study, run.config.teacher)
     targets = {b: Kernels(means) for b, means in teacher_means(teacher, examples.images).items()}
-    pair, middle = aligned_pair(run, teacher), middle_level(settings.timesteps)
-    order = orders(len(examples.x), settings.seed, permutations)
+    pair, middle = aligned_pair(run, teacher), probe.middle_level(settings.timesteps)
+    generator = Generator().manual_seed(settings.seed)
+    orders = [torch.randperm(len(examples.x), generator=generator) for _ in range(permutations)]
     rows: list[dict[str, Any]] = []
     for step in (0, *run.config.train.kept_steps):
         model = probe.student_at(run, step)
         for t in settings.timesteps:
             depths = range(1, len(model.blocks) + 1) if t == middle else [pair.depth]
-            found = probe.patch_means(model, examples.x, t, depths, settings.seed)
-            blocks = targets if t == middle else {pair.teacher_block: targets[pair.teacher_block]}
-            for row in _compared({d: Kernels(means) for d, means in found.items()}, blocks, order, k):
-                whole = {"step": step, "t": t, **row, "low": float("nan"), "high": float("nan")}
-                whole["aligned"] = (row["depth"], row["teacher_block"]) == pair
-                if whole["aligned"] and row["measure"] == "cka":
-                    sides = found[pair.depth], targets[pair.teacher_block]
-                    whole["low"], whole["high"] = cka_interval(
-                        *sides, settings.resamples, settings.confidence, settings.seed
-                    )
-                rows.append(whole)
-    columns = [
-        "step",
-        "t",
-        "depth",
-        "teacher_block",
-        "aligned",
-        "measure",
-        "value",
-        "baseline",
-        "low",
-        "high",
-        "n",
-        "k",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+            means = probe.patch_means(model, examples.x, t, depths, settings.seed)
+            students = {depth: Kernels(features) for depth, features in means.items()}
+            for block in targets if t == middle else [pair.teacher_block]:
+                target = targets[block]
+                unrelated = [Kernels(target.features[order]) for order in orders]
+                for depth, student in students.items():
+                    aligned, place = (depth, block) == pair, {"step": step, "t": t, "depth": depth}
+                    place |= {"teacher_block": block, "aligned": aligned}
+                    for name, between in MEASURES.items():
+                        low, high = math.nan, math.nan
+                        if aligned and name == "cka":
+                            low, high = cka_interval(
+                                student, target, settings.resamples, settings.confidence, settings.seed
+                            )
+                        baseline = sum(between(student, other, k) for other in unrelated) / len(unrelated)
+                        found = {"measure": name, "value": between(student, target, k), "baseline": baseline}
+                        facts = {"n": len(student), "k": math.nan if name.startswith("cka") else k}
+                        rows.append(place | found | {"low": low, "high": high} | facts)
+    return pd.DataFrame(rows)
 
 
-def _compared(
-    students: dict[int, Kernels], teachers: dict[int, Kernels], order: list[Tensor], k: int
-) -> Iterator[dict[str, Any]]:
-    for block, target in teachers.items():
-        unrelated = [Kernels(target.features[chosen]) for chosen in order]
-        for depth, student in students.items():
-            for name, between in MEASURES.items():
-                yield {
-                    "depth": depth,
-                    "teacher_block": block,
-                    "measure": name,
-                    "value": between(student, target, k),
-                    "baseline": sum(between(student, other, k) for other in unrelated) / len(unrelated),
-                    "n": len(student),
-                    "k": k if name in WITH_NEIGHBOURS else float("nan"),
-                }
+def linear_probe(features_train: Any, labels_train: Any, features_test: Any, labels_test: Any) -> float:
+    """Test accuracy, in [0, 1], of a linear classifier on standardised features.
+
+    REPA's probe is BatchNorm1d under a linear softmax layer trained by SGD. Here features are standardised by the
+    training features' mean and deviation, and the layer is scikit-learn's `LogisticRegression` (C = 1, a weak L2
+    penalty, without which separable classes have no solution). The problem is convex and solved to convergence, so
+    there is neither a learning rate to tune nor a seed: the same features give the same accuracy.
+
+    Args:
+        features_train, features_test: (n, d), (m, d), tensors or arrays. labels_train, labels_test: (n,), (m,).
+
+    Raises:
+        HasteError: fewer than two classes to train on, or a test label that no training image has.
+    """
+    known, tested = np.unique(np.asarray(labels_train)), np.unique(np.asarray(labels_test))
+    if len(known) < 2 or not np.isin(tested, known).all():
+        raise HasteError(
+            f"a probe trained on {len(known)} classes and tested on {len(tested)}, of which "
+            f"{int((~np.isin(tested, known)).sum())} are new; expected at least two classes, and every tested one "
+            "among the training images: use more of them"
+        )
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, tol=1e-6))
+    # Waking threads for each product of so small a problem makes it ten times slower.
+    with threadpool_limits(1):
+        classifier.fit(np.asarray(features_train, dtype=np.float64), np.asarray(labels_train))
+        return float(classifier.score(np.asarray(features_test, dtype=np.float64), np.asarray(labels_test)))
+
+
+def linear_probing(run: Run, timesteps: Sequence[float] | None = None, train: int = 2000) -> pd.DataFrame:
+    """Accuracy of `linear_probe` after every block over the run's checkpoints, and on the teacher's final tokens.
+
+    Averaged weights, null label, mean over patch tokens; trained on training images without augmentation, tested on
+    held-out ones (`analysis.n`). Step 0 is the untrained network.
+
+    Args:
+        run: finished. timesteps: noise levels in [0, 1]; by default the one of `analysis.timesteps` nearest to 0.5.
+        train: number of training images, or as many as there are.
+
+    Returns:
+        Columns: network ("student" or "teacher"), step, t, depth (from 1), accuracy, low, high (Wilson interval over
+        the tested images), chance (accuracy of always naming the most frequent class), n (tested), n_train. The
+        teacher's one row has step 0 and t 0: it sees clean images and is not trained.
+    """
+    settings = run.study.analysis
+    levels = list(timesteps or [probe.middle_level(settings.timesteps)])
+    fitted, tested = open_dataset(run.config.data).examples("train", train), probe.held_out(run)
+    n = len(tested.y)
+    facts = {"chance": float((tested.y == fitted.y.mode().values).float().mean()), "n": n, "n_train": len(fitted.y)}
+
+    def row(network: str, step: int, t: float, depth: int, features: tuple[Any, Any]) -> dict[str, Any]:
+        accuracy = linear_probe(features[0], fitted.y, features[1], tested.y)
+        interval = binomtest(round(accuracy * n), n).proportion_ci(settings.confidence, method="wilson")
+        place = {"network": network, "step": step, "t": t, "depth": depth}
+        return place | {"accuracy": accuracy, "low": float(interval.low), "high": float(interval.high)} | facts
+
+    teacher = find_teacher(run.study, run.config.teacher)
+    last = [teacher_means(teacher, part.images)[teacher.blocks - 1] for part in (fitted, tested)]
+    rows = [row("teacher", 0, 0.0, teacher.blocks, (last[0], last[1]))]
+    for step in (0, *run.config.train.kept_steps):
+        model = probe.student_at(run, step)
+        depths = range(1, len(model.blocks) + 1)
+        for t in levels:
+            # Different seeds, so that image i of both sets does not share its noise.
+            trained = probe.patch_means(model, fitted.x, t, depths, settings.seed + 1)
+            held = probe.patch_means(model, tested.x, t, depths, settings.seed)
+            rows += [row("student", step, t, depth, (trained[depth], held[depth])) for depth in depths]
+    return pd.DataFrame(rows)

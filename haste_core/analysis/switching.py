@@ -1,22 +1,25 @@
-"""When to switch: scores over tau, and which trigger would have found the best one.
+"""Arms of a study against each other: when to switch alignment off, and the effect of other choices.
 
-Fig 7, Tables 4, 9, 10, arXiv 2505.16792. Arms that differ in nothing but their switch branch from one always-on run
-(`Study.donor`), so a sweep costs only its tails, and every trigger can be replayed over that run's log
-(`termination.replay`): up to its own switch any other run logs the same.
+Fig. 7, Tables 4, 9, 10, arXiv 2505.16792. Everything is read from the rows of fid.csv (`Report.scores`) and from logs.
+Differences of log FID are paired by seed, so that data order, noise and initial weights cancel. Arms that differ in
+their switch alone branch from one always-on run (`Study.donor`), so a sweep costs only its tails, and every trigger can
+be replayed over that run's log (`termination.replay`): up to its own switch any other run logs the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, unknown
+from haste_core.sampling import passes, times_of
 from haste_core.study import config
-from haste_core.study.claims import interval, one_card
+from haste_core.study.evaluation import Scorer, evaluation_samples
+from haste_core.study.judging import Curves, curves_of, interval, one_card
 from haste_core.study.runs import Run
 from haste_core.study.train import trigger_of
 from haste_core.termination import Line, alignment_loss, replay
@@ -27,16 +30,24 @@ LOGGED = ["arm", "seed", "step", "alignment", "gradient_angle", "online_angle"]
 SWEEP = ["family", "arm", "seed", "tau", "fade", "step", "fid", "log_ratio", "n"]
 FIRED = ["family", "trigger", "kind", "seed", "tau", "readings", "gaps"]
 NEAREST = ["family", "trigger", "seed", "tau", "fid", "best_tau", "best_fid", "regret", "regret_never", "steps_away"]
-# So many switches make a sweep.
+RANKING = ["family", "trigger", "tau", "fired", "regret", "low", "high", "steps_away", "seeds"]
+PAIRED = ["group", "arm", "reference", "step", "seed", "gain", "fid", "n"]
+LATE = ["arm", "baseline", "measure", "step", "gain", "low", "high", "seeds", "verdict"]
+PLANE = ["arm", "weight", "tau", "measure", "against", "step", "ratio", "low", "high", "seeds"]
+_GRID_SCORES = ["fid", "fid_unlabelled", "fd_pixel", "precision", "recall"]
+GRID = ["step", "grid", "calls", "last_t", *_GRID_SCORES, "n"]
+# Least number of switches in a sweep.
 FEWEST = 3
+# Scores on which harm is looked for: image quality, and detail near the data.
+MEASURES = ("fid", "near_data")
 
 
 def card(study: config.Study) -> dict[str, Any]:
-    """What this module's tables depend on beside their runs: triggers, what runs log, and their columns."""
+    """Settings of the tables on switching beside their runs: triggers, arms that log angles, and columns."""
     return {
         "triggers": {name: trigger.model_dump(mode="json") for name, trigger in study.triggers.items()},
         "watched": [arm for arm in study.arms if study.run(arm).train.watch_angle],
-        # A table that an earlier version wrote with others is measured again.
+        # So that a table which an earlier version wrote with other columns is measured again.
         "columns": [LOGGED, SWEEP, FIRED, NEAREST],
     }
 
@@ -55,11 +66,24 @@ def families(study: config.Study) -> dict[str, list[str]]:
     return found
 
 
+def always_on(study: config.Study, seeds: Sequence[int] | None = None) -> list[Run]:
+    """Always-on runs of a study over whose logs triggers are replayed: its main arms, and those others branch from.
+
+    Raises:
+        HasteError: the study has none.
+    """
+    swept = families(study)
+    arms = [arm for arm in study.arms if study.run(arm).tau == math.inf and (arm in study.main or arm in swept)]
+    if not arms:
+        raise HasteError(f"study {study.name} has no arm that stays aligned; add an arm without `termination`")
+    return [Run(study, arm, seed) for arm in arms for seed in (study.seeds_of(arm) if seeds is None else seeds)]
+
+
 def sweep(study: config.Study, scores: pd.DataFrame) -> pd.DataFrame:
     """Scores of every family over tau and training steps.
 
     Args:
-        study: whose arms. scores: rows of fid.csv.
+        study: its arms. scores: rows of fid.csv.
 
     Returns:
         family (the always-on arm), arm, seed, tau (steps; the last step of the run for the always-on arm), fade
@@ -80,14 +104,14 @@ def sweep(study: config.Study, scores: pd.DataFrame) -> pd.DataFrame:
             settings, place = study.run(score["arm"]), (score["seed"], score["step"])
             tau = min(settings.tau, settings.train.steps)
             if place in on.index and (score["step"] >= tau or score["arm"] == family):
-                facts = {"family": family, "arm": score["arm"], "seed": score["seed"], "tau": int(tau)}
-                facts |= {"fade": settings.termination.fade, "step": score["step"], "fid": score["fid"]}
-                rows.append(facts | {"log_ratio": math.log(score["fid"] / on[place]), "n": score["n"]})
+                values = (family, score["arm"], score["seed"], int(tau), settings.termination.fade, score["step"],
+                          score["fid"], math.log(score["fid"] / on[place]), score["n"])  # fmt: skip
+                rows.append(dict(zip(SWEEP, values, strict=True)))
     return pd.DataFrame(rows, columns=SWEEP)
 
 
 def logs(runs: Sequence[Run]) -> pd.DataFrame:
-    """What triggers read in the logs of runs: arm, seed, step, alignment (loss), both angles (NaN: not logged)."""
+    """Measurements in the logs of runs: arm, seed, step, alignment (loss), both angles (NaN: not logged)."""
     rows = [
         {"arm": run.arm, "seed": run.seed, "step": line["step"], "alignment": alignment_loss(line)}
         | {angle: line.get(angle, math.nan) for angle in ("gradient_angle", "online_angle")}
@@ -98,13 +122,13 @@ def logs(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def fired(triggers: Mapping[str, config.Termination], runs: Iterable[Run]) -> pd.DataFrame:
-    """Where each trigger would have switched each of these always-on runs off.
+    """Step at which each trigger would have switched each of these always-on runs off.
 
     Returns:
-        family (the run's arm), trigger (its name), kind, seed, tau (step; NaN where it never fired), readings (logged
-        lines it could read; 0 where the run did not log what it reads, which is not the same as never firing), gaps
-        (lines up to tau at which it would have looked and found no reading, as where a run went on with
-        `train.watch_angle` that it had not begun with; such a tau says nothing about the trigger).
+        family (the run's arm), trigger (its name), kind, seed, tau (step; NaN if it never fired), readings (logged
+        lines it could read; 0 if the run did not log its measurement, which is not the same as never firing), gaps
+        (lines up to tau that it should have read but that hold no reading, as if a run was continued with
+        `train.watch_angle` after starting without; such a tau says nothing about the trigger).
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -114,10 +138,8 @@ def fired(triggers: Mapping[str, config.Termination], runs: Iterable[Run]) -> pd
             tau = replay(trigger_of(settings), log) if readings else None
             looked = [line for line in log if _looks(settings, line["step"]) and line["step"] <= (tau or math.inf)]
             gaps = sum(not _readable(settings.kind, line) for line in looked)
-            rows.append(
-                {"family": run.arm, "trigger": name, "kind": settings.kind, "seed": run.seed,
-                 "tau": math.nan if tau is None else tau, "readings": readings, "gaps": gaps}
-            )  # fmt: skip
+            values = (run.arm, name, settings.kind, run.seed, math.nan if tau is None else tau, readings, gaps)
+            rows.append(dict(zip(FIRED, values, strict=True)))
     return pd.DataFrame(rows, columns=FIRED)
 
 
@@ -133,7 +155,7 @@ def _readable(kind: str, line: Line) -> bool:
 
 
 def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """How good each trigger's tau is at the end of training, beside the best of the sweep.
+    """FID at the end of training with each trigger's tau, beside the best of the sweep.
 
     FID at the end is interpolated linearly, log FID in log tau, between the sweep's points; a tau beyond them counts
     as the nearest of them, and a trigger that never fired as the always-on run. Fading arms are no points.
@@ -143,8 +165,8 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         family, trigger, seed, tau (NaN: never), fid (there), best_tau, best_fid (of the sweep), regret (log FID there
-        minus the best, at least 0; NaN where the log held nothing to read or had gaps), regret_never (of the
-        always-on run), steps_away (tau minus best_tau). Families with fewer than three taus have no rows.
+        minus the best, at least 0; NaN if the log held nothing to read or had gaps), regret_never (of the always-on
+        run), steps_away (tau minus best_tau). Families with fewer than three taus have no rows.
     """
     rows: list[dict[str, Any]] = []
     for (family, seed), part in swept[swept["fade"] == 0].groupby(["family", "seed"], sort=False):
@@ -157,17 +179,16 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
             used = trigger["tau"] if trigger["tau"] == trigger["tau"] else never
             judged = trigger["readings"] > 0 and trigger["gaps"] == 0
             there = float(np.interp(math.log(used), np.log(taus), values)) if judged else math.nan
-            rows.append(
-                {"family": family, "trigger": trigger["trigger"], "seed": seed, "tau": trigger["tau"],
-                 "fid": math.exp(there), "best_tau": taus[best], "best_fid": math.exp(values[best]),
-                 "regret": there - values[best], "regret_never": values[-1] - values[best],
-                 "steps_away": used - taus[best] if judged else math.nan}
-            )  # fmt: skip
+            away = used - taus[best] if judged else math.nan
+            place = (family, trigger["trigger"], seed, trigger["tau"])
+            fids = (math.exp(there), taus[best], math.exp(values[best]))
+            costs = (there - values[best], values[-1] - values[best], away)
+            rows.append(dict(zip(NEAREST, (*place, *fids, *costs), strict=True)))
     return pd.DataFrame(rows, columns=NEAREST)
 
 
 def ranking(table: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Triggers of each family from the smallest mean regret on, means over seeds.
+    """Triggers of each family in order of mean regret, means over seeds.
 
     Args:
         table: of `nearest`. confidence: of the Student-t interval.
@@ -179,23 +200,180 @@ def ranking(table: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
     for (family, trigger), part in table.dropna(subset=["regret"]).groupby(["family", "trigger"], sort=False):
         mean, low, high = interval(list(part["regret"]), confidence)
-        rows.append(
-            {"family": family, "trigger": trigger, "tau": part["tau"].mean(), "fired": int(part["tau"].notna().sum()),
-             "regret": mean, "low": low, "high": high, "steps_away": part["steps_away"].abs().mean(),
-             "seeds": len(part)}
-        )  # fmt: skip
-    columns = ["family", "trigger", "tau", "fired", "regret", "low", "high", "steps_away", "seeds"]
-    return pd.DataFrame(rows, columns=columns).sort_values(["family", "regret"], ignore_index=True)
+        values = (family, trigger, part["tau"].mean(), int(part["tau"].notna().sum()), mean, low, high,
+                  part["steps_away"].abs().mean(), len(part))  # fmt: skip
+        rows.append(dict(zip(RANKING, values, strict=True)))
+    return pd.DataFrame(rows, columns=RANKING).sort_values(["family", "regret"], ignore_index=True)
 
 
-def always_on(study: config.Study, seeds: Sequence[int] | None = None) -> list[Run]:
-    """The always-on runs of a study over whose logs triggers are replayed: its main arms, and those others branch from.
+def paired(
+    study: config.Study,
+    scores: pd.DataFrame,
+    groups: Sequence[str],
+    step: int | None = None,
+    reference: str | None = None,
+) -> pd.DataFrame:
+    """Every arm of each group against a reference arm, a row per seed.
+
+    Args:
+        study: its `groups` name the arms, `main` its main arms. scores: rows of fid.csv.
+        groups: names of groups; without step and reference each takes its own.
+        step: training step; by default the last one that all arms of the group have.
+        reference: an arm, of the group or not; by default `haste`, else `repa`, if the group has one, else its first.
+
+    Returns:
+        group, arm, reference, step, seed, gain (log FID of the reference minus that of the arm; above 0 the arm is
+        better), fid, n (images scored).
 
     Raises:
-        HasteError: the study has none.
+        HasteError: there is no such group, or its arms share no scored step.
+        ValueError: scores were made under different cards.
     """
-    swept = families(study)
-    arms = [arm for arm in study.arms if study.run(arm).tau == math.inf and (arm in study.main or arm in swept)]
-    if not arms:
-        raise HasteError(f"study {study.name} has no arm that stays aligned; possible: an arm without `termination`")
-    return [Run(study, arm, seed) for arm in arms for seed in (study.seeds_of(arm) if seeds is None else seeds)]
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        arms = study.main if group == "main" else study.groups.get(group)
+        if arms is None:
+            raise unknown("group", group, ["main", *study.groups])
+        base = reference or next((arm for arm in ("haste", "repa") if arm in arms), arms[0])
+        curves = _comparable(scores, [*arms, base])
+        at = _common_step(curves, [*arms, base]) if step is None else step
+        for arm in arms:
+            for seed, gain in _log_ratios(curves, arm, base, at):
+                row = (group, arm, base, at, seed, gain, curves[arm][seed][at], int(scores["n"].iloc[0]))
+                rows.append(dict(zip(PAIRED, row, strict=True)))
+    return pd.DataFrame(rows, columns=PAIRED)
+
+
+def effects(rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Means over seeds of `paired` rows of one or more groups, with Student-t intervals.
+
+    Returns:
+        group, arm, reference, step, gain, low, high, seeds, fid (geometric mean over seeds), n.
+    """
+    found = []
+    keys = ["group", "arm", "reference", "step"]
+    for key, part in rows.groupby(keys, sort=False):
+        mean, low, high = interval(list(part["gain"]), confidence)
+        fid = math.exp(sum(math.log(v) for v in part["fid"]) / len(part))
+        facts = {"gain": mean, "low": low, "high": high, "seeds": len(part), "fid": fid, "n": int(part["n"].iloc[0])}
+        found.append(dict(zip(keys, key, strict=True)) | facts)  # type: ignore[arg-type]
+    return pd.DataFrame(found)
+
+
+def late(study: config.Study, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """Each aligned arm against the run without alignment that differs in nothing else (`Study.baseline`), over steps.
+
+    Returns:
+        arm, baseline, measure (of MEASURES), step, gain (its logarithm for the baseline minus that for the arm, mean
+        over seeds), low, high, seeds, verdict: "helps" if the interval is above 0, "hurts" if it is below, else "open".
+    """
+    rows: list[dict[str, Any]] = []
+    for arm in arms:
+        baseline = study.baseline(arm)
+        if baseline is None or baseline == arm:
+            continue
+        for measure in MEASURES:
+            curves = _comparable(scores, [arm, baseline], measure)
+            seeds = set(curves[arm]) & set(curves[baseline])
+            for step in sorted(set.intersection(*(set(curves[a][s]) for a in (arm, baseline) for s in seeds))):
+                gains = [gain for _, gain in _log_ratios(curves, arm, baseline, step)]
+                mean, low, high = interval(gains, study.claims.confidence)
+                verdict = "helps" if low > 0 else "hurts" if high < 0 else "open"
+                row = (arm, baseline, measure, step, mean, low, high, len(seeds), verdict)
+                rows.append(dict(zip(LATE, row, strict=True)))
+    return pd.DataFrame(rows, columns=LATE)
+
+
+def boundary(table: pd.DataFrame) -> pd.DataFrame:
+    """Step from which alignment hurts, a row per arm and measure of a table of `late`.
+
+    Returns:
+        arm, baseline, measure, no_help_from (the first step from which on the mean gain stays at or below 0, NaN if it
+        ends above), hurts_from (the first step whose interval is below 0, NaN if none), last (step), gain, low, high,
+        verdict there, seeds.
+    """
+    rows = []
+    for (arm, measure), part in table.groupby(["arm", "measure"], sort=False):
+        part = part.sort_values("step")
+        helping = part.loc[part["gain"] > 0, "step"]
+        without = part.loc[part["step"] > (helping.max() if len(helping) else -1), "step"]
+        hurting = part.loc[part["verdict"] == "hurts", "step"]
+        end = part.iloc[-1]
+        facts = {"no_help_from": without.min(), "hurts_from": hurting.min(), "last": end["step"]}
+        facts |= {name: end[name] for name in ("gain", "low", "high", "verdict", "seeds")}
+        rows.append({"arm": arm, "baseline": end["baseline"], "measure": measure} | facts)
+    return pd.DataFrame(rows)
+
+
+def plane(study: config.Study, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """Arms that differ in the weight of alignment and in its switch, at the last step they share.
+
+    Args:
+        study, scores: as for `paired`. arms: with one weight for both losses each.
+
+    Returns:
+        A row per arm, measure (of MEASURES) and comparison ("plain training", or "staying on" with the same weight):
+        arm, weight, tau (infinity: never), measure, against, step, ratio (geometric mean over seeds), low, high (of
+        its interval), seeds.
+    """
+    rows: list[dict[str, Any]] = []
+    staying = {study.run(arm).alignment.lambda_feature: arm for arm in arms if study.run(arm).tau == math.inf}
+    for arm in arms:
+        own = study.run(arm)
+        weight = own.alignment.lambda_feature
+        for against, other in (("plain training", study.baseline(arm)), ("staying on", staying.get(weight))):
+            if other is None or other == arm:
+                continue
+            for measure in MEASURES:
+                curves = _comparable(scores, [arm, other], measure)
+                step = _common_step(curves, [arm, other])
+                logs = [ratio for _, ratio in _log_ratios(curves, other, arm, step)]
+                ratio, low, high = (math.exp(value) for value in interval(logs, study.claims.confidence))
+                row = (arm, weight, own.tau, measure, against, step, ratio, low, high, len(logs))
+                rows.append(dict(zip(PLANE, row, strict=True)))
+    return pd.DataFrame(rows, columns=PLANE)
+
+
+def grids(run: Run, open_scorer: Callable[[], Scorer]) -> pd.DataFrame:
+    """Scores of a run's last checkpoint by the grid of solver steps, all else as its study draws images.
+
+    Args:
+        run: finished. open_scorer: returns the scorer of its study.
+
+    Returns:
+        step, grid, calls (of the network per image), last_t (noise level of the last call), the scores, n.
+    """
+    step, rows, scorer = run.config.train.steps, [], open_scorer()
+    for grid in ("uniform", "quadratic"):
+        drawn = run.sample.model_copy(update={"grid": grid})
+        images = evaluation_samples(run, step, sample=drawn)
+        scores = scorer.score(images)
+        last = times_of(drawn.solver_steps, grid)[-2]
+        facts = {"step": step, "grid": grid, "calls": passes(run.config.model.kind, drawn.options), "last_t": last}
+        rows.append(facts | {name: scores[name] for name in _GRID_SCORES} | {"n": len(images)})
+    return pd.DataFrame(rows, columns=GRID)
+
+
+def _comparable(scores: pd.DataFrame, arms: Sequence[str], measure: str = "fid") -> Curves:
+    """A score by arm, seed and step of these arms, which must be scored under one card."""
+    wanted = list(dict.fromkeys(arms))
+    rows = scores[scores["arm"].isin(wanted)]
+    missing = [arm for arm in wanted if arm not in set(rows["arm"])]
+    if missing:
+        there = ", ".join(scores["arm"].unique())
+        raise HasteError(f"no scores of arms {', '.join(missing)}; there are scores of {there}: score the others first")
+    one_card(rows)
+    return curves_of(rows, measure)
+
+
+def _common_step(curves: Curves, arms: Sequence[str]) -> int:
+    steps = set.intersection(*(set(by_step) for arm in arms for by_step in curves[arm].values()))
+    if not steps:
+        raise HasteError(f"arms {', '.join(arms)} share no scored step; set an equal train.keep for all")
+    return max(steps)
+
+
+def _log_ratios(curves: Curves, arm: str, base: str, step: int) -> Iterator[tuple[int, float]]:
+    """Seed and log(score of base / score of arm) of every seed that both have."""
+    for seed in sorted(set(curves[arm]) & set(curves[base])):
+        yield seed, math.log(curves[base][seed][step] / curves[arm][seed][step])

@@ -1,4 +1,4 @@
-"""Tables of analyses: measured once for the runs they name, kept beside the report with where they come from.
+"""Tables of analyses: measured once for the runs they name, stored beside the report with their origin.
 
 reports/<study>/tables/NAME.csv     tidy rows
 reports/<study>/tables/NAME.json    runs, settings (the card of the analysis), commit, versions, seconds
@@ -29,17 +29,17 @@ def obtain(
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The rows of the table `name`: `measure` of every run, under columns `arm` and `seed`.
+    """Rows of the table `name`: `measure` of every run, with columns `arm` and `seed` in front.
 
-    A table that is there already for the same runs and settings is read, not measured again. Where the runs are not on
-    this machine the table that came with the project is read, and a line says so.
+    An existing table of the same runs and settings is read, not measured again. If the runs are not on this machine,
+    the table that came with the project is read, and a printed line says so.
 
     Args:
-        folder: of the report's tables.
+        folder: the report's tables.
         name: of the files.
-        measure: from a finished run to tidy rows; whatever moves its numbers must be in `settings`.
+        measure: maps a finished run to tidy rows; all that affects its numbers must be in `settings`.
         runs: of one study.
-        settings: what was looked at and how; `analysis` of the study is always part of it.
+        settings: what was measured and how; `analysis` of the study is always part of it.
         progress: show a bar over the runs.
 
     Raises:
@@ -58,17 +58,6 @@ def obtain(
     return obtain_whole(folder, name, whole, runs, settings)
 
 
-def scores_card(study: config.Study, scores: pd.DataFrame) -> dict[str, Any]:
-    """What a table made from scores depends on beside its runs: how they were scored, and what came out.
-
-    Scores may be those that came with the project until all runs are there; a table made from the one is no table of
-    the other.
-    """
-    rows = zip(scores["arm"], scores["seed"], scores["step"], scores["fid"], strict=True)
-    known = [[str(arm), int(seed), int(step), f"{fid:.5g}"] for arm, seed, step, fid in rows]
-    return {"evaluation": study.evaluation_hash, "scores": config.digest(known)}
-
-
 def obtain_whole(
     folder: Path,
     name: str,
@@ -76,27 +65,27 @@ def obtain_whole(
     runs: Sequence[Run],
     settings: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """The same for a table that comes from all runs at once: `measure` returns it whole.
+    """Like `obtain`, for a table made from all runs at once: `measure` returns it whole.
 
     Raises:
         HasteError: runs are missing and there is no such table.
     """
-    path = folder / f"{name}.csv"
+    path, facts_path = folder / f"{name}.csv", folder / f"{name}.json"
     card = {"analysis": runs[0].study.analysis.model_dump(mode="json"), **(settings or {})}
     whose = {
         f"{run.arm} seed {run.seed}": {"hash": run.config.hash, "steps": run.config.train.kept_steps} for run in runs
     }
     key = config.digest([name, card, whose])
-    known = read_facts(folder, name)
+    known = json.loads(facts_path.read_text()) if facts_path.is_file() else {}
     if path.is_file() and known.get("key") == key:
         return pd.read_csv(path)
     waiting = [f"{run.arm} seed {run.seed}" for run in runs if run.missing_steps()]
+    if waiting and not path.is_file():
+        raise HasteError(
+            f"table {name} needs runs that are not trained: {', '.join(waiting)}; train them with: haste study "
+            f"{runs[0].study.name}"
+        )
     if waiting:
-        if not path.is_file():
-            raise HasteError(
-                f"table {name} needs runs that are not trained: {', '.join(waiting)}; possible: haste study "
-                f"{runs[0].study.name}"
-            )
         print(
             f"{len(waiting)} runs are not on this machine: {path.name} as it came with the project, {known['written']}"
         )
@@ -106,11 +95,15 @@ def obtain_whole(
     write_table(path, table.to_dict("records"), list(table.columns))  # type: ignore[arg-type]
     facts = {"table": name, "key": key, "card": card, "runs": whose, "rows": len(table)}
     facts |= {"commit": provenance.commit(), "environment": provenance.environment(), "written": provenance.now()}
-    write_json(folder / f"{name}.json", facts | {"seconds": round(time.perf_counter() - begun, 1)})
+    write_json(facts_path, facts | {"seconds": round(time.perf_counter() - begun, 1)})
     return pd.read_csv(path)
 
 
-def read_facts(folder: Path, name: str) -> dict[str, Any]:
-    """What is known of a table: its key, card, runs, commit and when it was written; empty where there is none."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def scores_card(study: config.Study, scores: pd.DataFrame) -> dict[str, Any]:
+    """Settings of a table made from scores: the hash of the evaluation settings and a digest of the scores.
+
+    Scores may be those that came with the project until all runs exist; the digest keeps the two apart.
+    """
+    rows = zip(scores["arm"], scores["seed"], scores["step"], scores["fid"], strict=True)
+    known = [[str(arm), int(seed), int(step), f"{fid:.5g}"] for arm, seed, step, fid in rows]
+    return {"evaluation": study.evaluation_hash, "scores": config.digest(known)}

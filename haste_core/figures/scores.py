@@ -1,27 +1,45 @@
-"""Scores, losses, samples, attention maps, cost and claims as pictures."""
+"""Figures of scores, denoising loss, training losses, samples, cost and claims."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from haste_core.figures.style import VERDICT_COLOUR, Figure, arm_line, mark_switch, plain_numbers, style, tile
-from haste_core.study.claims import one_card
+from haste_core.figures.style import (
+    DARK,
+    VERDICT_COLOUR,
+    Figure,
+    arm_line,
+    line_with_band,
+    mark_switch,
+    panels,
+    plain_numbers,
+    show_images,
+    single,
+    style,
+    without_ticks,
+)
+from haste_core.study.judging import one_card
 
+NEAR_DATA, STRUCTURE = 0.1, 0.3  # noise levels up to the first, and from the second on
 # A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.
 NEAR = 30
+_ROLES = ("early", "at the switch", "at the end")
+_LOSSES = {
+    "denoising": "denoising loss",
+    "feature": "feature loss (minus cosine)",
+    "attention": "attention loss (nats)",
+}
 
 
 def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = None) -> Figure:
     """FID over training steps, a line per arm (geometric mean over seeds) and a band from lowest to highest seed."""
     card = one_card(fid)
-    figure = Figure(figsize=(7.2, 4.4))
-    axis = figure.subplots()
-    draw_fid(axis, fid)
+    figure, axis = single(7.2, 4.4)
+    _draw_fid(axis, fid)
     mark_switch(axis, tau)
     if floor is not None and floor < fid["fid"].min() / NEAR:
         axis.annotate(f"real against real: {floor:.2g}, below", (0.02, 0.03), xycoords="axes fraction", fontsize=8,
@@ -37,56 +55,218 @@ def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = 
     return figure
 
 
-def draw_fid(axis: Any, fid: pd.DataFrame) -> None:
-    """Draw FID over training steps on a logarithmic axis, a line per arm and a band over its seeds."""
+def _draw_fid(axis: Any, fid: pd.DataFrame) -> None:
     arms = list(fid["arm"].unique())
     for arm in arms:
-        per_step = np.log(fid[fid["arm"] == arm].pivot(index="step", columns="seed", values="fid"))
-        look = arm_line(arm, arms)
-        axis.plot(per_step.index, np.exp(per_step.mean(axis=1)), label=arm, marker="o", markersize=3.5, **look)
-        low, high = np.exp(per_step.min(axis=1)), np.exp(per_step.max(axis=1))
-        axis.fill_between(per_step.index, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        logs = np.log(fid[fid["arm"] == arm].pivot(index="step", columns="seed", values="fid"))
+        band = np.exp(logs.min(axis=1)), np.exp(logs.max(axis=1))
+        line_with_band(axis, np.exp(logs.mean(axis=1)), band, arm_line(arm, arms), label=arm)
     axis.set_yscale("log")
     plain_numbers(axis.yaxis)
 
 
-def gain_over_vanilla(fid: pd.DataFrame, tau: int | None, vanilla: str = "vanilla") -> Figure:
+def gain_over_vanilla(fid: pd.DataFrame, tau: int | None) -> Figure:
     """log FID of vanilla minus that of each arm at the same step and seed; above zero the arm's FID is lower."""
     one_card(fid)
-    figure = Figure(figsize=(7.2, 4.0))
-    axis = figure.subplots()
-    base = fid[fid["arm"] == vanilla].set_index(["seed", "step"])["fid"]
+    figure, axis = single(7.2, 4.0)
+    base = fid[fid["arm"] == "vanilla"].set_index(["seed", "step"])["fid"]
     arms = list(fid["arm"].unique())
-    for arm in (a for a in arms if a != vanilla):
+    for arm in (a for a in arms if a != "vanilla"):
         own = fid[fid["arm"] == arm].set_index(["seed", "step"])["fid"]
         gain = (np.log(base) - np.log(own)).unstack("seed").dropna()
         look = arm_line(arm, arms)
         axis.plot(gain.index, gain.mean(axis=1), label=arm, marker="o", markersize=3.5, **look)
         for seed in gain.columns:
             axis.plot(gain.index, gain[seed], color=look["color"], alpha=0.3, linewidth=0.8)
-    axis.axhline(0, color="#555555", linewidth=1)
+    axis.axhline(0, color=DARK, linewidth=1)
     mark_switch(axis, tau)
     axis.set(xlabel="training steps", ylabel="log FID, vanilla minus arm\n(above 0: lower FID than vanilla)")
     axis.legend()
     return figure
 
 
+def loss_ratio(denoising: pd.DataFrame, low: float = 0.0, high: float = 1.0, base: str = "vanilla") -> pd.DataFrame:
+    """Held-out loss, mean over noise levels in [low, high], over that of `base`: rows (seed, step), a column an arm.
+
+    Args:
+        denoising: rows of denoising.csv. base: an arm; NaN if it has no row for a seed and step.
+    """
+    one_card(denoising)
+    chosen = denoising[(denoising["split"] == "held-out") & denoising["t"].between(low - 1e-9, high + 1e-9)]
+    loss = chosen.pivot_table(index=["seed", "step"], columns="arm", values="loss", aggfunc="mean")
+    return loss.reindex(columns=list(chosen["arm"].unique())).div(loss[base], axis=0)
+
+
+def panel_steps(steps: Iterable[int], tau: int | None, early: Sequence[int]) -> dict[int, str]:
+    """Steps that are shown in detail, and their names: early (before the switch), at the switch, at the end.
+
+    Args:
+        steps: kept. tau: the switch; the kept step nearest to it is taken. early: the steps of early gains, of which
+            the last one before the switch is taken, else the first kept one.
+    """
+    kept = sorted({int(step) for step in steps})
+    before = [step for step in kept if step in early and (tau is None or step < tau)]
+    switch = None if tau is None else min(kept, key=lambda step: abs(step - tau))
+    found = [before[-1] if before else kept[0], switch, kept[-1]]
+    return {step: name for step, name in zip(found, _ROLES, strict=True) if step is not None}
+
+
+def compared(denoising: pd.DataFrame | None) -> bool:
+    """True if the table has held-out losses of vanilla and of another arm."""
+    if denoising is None:
+        return False
+    arms = set(denoising.loc[denoising["split"] == "held-out", "arm"])
+    return "vanilla" in arms and len(arms) > 1
+
+
+def denoising_levels(denoising: pd.DataFrame) -> Figure:
+    """Denoising loss of one run over the noise level, a line a kept step; dashed: on training images.
+
+    Args:
+        denoising: rows of denoising.csv of one arm and seed.
+    """
+    one_card(denoising)
+    figure, axis = single(7.2, 4.2, "constrained")
+    steps = sorted(denoising["step"].unique())
+    for place, step in enumerate(steps):
+        shade = str(0.75 - 0.75 * place / max(1, len(steps) - 1))
+        for split, line in (("training", "--"), ("held-out", "-")):
+            rows = denoising[(denoising["step"] == step) & (denoising["split"] == split)].sort_values("t")
+            label = f"step {step:,}" if split == "held-out" else None
+            axis.plot(rows["t"], rows["loss"], line, color=shade, label=label, marker="o", markersize=3, linewidth=1.3)
+    if "training" in set(denoising["split"]):
+        axis.plot([], [], "--", color=DARK, label="training images")
+    axis.set_yscale("log")
+    plain_numbers(axis.yaxis)
+    _noise_axis(axis, denoising["t"])
+    axis.set_ylabel("denoising loss (mean square error)")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def denoising_over_training(denoising: pd.DataFrame, tau: int | None) -> Figure:
+    """Held-out loss over vanilla's against training steps, near the data and at high noise, a line an arm.
+
+    Lines are geometric means over seeds, bands go from the lowest to the highest seed.
+    """
+    figure, axes = panels(2, 8.6, 3.9)
+    titles = (f"near the data (t ≤ {NEAR_DATA})", f"structure (t ≥ {STRUCTURE})")
+    for axis, title, span in zip(axes, titles, ((0.0, NEAR_DATA), (STRUCTURE, 1.0)), strict=True):
+        ratio = loss_ratio(denoising, *span)
+        for arm in ratio.columns:
+            _ratio_line(axis, ratio[arm].dropna().unstack("seed"), arm, list(ratio.columns))
+        mark_switch(axis, tau)
+        axis.set(title=title, xlabel="training steps")
+    axes[0].set_ylabel("held-out loss over vanilla's\n(below 1: better than plain training)")
+    _legend_below(figure, axes[0], tau)
+    return figure
+
+
+def summary(
+    fid: pd.DataFrame,
+    denoising: pd.DataFrame | None,
+    samples: dict[tuple[str, int], np.ndarray],
+    tau: int | None,
+    early: Sequence[int],
+) -> Figure:
+    """The study's first figure: held-out loss over vanilla's by noise level at three steps, FID, and samples.
+
+    Without losses to compare (one arm, or no vanilla), FID stands alone.
+
+    Args:
+        fid, denoising: rows of fid.csv and denoising.csv (or None) of the arms that are shown.
+        samples: uint8 images (n, C, S, S) by (arm, step); the last step's are shown.
+        tau, early: the switch and the steps of early gains (`panel_steps`).
+    """
+    one_card(fid)
+    arms = list(fid["arm"].unique())
+    shown = [arm for arm in arms if (arm, max((step for _, step in samples), default=0)) in samples]
+    figure = Figure(figsize=(9.4, 4.1 + 1.15 * bool(shown)), layout="constrained")
+    above: Any = figure
+    below = None
+    if shown:
+        above, below = figure.subfigures(2, 1, height_ratios=[4.1, 1.15], squeeze=False)[:, 0]
+    axis = None
+    if denoising is not None and compared(denoising):
+        left, right = above.subfigures(1, 2, width_ratios=[2.15, 1], squeeze=False)[0]
+        axis = _level_panels(left, denoising, tau, early)
+    else:
+        right = above
+    right.suptitle("FID over training (lower is better)", fontsize=10, weight="bold")
+    scored = right.subplots()
+    _draw_fid(scored, fid)
+    mark_switch(scored, tau)
+    scored.set_xlabel("training steps")
+    scored.set_title(" ", fontsize=9)
+    _legend_below(above, axis or scored, tau)
+    if below is not None:
+        step = max(step for _, step in samples)
+        below.suptitle(f"Samples from the same noise, step {step:,}", fontsize=10, weight="bold")
+        for axis, arm in zip(below.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            show_images(axis, samples[arm, step][:10], 5)
+            without_ticks(axis, spines=False)
+            axis.set_xlabel(arm, fontsize=9, labelpad=2)
+    return figure
+
+
+def _level_panels(figure: Any, denoising: pd.DataFrame, tau: int | None, early: Sequence[int]) -> Any:
+    """Draw a panel each for an early step, the switch and the end; returns the last one, which has every arm."""
+    held = denoising[denoising["split"] == "held-out"]
+    steps = panel_steps(held.loc[held["arm"] == "vanilla", "step"], tau, early)
+    arms = list(held["arm"].unique())
+    axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
+    for axis, step in zip(axes, sorted(steps), strict=True):
+        loss = held[held["step"] == step].pivot_table(index=["t", "seed"], columns="arm", values="loss")
+        for arm in (arm for arm in arms if arm in loss):
+            _ratio_line(axis, (loss[arm] / loss["vanilla"]).dropna().unstack("seed"), arm, arms)
+        _noise_axis(axis, held["t"])
+        axis.set_title(f"{steps[step]}: step {step:,}", fontsize=9)
+    axes[0].set_ylabel("held-out loss over vanilla's")
+    figure.suptitle("Held-out denoising loss, below 1: better than plain training", fontsize=10, weight="bold")
+    return axes[-1]
+
+
+def _ratio_line(axis: Any, ratio: pd.DataFrame, arm: str, arms: Sequence[str]) -> None:
+    """Draw one arm's ratio to vanilla: geometric mean over seeds (columns), with a band from lowest to highest."""
+    look = arm_line(arm, arms)
+    if arm != "vanilla":
+        band = style(arm, arms)["color"]
+        axis.fill_between(ratio.index, ratio.min(axis=1), ratio.max(axis=1), color=band, alpha=0.13, linewidth=0)
+        look |= {"marker": "o", "markersize": 3}
+    axis.plot(ratio.index, np.exp(np.log(ratio).mean(axis=1)), label=arm, **look)
+
+
+def _noise_axis(axis: Any, levels: pd.Series) -> None:
+    """Make a logarithmic axis of noise levels with the part near the data shaded."""
+    first = 0.8 * float(levels[levels > 0].min())
+    axis.set_xscale("log")
+    axis.set_xlim(first, 1.08)
+    axis.axvspan(first, NEAR_DATA, color="#000000", alpha=0.06, linewidth=0, zorder=0)
+    axis.annotate("near the data", (0.03, 0.02), xycoords="axes fraction", fontsize=8, color="#444444")
+    axis.set_xticks([0.02, 0.1, 0.3, 0.9], ["0.02", "0.1", "0.3", "0.9"])
+    axis.minorticks_off()
+    axis.set_xlabel("noise level t (0: data)")
+
+
+def _legend_below(figure: Any, axis: Any, tau: int | None) -> None:
+    """Put the legend below the panels; it says that haste's line is also holistic's before the switch."""
+    handles, labels = axis.get_legend_handles_labels()
+    if tau and "holistic" in labels:
+        labels = ["haste (equal to holistic before the switch)" if name == "haste" else name for name in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncol=len(labels), fontsize=9, columnspacing=1.4)
+
+
 def training_curves(metrics: pd.DataFrame, tau: int | None) -> Figure:
     """Denoising, feature and attention loss over steps, a line per arm and seed."""
-    names = {
-        "denoising": "denoising loss",
-        "feature": "feature loss (minus cosine)",
-        "attention": "attention loss (nats)",
-    }
-    present = [name for name in names if name in metrics and metrics[name].notna().any()]
-    figure = Figure(figsize=(4.0 * len(present), 3.2), layout="constrained")
+    present = [name for name in _LOSSES if name in metrics and metrics[name].notna().any()]
+    figure, axes = panels(len(present), 4.0 * len(present), 3.2)
     arms = list(metrics["arm"].unique())
-    for axis, name in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
+    for axis, name in zip(axes, present, strict=True):
         for (arm, seed), rows in metrics.dropna(subset=[name]).groupby(["arm", "seed"], sort=False):
             label = str(arm) if seed == metrics["seed"].min() else None
             axis.plot(rows["step"], rows[name], linewidth=1, label=label, **style(str(arm), arms))
         mark_switch(axis, tau)
-        axis.set(xlabel="training steps", title=names[name])
+        axis.set(xlabel="training steps", title=_LOSSES[name])
         axis.legend(fontsize=8)
     return figure
 
@@ -96,9 +276,8 @@ def image_rows(rows: dict[str, np.ndarray]) -> Figure:
     count = len(next(iter(rows.values())))
     figure = Figure(figsize=(0.48 * count + 1, 0.55 * len(rows) + 0.1))
     for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
-        axis.imshow(tile(np.asarray(images), count), interpolation="nearest", cmap="gray", vmin=0, vmax=255)
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
+        show_images(axis, np.asarray(images), count)
+        without_ticks(axis)
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
     return figure
 
@@ -117,71 +296,31 @@ def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int
     for part, step in zip(figure.subfigures(len(steps), 1, squeeze=False)[:, 0], steps, strict=True):
         part.suptitle(f"step {step:,}", fontsize=10)
         for axis, arm in zip(part.subplots(len(arms), 1, squeeze=False)[:, 0], arms, strict=True):
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-            axis.spines[:].set_visible(False)
+            without_ticks(axis, spines=False)
             axis.set_ylabel(arm, rotation=0, ha="right", va="center")
             if (arm, step) in samples:
-                sheet = tile(samples[arm, step][:10], 10)
-                axis.imshow(sheet, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
-    return figure
-
-
-def attention_maps(maps: pd.DataFrame, image: np.ndarray) -> Figure:
-    """Where chosen tokens (rows) look: the image, the teacher, then each arm; red marks the query token.
-
-    Args:
-        maps: rows of `analysis.attention.token_maps` for one seed.
-        image: (S, S), the image the maps belong to.
-    """
-    queries, sources = sorted(maps["query"].unique()), list(maps["source"].unique())
-    side = int(np.sqrt(maps["key"].max() + 1))
-    figure = Figure(figsize=(1.55 * (len(sources) + 1), 1.6 * len(queries) + 0.5))
-    axes = figure.subplots(len(queries), len(sources) + 1, squeeze=False)
-    for i, query in enumerate(queries):
-        row, column = divmod(int(query), side)
-        axes[i][0].imshow(image, cmap="gray", extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
-        for j, source in enumerate(sources):
-            chosen = maps[(maps["source"] == source) & (maps["query"] == query)].sort_values("key")
-            values = chosen["probability"].to_numpy().reshape(side, side)
-            axes[i][j + 1].imshow(values, cmap="viridis", vmin=0, vmax=maps["probability"].max())
-            if i == 0:
-                apart = chosen["divergence"].iloc[0]
-                title = f"{source}\nKL {apart:.2f}" if apart > 0 else source
-                axes[i][j + 1].set_title(title, fontsize=9)
-        for axis in axes[i]:
-            axis.add_patch(
-                mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#ff3030", lw=1.6)
-            )
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-    axes[0][0].set_title("image", fontsize=9)
-    figure.tight_layout(pad=0.4)
+                show_images(axis, samples[arm, step][:10], 10)
     return figure
 
 
 def step_cost(times: pd.DataFrame) -> Figure:
-    """The time of a training step relative to a vanilla one, per arm and phase, with its interval."""
-    figure = Figure(figsize=(6.4, 0.42 * len(times) + 1.0))
-    axis = figure.subplots()
+    """Time of a training step relative to a vanilla one, per arm and phase, with its interval."""
+    figure, axis = single(6.4, 0.42 * len(times) + 1.0)
     arms = list(times["arm"])
-    labels = [
-        f"{r.arm}, {'phase I' if r.phase == 1 else 'phase II' if r.arm != 'vanilla' else 'plain'}"
-        for r in times.itertuples()
-    ]
-    errors = [times["ratio_to_vanilla"] - times["ratio_low"], times["ratio_high"] - times["ratio_to_vanilla"]]
-    positions = np.arange(len(times))
-    axis.barh(positions, times["ratio_to_vanilla"], xerr=np.clip(errors, 0, None), height=0.6,
+    phases = {arm: "phase II" if arm != "vanilla" else "plain" for arm in arms}
+    labels = [f"{r.arm}, {'phase I' if r.phase == 1 else phases[r.arm]}" for r in times.itertuples()]
+    ratios, high = times["ratio_to_vanilla"], times["ratio_high"]
+    errors, positions = [ratios - times["ratio_low"], high - ratios], np.arange(len(times))
+    axis.barh(positions, ratios, xerr=np.clip(errors, 0, None), height=0.6,
               color=[style(arm, arms)["color"] for arm in arms], alpha=0.85, error_kw={"lw": 1})  # fmt: skip
-    for y, ratio, high in zip(positions, times["ratio_to_vanilla"], times["ratio_high"], strict=True):
-        axis.annotate(
-            f"{ratio:.2f}", (max(ratio, high), y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    axis.axvline(1, color="#555555", linewidth=1)
+    for y, ratio, end in zip(positions, ratios, high, strict=True):
+        axis.annotate(f"{ratio:.2f}", (max(ratio, end), y), xytext=(4, 0), textcoords="offset points", va="center",
+                      fontsize=9)  # fmt: skip
+    axis.axvline(1, color=DARK, linewidth=1)
     axis.set_yticks(positions, labels)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set(xlabel="step time over a vanilla step", xlim=(0, times["ratio_high"].max() * 1.15))
+    axis.set(xlabel="step time over a vanilla step", xlim=(0, high.max() * 1.15))
     return figure
 
 
@@ -193,7 +332,7 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
         colour = VERDICT_COLOUR[str(row["verdict"])]
         for bound in (row["region_low"], row["region_high"]):
             if np.isfinite(bound):
-                axis.axvline(bound, color="#555555", linewidth=1, linestyle=":")
+                axis.axvline(bound, color=DARK, linewidth=1, linestyle=":")
         if np.isfinite(row["low"]) and np.isfinite(row["high"]):
             axis.plot([row["low"], row["high"]], [0, 0], color=colour, linewidth=2.5)
         axis.plot(row["effect"], 0, "o", color=colour, markersize=7)

@@ -1,4 +1,4 @@
-"""The look that all figures share, and how they are written."""
+"""The style that all figures share, elements that several of them draw, and how they are written."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure as PlainFigure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from PIL import Image
 
 from haste_core.files import atomic
 
-# Okabe-Ito: told apart by people who see colours differently, and in grey by the line style.
+# Okabe-Ito: distinguishable with colour blindness, and in grey by the line style.
 ARM_STYLE = {
     "vanilla": ("#555555", ":"),
     "repa": ("#0072B2", "--"),
@@ -24,11 +25,12 @@ ARM_STYLE = {
     "haste": ("#009E73", "-"),
 }
 _SPARE = ("#D55E00", "#56B4E9", "#F0E442", "#000000")
+GREEN, RED, BLUE, DARK = "#009E73", "#D55E00", "#0072B2", "#555555"
 # Okabe-Ito again, a dark wine, and greys; the verdict always stands beside its colour.
 VERDICT_COLOUR = {
-    "supported": "#009E73",
-    "contradicted": "#D55E00",
-    "equivalent": "#0072B2",
+    "supported": GREEN,
+    "contradicted": RED,
+    "equivalent": BLUE,
     "smaller than the paper's": "#882255",
     "not decided": "#777777",
     "not tested": "#AAAAAA",
@@ -59,6 +61,18 @@ class Figure(PlainFigure):
         return stream.getvalue()
 
 
+def panels(count: int, width: float, height: float, layout: Any = "constrained", **more: Any) -> tuple[Figure, Any]:
+    """A figure of width x height inches, and its axes side by side, (count,)."""
+    figure = Figure(figsize=(width, height), layout=layout)
+    return figure, figure.subplots(1, count, squeeze=False, **more)[0]
+
+
+def single(width: float, height: float, layout: Any = None) -> tuple[Figure, Any]:
+    """A figure of width x height inches, and its only axis."""
+    figure = Figure(figsize=(width, height), layout=layout)
+    return figure, figure.subplots()
+
+
 def style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
     """Colour and line style of an arm, the same in every figure."""
     if arm in ARM_STYLE:
@@ -70,15 +84,23 @@ def style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
 
 
 def arm_line(arm: str, arms: Sequence[str]) -> dict[str, Any]:
-    """How an arm's line is drawn where haste lies on holistic until the switch: holistic wide and pale, haste above."""
+    """Line of an arm where haste equals holistic until the switch: holistic wide and pale, haste above it."""
     wide = {"linestyle": "-", "linewidth": 4.5, "alpha": 0.55, "zorder": 1.9, "solid_capstyle": "round"}
     own = wide if arm == "holistic" else {"linewidth": 1.6, "zorder": 2.2 if arm == "haste" else 2}
     return style(arm, arms) | own
 
 
+def line_with_band(
+    axis: Any, mean: pd.Series, band: tuple[Any, Any], look: dict[str, Any], alpha: float = 0.15, **more: Any
+) -> None:
+    """Draw a line with markers over the index of `mean`, and a band of its colour from low to high."""
+    axis.plot(mean.index, mean, **({"marker": "o", "markersize": 3.5} | more), **look)
+    axis.fill_between(mean.index, *band, color=look["color"], alpha=alpha, linewidth=0)
+
+
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write folder/name.png and folder/name.svg atomically, the same bytes for the same figure."""
-    # Automatic layouts move things a little with every drawing; one drawing settles them.
+    # Automatic layouts change a little with every drawing; a layout that was drawn once is kept.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     with atomic(folder / f"{name}.svg") as temporary:
@@ -91,20 +113,35 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         picture.save(temporary, format="PNG", optimize=True)
 
 
-def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images (n, C, S, S) as one array (rows * (S + 1), columns * (S + 1)[, 3]) with light gaps."""
+def show_images(axis: Any, images: np.ndarray, columns: int) -> None:
+    """Draw images (n, C, S, S) uint8 in rows of `columns` with light gaps."""
     missing = -len(images) % columns
     padded = np.pad(images, ((0, missing), (0, 0), (0, 1), (0, 1)), constant_values=255)
     n, channels, height, width = padded.shape
     sheet = padded.reshape(n // columns, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     sheet = sheet.reshape(n // columns * height, columns * width, channels)
-    return sheet[..., 0] if channels == 1 else sheet[..., :3]
+    sheet = sheet[..., 0] if channels == 1 else sheet[..., :3]
+    axis.imshow(sheet, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
+
+
+def without_ticks(axis: Any, spines: bool = True) -> None:
+    """Remove ticks and grid of an axis that shows an image, and its frame if `spines` is False."""
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    if not spines:
+        axis.spines[:].set_visible(False)
+
+
+def mark_token(axis: Any, row: int, column: int) -> None:
+    """Mark a token of a grid by a red square."""
+    box = mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#ff3030", lw=1.6)
+    axis.add_patch(box)
 
 
 def mark_switch(axis: Any, tau: int | None) -> None:
     """Mark the switch at step tau, if there is one, on an axis of training steps."""
     if tau is not None:
-        axis.axvline(tau, color="#009E73", linewidth=0.9, linestyle=":")
+        axis.axvline(tau, color=GREEN, linewidth=0.9, linestyle=":")
         axis.annotate(r"switch $\tau$", (tau, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
                       textcoords="offset points", fontsize=8, color="#007a5a")  # fmt: skip
 
@@ -114,3 +151,8 @@ def plain_numbers(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def legend_beside(axis: Any) -> None:
+    """Put the legend to the right of an axis."""
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

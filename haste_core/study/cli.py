@@ -137,7 +137,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """haste evaluate."""
-    from haste_core.study import evaluation, preparation
+    from haste_core.study import evaluation, pretrain
 
     run = run_of(arguments)
     if run.missing_steps():
@@ -145,9 +145,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {run.missing_steps()}; possible: "
             f"haste train {arguments.study} {run.arm} --seed {run.seed}{settings(arguments)}"
         )
-    if run.study.evaluate.suite == "study":
-        preparation.prepare_extractor(run.study)
-        preparation.prepare_autoencoder(run.study)
+    pretrain.prepare_extractors(run.study)
     rows = evaluation.evaluate_run(run)
     further = () if run.study.evaluate.suite == "adm" else ("fid_heldout", "nearest", "copies")
     scores = ("step", *evaluation.metrics_of(run.study), *further, *evaluation.SUMMARIES, "n", "card")
@@ -162,23 +160,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def teacher(arguments: argparse.Namespace) -> None:
     """haste teacher."""
-    from haste_core.study import preparation
+    from haste_core.study import pretrain
     from haste_core.study.runs import study_dir
 
     study = study_of(arguments)
-    facts = preparation.write_facts(study, study_dir(study) / "prepared.json")
+    facts = pretrain.write_facts(study, study_dir(study) / "prepared.json")
     print(yaml.safe_dump(facts, sort_keys=False), end="")
 
 
 def measure_cost(arguments: argparse.Namespace) -> None:
     """haste cost."""
-    from haste_core.study import cost, preparation
+    from haste_core.study import cost, pretrain
 
     study = study_of(arguments)
     if arguments.rounds < 1:
         raise HasteError(f"--rounds {arguments.rounds}; possible: 1 and above")
     for teacher in study.teachers():
-        preparation.prepare_teacher(study, teacher)
+        pretrain.prepare_teacher(study, teacher)
     for row in cost.write(study, arguments.rounds):
         print(
             f"{row['arm']:>10} phase {row['phase']}  {1000 * row['median_step_s']:7.1f} ms  "

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from haste_core.errors import HasteError
 from haste_core.files import write_json
 from haste_core.study import config
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import study_dir
-from haste_core.study.teachers import find_teacher
 from haste_core.study.train import create, switch_of
 from haste_core.training import Trainer
 

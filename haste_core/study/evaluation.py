@@ -1,11 +1,11 @@
-"""Scores of runs: each checkpoint's images, drawn and scored the same way, with the card of how it came about."""
+"""Scores of runs: each checkpoint's images, drawn and scored in the same way, with the card that describes how."""
 
 from __future__ import annotations
 
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,27 +16,59 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
-from haste_core.study import config, provenance
+from haste_core.study import adm, config, latents, provenance
 from haste_core.study.data import open_dataset
-from haste_core.study.latents import decoding
+from haste_core.study.denoising import SUMMARIES, Probe, summaries
 from haste_core.study.runs import Run, study_dir
-from haste_core.study.sample_set import SampleSet, drawer, plan
-from haste_core.study.scoring.denoising import SUMMARIES, summaries
-from haste_core.study.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
-from haste_core.study.scoring.scorers import Scorer, Scoring, card, card_of, columns, metrics_of, open_scorer
+from haste_core.study.samples import SampleSet, drawer, plan
+from haste_core.study.scores import STUDY_METRICS, StudyScorer, card_of
 from haste_core.study.train import build_generator
-
-__all__ = [
-    "DENOISING_COLUMNS", "METRICS", "SUMMARIES", "CopyCheck", "ImageSet", "Scorer", "card", "columns", "denoising_rows",
-    "evaluate_run", "evaluation_samples", "evaluation_set", "find_samples", "floor", "generator_at", "is_scored",
-    "metrics_of", "nearest_distances", "open_scorer", "register_extractor", "rows", "score",
-]  # fmt: skip
 
 SHARD_SIZE = 1000
 KEPT = 100  # images kept beside the scores of every checkpoint
 DENOISING_COLUMNS = ("arm", "seed", "step", "t", "split", "loss", "nats", "n", "draws", "card")
+_HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
 # A checkpoint's scores by name, and the rows of its denoising loss under "levels".
 Scores = dict[str, Any]
+
+
+def metrics_of(study: config.Study) -> tuple[str, ...]:
+    """Names of the scores of the study's suite, without those against held-out images."""
+    return adm.METRICS if study.evaluate.suite == "adm" else STUDY_METRICS
+
+
+def columns(study: config.Study) -> tuple[str, ...]:
+    """Columns of the study's table of scores, the keys of `rows`."""
+    if study.evaluate.suite == "adm":
+        return (*_HEAD, *adm.METRICS, *_TAIL, *SUMMARIES)
+    held_out = (f"{name}_heldout" for name in STUDY_METRICS)
+    return (*_HEAD, *STUDY_METRICS, *_TAIL, *held_out, "nearest", "copies", *SUMMARIES)
+
+
+class Scorer(Protocol):
+    """Scores of sets of images of one study: the real images, the extractors and the card."""
+
+    card: dict[str, Any]
+    probe: Probe
+
+    def score(self, generated: Any) -> dict[str, float]:
+        """All scores of uint8 images."""
+
+    def floor(self) -> list[dict[str, Any]]:
+        """Scores of real images: rows of `pair`, `n`, `n_reference` and the scores of `metrics_of`."""
+
+
+def open_scorer(study: config.Study, progress: bool = True) -> Scorer:
+    """The scorer of the study's suite."""
+    return adm.AdmStudyScorer(study, progress) if study.evaluate.suite == "adm" else StudyScorer(study)
+
+
+def floor(scorer: Scorer, study: config.Study) -> list[dict[str, Any]]:
+    """Scores of real images (`Scorer.floor`), measured once for a card and kept in runs/<study>."""
+    path = study_dir(study) / f"floor-{scorer.card['card_id']}.json"
+    if not path.is_file():
+        write_json(path, scorer.floor())
+    return json.loads(path.read_text())
 
 
 def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
@@ -47,37 +79,39 @@ def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
     return model.requires_grad_(False).eval().to(default_device()), state["ema_fingerprint"]
 
 
-def evaluation_samples(
-    run: Run, step: int, classes: int, progress: str | None = None, sample: config.Sample | None = None
-) -> tuple[Tensor, str]:
-    """uint8 images (n, C, S, S) of a checkpoint from the study's evaluation noise, and the generator's fingerprint.
+def _fingerprint(run: Run, step: int) -> str:
+    return run.load(step, prefixes=("none",))[1]["ema_fingerprint"]
 
-    Image i has label and seed of its own, the same for every arm, training seed and step. They are drawn as the run's
-    study says, unless `sample` says otherwise.
+
+def evaluation_samples(run: Run, step: int, progress: str | None = None, sample: config.Sample | None = None) -> Tensor:
+    """uint8 images (n, C, S, S) of a checkpoint from the study's evaluation noise.
+
+    Image i has its own label and seed, the same for every arm, training seed and step.
+
+    Args:
+        run, step: the checkpoint. progress: label of the progress bar; None shows none.
+        sample: sampler settings, by default the run's.
     """
     study, sample = run.study, sample or run.sample
-    model, fingerprint = generator_at(run, step)
-    labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
+    model, _ = generator_at(run, step)
+    labels = sampling.sample_labels(study.evaluate.n, model.classes, study.evaluate.labels, study.evaluate.seed)
     seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
     drawn = sampling.draw(model, labels, seeds, sample.options, progress)
-    return sampling.to_uint8(decoding.to_images(drawn, study.data, sample)), fingerprint
+    return sampling.to_uint8(latents.to_images(drawn, study.data, sample))
 
 
 def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSet:
-    """The same images as a set on disk, in shards that stay: for more of them than memory holds.
-
-    Other processes that draw the same set at the same time share the work.
-    """
+    """The images of `evaluation_samples` as shards on disk, for sets larger than memory; processes share the work."""
     model, fingerprint = generator_at(run, step)
     evaluate = run.study.evaluate
     manifest = plan(run, step, fingerprint, model.classes, evaluate.n, evaluate.seed, SHARD_SIZE)
-    samples = SampleSet(samples_path(run, fingerprint).with_suffix(""), manifest)
+    samples = SampleSet(_samples_path(run, fingerprint).with_suffix(""), manifest)
     samples.fill(drawer(model, run.study.data, run.sample), run.sample.batch_size, progress)
     return samples
 
 
-def evaluate_run(run: Run, progress: bool = True, scorer: Scoring | None = None) -> list[dict[str, Any]]:
-    """Score every kept checkpoint of a finished run; what is scored already is not scored again.
+def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) -> list[dict[str, Any]]:
+    """Score every kept checkpoint of a finished run that is not scored yet.
 
     Args:
         run: finished. progress: show bars.
@@ -93,46 +127,38 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scoring | None = None)
     missing = run.missing_steps()
     if missing:
         raise HasteError(
-            f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {missing}; possible: "
+            f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {missing}; train it by: "
             f"haste train {run.study.name} {run.arm} --seed {run.seed}"
         )
     torch.set_num_threads(run.config.train.threads)
     with locked(run.dir / "evaluation.lock", f"the evaluation of {run.arm} seed {run.seed}"):
         scorer = scorer or open_scorer(run.study, progress)
         own = card_of(scorer.card, run)
-        known = known_scores(run, own["card_id"])
+        known = _known_scores(run, own["card_id"])
         with provenance.session(run.dir, what="evaluation"):
             for step in run.config.train.kept_steps:
-                fingerprint = run.load(step, prefixes=("none",))[1]["ema_fingerprint"]
+                fingerprint = _fingerprint(run, step)
                 if fingerprint not in known:
                     label = f"{run.arm} seed {run.seed} step {step}" if progress else None
-                    known[fingerprint], first = _drawn_and_scored(run, step, scorer, label)
-                    save_samples(samples_path(run, fingerprint), first)
-                    save_scores(run, own, known)
-        save_scores(run, own, known)
+                    known[fingerprint], images = _drawn_and_scored(run, step, scorer, label)
+                    _save_samples(_samples_path(run, fingerprint), images[:KEPT])
+                    _save_scores(run, own, known)
+        _save_scores(run, own, known)
         return rows(run)
 
 
-def floor(scorer: Scoring, study: config.Study) -> list[dict[str, Any]]:
-    """What real images score against real ones (`Scoring.floor`), measured once for a card and kept in runs/<study>."""
-    path = study_dir(study) / f"floor-{scorer.card['card_id']}.json"
-    if not path.is_file():
-        write_json(path, scorer.floor())
-    return json.loads(path.read_text())
-
-
-def _drawn_and_scored(run: Run, step: int, scorer: Scoring, progress: str | None) -> tuple[Scores, Tensor]:
-    """The scores of a checkpoint, and its first images."""
+def _drawn_and_scored(run: Run, step: int, scorer: Scorer, progress: str | None) -> tuple[Scores, Tensor]:
+    """The scores of a checkpoint, and its images or the first of them."""
     levels = scorer.probe.measure(generator_at(run, step)[0])
     measured: Scores = {**summaries(levels), "levels": levels}
     if run.study.evaluate.suite == "adm":
         samples = evaluation_set(run, step, progress)
         return scorer.score(samples) | measured, next(samples.batches(KEPT))
-    generated, _ = evaluation_samples(run, step, scorer.classes, progress)
+    generated = evaluation_samples(run, step, progress)
     return scorer.score(generated) | measured, generated
 
 
-def known_scores(run: Run, card_id: str) -> dict[str, Scores]:
+def _known_scores(run: Run, card_id: str) -> dict[str, Scores]:
     """Scores by generator fingerprint, from this run and the runs that may share checkpoints with it."""
     found: dict[str, Scores] = {}
     for arm in run.study.arms:
@@ -144,36 +170,41 @@ def known_scores(run: Run, card_id: str) -> dict[str, Scores]:
     return found
 
 
-def save_scores(run: Run, card: dict[str, Any], scores: dict[str, Scores]) -> None:
+def _save_scores(run: Run, card: dict[str, Any], scores: dict[str, Scores]) -> None:
     """Keep the scores of this run's own checkpoints with their card."""
-    prints = {step: run.load(step, prefixes=("none",))[1]["ema_fingerprint"] for step in run.config.train.kept_steps}
+    prints = {step: _fingerprint(run, step) for step in run.config.train.kept_steps}
     steps = {str(step): fingerprint for step, fingerprint in prints.items() if fingerprint in scores}
     write_json(run.evaluation_path, {"card": card, "steps": steps, "scores": {f: scores[f] for f in steps.values()}})
 
 
-def samples_path(run: Run, fingerprint: str) -> Path:
-    """Where the first images of an evaluation are kept, by its settings and the generator's fingerprint."""
+def _samples_path(run: Run, fingerprint: str) -> Path:
+    """The file of the first images of an evaluation, by its settings and the generator's fingerprint."""
     return run.dir / "samples" / f"evaluation-{run.evaluation_hash}-{fingerprint}.npy"
+
+
+def _save_samples(path: Path, images: Tensor) -> None:
+    stream = io.BytesIO()
+    np.save(stream, images.numpy(), allow_pickle=False)
+    write_bytes(path, stream.getvalue())
 
 
 def find_samples(run: Run, step: int) -> Path:
     """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint.
 
     Raises:
-        HasteError: it was not scored under the study's present settings.
+        HasteError: it is not scored under the study's present settings.
     """
-    fingerprint = run.load(step, prefixes=("none",))[1]["ema_fingerprint"]
+    fingerprint = _fingerprint(run, step)
     for arm in (run.arm, *run.study.arms):
-        path = samples_path(Run(run.study, arm, run.seed), fingerprint)
+        path = _samples_path(Run(run.study, arm, run.seed), fingerprint)
         if path.is_file():
             return path
-    raise not_scored(run)
+    raise _not_scored(run)
 
 
-def not_scored(run: Run) -> HasteError:
-    """The error for a run without scores under the study's present settings."""
+def _not_scored(run: Run) -> HasteError:
     return HasteError(
-        f"run {run.arm} seed {run.seed} has no complete scores at {run.evaluation_path}; possible: "
+        f"run {run.arm} seed {run.seed} has no complete scores at {run.evaluation_path}; score it by: "
         f"haste evaluate {run.study.name} {run.arm} --seed {run.seed}"
     )
 
@@ -184,13 +215,6 @@ def is_scored(run: Run) -> bool:
         return False
     scored = json.loads(run.evaluation_path.read_text())["steps"]
     return all(str(step) in scored for step in run.config.train.kept_steps)
-
-
-def save_samples(path: Path, generated: Tensor, count: int = KEPT) -> None:
-    """Keep the first `count` of uint8 images (n, C, S, S) as a .npy file."""
-    stream = io.BytesIO()
-    np.save(stream, generated[:count].numpy(), allow_pickle=False)
-    write_bytes(path, stream.getvalue())
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -229,7 +253,7 @@ def denoising_rows(run: Run) -> list[dict[str, Any]]:
 def _by_step(run: Run) -> list[tuple[int, Scores, str]]:
     """Step, scores and card of every kept step of an evaluated run."""
     if not is_scored(run):
-        raise not_scored(run)
+        raise _not_scored(run)
     content = json.loads(run.evaluation_path.read_text())
     card_id = content["card"]["card_id"]
     steps = run.config.train.kept_steps

@@ -1,30 +1,162 @@
-"""Pictures as arrays and PNG files."""
+"""Sets of uint8 images: sources that are read in batches, hashes of their content, and sheets as PNG files."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
+from haste_core.errors import HasteError
 from haste_core.files import write_bytes
+from haste_core.sampling import to_uint8
+from haste_core.study import config
+from haste_core.study.data import Dataset, open_dataset
+
+# Training sets up to this many bytes are hashed completely, larger ones by this many images.
+HASHED_WHOLE = 2**30
+HASHED_IMAGES = 2000
 
 
-def grid(images: Tensor, columns: int, gap: int = 1, scale: int = 4) -> Tensor:
-    """uint8 images (n, C, S, S) as one picture (height, width, 3), white gaps between, enlarged `scale` times."""
+class Images(Protocol):
+    """Images in a fixed order that need not fit into memory."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images in order, uint8 (at most `size`, C, S, S)."""
+
+
+class MemoryImages:
+    """uint8 images (n, C, S, S) in memory."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = as_uint8(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The images, `size` at a time."""
+        yield from self.images.split(size)
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """`images` unchanged; raises HasteError unless they are uint8."""
+    if images.dtype != torch.uint8:
+        raise HasteError(f"images to score are {images.dtype}; expected torch.uint8")
+    return images
+
+
+class NpzImages:
+    """The uint8 images arr_0 (n, S, S, C) of an .npz file as ADM's tools write it, read in parts.
+
+    Raises:
+        HasteError: the file or the array is missing or unreadable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+                self.shape = _image_header(stream)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise self._unreadable(error) from error
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The images, `size` at a time."""
+        n, *rest = self.shape
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+                _image_header(stream)
+                for start in range(0, n, size):
+                    shape = (min(size, n - start), *rest)
+                    content = bytearray(stream.read(int(np.prod(shape))))
+                    yield torch.frombuffer(content, dtype=torch.uint8).reshape(shape).permute(0, 3, 1, 2)
+        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> HasteError:
+        reason = " ".join(str(error).split())
+        return HasteError(f"{self.path}: {reason}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)")
+
+
+def _image_header(stream: IO[bytes]) -> tuple[int, int, int, int]:
+    """The shape in the header of an .npy stream of images; the stream is left at the first image."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read(stream)
+    if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+        raise ValueError(f"arr_0 is {dtype} {shape}")
+    return shape
+
+
+class TrainingImages:
+    """The training images of a data set in its own order, without augmentation."""
+
+    def __init__(self, data: config.Data) -> None:
+        self.dataset: Dataset = open_dataset(data.model_copy(update={"augment": config.Augment()}))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def at(self, indices: Tensor) -> Tensor:
+        """uint8 images (B, C, S, S) by index (B,)."""
+        return to_uint8(self.dataset.batch(indices, Generator().manual_seed(0)).images)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The images, `size` at a time."""
+        for indices in torch.arange(len(self)).split(size):
+            yield self.at(indices)
+
+    def hash(self) -> str:
+        """The first 16 hexadecimal digits of a SHA-256 over number, shape and pixels of the images.
+
+        Sets beyond 1 GiB of pixels are hashed by their number and 2,000 evenly spread images.
+        """
+        n = len(self)
+        first = self.at(torch.zeros(1, dtype=torch.int64))
+        whole = n * first[0].numel() <= HASHED_WHOLE
+        chosen = torch.arange(n) if whole else torch.linspace(0, n - 1, HASHED_IMAGES).long()
+        sha = hashlib.sha256(f"{n} {tuple(first.shape[1:])}".encode())
+        for indices in chosen.split(1000):
+            sha.update(self.at(indices).contiguous().numpy().tobytes())
+        return sha.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file.
+
+    Raises:
+        HasteError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise HasteError(f"{path} cannot be read ({error.strerror}); expected the path of a file") from error
+
+
+def save_grid(images: Tensor, path: Path, columns: int, gap: int = 1, scale: int = 4) -> None:
+    """Write uint8 images (n, C, S, S) atomically as one PNG with white gaps, enlarged `scale` times."""
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     sheet = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
     for i, image in enumerate(images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image.permute(1, 2, 0)
-    return sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-
-
-def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write uint8 images (n, C, S, S) atomically as one PNG."""
+    enlarged = sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     stream = io.BytesIO()
-    Image.fromarray(grid(images, columns).numpy()).save(stream, format="PNG")
+    Image.fromarray(enlarged.numpy()).save(stream, format="PNG")
     write_bytes(path, stream.getvalue())

@@ -1,22 +1,19 @@
-"""Runs a notebook by papermill as a job: parameters checked first, one clear line on failure, SIGTERM passed on."""
+"""Notebooks as jobs: executed by papermill with checked parameters; interactive figures for people in JupyterLab."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-import psutil
-from jupyter_client.manager import AsyncKernelManager
-from traitlets import default
 
 from haste_core.errors import HasteError, Interrupted, unknown
 from haste_core.files import project_root
-from haste_core.study import explore, signals
+from haste_core.study import signals
+
+# Set for kernels that papermill starts: there `explore` draws a figure instead of widgets.
+BATCH = "HASTE_BATCH"
 
 
 def notebooks() -> list[str]:
@@ -24,61 +21,45 @@ def notebooks() -> list[str]:
     return sorted(p.stem for p in (project_root() / "notebooks").glob("*.ipynb"))
 
 
-def find(name: str) -> Path:
-    """The path of a notebook given by name or path."""
-    path = Path(name) if name.endswith(".ipynb") else project_root() / "notebooks" / f"{name}.ipynb"
-    if not path.is_file():
-        raise unknown("notebook", name, notebooks())
-    return path
-
-
-def _papermill() -> ModuleType:
-    # jsonschema, with which notebooks are validated, would build a grammar of IRIs first, for two seconds of every job.
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-    import papermill
-
-    return papermill
-
-
-def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
-    """Raise HasteError when the notebook has no such parameter; papermill itself only warns."""
-    papermill = _papermill()
-    try:
-        known = papermill.inspect_notebook(str(path))
-    except ValueError as error:
-        raise HasteError(f"notebook {path}: {error}; possible: save it in JupyterLab with a Python kernel") from error
-    for name in parameters:
-        if name not in known:
-            raise unknown(f"parameter of notebook {path.stem}", name, known)
-
-
 def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
-    """Execute a notebook with papermill and keep the executed copy, also when a cell fails.
+    """Execute a notebook with papermill and keep the executed copy, also if a cell fails.
 
     Args:
-        name: the notebook's name, such as "01_train", or its path.
-        output: where the executed notebook goes.
-        parameters: values for its cell tagged `parameters`; relative paths are seen from the current folder.
+        name: the notebook's name, such as "01_train", or its path. output: path of the executed notebook.
+        parameters: values for its cell tagged `parameters`; relative paths start at the current folder.
 
     Raises:
-        HasteError: a parameter does not exist, or a cell raised (its message is passed on).
-        Interrupted: a signal arrived; the cell in progress saved what it had.
+        HasteError: no such notebook or parameter, or a cell raised (its message is passed on).
+        Interrupted: a signal arrived; the cell in progress saved its state.
     """
-    papermill = _papermill()
+    import papermill
+    import psutil
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    path = find(name)
-    check_parameters(path, parameters)
+    path = Path(name) if name.endswith(".ipynb") else project_root() / "notebooks" / f"{name}.ipynb"
+    if not path.is_file():
+        raise unknown("notebook", name, notebooks())
+    try:
+        known = papermill.inspect_notebook(str(path))
+    except ValueError as error:
+        raise HasteError(f"notebook {path}: {error}; save it in JupyterLab with a Python kernel") from error
+    for parameter in parameters:
+        if parameter not in known:  # papermill itself only warns
+            raise unknown(f"parameter of notebook {path.stem}", parameter, known)
     output.parent.mkdir(parents=True, exist_ok=True)
-    os.environ[explore.BATCH] = "1"  # kernels inherit it
-    with signals.catch(_stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
+    os.environ[BATCH] = "1"  # kernels inherit it
+
+    def stop_kernel() -> None:
+        # A kernel handles SIGINT itself; SIGTERM makes training in it save and end.
+        signals.terminate(psutil.Process().children(recursive=True))
+
+    with signals.catch(stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
         try:
             papermill.execute_notebook(
                 str(path), str(output), parameters=dict(parameters), kernel_name="python3", progress_bar=False,
-                cwd=str(Path.cwd()), kernel_manager_class=kernel_manager(sockets),
-                # What kernels log about their own shutdown is noise beside a one-line error.
-                extra_arguments=["--Application.log_level=50"],
+                cwd=str(Path.cwd()), kernel_manager_class=_kernel_manager(sockets),
+                extra_arguments=["--Application.log_level=50"],  # kernels log about their own shutdown
             )  # fmt: skip
         except PapermillExecutionError as error:
             message = " ".join(error.evalue.split())
@@ -89,15 +70,16 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
         except DeadKernelError as error:
             if stopping.is_set():
                 raise Interrupted(f"{path.stem} was stopped") from error
-            raise HasteError(f"{path.stem}: the kernel died, often for want of memory; see {output}") from error
+            raise HasteError(f"{path.stem}: the kernel died, often because memory ran out; see {output}") from error
 
 
-def kernel_manager(sockets: str) -> type[AsyncKernelManager]:
-    """A manager that talks to its kernel through files in the folder `sockets`.
+def _kernel_manager(sockets: str) -> type:
+    """A kernel manager class with IPC sockets in the folder `sockets`, one folder for each notebook.
 
-    Kernels that start side by side cannot race for a port then. The folder has to be the notebook's own: by default
-    jupyter_client names the files after the working directory, and kernels started there get each other's messages.
+    Kernels that start at the same time then cannot race for a port, nor receive each other's messages.
     """
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
 
     class IpcKernelManager(AsyncKernelManager):
         transport = "ipc"
@@ -109,6 +91,37 @@ def kernel_manager(sockets: str) -> type[AsyncKernelManager]:
     return IpcKernelManager
 
 
-def _stop_kernel() -> None:
-    """A kernel takes SIGINT for itself; SIGTERM makes training in it save and leave."""
-    signals.terminate(psutil.Process().children(recursive=True))
+def explore(draw: Callable[..., Any], start: dict[str, Any] | None = None, **choices: Sequence[Any]) -> Any:
+    """An interactive figure with one control for each argument in JupyterLab, a static one under papermill.
+
+    Args:
+        draw: function from one value per choice to a Figure. start: initial values, by default the first ones.
+        choices: the values of each argument. Increasing numbers become a slider, everything else a menu.
+
+    Raises:
+        HasteError: an initial value is not among the values of its choice.
+    """
+    begin = {name: (start or {}).get(name, values[0]) for name, values in choices.items()}
+    for name, value in begin.items():
+        if value not in choices[name]:
+            raise unknown(f"start value of {name}", value, choices[name])
+    if os.environ.get(BATCH):
+        return draw(**begin)
+    import ipywidgets
+    from IPython.display import display
+
+    controls = {}
+    for name, values in choices.items():
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        given = {"options": list(values), "value": begin[name], "description": name}
+        if numbers and len(values) > 1 and list(values) == sorted(values):
+            controls[name] = ipywidgets.SelectionSlider(**given, continuous_update=False)
+        else:
+            controls[name] = ipywidgets.Dropdown(**given)
+    picture = ipywidgets.interactive_output(lambda **chosen: display(draw(**chosen)), controls)
+    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), picture])
+
+
+def drawn_from(table: Callable[..., Any], figure: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A `draw` for `explore` that measures on demand: `figure` of the rows that `table` returns for a choice."""
+    return lambda **chosen: figure(table(**chosen))

@@ -21,11 +21,11 @@ from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer, build
 from haste_core.processes import Processes
 from haste_core.seeding import stream
-from haste_core.study import config, images, preparation, provenance, signals
+from haste_core.study import config, images, provenance, signals
 from haste_core.study.data import Batches, Dataset, open_dataset
 from haste_core.study.data.contexts import Contexts
+from haste_core.study.pretrain import check_precision, find_teacher, prepare_teacher
 from haste_core.study.runs import Run
-from haste_core.study.teachers import check_precision, find_teacher
 from haste_core.teacher import Teacher
 from haste_core.termination import Switch, Trigger, make_trigger
 from haste_core.training import Optimization, Trainer, check_finite
@@ -82,7 +82,7 @@ def _begin(run: Run) -> bool:
 def prepare(run: Run) -> None:
     """Pretrain the teacher of an aligned run that is not finished, where the study has yet to do so."""
     if run.config.alignment.active and run.missing_steps():
-        preparation.prepare_teacher(run.study, run.config.teacher)
+        prepare_teacher(run.study, run.config.teacher)
 
 
 def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None, progress: bool) -> bool:

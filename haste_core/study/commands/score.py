@@ -11,7 +11,7 @@ from haste_core.errors import HasteError
 from haste_core.study import config
 
 if TYPE_CHECKING:
-    from haste_core.study.scoring.image_sources import Images
+    from haste_core.study.images import Images
 
 
 def add(commands: Any) -> None:
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise HasteError(f"--batch-size {arguments.batch_size}; possible: 1 and above")
     from haste_core.files import write_json
-    from haste_core.study.scoring.adm import AdmScorer
+    from haste_core.study.adm import AdmScorer
 
     is_file = arguments.reference.endswith(".npz")
     data = None if is_file else config.load(arguments.reference, arguments.profile, arguments.overrides).data
@@ -87,11 +87,11 @@ def open_samples(path: Path) -> tuple[Images, dict[str, Any]]:
     Raises:
         HasteError: there are none, or the folder's set is not finished.
     """
-    from haste_core.study.scoring.image_sources import NpzImages, file_hash
+    from haste_core.study.images import NpzImages, file_hash
 
     if not path.is_dir():
         return NpzImages(path), {"samples": path.name, "samples_hash": file_hash(path)}
-    from haste_core.study.sample_set import SampleSet, read_manifest
+    from haste_core.study.samples import SampleSet, read_manifest
 
     manifest = read_manifest(path)
     samples = SampleSet(path, manifest)

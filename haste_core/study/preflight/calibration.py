@@ -14,7 +14,7 @@ from haste_core.errors import HasteError
 from haste_core.study import config, cost, provenance
 from haste_core.study.preflight import estimates, stand_in
 from haste_core.study.preflight.tracing import Example, networks_of
-from haste_core.study.teachers import build_teacher
+from haste_core.study.pretrain import build_teacher
 from haste_core.study.train import create
 from haste_core.training import Trainer
 

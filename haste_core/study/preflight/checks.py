@@ -174,7 +174,7 @@ def vae(data: config.Data, sample: config.Sample) -> Check | None:
     """Whether the decoder of latents is there; None in pixel space."""
     if data.kind != "latents":
         return None
-    from haste_core.study.latents.decoding import vae_of
+    from haste_core.study.latents import vae_of
 
     try:
         named = vae_of(data, sample)[0]
@@ -205,7 +205,7 @@ def inception(where: str) -> Check:
     """Whether the Inception weights of the ADM scores are there."""
     import torch
 
-    from haste_core.study.scoring.extractors import INCEPTION_FILE, URL_INCEPTION_V3
+    from haste_core.study.adm import INCEPTION_FILE, URL_INCEPTION_V3
 
     if where != "hub":
         there = Path(where).is_file()
@@ -216,7 +216,7 @@ def inception(where: str) -> Check:
 
 def reference(path: str) -> Check:
     """Whether a file of reference statistics or images is there and holds what one should."""
-    from haste_core.study.scoring.reference import array_names
+    from haste_core.study.adm import array_names
 
     if not Path(path).is_file():
         text = (

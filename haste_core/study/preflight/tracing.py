@@ -24,7 +24,7 @@ from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer, build
 from haste_core.paths import objective_of
 from haste_core.study import config
-from haste_core.study.teachers import build_teacher
+from haste_core.study.pretrain import build_teacher
 from haste_core.teacher import Teacher
 
 # CLIP's text tokens per caption, which an MM-DiT is taken to have.

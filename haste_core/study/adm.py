@@ -1,0 +1,510 @@
+"""The ADM protocol: FID, sFID, Inception Score, precision and recall on Inception, and a Frechet distance on DINOv2.
+
+Dhariwal and Nichol, arXiv 2105.05233, on torch-fidelity's port of the same Inception weights. All scores come from one
+pass over the generated images; statistics of the reference are kept in runs/references.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from haste_core import _torchvision_guard, checkpoint, sampling  # noqa: F401  (the guard must come before timm)
+from haste_core.devices import default_device
+from haste_core.encoders import build_encoder
+from haste_core.errors import HasteError
+from haste_core.files import atomic, locked, output_root
+from haste_core.study import config, provenance
+from haste_core.study.data import open_dataset
+from haste_core.study.images import Images, MemoryImages, NpzImages, TrainingImages, file_hash
+from haste_core.study.scores import LIMIT, Gaussian, Moments, augmented, card, frechet_distance, probe_of
+
+from torch_fidelity.feature_extractor_inceptionv3 import (  # isort: skip
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
+)
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # isort: skip
+from torch_fidelity.metric_prc import (  # isort: skip
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
+)
+
+METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
+POOL, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"
+INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[1]
+# On a CPU Inception takes at most this many images at a time: its activations of one image take some 30 MB.
+CPU_BATCH = 50
+# ADM's evaluator averages the Inception Score over parts of this many images.
+IS_PART = 5000
+# Number of training images for precision and recall, as in ADM's reference batches; statistics are of all of them.
+MANIFOLD = 10_000
+# Names of mean and covariance in ADM's own files, and a further pair.
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2")}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DINOV2_SIDE = 224
+
+
+# Networks
+
+
+class Inception(nn.Module):
+    """torch-fidelity's Inception, giving pool features, logits without bias, and the spatial features of ADM's sFID.
+
+    Spatial features are the output of Mixed_6d.branch1x1 (`mixed_6/conv` in the TensorFlow graph), the first 7 channels
+    in NHWC order: 17 x 17 x 7 = 2023 values (Nash et al., arXiv 2103.03841; ADM, arXiv 2105.05233).
+
+    Args:
+        weights: its tensors by name. torch-fidelity unpickles weight files, so it is given a copy made in memory.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        stream = io.BytesIO()
+        torch.save(dict(weights), stream)
+        stream.seek(0)
+        self.network = FeatureExtractorInceptionV3("inception", [POOL, LOGITS], feature_extractor_weights_path=stream)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self._branch = torch.empty(0)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._branch = output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Features of uint8 images (B, 3, S, S): POOL (B, 2048), SPATIAL (B, 2023), LOGITS (B, 1008), float32."""
+        pool, logits = self.network(x)
+        return {POOL: pool, SPATIAL: self._branch, LOGITS: logits}
+
+
+def build_inception(where: str) -> tuple[nn.Module, str]:
+    """The Inception network, on the GPU if there is one, and the hash of its weights.
+
+    Args:
+        where: "hub", or the path of the weights as a .pth or .safetensors file.
+
+    Raises:
+        HasteError: the weights are missing or are of another network.
+    """
+    weights = read_weights(_hub_weights() if where == "hub" else Path(where))
+    try:
+        network = Inception(weights)
+    except RuntimeError as error:  # names or shapes that do not fit
+        raise _not_inception(where, f": {' '.join(str(error).split())[:160]}") from error
+    return network.to(default_device()), checkpoint.fingerprint(weights)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, read without executing anything.
+
+    Raises:
+        HasteError: the file is missing or holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _not_inception(path, f": {' '.join(str(error).split())[:160]}") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise _not_inception(path, " holds no tensors by name")
+    return dict(weights)
+
+
+def _not_inception(where: str | Path, reason: str) -> HasteError:
+    return HasteError(
+        f"evaluate.inception {where}{reason}; expected the path of {INCEPTION_FILE}, from {URL_INCEPTION_V3}"
+    )
+
+
+def _hub_weights() -> Path:
+    """The published Inception weights in torch's cache, downloaded if they are not there yet."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digits = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[1]
+    try:
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=digits, progress=False)
+    except (OSError, RuntimeError) as error:  # no network, no such file, or other bytes than published
+        raise HasteError(
+            f"the Inception weights {INCEPTION_FILE} cannot be downloaded from {URL_INCEPTION_V3} "
+            f"({' '.join(str(error).split())}); fetch the file elsewhere and set evaluate.inception=PATH"
+        ) from error
+    return path
+
+
+class DinoV2(nn.Module):
+    """The class token after the final norm of a timm DINOv2, of images resized to 224 pixels (bicubic, antialiased).
+
+    The protocol of Stein et al., arXiv 2306.04675, with ImageNet's mean and standard deviation.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        for name, values in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, width) float32 of uint8 images (B, 3, S, S)."""
+        x = images.float()
+        if x.shape[-2:] != (_DINOV2_SIDE, _DINOV2_SIDE):
+            x = F.interpolate(x, size=(_DINOV2_SIDE, _DINOV2_SIDE), mode="bicubic", antialias=True)
+        x = (x / 255 - self.mean) / self.std  # type: ignore[operator]
+        return self.encoder.forward_features(x)[:, 0].float()  # type: ignore[operator]
+
+
+def build_dinov2(evaluate: config.Evaluate) -> tuple[DinoV2, str] | None:
+    """The DINOv2 of a study, on the GPU if there is one, and the hash of its weights; None for `dinov2: none`.
+
+    Raises:
+        HasteError: its weights are missing, or the network has no class token.
+    """
+    if evaluate.dinov2 == "none":
+        return None
+    try:
+        encoder = build_encoder(evaluate.dinov2_model, evaluate.dinov2, 1000, {"img_size": _DINOV2_SIDE})
+    except HasteError as error:
+        raise HasteError(
+            f"evaluate.dinov2 {evaluate.dinov2!r}: {error}; or evaluate.dinov2=none leaves that score out"
+        ) from error
+    if not encoder.num_prefix_tokens:
+        raise HasteError(f"evaluate.dinov2_model {evaluate.dinov2_model!r} has no class token; expected a DINOv2")
+    return DinoV2(encoder).to(default_device()), checkpoint.fingerprint(encoder.state_dict())
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The extractors of one evaluation and the hashes of their weights."""
+
+    inception: nn.Module
+    inception_hash: str
+    dinov2: nn.Module | None
+    dinov2_hash: str | None
+
+    @property
+    def name(self) -> str:
+        """Both networks in one word, for the card."""
+        return f"adm-inception-{self.inception_hash}" + (f"+dinov2-{self.dinov2_hash}" if self.dinov2_hash else "")
+
+
+def build_networks(evaluate: config.Evaluate) -> Networks:
+    """The extractors that `evaluate` names.
+
+    Raises:
+        HasteError: weights are missing.
+    """
+    return Networks(*build_inception(evaluate.inception), *(build_dinov2(evaluate) or (None, None)))
+
+
+# Features and the numbers made of them
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a set of images.
+
+    moments: pool, spatial and dinov2 statistics of all images; the last is empty without DINOv2. pool: features
+    (m, 2048) of the images that were kept. logits: (m, 1008), without bias, of the same.
+    """
+
+    moments: dict[str, Moments]
+    pool: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def extract(
+    images: Images, networks: Networks, batch_size: int, keep: int | None = None, progress: str | None = None
+) -> Features:
+    """Features of uint8 images of one or three channels, from one pass over them.
+
+    Args:
+        images: of any size. networks: the extractors.
+        batch_size: images at a time, on a CPU at most 50.
+        keep: number of images, drawn from a fixed seed, whose pool features and logits are kept; None keeps all.
+        progress: the progress bar's label; None shows none.
+    """
+    device = default_device()
+    batch_size = min(batch_size, CPU_BATCH) if device.type == "cpu" else batch_size
+    moments = {name: Moments() for name in STATISTICS}
+    pool, logits, seen = [], [], 0
+    kept = torch.ones(len(images), dtype=torch.bool)
+    if keep is not None and keep < len(images):
+        kept[torch.randperm(len(images), generator=Generator().manual_seed(0))[keep:]] = False
+    with tqdm(total=len(images), desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar:
+        for batch in images.batches(batch_size):
+            x = batch.expand(-1, 3, -1, -1).contiguous().to(device)
+            found = networks.inception(x)
+            moments["pool"].add(found[POOL])
+            moments["spatial"].add(found[SPATIAL])
+            if networks.dinov2 is not None:
+                moments["dinov2"].add(networks.dinov2(x))
+            here = kept[seen : seen + len(x)]
+            pool.append(found[POOL].cpu()[here])
+            logits.append(found[LOGITS].cpu()[here])
+            seen += len(x)
+            bar.update(len(x))
+    return Features(moments, torch.cat(pool), torch.cat(logits))
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp of the mean KL(p(y|x) || p(y)), taken over parts of 5,000 images in their order and averaged (as ADM does).
+
+    Salimans et al., arXiv 1606.03498. Args: logits (n, classes), without bias. Returns: 1 to the number of classes.
+    """
+    parts = [isc_features_to_metric(part, splits=1, shuffle=False) for part in logits.split(IS_PART)]
+    return float(np.mean([part[KEY_METRIC_ISC_MEAN] for part in parts]))
+
+
+def precision_recall(generated: Tensor, real: Tensor, neighborhood: int) -> tuple[float, float]:
+    """Improved precision and recall in [0, 1] of features (n, d) and (m, d), in float64.
+
+    Kynkaanniemi et al., arXiv 1904.06991: the share of generated features within the distance of a real one to its
+    `neighborhood`-th neighbour, and the share of real ones within that of a generated one.
+
+    Raises:
+        HasteError: a set has no `neighborhood`-th neighbour.
+    """
+    if min(len(generated), len(real)) <= neighborhood:
+        raise HasteError(
+            f"precision and recall of {len(generated)} generated and {len(real)} real images; expected more than "
+            f"evaluate.neighborhood ({neighborhood}) of each"
+        )
+    device = default_device()
+    found = prc_features_to_metric(
+        generated.to(device).double(),
+        real.to(device).double(),
+        prc_neighborhood=neighborhood,
+        prc_batch_size=2500,  # a table of 2,500 by n distances at a time
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+
+
+# The reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics by name (pool, spatial, dinov2), as far as they are known.
+
+    manifold: pool features (m, 2048) for precision and recall. n: number of images behind the statistics, if known.
+    """
+
+    statistics: Mapping[str, Gaussian]
+    manifold: Tensor | None
+    n: int | None
+
+
+def array_names(path: Path) -> list[str]:
+    """Names of the arrays of an .npz file.
+
+    Raises:
+        HasteError: it is no such file.
+    """
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _not_a_reference(path, " ".join(str(error).split())) from error
+    if not isinstance(stored, np.lib.npyio.NpzFile):
+        raise _not_a_reference(path, "it holds one array without a name")
+    with stored:
+        return list(stored.files)
+
+
+def _not_a_reference(path: Path, reason: str) -> HasteError:
+    return HasteError(
+        f"reference {path}: {reason}; expected an ADM .npz with mu, sigma, mu_s, sigma_s or images arr_0 (n, S, S, 3)"
+    )
+
+
+def load_reference(path: Path) -> Reference:
+    """Statistics and features of an .npz file; its images, if any, are not read.
+
+    Raises:
+        HasteError: it has neither statistics nor images, or mean and covariance of different widths.
+    """
+    names = array_names(path)
+    if not {"mu", "arr_0"} & set(names):
+        raise _not_a_reference(path, f"it holds {', '.join(names) or 'nothing'}")
+    statistics = {}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            for name, (mean, covariance) in STATISTICS.items():
+                if mean in names and covariance in names:
+                    statistics[name] = _gaussian(stored[mean], stored[covariance])
+            manifold = torch.from_numpy(stored["manifold"]) if "manifold" in names else None
+            n = int(stored["n"]) if "n" in names else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _not_a_reference(path, " ".join(str(error).split())) from error
+    return Reference(statistics, manifold, n)
+
+
+def _gaussian(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"a mean of shape {mean.shape} with a covariance of shape {covariance.shape}")
+    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def _warn(text: str) -> None:
+    print(f"haste: warning: {text}", file=sys.stderr)
+
+
+# The suite
+
+
+def scoring_facts(evaluate: config.Evaluate, data: config.Data | None, extractor: str) -> dict[str, Any]:
+    """Everything of the scoring that changes a score, for the card.
+
+    Args:
+        evaluate: settings; `reference` is the path of an .npz file, or None.
+        data: without a path, the data whose training images are the reference.
+        extractor: name of the networks.
+
+    Raises:
+        HasteError: there is no reference, or it cannot be read.
+    """
+    if evaluate.reference:
+        path = Path(evaluate.reference)
+        names = array_names(path)
+        reference: dict[str, Any] = {"reference": path.name, "reference_hash": file_hash(path)}
+        reference |= {"reference_statistics": "mu" in names, "reference_images": "arr_0" in names}
+    elif data is not None:
+        reference = {"reference": f"{data.kind} train split (held-in), not augmented"}
+        reference |= {"reference_hash": TrainingImages(data).hash(), "reference_manifold": MANIFOLD}
+    else:
+        raise HasteError("no reference to score against; expected an ADM .npz or a study")
+    return {
+        "evaluator": f"ADM protocol on torch-fidelity {provenance.environment()['torch-fidelity']}",
+        "extractor": extractor,
+        "sfid": "Mixed_6d.branch1x1, 7 channels, NHWC",
+        "is": f"logits without bias, exp of the mean KL of {IS_PART} images in order, averaged over parts",
+        "precision_recall": "Inception pool features",
+        "neighborhood": evaluate.neighborhood,
+        "dinov2": None if evaluate.dinov2 == "none" else evaluate.dinov2_model,
+        **reference,
+    }
+
+
+def scores_of(found: Features, real: Reference, neighborhood: int) -> dict[str, float]:
+    """The scores of features against a reference: METRICS by name, nan where the reference lacks what one needs."""
+    distances = dict.fromkeys(STATISTICS, float("nan"))
+    for name in found.moments.keys() & real.statistics.keys():
+        n = min(found.moments[name].n, real.n or found.moments[name].n)
+        if n == 0:
+            continue
+        own = found.moments[name].gaussian()
+        if n <= len(own.mean):
+            _warn(f"{n} images for {name} features of width {len(own.mean)}: the distance is biased upwards")
+        distances[name] = frechet_distance(own, real.statistics[name])
+    precision, recall = float("nan"), float("nan")
+    if real.manifold is not None:
+        precision, recall = precision_recall(found.pool, real.manifold, neighborhood)
+    return {
+        "fid": distances["pool"],
+        "sfid": distances["spatial"],
+        "is": inception_score(found.logits),
+        "precision": precision,
+        "recall": recall,
+        "fd_dinov2": distances["dinov2"],
+    }
+
+
+class AdmScorer:
+    """Scores of sets of images against one reference, by the ADM protocol; `facts` describe the scoring for the card.
+
+    Args:
+        evaluate: names the reference, the extractors and the sizes.
+        data: its training images are the reference where `evaluate.reference` names none.
+        progress: show progress bars.
+
+    Raises:
+        HasteError: weights or the reference are missing.
+    """
+
+    def __init__(self, evaluate: config.Evaluate, data: config.Data | None = None, progress: bool = True) -> None:
+        self.evaluate, self.progress = evaluate, progress
+        self.networks = build_networks(evaluate)
+        self.facts = scoring_facts(evaluate, data, self.networks.name)
+        self.reference = self._open_reference(data)
+
+    def score(self, generated: Images) -> dict[str, float]:
+        """Every score of METRICS; nan where the reference does not hold what a score needs."""
+        label = "features of images" if self.progress else None
+        found = extract(generated, self.networks, self.evaluate.batch_size, None, label)
+        return scores_of(found, self.reference, self.evaluate.neighborhood)
+
+    def _open_reference(self, data: config.Data | None) -> Reference:
+        """The reference, with features extracted from images where the file holds no statistics of them."""
+        if not self.evaluate.reference:
+            assert data is not None  # checked in scoring_facts
+            return self._extracted(TrainingImages(data), MANIFOLD)
+        path = Path(self.evaluate.reference)
+        stored = load_reference(path)
+        if "arr_0" not in array_names(path):
+            if stored.manifold is None:
+                _warn(f"{path} holds no images arr_0: precision and recall are not available")
+            if self.networks.dinov2 is not None and "dinov2" not in stored.statistics:
+                _warn(f"{path} holds neither images nor mu_dinov2: fd_dinov2 is not available")
+            return stored
+        images = NpzImages(path)
+        made = self._extracted(images, len(images))
+        # Statistics in the file take precedence: published numbers use them, and they are often of more images.
+        return Reference({**made.statistics, **stored.statistics}, made.manifold, None if stored.statistics else made.n)
+
+    def _extracted(self, images: Images, keep: int) -> Reference:
+        """Statistics of real images and pool features of `keep` of them, extracted once and kept on disk."""
+        key = config.digest([self.facts["reference_hash"], self.networks.name, keep])
+        path = output_root() / "runs" / "references" / f"{key}.npz"
+        with locked(path.with_suffix(".lock"), f"the reference {path.stem}", wait=True):
+            if not path.is_file():
+                label = "features of the reference" if self.progress else None
+                found = extract(images, self.networks, self.evaluate.batch_size, keep, label)
+                content: dict[str, Any] = {"manifold": found.pool.numpy(), "n": np.array(found.moments["pool"].n)}
+                for name, (mean, covariance) in STATISTICS.items():
+                    if found.moments[name].n:
+                        content[mean], content[covariance] = found.moments[name].gaussian()
+                with atomic(path) as temporary, temporary.open("wb") as stream:
+                    np.savez(stream, **content)
+        return load_reference(path)
+
+
+class AdmStudyScorer(AdmScorer):
+    """The suite `adm` of a study, with its card and the images that the denoising loss is measured on."""
+
+    def __init__(self, study: config.Study, progress: bool = True) -> None:
+        super().__init__(study.evaluate, study.data, progress)
+        self.study, self.probe = study, probe_of(study)
+        self.card = card(study, self.facts | self.probe.facts)
+
+    def floor(self) -> list[dict[str, Any]]:
+        """Scores of at most 10,000 real images against the reference, which takes the place of held-in images.
+
+        Rows of `pair`, `n`, `n_reference` and METRICS.
+        """
+        dataset = open_dataset(self.study.data)
+        pairs = {
+            "held-out against held-in": sampling.to_uint8(dataset.images("test", LIMIT)[0]),
+            "augmented held-in against held-in": augmented(dataset, self.study.evaluate.seed),
+        }
+        n_reference = self.reference.n
+        return [
+            {"pair": name, "n": len(real), "n_reference": n_reference, **self.score(MemoryImages(real))}
+            for name, real in pairs.items()
+        ]

@@ -1,0 +1,514 @@
+"""Small networks trained inside a study: the pretrained teacher, and the feature extractors behind its scores.
+
+Each is trained once, under a lock, and kept by the hash of its settings (`haste_core.study.runs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from haste_core import checkpoint
+from haste_core.devices import default_device
+from haste_core.errors import HasteError, Interrupted
+from haste_core.files import locked, write_json
+from haste_core.seeding import stream
+from haste_core.study import config, provenance, runs, signals
+from haste_core.study.data import Batches, Dataset, open_dataset
+from haste_core.teacher import Teacher
+from haste_core.training import Batch
+
+# Steps between two saved states of a network in training.
+SAVE_EVERY = 500
+# Standard deviation of the Gaussian noise that the autoencoder removes from images in [-1, 1].
+NOISE = 0.5
+# Minimum cosine similarity between half-precision and float32 teacher outputs, and the images it is checked on.
+LEAST_COSINE, CHECKED_ON = 0.999, 8
+# Feature extractors by role, each with its name on cards.
+EXTRACTORS = {"extractor": "small-cnn", "autoencoder": "autoencoder"}
+# Weights and measures by split.
+Trained = tuple[dict[str, Tensor], dict[str, float]]
+
+
+class FeatureNetwork(nn.Module):
+    """A convolutional encoder of small images with standardised features, on which Frechet distances are computed.
+
+    Input (B, channels, S, S) in [-1, 1] with S a multiple of 4; features (B, width).
+    """
+
+    def __init__(self, width: int, channels: int, image_size: int) -> None:
+        super().__init__()
+        if image_size % 4:
+            raise HasteError(f"the extractor needs images with a side that is a multiple of 4, given {image_size}")
+        self.early = 2 if image_size > 8 else 1  # 8x8 images are downsampled one time less
+        self.side = image_size // (4 * self.early)  # of the trunk's 96 output channels
+        self.trunk = nn.Sequential(
+            _stage(channels, 32, 1), _stage(32, 64, self.early), _stage(64, 64, 2), _stage(64, 96, 2)
+        )
+        # Standardised features put distances in units of the standard deviation over the training data.
+        self.embed = nn.Sequential(nn.Linear(96 * self.side**2, width), nn.BatchNorm1d(width, affine=False))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features (B, width), about zero mean and unit variance, before any non-linearity."""
+        return self.embed(self.trunk(x).flatten(1))
+
+
+class SmallCNN(FeatureNetwork):
+    """A convolutional classifier: images (B, channels, S, S) to logits (B, classes); `features` are penultimate."""
+
+    def __init__(self, classes: int, width: int, channels: int = 1, image_size: int = 8) -> None:
+        super().__init__(width, channels, image_size)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return self.head(F.relu(self.features(x)))
+
+
+class Autoencoder(FeatureNetwork):
+    """A convolutional denoising autoencoder; its features come from images alone, without labels."""
+
+    def __init__(self, width: int, channels: int = 1, image_size: int = 8) -> None:
+        super().__init__(width, channels, image_size)
+
+        def larger(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(nn.Upsample(scale_factor=2), *_stage(inputs, outputs, 1))
+
+        self.decoder = nn.Sequential(
+            nn.Linear(width, 96 * self.side**2),
+            nn.ReLU(),
+            nn.Unflatten(1, (96, self.side, self.side)),
+            larger(96, 48),
+            larger(48, 16),
+            larger(16, 16) if self.early == 2 else nn.Identity(),
+            nn.Conv2d(16, channels, 3, 1, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstructions (B, channels, S, S) of clean images from noisy ones."""
+        return self.decoder(self.features(x))
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class PatchClassifier(nn.Module):
+    """An encoder under two linear heads, on its class token (if any) and on the mean of its patch tokens.
+
+    The second head makes the patch tokens, which the student is aligned with, predict the class.
+    """
+
+    def __init__(self, teacher: Teacher, classes: int) -> None:
+        super().__init__()
+        self.teacher, self.encoder = [teacher], teacher.encoder  # the list keeps the frozen wrapper unregistered
+        self.class_head = nn.Linear(teacher.width, classes)
+        self.patch_head = nn.Linear(teacher.width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes), the mean of both heads."""
+        tokens = self.encoder.forward_features(self.teacher[0].prepare(images))  # type: ignore[operator]
+        prefix = int(self.encoder.num_prefix_tokens)  # type: ignore[arg-type]
+        logits = self.patch_head(tokens[:, prefix:].mean(1))
+        return (logits + self.class_head(tokens[:, 0])) / 2 if prefix else logits
+
+
+# Training
+
+
+@torch.no_grad()
+def accuracy(logits_of: Callable[[Tensor], Tensor], dataset: Dataset, split: str) -> float:
+    """The share of a split's images that are classified correctly, in [0, 1]."""
+    x, y = dataset.images(split)
+    device = default_device()
+    correct = [
+        (logits_of(a.to(device)).argmax(1).cpu() == b).float() for a, b in zip(x.split(512), y.split(512), strict=True)
+    ]
+    return float(torch.cat(correct).mean())
+
+
+@torch.no_grad()
+def explained(reconstructed: Callable[[Tensor], Tensor], dataset: Dataset, split: str, seed: int) -> float:
+    """The share of a split's pixel variance that reconstructions from noised images explain, in [0, 1].
+
+    One minus the mean square error over the variance around the mean image, 0 where the error is larger. Noise comes
+    from `seed` and `split`.
+    """
+    x, _ = dataset.images(split)
+    device, generator = default_device(), Generator().manual_seed(stream(f"autoencoder {split} noise", seed))
+    parts = ((part, reconstructed(_noised(part, generator).to(device)).cpu()) for part in x.split(512))
+    error = sum(float((made - part).double().square().sum()) for part, made in parts)
+    return max(1 - error / float((x - x.mean(0)).double().square().sum()), 0.0)
+
+
+def _noised(x: Tensor, generator: Generator) -> Tensor:
+    """x (B, C, S, S) on the CPU with Gaussian noise."""
+    return x + NOISE * torch.randn(x.shape, generator=generator)
+
+
+class Goal(NamedTuple):
+    """The loss and the measure of a network in training.
+
+    loss: of a batch on the CPU, with a generator for its noise. measure: of a split ("train", "validation", "test");
+    `name` is its key in results, `text` its name in errors.
+    """
+
+    name: str
+    text: str
+    loss: Callable[[Batch, Generator], Tensor]
+    measure: Callable[[str], float]
+
+
+def _classification(model: nn.Module, dataset: Dataset, fitting: config.Fitting) -> Goal:
+    """Cross-entropy, measured by accuracy."""
+    device = default_device()
+
+    def loss(batch: Batch, generator: Generator) -> Tensor:
+        batch = batch.to(device)
+        return F.cross_entropy(model(batch.images), batch.y, label_smoothing=fitting.label_smoothing)
+
+    return Goal("accuracy", "validation accuracy", loss, lambda split: accuracy(model, dataset, split))
+
+
+def _denoising(model: nn.Module, dataset: Dataset, fitting: config.Fitting) -> Goal:
+    """Mean square error of images restored from Gaussian noise, without labels, measured by explained variance."""
+    device = default_device()
+
+    def loss(batch: Batch, generator: Generator) -> Tensor:
+        noised = _noised(batch.images, generator).to(device)
+        return F.mse_loss(model(noised), batch.images.to(device))
+
+    return Goal(
+        "explained", "explained validation variance", loss, lambda split: explained(model, dataset, split, fitting.seed)
+    )
+
+
+def fit(
+    model: nn.Module, dataset: Dataset, fitting: config.Fitting, what: str, partial: Path | None = None
+) -> dict[str, float]:
+    """Train `model` on the augmented training split, leaving it in eval mode on the CPU.
+
+    An `Autoencoder` learns to remove noise, any other network (images to logits) to classify. AdamW under a one-cycle
+    schedule. Batches and noise come from the streams "<what> order" and "<what> noise" of
+    `fitting.seed`. Acceptance is decided on validation images; test images are measured after it.
+
+    Args:
+        model, dataset, fitting: network, data and settings.
+        what: the network's role, used for streams, progress bar and errors.
+        partial: checkpoint file, written every `SAVE_EVERY` steps and on SIGTERM or SIGINT, from which the next call
+            resumes, on the CPU to the bit; removed at the end.
+
+    Returns:
+        By split, `train_accuracy`, `validation_accuracy`, `test_accuracy`, or for an autoencoder `train_explained`,
+        `validation_explained`, `test_explained`: shares of pixel variance explained from noised images. In [0, 1].
+
+    Raises:
+        HasteError: the measure on validation images stays below `fitting.min_accuracy`.
+        Interrupted: a signal arrived; the state is saved if `partial` is given.
+    """
+    goal = (_denoising if isinstance(model, Autoencoder) else _classification)(model, dataset, fitting)
+    batches = Batches(dataset, min(fitting.batch_size, len(dataset)), stream(f"{what} order", fitting.seed))
+    noise = Generator().manual_seed(stream(f"{what} noise", fitting.seed))
+    model.to(default_device())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=fitting.lr, weight_decay=fitting.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fitting.lr, fitting.steps + 1)
+    model.train()
+    fitted = _FitState(model, optimizer, schedule, batches, noise)
+    first = fitted.load(partial) if partial and partial.is_file() else 0
+    bar = tqdm(range(first, fitting.steps), desc=what, unit="step", mininterval=1.0, initial=first, total=fitting.steps)
+    with signals.catch() as stopping:
+        for step in bar:
+            loss = goal.loss(batches.next(), noise)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if partial and ((step + 1) % SAVE_EVERY == 0 or stopping.is_set()):
+                fitted.save(partial, step + 1)
+            if stopping.is_set():
+                raise Interrupted(f"{what} stopped at step {step + 1} of {fitting.steps}; run again to resume")
+    model.eval()
+    result = {f"{split}_{goal.name}": goal.measure(split) for split in ("train", "validation")}
+    if partial:
+        partial.unlink(missing_ok=True)
+    reached = result[f"validation_{goal.name}"]
+    if not reached >= fitting.min_accuracy:
+        raise HasteError(
+            f"{what}: {goal.text} {reached:.4f} is below the required {fitting.min_accuracy}; use more steps than "
+            f"{fitting.steps}, a larger model, or a lower fitting.min_accuracy"
+        )
+    result[f"test_{goal.name}"] = goal.measure("test")
+    model.cpu()
+    return result
+
+
+class _FitState(NamedTuple):
+    """Everything that resuming a fit to the bit needs."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    batches: Batches
+    noise: Generator
+
+    def save(self, path: Path, step: int) -> None:
+        """Write the state after `step` steps."""
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model),
+            "data": self.batches.state_dict(),
+        }
+        tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        betas = [group["betas"] for group in self.optimizer.param_groups]
+        state = {"step": step, "schedule": self.schedule.state_dict(), "betas": betas}
+        checkpoint.save(path, tensors | {"noise": self.noise.get_state()}, state)
+
+    def load(self, path: Path) -> int:
+        """Restore the state in `path`; returns its step."""
+        tensors, state = checkpoint.load(path)
+        self.model.load_state_dict(checkpoint.under(tensors, "model."))
+        checkpoint.load_optimizer(self.optimizer, self.model, checkpoint.under(tensors, "optimizer."))
+        self.batches.load_state_dict(checkpoint.under(tensors, "data."))
+        self.noise.set_state(tensors["noise"])
+        self.schedule.load_state_dict(state["schedule"])
+        groups = self.optimizer.param_groups
+        for group, rate, betas in zip(groups, self.schedule.get_last_lr(), state["betas"], strict=True):
+            group["lr"], group["betas"] = rate, tuple(betas)
+        return int(state["step"])
+
+
+# The networks of a study
+
+
+def _trained_once(
+    study: config.Study, path: Path, fitting: config.Fitting, train: Callable[[config.Fitting, Dataset, Path], Trained]
+) -> dict[str, Any]:
+    """The state kept beside the weights in `path`, which are trained unless the file exists, by one process at a time.
+
+    Args:
+        fitting: settings; seeds from its own upwards are tried until a network is accepted, `fitting.attempts` times.
+        train: training under one seed, with the study's data and the path of its checkpoint file.
+
+    Raises:
+        HasteError: no attempt was accepted; the error of the last one.
+    """
+    role = path.stem
+    if not path.is_file():
+        with locked(path.parent / "run.lock", f"the {role}", wait=True):
+            if not path.is_file():
+                torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
+                dataset = fitting_data(study, fitting)
+                with provenance.session(path.parent, what=role):
+                    for attempt in range(fitting.attempts):
+                        chosen = fitting.model_copy(update={"seed": fitting.seed + attempt})
+                        try:
+                            weights, measured = train(
+                                chosen, dataset, path.parent / f"partial-{chosen.seed}.safetensors"
+                            )
+                            break
+                        except HasteError as error:
+                            failure = error
+                    else:
+                        raise failure
+                    facts: dict[str, Any] = measured | {"attempts": attempt + 1}
+                    state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}
+                    checkpoint.save(path, weights, {"accuracies": facts} if role == "teacher" else state)
+    return checkpoint.load(path, prefixes=("none",))[1]
+
+
+def fitting_data(study: config.Study, fitting: config.Fitting) -> Dataset:
+    """The study's data with the augmentation that a network is trained under."""
+    return open_dataset(study.data.model_copy(update={"augment": fitting.augment or study.data.augment}))
+
+
+@contextmanager
+def _seeded(name: str, seed: int) -> Iterator[None]:
+    """A context in which weights are drawn from a named stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(name, seed))
+        yield
+
+
+def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -> dict[str, Any]:
+    """Pretrain a teacher of the study (by default its own) if it is to be pretrained and does not exist yet.
+
+    Returns:
+        Facts about the teacher: model, weights, width, heads, blocks, grid, parameters, and for a pretrained one its
+        `train_accuracy`, `validation_accuracy` and `test_accuracy` in [0, 1].
+
+    Raises:
+        HasteError: the validation accuracy stays below the required one, or a hub or local teacher cannot be loaded.
+    """
+    wanted = wanted or study.teacher
+    accuracies: dict[str, float] = {}
+    if wanted.weights == "pretrain":
+        path = runs.teacher_path(study, wanted)
+
+        def train(fitting: config.Fitting, dataset: Dataset, partial: Path) -> Trained:
+            return pretrain(wanted.model_copy(update={"fitting": fitting}), dataset, partial)
+
+        accuracies = _trained_once(study, path, wanted.fitting, train)["accuracies"]
+        teacher = load_pretrained(wanted, path)
+    else:
+        teacher = build_teacher(wanted)
+    return {
+        "model": wanted.model,
+        "weights": wanted.weights,
+        "width": teacher.width,
+        "heads": teacher.heads,
+        "blocks": teacher.blocks,
+        "grid": list(teacher.grid),
+        "parameters": sum(p.numel() for p in teacher.parameters()),
+        **accuracies,
+    }
+
+
+def pretrain(teacher: config.Teacher, dataset: Dataset, partial: Path | None = None) -> Trained:
+    """Train a teacher as a classifier.
+
+    Args:
+        teacher, dataset: its settings, and the data.
+        partial: checkpoint file on the way, as in `fit`.
+
+    Returns:
+        The encoder's weights and its accuracies (`train_accuracy`, `validation_accuracy`, `test_accuracy`, in [0, 1]).
+    """
+    frozen = build_teacher(teacher)
+    with _seeded("teacher heads", teacher.fitting.seed):
+        classifier = PatchClassifier(frozen, dataset.classes)
+    classifier.requires_grad_(True)
+    accuracies = fit(classifier, dataset, teacher.fitting, "teacher", partial)
+    return {name: value.detach().clone() for name, value in frozen.encoder.state_dict().items()}, accuracies
+
+
+def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = None) -> Teacher:
+    """Frozen teacher of a study.
+
+    Args:
+        teacher: its settings. state: weights trained in the study (`weights: pretrain`).
+
+    Raises:
+        HasteError: as `Teacher`.
+    """
+    return Teacher(
+        teacher.model,
+        weights=teacher.weights,
+        state=state,
+        mean=teacher.mean,
+        std=teacher.std,
+        resize=teacher.resize,
+        low_pass=teacher.low_pass,
+        precision=teacher.precision,
+        seed=teacher.fitting.seed,
+        **teacher.kwargs,
+    )
+
+
+def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> Teacher:
+    """Frozen teacher of a study, by default its own: pretrained in it, or timm's with hub or local weights."""
+    teacher = teacher or study.teacher
+    if teacher.weights == "pretrain":
+        return load_pretrained(teacher, runs.teacher_path(study, teacher))
+    return build_teacher(teacher)
+
+
+def load_pretrained(teacher: config.Teacher, path: Path) -> Teacher:
+    """The teacher with the weights that `prepare_teacher` left in the safetensors file `path`.
+
+    Raises:
+        HasteError: there is no such file.
+    """
+    if not path.is_file():
+        raise HasteError(f"no teacher weights at {path}; train them by: haste teacher <study>")
+    return build_teacher(teacher, load_file(path))
+
+
+def check_precision(teacher: Teacher, dataset: Dataset, blocks: tuple[int, ...], precision: str) -> None:
+    """Check that the mean cosine similarity of the teacher's outputs in a precision to those in float32 is >= 0.999.
+
+    Args:
+        teacher: on the device it is used on. dataset: source of the images. blocks: blocks whose q and k are used.
+        precision: of the run, used where the teacher has none of its own.
+
+    Raises:
+        HasteError: it is lower.
+    """
+    precision = teacher.precision or precision
+    if precision == "no":
+        return
+    images = dataset.examples("train", CHECKED_ON).images.to(teacher.mean.device)
+    cosine = teacher.cosine_to_float32(images, blocks, precision)
+    if not cosine >= LEAST_COSINE:
+        raise HasteError(
+            f"the teacher in {precision} has a cosine of {cosine:.5f} to itself in float32, expected at least "
+            f"{LEAST_COSINE}; set teacher.precision=no, which leaves the run's own precision as it is"
+        )
+
+
+def build_extractor(study: config.Study, role: str, dataset: Dataset, seed: int | None = None) -> FeatureNetwork:
+    """The network of a role ("extractor" or "autoencoder") for the images of `dataset`.
+
+    Weights are drawn from `seed`, by default that of the role's settings.
+    """
+    channels, side = dataset.images("train", 1)[0].shape[1:3]
+    width = study.evaluate.extractor_width
+    with _seeded(f"{role} weights", getattr(study.evaluate, role).seed if seed is None else seed):
+        if role == "extractor":
+            return SmallCNN(dataset.classes, width, channels, side)
+        return Autoencoder(width, channels, side)
+
+
+def _extractor_path(study: config.Study, role: str) -> Path:
+    return runs.extractor_path(study) if role == "extractor" else runs.autoencoder_path(study)
+
+
+def prepare_extractors(study: config.Study) -> dict[str, dict[str, Any] | None]:
+    """Train the feature extractors behind the suite `study`, with and without labels, if they do not exist yet.
+
+    Returns:
+        Facts of "extractor" and "autoencoder", None in another suite: kind, width, seed, fingerprint of the weights,
+        attempts, and measures by split: `train_accuracy`, `validation_accuracy`, `test_accuracy` of the extractor,
+        `train_explained`, `validation_explained`, `test_explained` (shares of pixel variance) of the autoencoder.
+    """
+    return {role: prepare_extractor(study, role) if study.evaluate.suite == "study" else None for role in EXTRACTORS}
+
+
+def prepare_extractor(study: config.Study, role: str) -> dict[str, Any]:
+    """Train the feature extractor of a role if it does not exist yet; returns its facts."""
+    wanted: config.Fitting = getattr(study.evaluate, role)
+
+    def train(fitting: config.Fitting, dataset: Dataset, partial: Path) -> Trained:
+        network = build_extractor(study, role, dataset, fitting.seed)
+        measured = fit(network, dataset, fitting, role, partial)
+        return network.state_dict(), measured
+
+    state = _trained_once(study, _extractor_path(study, role), wanted, train)
+    common = {"width": study.evaluate.extractor_width, "seed": wanted.seed, "fingerprint": state["fingerprint"]}
+    return {"kind": "SmallCNN" if role == "extractor" else "Autoencoder", **common, **state["measured"]}
+
+
+def load_extractor(study: config.Study, role: str) -> tuple[FeatureNetwork, str]:
+    """The trained network of a role, frozen in eval mode, and its name with the fingerprint of its weights."""
+    network = build_extractor(study, role, open_dataset(study.data))
+    weights, state = checkpoint.load(_extractor_path(study, role))
+    network.load_state_dict(weights)
+    return network.requires_grad_(False).eval(), f"{EXTRACTORS[role]}-{state['fingerprint']}"
+
+
+def write_facts(study: config.Study, path: Path) -> dict[str, Any]:
+    """Prepare teachers and extractors, and write their facts to the JSON file `path`; returns them."""
+    own, *further = [prepare_teacher(study, teacher) for teacher in study.teachers()]
+    facts = {"teacher": own, "further_teachers": further, **prepare_extractors(study)}
+    write_json(path, facts)
+    return facts

@@ -1,0 +1,232 @@
+"""Large sets of images, drawn in shards that can be divided among processes, and merged into one .npz file.
+
+    FOLDER/manifest.json        everything that affects the pixels; a folder with another manifest is refused
+    FOLDER/shards/00000.npy     uint8 (shard size, S, S, C), complete or absent
+    FOLDER/samples.npz          all images, in the format of ADM's tools
+
+Process r of n draws the shards r, r + n, r + 2n, ... that are absent. Each image depends on its own label and seed
+alone and shards are cut into batches from their own start, so neither the number of processes nor interruptions change
+a byte.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from haste_core.errors import HasteError, Interrupted
+from haste_core.files import atomic, locked, write_json
+from haste_core.models import DiffusionTransformer
+from haste_core.sampling import draw as sample
+from haste_core.sampling import sample_labels, to_uint8
+from haste_core.study import config, signals
+from haste_core.study.images import NpzImages
+from haste_core.study.latents import drawing_facts, to_images
+from haste_core.study.runs import Run
+
+# A function of labels (b,) and their seeds that returns uint8 images (b, C, S, S).
+Draw = Callable[[Tensor, range], Tensor]
+
+
+def plan(
+    run: Run, step: int, checkpoint: str, classes: int, n: int, first_seed: int, shard_size: int
+) -> dict[str, Any]:
+    """The manifest of images of a run: everything that decides their pixels, and where they come from.
+
+    Args:
+        run: its study names data and sampler. step, checkpoint: whose weights, and their fingerprint.
+        classes: number of labels. n: number of images. first_seed: image i has seed first_seed + i.
+        shard_size: images in a shard.
+    """
+    return {
+        **drawing_facts(run.study.data, run.sample),
+        "from": f"{run.study.name} {run.arm} seed {run.seed} step {step}",
+        "checkpoint": checkpoint,
+        "classes": classes,
+        "labels": run.study.evaluate.labels,
+        "n": n,
+        "first_seed": first_seed,
+        "shard_size": shard_size,
+    }
+
+
+def drawer(model: DiffusionTransformer, data: config.Data, how: config.Sample) -> Draw:
+    """What draws uint8 images (b, C, S, S) from a generator of `data`, decoded where these are latents."""
+
+    def draw(labels: Tensor, seeds: range) -> Tensor:
+        return to_uint8(to_images(sample(model, labels, seeds, how.options), data, how))
+
+    return draw
+
+
+class SampleSet:
+    """A folder of images under its manifest; `n`, `shard_size`, `labels`, `classes` and `first_seed` are part of it.
+
+    Raises:
+        HasteError: the folder holds another set or other files.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder, self.manifest = folder, dict(manifest)
+        self.n, self.shard_size = int(manifest["n"]), int(manifest["shard_size"])
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        path = self.folder / "manifest.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise HasteError(f"{self.folder} is a file; use a new or an empty folder")
+        if not path.is_file():
+            others = [p.name for p in self.folder.glob("*") if not p.name.startswith(".")]
+            if others and not path.is_file():  # another process may have begun meanwhile
+                raise HasteError(f"{self.folder} holds other files ({others[0]}); use a new or an empty folder")
+            write_json(path, self.manifest)
+        known, asked = read_manifest(self.folder), json.loads(json.dumps(self.manifest))
+        for key in asked | known:
+            if key == "from":  # equal weights may come from several arms
+                continue
+            if known.get(key) != asked.get(key):
+                raise HasteError(
+                    f"{self.folder} holds a set with {key} {known.get(key)!r}, asked is {asked.get(key)!r}; use "
+                    f"another --out, or the same settings"
+                )
+
+    @property
+    def merged(self) -> Path:
+        """Where the whole set lies when it is done."""
+        return self.folder / "samples.npz"
+
+    def labels(self) -> Tensor:
+        """The label (n,) of every image."""
+        return sample_labels(self.n, self.manifest["classes"], self.manifest["labels"], self.manifest["first_seed"])
+
+    def paths(self) -> list[Path]:
+        """Every shard, whether it is there or not."""
+        return [self.folder / "shards" / f"{i:05d}.npy" for i in range(-(-self.n // self.shard_size))]
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there."""
+        return [i for i, path in enumerate(self.paths()) if not path.is_file()]
+
+    def drawn(self) -> int:
+        """How many images are in shards."""
+        return self.n - sum(self._size(i) for i in self.missing())
+
+    def _size(self, index: int) -> int:
+        return min(self.shard_size, self.n - index * self.shard_size)
+
+    def fill(self, draw: Draw, batch_size: int, progress: str | None = None, rank: int = 0, processes: int = 1) -> None:
+        """Draw the missing shards of process `rank` out of `processes`.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT arrived; complete shards are kept, the unfinished one is not.
+            HasteError: an existing shard is damaged.
+        """
+        mine, missing = range(len(self.paths()))[rank::processes], self.missing()
+        for index in mine:
+            if index not in missing:
+                self._shard(index)
+        size = sum(map(self._size, mine))
+        with (
+            signals.catch() as stopping,
+            tqdm(total=size, desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar,
+        ):
+            bar.update(size - sum(self._size(index) for index in missing if index in mine))
+            for index in missing:
+                if index not in mine:
+                    continue
+                first = index * self.shard_size
+                labels = self.labels()[first : first + self._size(index)]
+                parts = []
+                for start in range(0, len(labels), batch_size):
+                    if stopping.is_set():
+                        raise Interrupted(
+                            f"{self.folder}: {self.drawn()} of {self.n} images are drawn; run again to go on"
+                        )
+                    chosen = labels[start : start + batch_size]
+                    seed = self.manifest["first_seed"] + first + start
+                    parts.append(draw(chosen, range(seed, seed + len(chosen))).permute(0, 2, 3, 1))
+                    bar.update(len(chosen))
+                with atomic(self.paths()[index]) as temporary, temporary.open("wb") as stream:
+                    np.save(stream, torch.cat(parts).contiguous().numpy(), allow_pickle=False)
+
+    def _shard(self, index: int) -> np.ndarray:
+        """The images (k, S, S, C) of a shard, mapped from its file."""
+        path = self.paths()[index]
+        try:
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(path) from error
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != self._size(index):
+            raise self._damaged(path)
+        return images
+
+    def _damaged(self, path: Path) -> HasteError:
+        return HasteError(f"{path} is truncated or damaged; delete it, and the same command draws it again")
+
+    def __len__(self) -> int:
+        return self.n
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images in order, uint8 (at most `size`, C, S, S), read from the shards."""
+        for index in range(len(self.paths())):
+            images = self._shard(index)
+            for start in range(0, len(images), size):
+                yield torch.from_numpy(np.array(images[start : start + size])).permute(0, 3, 1, 2)
+
+    def merge(self, path: Path, channels: int | None = None) -> None:
+        """Write all shards into one .npz file, a shard at a time: arr_0 uint8 (n, S, S, C) and labels (n,) int64.
+
+        Args:
+            path: the file. channels: 3 repeats grey images, as ADM's tools want them; None leaves them as they are.
+        """
+        with locked(self.folder / "merge.lock", f"the merging of {self.folder}", wait=True):
+            if self._is_merged(path, channels):
+                return
+            first = self._shard(0)
+            shape = (self.n, *first.shape[1:3], channels or first.shape[3])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                # ZipInfo's own date makes equal sets equal files.
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
+                    np.lib.format.write_array_header_1_0(stream, header)
+                    for index in range(len(self.paths())):
+                        images = self._shard(index)
+                        stream.write(np.broadcast_to(images, (len(images), *shape[1:])).tobytes())
+                with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, self.labels().numpy(), allow_pickle=False)
+
+    def _is_merged(self, path: Path, channels: int | None) -> bool:
+        """True when `path` holds so many images and is newer than every shard, which may be deleted by then."""
+        if not path.is_file():
+            return False
+        try:
+            shape = NpzImages(path).shape
+        except HasteError:
+            return False  # something else, which is replaced
+        if shape[0] != self.n or channels not in (None, shape[3]):
+            return False
+        return all(p.stat().st_mtime_ns <= path.stat().st_mtime_ns for p in self.paths() if p.is_file())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of samples.
+
+    Raises:
+        HasteError: there is none, or it cannot be read.
+    """
+    path = folder / "manifest.json"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise HasteError(f"{path} cannot be read; expected a folder that haste sample made") from error
+    if not isinstance(content, dict):
+        raise HasteError(f"{path} holds no manifest; expected a folder that haste sample made")
+    return content

@@ -1,0 +1,336 @@
+"""The suite `study`: scores on features of networks that the study trains itself, and the card of every score.
+
+The generated set always comes first, the real one second: precision and recall swap when the sets do. The suite `adm`
+is in `haste_core.study.adm`, scores of a run's checkpoints in `haste_core.study.evaluation`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from haste_core import _torchvision_guard, sampling  # noqa: F401  (the guard must come before torch_fidelity)
+from haste_core.devices import default_device
+from haste_core.errors import HasteError
+from haste_core.seeding import stream
+from haste_core.study import config, latents, provenance
+from haste_core.study.data import Batches, Dataset, open_dataset
+from haste_core.study.denoising import Probe
+from haste_core.study.images import TrainingImages, as_uint8
+from haste_core.study.pretrain import EXTRACTORS, FeatureNetwork, load_extractor
+from haste_core.study.runs import Run
+
+from torch_fidelity.metric_fid import (  # isort: skip
+    KEY_METRIC_FID,
+    fid_features_to_statistics,
+    fid_statistics_to_metric,
+)
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric  # isort: skip
+from torch_fidelity.metric_prc import (  # isort: skip
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
+)
+
+METRICS = ("fid", "kid", "precision", "recall")
+# The scores above on the extractor trained on labels; then a distance on the one trained without, and one on pixels.
+STUDY_METRICS = (*METRICS, "fid_unlabelled", "fd_pixel")
+# Maximum number of real images on each side of a score: precision and recall compare all pairs.
+LIMIT = 10_000
+# Held-out images whose distance to the training images is the scale of the copy check.
+COPY_CHECKED = 1000
+# The side of the patches that pixels are compared in where images are larger.
+PATCH = 8
+
+
+# Statistics of features
+
+
+class Gaussian(NamedTuple):
+    """Mean (d,) and covariance (d, d) of features, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+class Moments:
+    """Mean and covariance of features that come in parts; sums and outer products in float64."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._sum = self._outer = torch.zeros(())
+
+    def add(self, features: Tensor) -> None:
+        """Add features (B, d)."""
+        part = features.double()
+        if self.n == 0:
+            self._sum, self._outer = part.new_zeros(part.shape[1]), part.new_zeros(part.shape[1], part.shape[1])
+        self.n += len(part)
+        self._sum += part.sum(0)
+        self._outer.addmm_(part.T, part)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance (divided by n - 1) of all features added.
+
+        Raises:
+            HasteError: there were fewer than two images.
+        """
+        if self.n < 2:
+            raise HasteError(f"a covariance of {self.n} images; expected at least 2")
+        mean = self._sum / self.n
+        covariance = (self._outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+        return Gaussian(mean.cpu().numpy(), covariance.cpu().numpy())
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """The squared Frechet (2-Wasserstein) distance of two Gaussians: |m - n|^2 + tr(S + T - 2 (S^1/2 T S^1/2)^1/2).
+
+    Heusel et al., arXiv 1706.08500. Both roots come from symmetric eigendecompositions in float64; torch-fidelity
+    takes eigenvalues of the unsymmetric product S T: the same number, slower and with imaginary parts by rounding.
+
+    Raises:
+        HasteError: the widths differ.
+    """
+    if a.mean.shape != b.mean.shape or a.covariance.shape != b.covariance.shape:
+        raise HasteError(f"features of width {a.mean.shape} and {b.mean.shape}; expected statistics of one extractor")
+    s, t = (np.asarray(x.covariance, dtype=np.float64) for x in (a, b))
+    values, vectors = np.linalg.eigh(s)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    inner = root @ t @ root
+    cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
+    difference = np.asarray(a.mean, dtype=np.float64) - np.asarray(b.mean, dtype=np.float64)
+    return float(difference @ difference + np.trace(s) + np.trace(t) - 2 * cross)
+
+
+def pixel_gaussian(images: Tensor) -> Gaussian:
+    """Mean and covariance of pixels in [-1, 1], or of those of 8x8 patches where images are larger.
+
+    Patches lie side by side from the upper left corner; a margin narrower than a patch is left out.
+
+    Args:
+        images: (n, C, S, S) uint8.
+    """
+    moments = Moments()
+    for part in images.split(1000):
+        pixels = part.float() / 127.5 - 1
+        side = min(PATCH, pixels.shape[-1])
+        tiles = pixels.unfold(2, side, side).unfold(3, side, side)  # (n, C, rows, columns, side, side)
+        moments.add(tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1))
+    return moments.gaussian()
+
+
+@torch.no_grad()
+def extract_features(images: Tensor, network: FeatureNetwork, batch_size: int) -> Tensor:
+    """Features (n, width) float64 on the CPU of uint8 images (n, C, S, S), `batch_size` at a time."""
+    device = default_device()
+    network.to(device)
+    batches = (part.to(device).contiguous().float() for part in as_uint8(images).split(batch_size))
+    return torch.cat([network.features(batch / 127.5 - 1).double().cpu() for batch in batches])
+
+
+def frechet(generated: Tensor, real: Tensor) -> float:
+    """The Frechet distance of features (n, width) and (m, width), by torch-fidelity."""
+    statistics = [fid_features_to_statistics(side) for side in (generated, real)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def compare(generated: Tensor, real: Tensor, evaluate: config.Evaluate) -> dict[str, float]:
+    """FID, KID, precision and recall, by torch-fidelity, of features of generated and of real images.
+
+    Args:
+        generated, real: (n, width), (m, width) float64.
+        evaluate: sizes of KID subsets and of the precision and recall neighbourhood.
+
+    Returns:
+        `fid` and `kid` (both 0 for equal distributions, KID can be slightly negative), `precision` and `recall` in
+        [0, 1].
+    """
+    subset_size = min(evaluate.kid_subset_size, len(generated), len(real))
+    kid = kid_features_to_metric(
+        generated, real, kid_subsets=evaluate.kid_subsets, kid_subset_size=subset_size, verbose=False
+    )
+    prc = prc_features_to_metric(
+        generated, real, prc_neighborhood=evaluate.neighborhood, save_cpu_ram=True, verbose=False
+    )
+    return {
+        "fid": frechet(generated, real),
+        "kid": float(kid[KEY_METRIC_KID_MEAN]),
+        "precision": float(prc[KEY_METRIC_PRECISION]),
+        "recall": float(prc[KEY_METRIC_RECALL]),
+    }
+
+
+# Copies of training images
+
+
+def nearest_distances(images: Tensor, training: Iterable[Tensor]) -> Tensor:
+    """The Euclidean distance (n,) of each uint8 image to its nearest training image, on the scale of [-1, 1] pixels.
+
+    Args:
+        images: (n, C, S, S) uint8.
+        training: batches of uint8 training images.
+    """
+    device = default_device()
+    x = images.flatten(1).to(device).float() / 127.5
+    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=device)
+    for batch in training:
+        known = batch.flatten(1).to(device).float() / 127.5
+        # One matrix product finds the nearest; its distance is computed exactly, as the product loses small distances.
+        closest = torch.cat([(known.square().sum(1) - 2 * part @ known.T).argmin(1) for part in x.split(1000)])
+        nearest = torch.minimum(nearest, (x.double() - known[closest].double()).norm(dim=1))
+    return nearest.cpu()
+
+
+class CopyCheck:
+    """A comparison of distances to the training images: those of generated and those of held-out images.
+
+    Args:
+        held_out: uint8 images that are in no training. training: the training images in batches, once per call.
+    """
+
+    def __init__(self, held_out: Tensor, training: Callable[[], Iterable[Tensor]]) -> None:
+        self.training = training
+        self.real = nearest_distances(held_out, training())
+
+    def __call__(self, generated: Tensor) -> dict[str, float]:
+        """`nearest` and `copies` of uint8 images.
+
+        `nearest` is the median nearest-training-image distance of generated images over that of held-out images
+        (below 1: closer than real ones), `copies` the share of generated images closer than 99 % of held-out images
+        are; real images give 0.01.
+        """
+        made = nearest_distances(generated, self.training())
+        return {
+            "nearest": float(made.median() / self.real.median()),
+            "copies": float((made < self.real.quantile(0.01)).double().mean()),
+        }
+
+
+# The card
+
+
+def card(study: config.Study, scoring: dict[str, Any]) -> dict[str, Any]:
+    """Everything that changes a score, apart from the weights that are scored; `card_id` is its hash.
+
+    Args:
+        study: its data, sampling and evaluation.
+        scoring: facts of the suite's scoring and of the denoising images (`Probe.facts`).
+    """
+    evaluate = study.evaluate
+    content = {
+        **latents.drawing_facts(study.data, study.sample),
+        "suite": evaluate.suite,
+        "n": evaluate.n,
+        "seeds": [evaluate.seed, evaluate.seed + evaluate.n - 1],
+        "labels": evaluate.labels,
+        "ema_decay": study.train.ema_decay,
+        **scoring,
+    }
+    return content | {"card_id": config.digest(content)}
+
+
+def card_of(known: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The study's card for one of its runs, with the run's own EMA decay and sampling."""
+    own = {**latents.drawing_facts(run.study.data, run.sample), "ema_decay": run.config.train.ema_decay}
+    content = {key: value for key, value in known.items() if key != "card_id"} | own
+    return content | {"card_id": config.digest(content)}
+
+
+def probe_of(study: config.Study) -> Probe:
+    """The images of a study that the denoising loss is measured on."""
+    return Probe(open_dataset(study.data), study.evaluate.denoising_images, study.evaluate.seed)
+
+
+# The suite
+
+
+def scoring_facts(study: config.Study, extractor: str) -> dict[str, Any]:
+    """Facts of the suite's scoring for the card: extractors, settings, and the real images."""
+    evaluate = study.evaluate
+    held_out = sampling.to_uint8(open_dataset(study.data).images("test", LIMIT)[0])
+    return {
+        "extractor": extractor,
+        "evaluator": f"torch-fidelity {provenance.environment()['torch-fidelity']}",
+        "kid": [evaluate.kid_subsets, evaluate.kid_subset_size],
+        "neighborhood": evaluate.neighborhood,
+        "reference": f"{study.data.kind} train split (held-in), not augmented, {LIMIT} images at most",
+        "reference_hash": TrainingImages(study.data).hash(),
+        "reference_heldout": f"{study.data.kind} test split (held-out), {LIMIT} images at most",
+        "reference_heldout_hash": hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def held_in(n: int) -> Tensor:
+    """Indices (m,) int64 of the held-in side among n training images: all, or LIMIT of them from a fixed seed."""
+    if n <= LIMIT:
+        return torch.arange(n)
+    return torch.randperm(n, generator=Generator().manual_seed(0))[:LIMIT].sort().values
+
+
+def augmented(dataset: Dataset, seed: int) -> Tensor:
+    """uint8 training images under one draw of the augmentation, at most LIMIT of them."""
+    return sampling.to_uint8(Batches(dataset, min(len(dataset), LIMIT), stream("floor", seed)).next().images)
+
+
+class Side(NamedTuple):
+    """Features of a set of images by the extractors of EXTRACTORS, pixel statistics, and the number of images."""
+
+    labelled: Tensor
+    unlabelled: Tensor
+    pixels: Gaussian
+    n: int
+
+
+class StudyScorer:
+    """Scores of sets of uint8 images: STUDY_METRICS against held-in and held-out images, and a copy check."""
+
+    def __init__(self, study: config.Study) -> None:
+        self.study = study
+        dataset, training = open_dataset(study.data), TrainingImages(study.data)
+        self.real = {
+            "train": training.at(held_in(len(training))),
+            "test": sampling.to_uint8(dataset.images("test", LIMIT)[0]),
+        }
+        self.copies = CopyCheck(self.real["test"][:COPY_CHECKED], lambda: training.batches(5000))
+        self.augmented = augmented(dataset, study.evaluate.seed)
+        self.networks, names = zip(*(load_extractor(study, role) for role in EXTRACTORS), strict=True)
+        self.sides = {name: self._side(images) for name, images in self.real.items()}
+        self.probe = probe_of(study)
+        self.card = card(study, scoring_facts(study, "+".join(names)) | self.probe.facts)
+
+    def _side(self, images: Tensor) -> Side:
+        batch_size = self.study.evaluate.batch_size
+        labelled, unlabelled = (extract_features(images, network, batch_size) for network in self.networks)
+        return Side(labelled, unlabelled, pixel_gaussian(images), len(images))
+
+    def _compare(self, a: Side, b: Side) -> dict[str, float]:
+        """The scores of STUDY_METRICS of one side against another."""
+        return compare(a.labelled, b.labelled, self.study.evaluate) | {
+            "fid_unlabelled": frechet(a.unlabelled, b.unlabelled),
+            "fd_pixel": frechet_distance(a.pixels, b.pixels),
+        }
+
+    def score(self, generated: Tensor) -> dict[str, float]:
+        """Scores of uint8 images: against held-in images, with `_heldout` against held-out ones, and copies."""
+        found = self._side(generated)
+        scores = self._compare(found, self.sides["train"])
+        held_out = {f"{name}_heldout": value for name, value in self._compare(found, self.sides["test"]).items()}
+        return scores | held_out | self.copies(generated)
+
+    def floor(self) -> list[dict[str, Any]]:
+        """Scores of real images against real ones, the values of a perfect generator at these sizes.
+
+        Rows of `pair`, `n`, `n_reference` and STUDY_METRICS.
+        """
+        train, test, moved = self.sides["train"], self.sides["test"], self._side(self.augmented)
+        pairs = {
+            "held-out against held-in": (test, train),
+            "augmented held-in against held-in": (moved, train),
+            "augmented held-in against held-out": (moved, test),
+        }
+        return [{"pair": name, "n": a.n, "n_reference": b.n, **self._compare(a, b)} for name, (a, b) in pairs.items()]
