@@ -63,9 +63,13 @@ def tap(blocks: Sequence[nn.Module], taps: Taps, read: Reader | None = None) -> 
     """
     seen, handles = Seen(), []
     count = len(blocks)
-    for index in (*taps.blocks, *(depth - 1 for depth in taps.depths)):
-        if not 0 <= index < count:
-            raise unknown("block (from 0) to read", index, range(count))
+    for what, asked, possible in (
+        ("block (from 0) to read q and k in", taps.blocks, range(count)),
+        ("depth (from 1) to read tokens at", taps.depths, range(1, count + 1)),
+    ):
+        for index in asked:
+            if index not in possible:
+                raise unknown(what, index, possible)
     try:
         for depth in taps.depths:
             handles.append(blocks[depth - 1].register_forward_hook(partial(_keep_tokens, seen, depth)))

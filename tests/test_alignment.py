@@ -1,26 +1,30 @@
+"""Alignment losses derived a second time, resampling between token grids, and both inside HASTE."""
+
 from __future__ import annotations
 
 import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 
-from haste_core import training
 from haste_core.alignment import (
     DENSE_UP_TO,
-    Alignment,
     attention_cross_entropy,
     attention_loss,
+    attention_probabilities,
     feature_loss,
     projector,
+    resample_attention,
+    resample_tokens,
 )
 from haste_core.errors import HasteError
-from haste_core.models import SiT, build
-from haste_core.study import config
+from haste_core.haste import HASTE
+from haste_core.models import SiT
 from haste_core.study.data import contexts
-from haste_core.study.pretrain import build_teacher
 from haste_core.study.runs import Run
+from haste_core.study.train import fit
 from haste_core.teacher import Teacher
 
 
@@ -28,30 +32,39 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def encoder(img_size=8, patch=2):
+    """Three blocks of four heads of width 6; a grid of 4x4 tokens by default."""
+    sizes = {"img_size": img_size, "patch_size": patch, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 4}
+    return Teacher("vit_tiny_patch16_224", weights="random", mean=[0.5], std=[0.5], **sizes)
+
+
 @pytest.fixture(scope="module")
 def teacher():
-    """Three blocks of four heads over a 4x4 grid of tokens of width 24."""
-    kwargs = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 4}
-    settings = config.Teacher(model="vit_tiny_patch16_224", kwargs=kwargs, weights="random", mean=[0.5], std=[0.5])
-    return build_teacher(settings)
+    return encoder()
 
 
-def student(heads=4, width=24, patch=2, depth=3):
-    return SiT(image_size=8, channels=1, classes=3, depth=depth, width=width, heads=heads, patch=patch)
+def student(heads=4, width=24):
+    return SiT(image_size=8, channels=1, classes=3, depth=3, width=width, heads=heads, patch=2)
 
 
-def settings(**changes):
+def haste_of(teacher, model, **changes):
     chosen = {"lambda_feature": 0.5, "lambda_attention": 0.25, "depth": 2, "layer_pairs": [(0, 1), (2, 2)]}
-    return config.Alignment(**chosen | {"projector_width": 16} | changes)
+    sizes = {"width": model.x_embedder.proj.out_channels, "heads": model.heads, "grid": model.grid}
+    return HASTE(teacher, **sizes | chosen | {"projector_width": 16} | changes)
 
 
-def step(alignment, model, seed=0):
-    images = draw(5, 1, 8, 8, seed=seed).clamp(-1, 1)
-    tapped = model(draw(5, 1, 8, 8, seed=seed + 1), torch.linspace(0.1, 0.9, 5), torch.arange(5) % 4, alignment.taps)
-    return tapped, alignment.losses(tapped, images), images
+def step(haste, model, t=None):
+    """What is read off the student, the losses, and the teacher's images."""
+    images, t = draw(5, 1, 8, 8).clamp(-1, 1), torch.linspace(0.1, 0.9, 5) if t is None else t
+    with haste.tap(model.blocks) as seen:
+        model(draw(5, 1, 8, 8, seed=1), t, torch.arange(5) % 4)
+    return seen, haste.losses(seen, images, t), images
 
 
-def test_feature_loss_equals_a_plain_loop():
+# -- the losses -------------------------------------------------------------------------------------------------------
+
+
+def test_feature_loss_is_minus_the_mean_cosine():
     a, b = draw(2, 5, 7), draw(2, 5, 7, seed=1)
     total = 0.0
     for i in range(2):
@@ -59,10 +72,6 @@ def test_feature_loss_equals_a_plain_loop():
             dot = sum(float(a[i, n, d] * b[i, n, d]) for d in range(7))
             total -= dot / math.sqrt(float((a[i, n] ** 2).sum()) * float((b[i, n] ** 2).sum()))
     assert float(feature_loss(a, b)) == pytest.approx(total / 10, abs=1e-6)
-
-
-def test_feature_loss_is_minus_one_for_the_same_directions_and_one_for_opposite_ones():
-    a = draw(3, 4, 6)
     assert float(feature_loss(a, 3 * a)) == pytest.approx(-1, abs=1e-6)
     assert float(feature_loss(a, -a)) == pytest.approx(1, abs=1e-6)
 
@@ -83,6 +92,7 @@ def test_attention_loss_equals_a_plain_loop_with_widths_of_its_own_on_each_side(
                 student_log, teacher_log = row(q_s, k_s, b, h, n), row(q_t, k_t, b, h, n)
                 total -= sum(math.exp(t) * s for t, s in zip(teacher_log, student_log, strict=True))
     assert float(attention_loss((q_s, k_s), (q_t, k_t))) == pytest.approx(total / 24, abs=1e-5)
+    assert attention_loss((1e3 * q_s, 1e3 * k_s), (-1e3 * q_t, 1e3 * k_t)).isfinite()
 
 
 def test_attention_loss_is_torchs_cross_entropy_and_at_least_the_teachers_entropy():
@@ -90,10 +100,18 @@ def test_attention_loss_is_torchs_cross_entropy_and_at_least_the_teachers_entrop
     other = (draw(2, 3, 6, 4, seed=2), draw(2, 3, 6, 4, seed=3))
     target = (q @ k.transpose(-1, -2) / 2).softmax(-1).reshape(-1, 6)
     logits = (other[0] @ other[1].transpose(-1, -2) / 2).reshape(-1, 6)
-    assert_close(attention_loss(other, (q, k)), torch.nn.functional.cross_entropy(logits, target))
+    assert_close(attention_loss(other, (q, k)), F.cross_entropy(logits, target))
     entropy = torch.distributions.Categorical(probs=target).entropy().mean()
     assert_close(attention_loss((q, k), (q, k)), entropy)
     assert attention_loss(other, (q, k)) > entropy
+
+
+def test_weighted_losses_are_sums_over_the_weighted_samples():
+    (a, b), (q, k) = draw(2, 4, 9, 6), draw(2, 4, 2, 9, 6, seed=1)
+    weights, target = torch.tensor([1.0, 0.0, 0.0, 1.0]), draw(4, 2, 9, 9, seed=2).softmax(-1)
+    assert_close(feature_loss(a, b, weights), sum(feature_loss(a[i : i + 1], b[i : i + 1]) for i in (0, 3)) / 4)
+    parts = [attention_cross_entropy((q[i : i + 1], k[i : i + 1]), target[i : i + 1]) for i in (0, 3)]
+    assert_close(attention_cross_entropy((q, k), target, weights), sum(parts) / 4)
 
 
 def loss_and_gradients(chunk, weights=None, dtype=torch.float32):
@@ -108,16 +126,7 @@ def loss_and_gradients(chunk, weights=None, dtype=torch.float32):
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 1.0])])
 def test_chunks_of_queries_give_the_numbers_of_whole_maps(chunk, weights):
     for whole, parts in zip(loss_and_gradients(40, weights), loss_and_gradients(chunk, weights), strict=True):
-        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
-
-
-def test_chunks_of_bfloat16_queries_are_near_those_of_float32():
-    exact, rounded = loss_and_gradients(40), loss_and_gradients(16, dtype=torch.bfloat16)
-    assert rounded[0].dtype == torch.float32
-    assert float(rounded[0]) == pytest.approx(float(exact[0]), rel=0.01)
-    for gradient, expected in zip(rounded[1:], exact[1:], strict=True):
-        assert gradient.dtype == torch.bfloat16
-        assert (gradient.float() - expected).norm() < 0.02 * expected.norm()
+        assert_close(parts, whole, rtol=1e-5, atol=1e-7)
 
 
 def test_memory_for_the_backward_pass_grows_with_tokens_and_not_with_their_square():
@@ -125,8 +134,7 @@ def test_memory_for_the_backward_pass_grows_with_tokens_and_not_with_their_squar
         storages = {}
 
         def count(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
         q, k = (draw(1, 1, tokens, 4, seed=s).requires_grad_() for s in (0, 1))
@@ -139,125 +147,121 @@ def test_memory_for_the_backward_pass_grows_with_tokens_and_not_with_their_squar
     assert kept(4 * DENSE_UP_TO) < dense
 
 
-def test_attention_loss_stays_finite_for_huge_logits():
-    q, k = 1e3 * draw(1, 1, 4, 4), 1e3 * draw(1, 1, 4, 4, seed=1)
-    assert attention_loss((q, k), (-q, k)).isfinite()
-
-
-@pytest.mark.parametrize(("heads", "expected"), [(6, [0, 1, 2, 3]), (4, [0, 1, 2, 3]), (2, [0, 1])])
-def test_the_first_heads_that_both_sides_have_are_aligned(teacher, heads, expected):
-    assert Alignment(settings(), student(heads), teacher, 0).heads == expected
-
-
-@pytest.mark.parametrize("heads", [None, [0, 2], [3, 1], [2]])
-def test_attention_part_is_the_mean_over_layer_pairs_of_the_named_heads(teacher, randomise, heads):
-    model = randomise(student(heads=6))
-    alignment = Alignment(settings(heads=heads), model, teacher, 0)
-    tapped, losses, images = step(alignment, model)
-    seen = teacher(images, (1, 2))
-    named = heads or [0, 1, 2, 3]
-    expected = [
-        attention_loss(tuple(p[:, named] for p in tapped.qk[s]), tuple(p[:, named] for p in seen.qk[t]))
-        for s, t in [(0, 1), (2, 2)]
-    ]
-    assert_close(losses.attention, (expected[0] + expected[1]) / 2)
-
-
-def test_total_is_the_weighted_sum_and_the_feature_part_reads_the_aligned_depth(teacher, randomise):
-    model = randomise(student())
-    alignment = Alignment(settings(), model, teacher, 0)
-    tapped, losses, images = step(alignment, model)
-    assert list(tapped.tokens) == [2]
-    assert_close(losses.feature, feature_loss(alignment.projector(tapped.tokens[2]), teacher(images).tokens))
-    assert_close(losses.total, 0.5 * losses.feature + 0.25 * losses.attention)
-
-
-def test_parts_that_are_switched_off_cost_nothing(teacher):
-    features = Alignment(settings(lambda_attention=0), student(), teacher, 0)
-    assert (features.taps.depths, features.taps.blocks, features.teacher_blocks) == ((2,), (), ())
-    attention = Alignment(settings(lambda_feature=0), student(), teacher, 0)
-    assert (attention.taps.depths, attention.taps.blocks) == ((), (0, 2))
-    assert attention.projector is None
-    model = student()
-    assert step(features, model)[1].attention is None
-    assert step(attention, model)[1].feature is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "sizes", "words"),
-    [
-        ({"heads": [0, 4]}, {"heads": 6}, ["4", "0 to 3", "student 6", "teacher 4"]),
-        ({"heads": [2]}, {"heads": 2}, ["2", "0 to 1"]),
-        ({"layer_pairs": [(3, 1)]}, {}, ["student block", "'3'", "0, 1, 2"]),
-        ({"layer_pairs": [(1, 3)]}, {}, ["teacher block", "'3'", "0, 1, 2"]),
-        ({"depth": 4}, {}, ["depth", "'4'", "1, 2, 3"]),
-    ],
-)
-def test_what_does_not_exist_is_refused_naming_what_is_possible(teacher, changes, sizes, words):
-    with pytest.raises(HasteError) as caught:
-        Alignment(settings(**changes), student(**sizes), teacher, 0)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_losses_are_float32_under_bf16_autocast(teacher, randomise):
-    q, k = draw(2, 3, 6, 4), draw(2, 3, 6, 4, seed=1)
-    plain = attention_loss((q, k), (k, q)), feature_loss(q, k)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = attention_loss((q, k), (k, q)), feature_loss(q, k)
-    for a, b in zip(plain, inside, strict=True):
-        assert b.dtype == torch.float32
-        assert torch.equal(a, b)
-    model = randomise(student())
-    alignment = Alignment(settings(), model, teacher, 0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        tapped, losses, _ = step(alignment, model)
-    assert tapped.qk[0][0].dtype == torch.bfloat16
-    assert all(part.dtype == torch.float32 for part in losses)
-
-
-def test_half_precision_inputs_are_widened_before_any_arithmetic():
+def test_losses_are_computed_in_float32_whatever_their_inputs_and_autocast():
     parts = [draw(1, 2, 5, 4, seed=i).bfloat16() for i in range(4)]
     wide = [part.float() for part in parts]
-    assert torch.equal(attention_loss(tuple(parts[:2]), tuple(parts[2:])), attention_loss((*wide[:2],), (*wide[2:],)))
-    assert torch.equal(feature_loss(parts[0], parts[1]), feature_loss(wide[0], wide[1]))
-
-
-def test_gradients_reach_student_and_projector_but_never_the_teacher(teacher, randomise):
-    model = randomise(student())
-    alignment = Alignment(settings(), model, teacher, 0)
-    step(alignment, model)[1].total.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in alignment.projector.parameters())
-    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-
-
-def test_projector_is_no_part_of_the_generator(teacher):
-    model = student()
-    before = set(model.state_dict())
-    alignment = Alignment(settings(), model, teacher, 0)
-    assert set(model.state_dict()) == before
-    assert not any("projector" in name or "teacher" in name for name in before)
-    mine = {id(p) for p in alignment.projector.parameters()}
-    assert mine.isdisjoint(id(p) for p in model.parameters())
+    plain = attention_loss((*wide[:2],), (*wide[2:],)), feature_loss(wide[0], wide[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a, b, c, d in (parts, wide):
+            for found, expected in zip((attention_loss((a, b), (c, d)), feature_loss(a, b)), plain, strict=True):
+                assert found.dtype == torch.float32
+                assert torch.equal(found, expected)
+    exact, rounded = loss_and_gradients(40), loss_and_gradients(16, dtype=torch.bfloat16)
+    assert float(rounded[0]) == pytest.approx(float(exact[0]), rel=0.01)
+    for gradient, expected in zip(rounded[1:], exact[1:], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_projector_is_three_linear_layers_with_silu_between_from_its_seed_alone():
     torch.manual_seed(7)
-    first = projector(6, 10, 4, seed=3)
-    again, other = projector(6, 10, 4, seed=3), projector(6, 10, 4, seed=4)
-    x = draw(2, 6)
-    w = first.state_dict()
-    h = torch.nn.functional.silu(x @ w["0.weight"].T + w["0.bias"])
-    h = torch.nn.functional.silu(h @ w["2.weight"].T + w["2.bias"])
+    first, again, other = (projector(6, 10, 4, seed=seed) for seed in (3, 3, 4))
+    x, w = draw(2, 6), first.state_dict()
+    h = F.silu(x @ w["0.weight"].T + w["0.bias"])
+    h = F.silu(h @ w["2.weight"].T + w["2.bias"])
     assert_close(first(x), h @ w["4.weight"].T + w["4.bias"])
     assert torch.equal(first(x), again(x))
     assert not torch.equal(first(x), other(x))
 
 
-# -- heads ------------------------------------------------------------------------------------------------------------
+# -- resampling between token grids -----------------------------------------------------------------------------------
 
-HEADS = {  # student heads, alignment.heads -> heads aligned with a teacher of four
+GRIDS = [((4, 4), (3, 3)), ((3, 3), (4, 4)), ((2, 5), (4, 3)), ((3, 2), (1, 7)), ((16, 16), (14, 14))]
+
+
+def line_weights(old, new):
+    """Weights (new, old) of linear interpolation along one axis, by the definition of half-pixel centres."""
+    weights = torch.zeros(new, old)
+    for i in range(new):
+        place = min(max((i + 0.5) * old / new - 0.5, 0.0), old - 1.0)  # in units of old tokens
+        low = int(place)
+        weights[i, low] += 1 - (place - low)
+        if place > low:
+            weights[i, low + 1] += place - low
+    return weights
+
+
+def grid_weights(grid, new_grid):
+    """(N', N): one row of weights over the old tokens for every new token, rows first."""
+    return torch.kron(line_weights(grid[0], new_grid[0]), line_weights(grid[1], new_grid[1]))
+
+
+@pytest.mark.parametrize(("grid", "new_grid"), GRIDS)
+def test_tokens_and_attention_are_resampled_by_bilinear_weights(grid, new_grid):
+    weights, n = grid_weights(grid, new_grid), grid[0] * grid[1]
+    tokens = draw(2, n, 6)
+    assert_close(resample_tokens(tokens, grid, new_grid), weights @ tokens, atol=1e-5, rtol=1e-5)
+    attention = draw(1, 3, n, n).softmax(-1)
+    expected = torch.zeros(1, 3, len(weights), len(weights))
+    for h in range(3):
+        over_keys = torch.stack([weights @ row for row in attention[0, h]])
+        over_queries = torch.stack([weights @ column for column in over_keys.T], dim=1)
+        expected[0, h] = torch.stack([row / row.sum() for row in over_queries])
+    found = resample_attention(attention, grid, new_grid)
+    assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert_close(found.sum(-1), torch.ones(1, 3, len(weights)))
+    uniform = resample_attention(torch.full((1, 1, n, n), 1 / n), grid, new_grid)
+    assert_close(uniform, torch.full_like(uniform, 1 / len(weights)))
+
+
+def test_a_map_of_columns_and_a_look_to_the_right_keep_their_meaning_on_another_grid():
+    columns = torch.arange(6.0).repeat(4)[None, :, None]  # token (r, c) of a 4x6 grid holds c
+    assert_close(resample_tokens(columns, (4, 6), (2, 3)).reshape(2, 3), torch.tensor([[0.5, 2.5, 4.5]] * 2))
+    look = torch.zeros(1, 1, 24, 24)  # every token looks one column to the right, which becomes two columns
+    for r in range(4):
+        for c in range(6):
+            look[0, 0, r * 6 + c, r * 6 + min(c + 1, 5)] = 1
+    found = resample_attention(look, (4, 6), (4, 12)).reshape(4, 12, 4, 12)
+    assert_close(found.sum((1, 3)) / 12, torch.eye(4))
+    centre = (found.sum(2) * torch.arange(12.0)).sum(-1)
+    assert_close(centre[:, 2:7], (torch.arange(2.0, 7.0) + 2).expand(4, 5), atol=1e-4, rtol=0)
+
+
+def test_resampling_leaves_equal_grids_alone_is_float32_under_autocast_and_refuses_other_counts():
+    tokens, probabilities = draw(2, 6, 5).bfloat16(), draw(1, 1, 6, 6).softmax(-1)
+    assert resample_tokens(tokens, (2, 3), (2, 3)) is tokens
+    assert resample_attention(probabilities, (2, 3), (2, 3)) is probabilities
+    tokens = draw(1, 16, 4).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = resample_tokens(tokens, (4, 4), (3, 3))
+    assert torch.equal(inside, resample_tokens(tokens, (4, 4), (3, 3)))
+    inside.sum().backward()
+    assert_close(tokens.grad.sum(1), torch.full((1, 4), 9.0))  # weights of a new token sum to one
+    with pytest.raises(HasteError, match="12 tokens do not fill a 4x4 grid"):
+        resample_tokens(draw(1, 12, 2), (4, 4), (3, 3))
+
+
+# -- HASTE ------------------------------------------------------------------------------------------------------------
+
+
+def test_total_is_the_weighted_sum_of_parts_each_of_which_can_be_left_out(teacher, randomise):
+    model = randomise(student())
+    haste = haste_of(teacher, model)
+    seen, losses, images = step(haste, model)
+    assert list(seen.tokens) == [2]
+    assert_close(losses.feature, feature_loss(haste.projector(seen.tokens[2]), teacher(images).tokens))
+    assert_close(losses.total, 0.5 * losses.feature + 0.25 * losses.attention)
+    features = haste_of(teacher, model, lambda_attention=0)
+    seen, only, _ = step(features, model)
+    assert (seen.qk, features.teacher_blocks, only.attention) == ({}, (), None)
+    assert_close(only.total, 0.5 * losses.feature)
+    attention = haste_of(teacher, model, lambda_feature=0)
+    seen, only, _ = step(attention, model)
+    assert (seen.tokens, only.feature, list(attention.parameters())) == ({}, None, [])
+    assert_close(only.total, 0.25 * losses.attention)
+
+
+HEADS = {  # student heads, aligned_heads -> heads aligned with a teacher of four
     "more in the student": (6, None, [0, 1, 2, 3]),
     "fewer in the student": (2, None, [0, 1]),
     "a list": (6, [1, 3], [1, 3]),
@@ -266,29 +270,109 @@ HEADS = {  # student heads, alignment.heads -> heads aligned with a teacher of f
 
 
 @pytest.mark.parametrize(("heads", "named", "aligned"), HEADS.values(), ids=HEADS)
-def test_the_attention_loss_moves_q_and_k_of_aligned_heads_and_of_no_other(teacher, randomise, heads, named, aligned):
-    model = randomise(student(heads))
-    chosen = settings(lambda_feature=0, layer_pairs=[(2, 1)], heads=named)
-    alignment = Alignment(chosen, model, teacher, 0)
-    assert alignment.heads == aligned
-    step(alignment, model)[1].total.backward()
-    weights = model.blocks[2].attn.qkv.weight.grad.reshape(3, heads, 24 // heads, 24)
+def test_head_m_meets_head_m_in_the_mean_over_layer_pairs_and_no_other_head_moves(
+    teacher, randomise, heads, named, aligned
+):
+    model = randomise(student(heads, width=48))
+    haste = haste_of(teacher, model, lambda_feature=0, aligned_heads=named)
+    seen, losses, images = step(haste, model)
+    target, parts = teacher(images, (1, 2)), []
+    for s, t in ((0, 1), (2, 2)):
+        (q_s, k_s), (q_t, k_t) = seen.qk[s], target.qk[t]
+        assert (q_s.shape[-1], q_t.shape[-1]) == (48 // heads, 6)
+        parts += [attention_loss((q_s[:, [m]], k_s[:, [m]]), (q_t[:, [m]], k_t[:, [m]])) for m in aligned]
+    assert_close(losses.attention, torch.stack(parts).mean())
+    losses.total.backward()
+    weights = model.blocks[2].attn.qkv.weight.grad.reshape(3, heads, 48 // heads, 48)
     for head in range(heads):
         moved = [weights[part, head].abs().sum() > 0 for part in range(3)]
         assert moved == [head in aligned, head in aligned, False]
 
 
-@pytest.mark.parametrize(("heads", "named", "aligned"), HEADS.values(), ids=HEADS)
-def test_head_m_meets_head_m_whatever_the_widths_of_the_heads(teacher, randomise, heads, named, aligned):
-    model = randomise(student(heads, width=48))
-    alignment = Alignment(settings(lambda_feature=0, layer_pairs=[(2, 1)], heads=named), model, teacher, 0)
-    tapped, losses, images = step(alignment, model)
-    (q_s, k_s), (q_t, k_t) = tapped.qk[2], teacher(images, (1,)).qk[1]
-    assert (q_s.shape[-1], q_t.shape[-1]) == (48 // heads, 6)
-    parts = [
-        attention_loss((q_s[:, m : m + 1], k_s[:, m : m + 1]), (q_t[:, m : m + 1], k_t[:, m : m + 1])) for m in aligned
-    ]
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aligned_heads": [0, 4], "heads": 6}, ["head 4", "0 to 3", "student 6 heads", "teacher 4"]),
+        ({"aligned_heads": [2], "heads": 2}, ["head 2", "0 to 1"]),
+        ({"layer_pairs": [(3, 1)]}, ["block", "'3'", "0, 1, 2"]),
+        ({"layer_pairs": [(1, 3)]}, ["teacher block", "'3'", "0, 1, 2"]),
+        ({"layer_pairs": []}, ["lambda_attention", "(student block, teacher block)"]),
+        ({"depth": 4}, ["depth", "'4'", "1, 2, 3"]),
+    ],
+)
+def test_what_does_not_exist_is_refused_naming_what_is_possible(teacher, changes, words):
+    model = student()
+    with pytest.raises(HasteError) as caught:
+        step(haste_of(teacher, model, **changes), model)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_gradients_reach_student_and_projector_and_the_teacher_is_in_neither(teacher, randomise):
+    model = randomise(student())
+    haste, names = haste_of(teacher, model), set(model.state_dict())
+    step(haste, model)[1].total.backward()
+    assert all(p.grad.abs().sum() > 0 for p in haste.parameters())
+    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert set(model.state_dict()) == names
+    own = {id(p) for p in haste.parameters()}
+    assert own == {id(p) for p in haste.projector.parameters()}
+    assert own.isdisjoint(id(p) for p in (*model.parameters(), *teacher.parameters()))
+
+
+def test_only_samples_inside_the_interval_of_noise_levels_are_aligned(teacher, randomise):
+    model, t = randomise(student()), torch.tensor([0.1, 0.39, 0.5, 0.61, 0.9])
+    part, whole = haste_of(teacher, model, t_low=0.4, t_high=0.6), haste_of(teacher, model)
+    seen, losses, images = step(part, model, t)
+    alone = type(seen)(
+        {d: h[2:3] for d, h in seen.tokens.items()}, {b: (q[2:3], k[2:3]) for b, (q, k) in seen.qk.items()}
+    )
+    assert_close(losses.total, whole.losses(alone, images[2:3], t[2:3]).total / 5)
+    assert whole.losses(seen, images, t).total.equal(whole.losses(seen, images).total)
+
+
+def test_an_interval_of_a_study_has_a_lower_and_a_higher_end(make_study):
+    with pytest.raises(HasteError, match=r"t_low 0\.6 is not below t_high 0\.4"):
+        make_study("alignment.t_low=0.6", "alignment.t_high=0.4")
+
+
+@pytest.mark.parametrize(("img_size", "grid"), [(12, (3, 3)), (20, (5, 5)), ((8, 20), (2, 5))])
+def test_features_meet_on_the_teachers_grid_and_attention_on_the_students(randomise, img_size, grid):
+    other = encoder(img_size, patch=4)
+    randomise(other.encoder, std=0.4)
+    model = randomise(student())
+    with pytest.warns(UserWarning, match="student 4x4, teacher"):
+        haste = haste_of(other, model)
+    seen, losses, images = step(haste, model)
+    target = other(images, (1, 2))
+    assert other.grid == grid
+    projected = grid_weights((4, 4), grid) @ haste.projector(seen.tokens[2])
+    assert_close(losses.feature, feature_loss(projected, target.tokens))
+    weights, parts = grid_weights(grid, (4, 4)), []
+    for s, t in ((0, 1), (2, 2)):
+        wanted = weights @ attention_probabilities(*target.qk[t]) @ weights.T
+        wanted = wanted / wanted.sum(-1, keepdim=True)
+        parts.append(-(wanted * attention_probabilities(*seen.qk[s]).log()).sum(-1).mean())
     assert_close(losses.attention, torch.stack(parts).mean())
+    losses.total.backward()
+    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in other.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen, half, _ = step(haste, model)
+    assert seen.qk[0][0].dtype == torch.bfloat16
+    assert all(part.dtype == torch.float32 for part in half)
+    # Grid and heads are read off the first pass where they are not given.
+    with pytest.warns(UserWarning, match="student 4x4, teacher"):
+        assert_close(step(haste_of(other, model, grid=None, heads=None), model)[1].total, losses.total)
+
+
+def test_the_input_size_that_the_warning_names_makes_the_grids_equal(recwarn):
+    with pytest.warns(UserWarning, match=r"teacher 3x3.*teacher.kwargs=\{img_size: \[16, 16\]\}"):
+        haste_of(encoder(12, patch=4), student())
+    recwarn.clear()
+    haste_of(encoder(16, patch=4), student())
+    assert not recwarn.list
 
 
 # -- every kind of generator ------------------------------------------------------------------------------------------
@@ -307,64 +391,27 @@ def of_kind(request, make_study, tmp_path):
 
 
 def test_both_losses_reach_every_kind_of_generator_in_phase_one_and_end_with_it(output, of_kind, monkeypatch):
-    study = of_kind()
-    run, seen, calls = Run(study, "haste", 0), {}, []
+    run, seen, calls = Run(of_kind(), "haste", 0), {}, []
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda *args: calls.append(1) or forward(*args))
-    training.fit(run, on_step=lambda s: seen.update({s.step: (len(calls), s.alignment is not None)}), progress=False)
+    fit(
+        run,
+        on_step=lambda trainer: seen.update({trainer.step: (len(calls), trainer.haste is not None)}),
+        progress=False,
+    )
     # The switch is at step 8: eight calls in phase I, none in the four steps of phase II.
-    assert seen == {step: (min(step, 8), step <= 8) for step in range(1, 13)}
+    assert seen == {n: (min(n, 8), n <= 8) for n in range(1, 13)}
     lines = run.metrics()
     assert [("feature" in line, "attention" in line) for line in lines] == [(True, True)] * 4 + [(False, False)] * 2
     assert all(line["feature"] < 1 and line["attention"] > 0 for line in lines[:4])
 
 
+@pytest.mark.slow
 def test_alignment_brings_every_kind_of_generator_closer_to_the_teacher(output, of_kind):
-    study = of_kind("train.lr=0.003", "train.steps=60", "train.keep=[60]", "train.checkpoint_every=60")
-    run = Run(study, "holistic", 0)
-    training.fit(run, progress=False)
+    run = Run(
+        of_kind("train.lr=0.003", "train.steps=60", "train.keep=[60]", "train.checkpoint_every=60"), "holistic", 0
+    )
+    fit(run, progress=False)
     first, last = run.metrics()[0], run.metrics()[-1]
     assert last["feature"] < first["feature"] - 0.1
     assert last["attention"] < first["attention"]
-
-
-def test_every_kind_of_generator_can_be_aligned_across_token_grids(output, of_kind):
-    kwargs = "{img_size: 12, patch_size: 4, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 4}"
-    study = of_kind(f"teacher.kwargs={kwargs}", "train.steps=4", "train.keep=[4]", "arms.haste.termination.at=2")
-    run = Run(study, "haste", 0)
-    with pytest.warns(UserWarning, match="student 4x4, teacher 3x3"):
-        training.fit(run, progress=False)
-    assert ["attention" in line for line in run.metrics()] == [True, False]
-    assert all(math.isfinite(line["loss"]) for line in run.metrics())
-
-
-# Intervals of the noise level
-
-
-def test_weighted_losses_are_sums_over_the_weighted_samples():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 4, 9, 6, generator=generator)
-    weights = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    expected = sum(feature_loss(a[i : i + 1], b[i : i + 1]) for i in (0, 3)) / 4
-    assert_close(feature_loss(a, b, weights), expected)
-    q, k = torch.randn(2, 4, 2, 9, 6, generator=generator)
-    target = torch.randn(4, 2, 9, 9, generator=generator).softmax(-1)
-    parts = [attention_cross_entropy((q[i : i + 1], k[i : i + 1]), target[i : i + 1]) for i in (0, 3)]
-    assert_close(attention_cross_entropy((q, k), target, weights), sum(parts) / 4)
-
-
-def test_only_samples_inside_the_interval_are_aligned(tiny, make_study, randomise):
-    run = make_study("alignment.t_low=0.4", "alignment.t_high=0.6").run("holistic")
-    teacher = build_teacher(tiny.teacher)
-    student = randomise(build(run.model, image_size=8, channels=1, classes=10, seed=0))
-    part, whole = (Alignment(r.alignment, student, teacher, 0) for r in (run, tiny.run("holistic")))
-    images, t = torch.randn(3, 1, 8, 8), torch.tensor([0.39, 0.5, 0.61])
-    tapped = student(images, t, torch.zeros(3, dtype=torch.int64), part.taps)
-    alone = student(images[1:2], t[1:2], torch.zeros(1, dtype=torch.int64), part.taps)
-    assert_close(part.losses(tapped, images, t).total, whole.losses(alone, images[1:2], t[1:2]).total / 3)
-    assert whole.losses(tapped, images, t).total.equal(whole.losses(tapped, images).total)
-
-
-def test_an_interval_has_a_lower_and_a_higher_end(make_study):
-    with pytest.raises(HasteError, match=r"t_low 0\.6 is not below t_high 0\.4"):
-        make_study("alignment.t_low=0.6", "alignment.t_high=0.4")

@@ -285,7 +285,10 @@ def test_other_attention_is_read_by_a_pair_of_functions_and_named_where_it_is_no
     with tap(blocks, Taps(blocks=(0,)), read=(lambda block: block.queries_and_keys, split)) as seen:
         blocks[0](torch.randn(3, 5, 8))
     assert seen.qk[0][0].shape == (3, 2, 5, 4)
-    with pytest.raises(HasteError, match=r"block \(from 0\) to read '4'; possible: 0"), tap(blocks, Taps(depths=(5,))):
+    with (
+        pytest.raises(HasteError, match=r"depth \(from 1\) to read tokens at '5'; possible: 1"),
+        tap(blocks, Taps(depths=(5,))),
+    ):
         pass
 
 

@@ -1,41 +1,41 @@
+"""Generators derived a second time: parts by plain loops, joint blocks by brute force, initialisation, and seeds."""
+
 from __future__ import annotations
 
 import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 
-from haste_core import models
-from haste_core.models import SiT
+from haste_core.errors import HasteError
+from haste_core.models import SIZES, build
 from haste_core.models.layers import Attention, TimestepEmbedder, sincos_positions, unpatchify
 from haste_core.study import config
-from haste_core.taps import Taps
+from haste_core.study.data import contexts
+from haste_core.study.data.contexts import Contexts
+from haste_core.taps import Taps, tap, tapped
 
 SMALL = {"image_size": 8, "channels": 3, "classes": 5, "depth": 3, "width": 16, "heads": 4, "patch": 2}
+JOINT = SMALL | {"classes": 4, "heads": 2, "context_width": 6}
 
 
-def inputs(batch=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, 3, 8, 8, generator=generator)
-    return x, torch.rand(batch, generator=generator), torch.arange(batch) % 5
+def draws(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_velocity_is_exactly_zero_and_blocks_are_the_identity_at_initialisation():
-    model = SiT(**SMALL)
-    x, t, y = inputs()
-    tapped = model(x, t, y, Taps(depths=(1, 2, 3)))
-    assert torch.equal(tapped.output, torch.zeros_like(x))
-    embedded = model.x_embedder(x) + model.pos_embed
-    for tokens in tapped.tokens.values():
-        assert torch.equal(tokens, embedded)
+def inputs(kind="sit", batch=2, length=5):
+    """x, t, and labels or text tokens."""
+    y = draws(batch, length, 6, seed=1) if kind == "mmdit" else torch.arange(batch) % 5
+    return draws(batch, 3, 8, 8), torch.linspace(0.1, 0.9, batch), y
 
 
-@pytest.mark.parametrize(("preset", "millions"), [("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
-def test_presets_have_the_published_number_of_parameters(preset, millions):
-    with torch.device("meta"):
-        model = models.build(config.Model(preset=preset), image_size=32, channels=4, classes=1000, seed=0)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+def small(kind="sit", **changes):
+    return build(kind, 0, **(JOINT if kind == "mmdit" else SMALL) | changes)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("width", "grid"), [(8, 3), (16, 4), (48, 16)])
@@ -53,65 +53,17 @@ def test_positions_equal_a_plain_loop(width, grid):
     assert_close(sincos_positions(width, grid), expected)
 
 
-def test_no_taps_returns_the_tensor_alone(randomise):
-    velocity = randomise(SiT(**SMALL))(*inputs())
-    assert isinstance(velocity, torch.Tensor)
-    assert velocity.shape == (4, 3, 8, 8)
-
-
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_taps_do_not_change_the_velocity(randomise, qk_norm):
-    model = randomise(SiT(**SMALL, qk_norm=qk_norm))
-    plain = model(*inputs())
-    assert plain.abs().max() > 0
-    for taps in (Taps(), Taps(depths=(2,)), Taps(blocks=(0, 2)), Taps(depths=(1, 3), blocks=(0, 1, 2))):
-        assert torch.equal(model(*inputs(), taps).output, plain)
-
-
-def test_taps_hand_out_what_was_asked_for_and_nothing_else(randomise):
-    model = randomise(SiT(**SMALL))
-    seen = {}
-    for depth, block in enumerate(model.blocks, start=1):
-        block.register_forward_hook(lambda _m, _i, out, depth=depth: seen.update({depth: out[0]}))
-    tapped = model(*inputs(), Taps(depths=(1, 3), blocks=(2,)))
-    assert list(tapped.tokens) == [1, 3]
-    assert list(tapped.qk) == [2]
-    for depth, tokens in tapped.tokens.items():
-        assert torch.equal(tokens, seen[depth])
-        assert tokens.shape == (4, 16, 16)
-    assert [part.shape for part in tapped.qk[2]] == [(4, 4, 16, 4)] * 2
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_handed_out_q_and_k_reproduce_the_fused_attention(randomise, qk_norm):
-    attention = randomise(Attention(16, 4, qk_norm), std=0.5)
-    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
-    out, (q, k) = attention(x, hand_out=True)
+def test_attention_is_a_softmax_of_q_and_k_as_they_can_be_read(randomise, qk_norm):
+    attention, parts = randomise(Attention(16, 4, qk_norm), std=0.5), {}
+    for name in ("q_norm", "k_norm"):
+        getattr(attention, name).register_forward_hook(lambda _m, _i, out, name=name: parts.update({name: out}))
+    x = draws(2, 9, 16, seed=1)
+    out = attention(x)
     v = attention.qkv(x)[..., 32:].reshape(2, 9, 4, 4).transpose(1, 2)
-    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(4), dim=-1)
-    by_hand = attention.proj((weights @ v).transpose(1, 2).reshape(2, 9, 16))
+    weights = torch.softmax(parts["q_norm"] @ parts["k_norm"].transpose(-1, -2) / math.sqrt(4), dim=-1)
     assert weights.std() > 0.01
-    assert_close(out, by_hand, atol=1e-5, rtol=1e-4)
-
-
-def test_attention_hands_out_nothing_unasked():
-    assert Attention(16, 4)(torch.zeros(1, 4, 16))[1] is None
-
-
-def test_null_label_is_the_last_row_of_the_class_table(randomise):
-    model = randomise(SiT(**SMALL))
-    assert model.null_label == 5
-    table = model.y_embedder.embedding_table.weight
-    assert table.shape == (6, 16)
-    x, t, _ = inputs()
-    null = torch.full((4,), model.null_label)
-    before = model(x, t, null)
-    with torch.no_grad():
-        table[:5] += 1
-    assert torch.equal(model(x, t, null), before)
-    with torch.no_grad():
-        table[5] += 1
-    assert not torch.equal(model(x, t, null), before)
+    assert_close(out, attention.proj((weights @ v).transpose(1, 2).reshape(2, 9, 16)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("patch", "channels", "side"), [(2, 1, 8), (2, 4, 6), (4, 3, 8), (1, 2, 3)])
@@ -125,32 +77,213 @@ def test_unpatchify_inverts_patching(patch, channels, side):
     assert torch.equal(unpatchify(torch.stack(tokens, 1), patch, channels), image)
 
 
-def test_patch_embedding_orders_tokens_row_by_row(randomise):
-    model = randomise(SiT(**SMALL))
-    x, _, _ = inputs(1)
-    tokens = model.x_embedder(x)
+def test_patches_are_embedded_row_by_row_and_t_unscaled_as_cosines_then_sines(randomise):
+    model, (x, _, _) = randomise(small()), inputs(batch=1)
     weight, bias = model.x_embedder.proj.weight.flatten(1), model.x_embedder.proj.bias
     piece = x[:, :, 2:4, 6:8].flatten(1)  # second row of patches, fourth column
-    assert_close(tokens[:, 1 * 4 + 3], piece @ weight.T + bias, atol=1e-6, rtol=1e-5)
-
-
-def test_time_embedding_takes_t_unscaled_as_cosines_then_sines(randomise):
-    embedder = randomise(TimestepEmbedder(8))
-    t = torch.tensor([0.0, 0.3, 1.0])
+    assert_close(model.x_embedder(x)[:, 1 * 4 + 3], piece @ weight.T + bias, atol=1e-6, rtol=1e-5)
+    embedder, t = randomise(TimestepEmbedder(8)), torch.tensor([0.0, 0.3, 1.0])
     angles = [[value * 10000 ** (-i / 128) for i in range(128)] for value in t.tolist()]
     features = torch.tensor([[math.cos(a) for a in row] + [math.sin(a) for a in row] for row in angles])
     assert_close(embedder(t), embedder.mlp(features), atol=1e-5, rtol=1e-5)
 
 
-def test_weights_come_from_the_seed_alone():
-    settings = config.Model(depth=2, width=16, heads=2)
-    sizes = {"image_size": 8, "channels": 1, "classes": 3}
-    torch.manual_seed(1)
-    first = models.build(settings, seed=4, **sizes).state_dict()
-    torch.manual_seed(2)
-    again, other = (
-        models.build(settings, seed=4, **sizes).state_dict(),
-        models.build(settings, seed=5, **sizes).state_dict(),
-    )
+# -- joint blocks of text and image -----------------------------------------------------------------------------------
+
+
+def normalised(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+
+def modulation(stream, c, count):
+    linear = stream.adaLN_modulation[1]
+    return (F.silu(c) @ linear.weight.T + linear.bias).reshape(len(c), count, 1, -1).unbind(1)
+
+
+def by_hand(block, text, x, c, last):
+    """A joint block with loops over samples, heads and queries; also the image tokens' q and k."""
+    width, heads = x.shape[-1], 2
+    d, pre_only = width // heads, last
+    of_text, of_image = modulation(block.context_block, c, 2 if pre_only else 6), modulation(block.x_block, c, 6)
+    qkv = []
+    for stream, tokens, (shift, scale, *_) in ((block.context_block, text, of_text), (block.x_block, x, of_image)):
+        qkv.append(stream.attn["qkv"](normalised(tokens) * (1 + scale) + shift))
+    joint = torch.cat(qkv, dim=1)  # (B, L + N, 3 D), text first
+    out = torch.zeros(*joint.shape[:2], width)
+    for b in range(len(joint)):
+        for head in range(heads):
+            q, k, v = (joint[b, :, i * width + head * d : i * width + (head + 1) * d] for i in range(3))
+            for n in range(len(q)):
+                logits = torch.stack([q[n] @ k[m] for m in range(len(k))]) / math.sqrt(d)
+                out[b, n, head * d : (head + 1) * d] = logits.softmax(0) @ v
+    updated = []
+    halves = out[:, : text.shape[1]], out[:, text.shape[1] :]
+    streams = (block.context_block, text, halves[0], of_text), (block.x_block, x, halves[1], of_image)
+    for stream, tokens, attended, parts in streams:
+        if len(parts) == 2:
+            updated.append(tokens)
+            continue
+        _, _, gate_a, shift_m, scale_m, gate_m = parts
+        tokens = tokens + gate_a * stream.attn["proj"](attended)
+        hidden = F.gelu(stream.mlp.fc1(normalised(tokens) * (1 + scale_m) + shift_m), approximate="tanh")
+        updated.append(tokens + gate_m * stream.mlp.fc2(hidden))
+    q, k = (qkv[1][..., i * width : (i + 1) * width].unflatten(-1, (heads, d)).transpose(1, 2) for i in range(2))
+    return updated[0], updated[1], q, k
+
+
+@torch.no_grad()
+def test_an_mmdit_is_brute_force_blocks_between_embeddings_and_last_layer(randomise):
+    model = randomise(small("mmdit"), std=0.3)
+    x, t, y = inputs("mmdit")
+    found = tapped(model, x, t, y, Taps(depths=(1, 2, 3), blocks=(0, 1, 2)))
+    text, h, c = model.context_embedder(y), model.x_embedder(x) + sincos_positions(16, 4), model.t_embedder(t)
+    for i, block in enumerate(model.joint_blocks):
+        before, both = h, block(text, h, c)
+        text, h, q, k = by_hand(block, text, h, c, last=i == 2)
+        assert (h - before).abs().max() > 0.1
+        assert_close(both, (text, h), atol=1e-4, rtol=1e-3)
+        assert_close(found.tokens[i + 1], h, atol=1e-4, rtol=1e-3)
+        assert_close(found.qk[i], (q, k), atol=1e-4, rtol=1e-3)
+    shift, scale = modulation(model.final_layer, c, 2)
+    patches = model.final_layer.linear(normalised(h) * (1 + scale) + shift)
+    for token in range(16):
+        row, column = 2 * (token // 4), 2 * (token % 4)
+        piece = patches[:, token].reshape(2, 2, 2, 3).permute(0, 3, 1, 2)
+        assert_close(found.output[:, :, row : row + 2, column : column + 2], piece, atol=1e-4, rtol=1e-3)
+
+
+def test_q_and_k_of_an_mmdit_are_those_of_image_tokens_for_text_of_any_length(randomise):
+    model = randomise(small("mmdit"))
+    x, t, _ = inputs("mmdit")
+    found = [tapped(model, x, t, draws(2, n, 6), Taps(blocks=(0, 1, 2))) for n in (1, 5, 77)]
+    for one in found:
+        assert one.output.isfinite().all()
+        assert [part.shape for pair in one.qk.values() for part in pair] == [(2, 2, 16, 8)] * 6
+    assert all(torch.equal(found[0].qk[0][i], one.qk[0][i]) for one in found for i in range(2))  # before any exchange
+    assert not torch.equal(found[0].qk[1][0], found[1].qk[1][0])
+    alone = model(x[:1], t[:1], draws(2, 77, 6)[:1])
+    assert_close(alone, found[2].output[:1], atol=1e-5, rtol=1e-4)
+
+
+def test_text_has_no_positions_and_image_tokens_do(randomise):
+    model = randomise(small("mmdit"), std=0.3)
+    x, t, text = inputs("mmdit")
+    velocity = model(x, t, text)
+    assert_close(model(x, t, text[:, torch.tensor([3, 1, 4, 0, 2])]), velocity, atol=1e-4, rtol=1e-3)
+    assert (model(x, t, text + 1) - velocity).abs().max() > 1e-2
+    assert (model(x, t, text[:, :3]) - velocity).abs().max() > 1e-2
+    order = torch.tensor([2, 3, 0, 1, 4, 5, 6, 7])  # columns of patches 0 and 1 swapped, and back
+    assert (model(x[..., order], t, text)[..., order] - velocity).abs().max() > 1e-2
+
+
+# -- whole generators -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit", "mmdit"])
+def test_at_initialisation_the_output_is_zero_and_blocks_are_the_identity(kind):
+    model, (x, t, y) = small(kind), inputs(kind)
+    found = tapped(model, x, t, y, Taps(depths=(1, 2, 3)))
+    assert torch.equal(found.output, torch.zeros(2, 6 if kind == "dit" else 3, 8, 8))
+    for tokens in found.tokens.values():
+        assert torch.equal(tokens, model.x_embedder(x) + model.pos_embed)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("sit", {}), ("sit", {"qk_norm": True}), ("dit", {}), ("mmdit", {})])
+def test_reading_changes_no_number_and_leaves_no_hook(randomise, kind, changes):
+    model, given = randomise(small(kind, **changes)), inputs(kind)
+    plain = model(*given)
+    assert plain.abs().max() > 0
+    for taps in (Taps(), Taps(depths=(2,)), Taps(blocks=(0, 2)), Taps(depths=(1, 3), blocks=(0, 1, 2))):
+        with tap(model.blocks, taps) as seen:
+            assert torch.equal(model(*given), plain)
+        assert (tuple(seen.tokens), tuple(seen.qk)) == (taps.depths, taps.blocks)
+        assert all(q.shape == k.shape == (2, model.heads, 16, 16 // model.heads) for q, k in seen.qk.values())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit", "mmdit"])
+def test_gradients_reach_every_parameter_and_activation_checkpointing_changes_none(randomise, kind):
+    model, gradients = randomise(small(kind)), []
+    for model.activation_checkpointing in (False, True):
+        model.zero_grad()
+        found = tapped(model, *inputs(kind, batch=5), Taps(depths=(2,), blocks=(1,)))
+        loss = found.output.square().sum() + found.tokens[2].square().sum() + (found.qk[1][0] * found.qk[1][1]).sum()
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, name
+        assert torch.equal(gradients[1][name], gradient), name
+
+
+def test_null_label_is_the_last_row_of_the_class_table(randomise):
+    model = randomise(small())
+    x, t, _ = inputs()
+    table, null = model.y_embedder.embedding_table.weight, torch.full((2,), model.null_label)
+    before = model(x, t, null)
+    with torch.no_grad():
+        table[:5] += 1
+        assert torch.equal(model(x, t, null), before)
+        table[5] += 1
+        assert not torch.equal(model(x, t, null), before)
+
+
+@pytest.fixture
+def table(tmp_path):
+    contexts.write(tmp_path / "contexts.safetensors", draws(4, 5, 6, seed=7), draws(5, 6, seed=8))
+    return Contexts(tmp_path / "contexts.safetensors")
+
+
+def test_caption_indices_stand_for_their_text_tokens_and_the_last_for_the_empty_caption(randomise, table):
+    assert (table.captions, table.length, table.width) == (4, 5, 6)
+    model = randomise(small("mmdit", contexts=table))
+    x, t, _ = inputs("mmdit")
+    captions = draws(4, 5, 6, seed=7)
+    assert torch.equal(model(x, t, torch.tensor([3, 1])), model(x, t, captions[[3, 1]]))
+    null = torch.full((2,), model.null_label)
+    assert torch.equal(model(x, t, null), model(x, t, draws(5, 6, seed=8).expand(2, 5, 6)))
+    with pytest.raises(HasteError, match=r"no table of text tokens; possible: data\.contexts"):
+        small("mmdit")(x, t, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675), ("MMDiT-12/2", None), ("MMDiT-24/2", None)],
+)
+def test_presets_have_the_published_sizes(preset, millions):
+    chosen = config.Model(preset=preset)
+    sizes = chosen.model_dump(include={"depth", "width", "heads", "patch"})
+    with torch.device("meta"):
+        model = build(chosen.kind, 0, image_size=32, channels=4, classes=1000, **sizes)
+    if millions is None:  # width 32 and one head for each block
+        depth = int(preset[6:8])
+        assert (len(model.blocks), model.heads, model.x_embedder.proj.out_channels) == (depth, depth, 32 * depth)
+        assert model.context_embedder.in_features == chosen.context_width == 768
+        return
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+    assert (len(model.blocks), model.x_embedder.proj.out_channels, model.heads) == SIZES[preset[4:-2]]
+
+
+@pytest.mark.parametrize("kind", ["sit", "mmdit"])
+def test_weights_come_from_the_seed_alone(kind, table):
+    first = small(kind).state_dict()
+    torch.manual_seed(9)
+    again = small(kind, **{"contexts": table} if kind == "mmdit" else {}).state_dict()  # a table is no weight
+    other = build(kind, 1, **JOINT if kind == "mmdit" else SMALL).state_dict()
+    assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(first["x_embedder.proj.weight"], other["x_embedder.proj.weight"])
+
+
+def test_a_kind_that_does_not_exist_is_refused():
+    with pytest.raises(HasteError, match=r"unknown kind of generator 'sat' .did you mean 'sit'.*sit, dit, mmdit"):
+        build("sat", 0, **SMALL)
+
+
+def test_a_type_of_block_that_cannot_be_read_is_refused_naming_its_modules():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with (
+        pytest.raises(HasteError, match=r"block of type Sequential with the modules 0; expected .*to_q.*or give read="),
+        tap([block], Taps(blocks=(0,))),
+    ):
+        pass
+    assert not block._forward_hooks

@@ -1,8 +1,15 @@
+"""The frozen teacher: q, k and tokens of every family of encoders, their inputs, weights and precision."""
+
 from __future__ import annotations
 
+import http.server
 import pickle
+import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,61 +19,68 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from haste_core import _torchvision_guard
+from haste_core import encoders
 from haste_core.devices import in_precision
+from haste_core.encoders import get_pretrained_cfg
 from haste_core.errors import HasteError
-from haste_core.study import config
 from haste_core.study.pretrain import build_teacher, check_precision
-from haste_core.teacher import low_passed, project_qk, read_qk
+from haste_core.teacher import Teacher, check_plain_attention, low_passed, read_qk
 from haste_core.training import Batch
 
-VIT = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
-PLAIN = ("vit_tiny_patch16_224", VIT)
-ENCODERS = {
-    "vit": PLAIN,
-    "vit-registers": ("vit_tiny_patch16_224", VIT | {"reg_tokens": 4}),
-    "vit-qk-norm": ("vit_tiny_patch16_224", VIT | {"qk_norm": True}),
-    "vit-no-prefix": ("vit_tiny_patch16_224", VIT | {"class_token": False, "global_pool": "avg"}),
-    "eva-dinov3": ("vit_small_patch16_dinov3", VIT),
-    "eva-dinov3-bias": ("vit_tiny_patch16_dinov3_qkvb", VIT),
-    "eva02-interleaved-rope": ("eva02_tiny_patch14_224", VIT),
-    "eva02-separate-projections": ("eva02_base_patch14_224", VIT),
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+# name: kwargs, parameters in millions, width, blocks, heads, pixels, side of the grid, prefix tokens, (mean, std)
+REAL = {
+    "vit_small_patch14_dinov2.lvd142m": ({"img_size": 224}, 21.6, 384, 12, 6, 224, 16, 1, IMAGENET),
+    "vit_base_patch14_dinov2.lvd142m": ({"img_size": 224}, 85.7, 768, 12, 12, 224, 16, 1, IMAGENET),
+    "vit_base_patch14_reg4_dinov2.lvd142m": ({"img_size": 224}, 85.7, 768, 12, 12, 224, 16, 5, IMAGENET),
+    "vit_large_patch14_dinov2.lvd142m": ({}, 304.4, 1024, 24, 16, 518, 37, 1, IMAGENET),
+    "vit_base_patch16_dinov3.lvd1689m": ({}, 85.6, 768, 12, 12, 256, 16, 5, IMAGENET),
+    "vit_base_patch16_clip_224.openai": ({}, 85.8, 768, 12, 12, 224, 14, 1, CLIP),
+    "vit_base_patch16_siglip_224.webli": ({}, 92.9, 768, 12, 12, 224, 14, 0, HALF),
+    "vit_base_patch16_224.mae": ({}, 85.8, 768, 12, 12, 224, 14, 1, IMAGENET),
+    "vit_huge_patch14_gap_224.in1k_ijepa": ({}, 630.8, 1280, 32, 16, 224, 16, 0, IMAGENET),
 }
-TOLERANCE = {"atol": 1e-5, "rtol": 1e-3}
-PREFIXES = {"vit": 1, "vit-registers": 5, "vit-no-prefix": 0, "eva-dinov3": 5, "eva02-interleaved-rope": 1}
+NARROW = {"embed_dim": 32, "num_heads": 2}
+VIT = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
+# The published families at full depth, and small variants: name, side of a patch, arguments.
+FAMILIES = {
+    "dinov2": ("vit_base_patch14_dinov2.lvd142m", 14, NARROW),
+    "dinov2-registers": ("vit_base_patch14_reg4_dinov2.lvd142m", 14, NARROW),
+    "dinov2-swiglu": ("vit_giant_patch14_dinov2.lvd142m", 14, NARROW),
+    "dinov3": ("vit_base_patch16_dinov3.lvd1689m", 16, NARROW),
+    "dinov3-bias": ("vit_base_patch16_dinov3_qkvb.lvd1689m", 16, NARROW),
+    "clip": ("vit_base_patch16_clip_224.openai", 16, NARROW),
+    "siglip": ("vit_base_patch16_siglip_224.webli", 16, NARROW),
+    "siglip2": ("vit_base_patch16_siglip_224.v2_webli", 16, NARROW),
+    "mae": ("vit_base_patch16_224.mae", 16, NARROW),
+    "ijepa": ("vit_huge_patch14_gap_224.in1k_ijepa", 14, NARROW),
+    "perception-encoder": ("vit_pe_spatial_base_patch16_512.fb", 16, NARROW),
+    "aimv2": ("aimv2_large_patch14_224.apple_pt", 14, NARROW),
+    "eva02-interleaved-rope": ("eva02_tiny_patch14_224", 4, VIT),
+    "eva02-separate-projections": ("eva02_base_patch14_224", 4, VIT),
+    "vit": ("vit_tiny_patch16_224", 4, VIT),
+    "vit-registers": ("vit_tiny_patch16_224", 4, VIT | {"reg_tokens": 4}),
+    "vit-qk-norm": ("vit_tiny_patch16_224", 4, VIT | {"qk_norm": True}),
+    "vit-no-prefix": ("vit_tiny_patch16_224", 4, VIT | {"class_token": False, "global_pool": "avg"}),
+    "vit-any-size": ("vit_tiny_patch16_224", 4, VIT | {"dynamic_img_size": True}),
+}
+DINOV2, IJEPA = FAMILIES["dinov2"][0], FAMILIES["ijepa"][0]
 
 
-def settings(model, kwargs, img_size=16, **changes):
-    kwargs = kwargs | {"img_size": img_size if isinstance(img_size, int) else list(img_size)}
-    return config.Teacher(**{"model": model, "kwargs": kwargs, "weights": "random"} | changes)
+def make(family="vit", rows=4, columns=4, weights="random", **changes):
+    """A narrow encoder of a family over a grid of tokens."""
+    model, patch, sizes = FAMILIES[family]
+    return Teacher(model, weights=str(weights), **{"img_size": [rows * patch, columns * patch], **sizes, **changes})
 
 
-def make(name="vit", img_size=16, **changes):
-    return build_teacher(settings(*ENCODERS[name], img_size, **changes))
+def pictures(teacher, batch=2, channels=3, size=None):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(batch, channels, *(size or teacher.image_size), generator=generator) * 2 - 1
 
 
-def images(batch=2, channels=3, height=16, width=16):
-    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def unfused_maps(encoder, x):
-    """Attention maps (B, H, N, N) and outputs of every block, as timm's own unfused path computes them."""
-    maps, outputs, handles = {}, {}, []
-    for i, block in enumerate(encoder.blocks):
-        block.attn.fused_attn = False
-        handles.append(block.attn.attn_drop.register_forward_pre_hook(lambda _m, args, i=i: maps.update({i: args[0]})))
-        handles.append(block.attn.register_forward_hook(lambda _m, args, out, i=i: outputs.update({i: (args[0], out)})))
-    encoder.forward_features(x)
-    for handle in handles:
-        handle.remove()
-    for block in encoder.blocks:
-        block.attn.fused_attn = True
-    return maps, outputs
-
-
-# -- torchvision guard ------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_teacher_and_torch_fidelity_import_in_a_fresh_process_and_the_guard_is_done_then():
     script = (
         "import haste_core.teacher, torch_fidelity, sys\n"
@@ -76,145 +90,92 @@ def test_teacher_and_torch_fidelity_import_in_a_fresh_process_and_the_guard_is_d
         "from torchvision import transforms\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-def test_guard_does_nothing_when_torchvision_is_already_imported(monkeypatch):
-    monkeypatch.setattr(_torchvision_guard, "_library", None)
-    monkeypatch.setattr(_torchvision_guard, "compiled_part_loads", lambda _: pytest.fail("looked at the compiled part"))
-    monkeypatch.setitem(sys.modules, "torchvision", sys)
-    assert _torchvision_guard.guard() is False
-    assert _torchvision_guard._library is None
+# -- q, k and tokens --------------------------------------------------------------------------------------------------
 
 
-def test_guard_does_nothing_when_the_compiled_part_loads(monkeypatch):
-    asked = []
-    monkeypatch.setattr(_torchvision_guard, "_library", None)
-    monkeypatch.setattr(_torchvision_guard, "compiled_part_loads", lambda where: asked.append(where) or True)
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    assert _torchvision_guard.guard() is False
-    assert _torchvision_guard._library is None
-    assert [where.name for where in asked] == ["torchvision"]
+@pytest.mark.parametrize("name", REAL)
+def test_published_encoders_at_their_real_size(name):
+    kwargs, millions, width, blocks, heads, pixels, side, prefix, (mean, std) = REAL[name]
+    with torch.device("meta"):
+        teacher = Teacher(name, weights="random", **kwargs)
+    assert sum(p.numel() for p in teacher.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert (teacher.width, teacher.blocks, teacher.heads) == (width, blocks, heads)
+    assert (teacher.image_size, teacher.grid) == ((pixels, pixels), (side, side))
+    assert teacher.encoder.num_prefix_tokens == prefix
+    cfg = teacher.encoder.pretrained_cfg
+    assert (cfg["mean"], cfg["std"], cfg["interpolation"]) == (mean, std, "bicubic")
+    for block in teacher.encoder.blocks:
+        check_plain_attention(block.attn)
 
 
-def test_a_folder_without_a_loadable_library_counts_as_not_loading(tmp_path):
-    assert _torchvision_guard.compiled_part_loads(tmp_path) is False
-    (tmp_path / "_C.so").write_bytes(b"no library")
-    assert _torchvision_guard.compiled_part_loads(tmp_path) is False
-
-
-# -- q and k ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("img_size", [16, (16, 24)], ids=["square", "wide"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4)], ids=["square", "wide"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_attention_from_q_and_k_is_the_encoders_own_over_patch_tokens(randomise, name, img_size):
-    teacher = make(name, img_size)
-    randomise(teacher.encoder, std=0.4)
-    height, width = teacher.image_size
-    x = images(height=height, width=width)
-    prefix, patches = teacher.encoder.num_prefix_tokens, teacher.grid[0] * teacher.grid[1]
-    seen = teacher(x, (0, 2))
-    assert list(seen.qk) == [0, 2]
-    maps, _ = unfused_maps(teacher.encoder, teacher.prepare(x))
+def test_q_k_and_tokens_of_every_family_are_those_of_its_own_forward_pass(randomise, family, grid):
+    teacher = make(family, *grid)
+    images = pictures(teacher)
+    fresh = teacher(images).tokens  # the final norm, at its initial weights, gives each token a mean square of 1
+    assert_close(fresh.square().mean(-1), torch.ones(2, grid[0] * grid[1]), atol=0.05, rtol=0)
+    randomise(teacher.encoder, std=0.3)
+    blocks = (0, teacher.blocks // 2, teacher.blocks - 1)
+    before = teacher(images).tokens
+    assert torch.equal(teacher(images, blocks).tokens, before)
+    assert not any(block.attn._forward_pre_hooks for block in teacher.encoder.blocks)
+    assert all(block.attn.fused_attn for block in teacher.encoder.blocks)
+    # Attention of all tokens by timm's own unfused path; cutting prefix tokens renormalises it over the patches.
+    seen, maps, prefix = teacher(images, blocks), {}, teacher.encoder.num_prefix_tokens
+    for i in blocks:
+        attn = teacher.encoder.blocks[i].attn
+        attn.fused_attn = False
+        attn.attn_drop.register_forward_pre_hook(lambda _m, args, i=i: maps.update({i: args[0]}))
+    teacher(images)
+    assert list(seen.qk) == list(blocks)
     for block, (q, k) in seen.qk.items():
-        assert q.shape == k.shape == (2, 4, patches, 8)
         own = maps[block][:, :, prefix:, prefix:]
-        # Cutting prefix tokens before the softmax is the same as renormalising over the patches after it.
-        assert_close((q @ k.transpose(-1, -2) / 8**0.5).softmax(-1), own / own.sum(-1, keepdim=True), **TOLERANCE)
+        assert own.shape[-1] == grid[0] * grid[1]
+        found = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        assert_close(found, own / own.sum(-1, keepdim=True), atol=1e-4, rtol=1e-3)
         assert own.std() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov2-registers", "dinov3", "clip", "siglip", "mae", "ijepa"])
 @torch.no_grad()
-def test_without_prefix_tokens_q_and_k_give_the_attention_modules_output(randomise):
-    teacher = make("vit-no-prefix")
+def test_patch_tokens_follow_their_patch(randomise, family):
+    """A change within one patch moves that patch's token most, so prefix tokens are cut and rows come first."""
+    teacher = make(family, 2, 4)
+    randomise(teacher.encoder, std=0.05)
+    images = pictures(teacher, batch=1)
+    changed, patch = images.clone(), FAMILIES[family][1]
+    changed[:, :, patch : 2 * patch, 2 * patch : 3 * patch] *= -1  # row 1, column 2
+    moved = (teacher(images).tokens - teacher(changed).tokens).norm(dim=-1)
+    assert int(moved.argmax()) == 1 * 4 + 2
+
+
+@pytest.mark.parametrize("family", ["vit", "vit-registers", "vit-qk-norm"])
+@torch.no_grad()
+def test_tokens_are_timms_own(randomise, family):
+    teacher = make(family)
     randomise(teacher.encoder, std=0.4)
-    q, k = teacher(images(), (1,)).qk[1]
-    _, outputs = unfused_maps(teacher.encoder, teacher.prepare(images()))
-    x, out = outputs[1]
-    attn = teacher.encoder.blocks[1].attn
-    v = attn.qkv(x)[..., 64:].unflatten(-1, (4, 8)).transpose(1, 2)
-    mixed = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
-    assert_close(attn.proj(mixed.transpose(1, 2).flatten(2)), out, **TOLERANCE)
-
-
-@pytest.mark.parametrize("name", ["vit", "vit-registers", "vit-qk-norm"])
-@torch.no_grad()
-def test_projected_q_and_k_of_all_tokens_give_the_attention_modules_output(randomise, name):
-    encoder = randomise(make(name).encoder, std=0.4)
-    attn = encoder.blocks[1].attn
-    attn.fused_attn = False
-    x = torch.randn(2, 21, 32, generator=torch.Generator().manual_seed(1))
-    q, k = project_qk(attn, x)
-    v = attn.qkv(x)[..., 64:].unflatten(-1, (4, 8)).transpose(1, 2)
-    mixed = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
-    assert_close(attn.proj(mixed.transpose(1, 2).flatten(2)), attn(x), **TOLERANCE)
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-@torch.no_grad()
-def test_reading_q_and_k_changes_nothing_leaves_no_hook_and_keeps_fused_attention(randomise, name):
-    teacher = make(name)
-    encoder = randomise(teacher.encoder, std=0.4)
-    assert all(block.attn.fused_attn for block in encoder.blocks)
-    before = teacher(images()).tokens
-    assert torch.equal(teacher(images(), (0, 1, 2)).tokens, before)
-    assert not any(block.attn._forward_pre_hooks for block in encoder.blocks)
-    assert all(block.attn.fused_attn for block in encoder.blocks)
-
-
-def test_hooks_are_removed_when_the_forward_pass_fails():
-    encoder = make().encoder
-    with pytest.raises(RuntimeError, match="boom"), read_qk(encoder, (0, 1)):
-        raise RuntimeError("boom")
-    assert not any(block.attn._forward_pre_hooks for block in encoder.blocks)
-
-
-def test_a_block_that_does_not_exist_is_refused_naming_the_possible_ones():
-    with pytest.raises(HasteError, match=r"'3'.*possible: 0, 1, 2"):
-        make()(images(), (1, 3))
-
-
-# -- tokens -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PREFIXES)
-@torch.no_grad()
-def test_prefix_tokens_are_cut(randomise, name):
-    teacher = make(name)
-    randomise(teacher.encoder, std=0.4)
-    assert teacher.encoder.num_prefix_tokens == PREFIXES[name]
-    seen = teacher(images(), (0,))
-    assert seen.tokens.shape == (2, 16, 32)
-    assert seen.qk[0][0].shape[2] == 16
-
-
-@pytest.mark.parametrize("name", ["vit", "vit-registers", "vit-qk-norm"])
-@torch.no_grad()
-def test_tokens_are_timms_own_normalised_patch_tokens(randomise, name):
-    teacher = make(name)
-    randomise(teacher.encoder, std=0.4)
+    images = pictures(teacher)
     (expected,) = teacher.encoder.forward_intermediates(
-        teacher.prepare(images()), indices=[2], norm=True, output_fmt="NLC", intermediates_only=True
+        teacher.prepare(images), indices=[2], norm=True, output_fmt="NLC", intermediates_only=True
     )
-    assert_close(teacher(images()).tokens, expected)
+    assert_close(teacher(images).tokens, expected)
+    found = teacher.block_tokens(images, [2, 1])
+    assert sorted(found) == [1, 2]
+    assert_close(teacher.encoder.norm(found[2]), expected)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-@torch.no_grad()
-def test_tokens_have_passed_the_final_norm_wherever_timm_keeps_it(name):
-    """A fresh LayerNorm has weight 1 and bias 0, so each token has mean 0 and variance 1."""
-    tokens = make(name)(images()).tokens
-    assert_close(tokens.mean(-1), torch.zeros(2, 16), atol=1e-4, rtol=0)
-    assert_close(tokens.var(-1, unbiased=False), torch.ones(2, 16), atol=1e-2, rtol=0)
-
-
-def test_teacher_describes_itself():
-    teacher = make("vit-registers", (16, 24))
-    assert (teacher.width, teacher.heads, teacher.blocks) == (32, 4, 3)
-    assert (teacher.image_size, teacher.grid) == ((16, 24), (4, 6))
+def test_a_block_that_does_not_exist_is_refused_and_hooks_go_when_a_forward_pass_fails():
+    teacher = make()
+    with pytest.raises(HasteError, match=r"'3'.*possible: 0, 1, 2"):
+        teacher(pictures(teacher), (1, 3))
+    with pytest.raises(RuntimeError, match="boom"), read_qk(teacher.encoder, (0, 1)):
+        raise RuntimeError("boom")
+    assert not any(block.attn._forward_pre_hooks for block in teacher.encoder.blocks)
 
 
 def test_teacher_is_frozen_and_always_in_eval_mode():
@@ -223,78 +184,157 @@ def test_teacher_is_frozen_and_always_in_eval_mode():
     nn.ModuleList([teacher]).train()
     teacher.train(True)
     assert not any(module.training for module in teacher.modules())
-    seen = teacher(images().requires_grad_(), (0,))
+    seen = teacher(pictures(teacher).requires_grad_(), (0,))
     assert not seen.tokens.requires_grad
     assert not seen.qk[0][0].requires_grad
+
+
+# -- attention that must not be read ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_attention_that_is_no_plain_softmax_of_q_and_k_is_refused():
+    teacher = make("clip")
+    teacher.encoder.blocks[1].attn.scale *= 2
+    teacher(pictures(teacher), (0,))
+    with pytest.raises(HasteError, match=r"scaled by 0.5 instead of 1 / sqrt\(16\)"):
+        teacher(pictures(teacher), (1,))
+    attn = teacher.encoder.blocks[0].attn
+    attn.__class__ = type("Sigmoid", (type(attn),), {})
+    with pytest.raises(HasteError, match="kind Sigmoid"):
+        check_plain_attention(attn)
+    kinds = {  # a bias on the logits, the difference of two maps, fewer key heads than query heads
+        "beit_base_patch16_224": VIT,
+        "vit_tiny_patch16_224": VIT | {"attn_layer": "diff"},
+        "vit_base_patch16_sapiens2": {"patch_size": 4, "embed_dim": 96, "num_kv_heads": 6},
+    }
+    for model, changes in kinds.items():
+        other = Teacher(model, weights="random", img_size=16, **changes)
+        with pytest.raises(HasteError, match="attention of kind"):
+            other(pictures(other), tuple(range(other.blocks)))
+    encoder = make("mae").encoder
+    for given in ({"attn_mask": torch.zeros(10, 10)}, {"is_causal": True}):
+        with pytest.raises(HasteError, match="block 1 is masked"), read_qk(encoder, (1,)):
+            encoder.blocks[1].attn(torch.zeros(1, 10, 32), **given)
 
 
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_normalised_from_minus_one_to_one():
+def test_images_are_normalised_by_the_encoders_own_statistics_or_those_given():
     teacher = make(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
-    x = images()
-    prepared = teacher.prepare(x)
+    x = pictures(teacher)
     for c, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.6), (0.3, 0.7)]):
-        assert_close(prepared[:, c], ((x[:, c] + 1) / 2 - mean) / std)
+        assert_close(teacher.prepare(x)[:, c], ((x[:, c] + 1) / 2 - mean) / std)
+    white = {"dinov2": (2.2489, 2.4286, 2.64), "clip": (1.9303, 2.0749, 2.1459), "siglip": (1.0, 1.0, 1.0)}
+    for family, expected in white.items():
+        prepared = make(family, depth=1).prepare(torch.ones(1, 3, 8, 8))
+        assert_close(prepared.mean((0, 2, 3)), torch.tensor(expected), atol=1e-3, rtol=0)
 
 
-def test_mean_and_std_are_the_encoders_own_unless_given():
+def test_grey_images_fill_all_channels_and_other_numbers_are_refused():
     teacher = make()
-    cfg = teacher.encoder.pretrained_cfg
-    assert teacher.mean.flatten().tolist() == pytest.approx(list(cfg["mean"]))
-    assert teacher.std.flatten().tolist() == pytest.approx(list(cfg["std"]))
-
-
-def test_grey_images_fill_all_channels_of_a_colour_teacher():
-    teacher = make()
-    grey = images(channels=1)
+    grey = pictures(teacher, channels=1)
     assert torch.equal(teacher.prepare(grey), teacher.prepare(grey.repeat(1, 3, 1, 1)))
-
-
-def test_a_wrong_number_of_channels_is_refused():
     with pytest.raises(HasteError, match="3 channels, the images have 2"):
-        make().prepare(images(channels=2))
+        teacher.prepare(pictures(teacher, channels=2))
+    with pytest.raises(HasteError, match=r"takes 1 channels, its mean is .*expected teacher.mean and teacher.std"):
+        make(in_chans=1)
+    assert make(in_chans=1, mean=[0.5], std=[0.5])(grey).tokens.shape == (2, 16, 32)
 
 
-@pytest.mark.parametrize(("resize", "antialias"), [("antialias", True), ("reference", False)])
-@pytest.mark.parametrize("side", [8, 40])
-def test_other_sizes_are_normalised_and_then_resized_bicubically(resize, antialias, side):
-    teacher = make(resize=resize)
-    x = images(height=side, width=side)
+@pytest.mark.parametrize("side", [8, 48])
+@pytest.mark.parametrize(
+    ("model", "resize", "mode", "antialias"),
+    [
+        ("vit_base_patch16_clip_224.openai", "antialias", "bicubic", True),
+        ("vit_base_patch16_224_miil", "antialias", "bilinear", True),
+        ("vit_base_patch16_224_miil", "reference", "bicubic", False),
+    ],
+)
+def test_images_are_resized_as_the_encoder_was_trained_or_as_the_reference_does(model, resize, mode, antialias, side):
+    teacher = Teacher(model, weights="random", resize=resize, img_size=32, depth=1, **NARROW)
+    x = pictures(teacher, size=(side, side))
     normalised = ((x + 1) / 2 - teacher.mean) / teacher.std
-    expected = F.interpolate(normalised, (16, 16), mode="bicubic", antialias=antialias)
-    assert_close(teacher.prepare(x), expected)
-    assert teacher(x).tokens.shape == (2, 16, 32)
+    assert_close(teacher.prepare(x), F.interpolate(normalised, (32, 32), mode=mode, antialias=antialias))
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("fy", "fx", "kept"), [(0, 0, True), (2, 0, True), (0, 4, True), (3, 3, False), (5, 0, False)])
+def test_a_low_pass_keeps_the_waves_inside_a_circle_and_nothing_else(fy, fx, kept):
+    # Nyquist of 16 pixels is 8 cycles, so half of it is a radius of 4.
+    y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    wave = (2 * torch.pi * (fy * y + fx * x) / 16).cos()[None, None]
+    assert_close(low_passed(wave, 0.5), wave * kept, atol=1e-5, rtol=0)
+    assert low_passed(wave, None) is wave
+    image = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    once = low_passed(image, 0.6)
+    assert_close(low_passed(once, 0.6), once, atol=1e-5, rtol=0)
+    assert_close(once.mean((2, 3)), image.mean((2, 3)), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("name", ["vit", "vit-registers", "eva-dinov3"])
-def test_local_weights_are_loaded(tmp_path, randomise, name, suffix):
-    state = randomise(make(name).encoder).state_dict()
-    path = tmp_path / f"weights{suffix}"
-    (torch.save if suffix == ".pth" else save_file)(state, path)
-    loaded = make(name, weights=str(path)).encoder.state_dict()
+def test_a_low_passed_teacher_of_a_study_has_the_same_weights_and_sees_less(tiny):
+    low = tiny.teacher.model_copy(update={"low_pass": 0.25})
+    assert tiny.teacher_hash(low) == tiny.teacher_hash(tiny.teacher)
+    plain = build_teacher(tiny.teacher)
+    blurred, images = build_teacher(low, plain.encoder.state_dict()), pictures(plain, channels=1)
+    assert blurred(images).tokens.equal(plain(low_passed(images, 0.25)).tokens)
+    assert not blurred(images).tokens.equal(plain(images).tokens)
+
+
+# -- local weights ----------------------------------------------------------------------------------------------------
+
+
+def state_of(randomise, family, side=3, **changes):
+    return randomise(make(family, side, side, **{"depth": 2} | changes).encoder).state_dict()
+
+
+def assert_loaded(teacher, state):
+    loaded = teacher.encoder.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    path = tmp_path / "other.safetensors"
-    save_file({"features.0.weight": torch.zeros(3)}, path)
-    with pytest.raises(HasteError):
-        make(weights=str(path))
+LAYOUTS = {
+    "as timm names them": ("clip", ".bin", lambda s: s),
+    "with class scores": ("clip", ".pth", lambda s: s | {"head.weight": torch.ones(9, 32), "head.bias": torch.ones(9)}),
+    "DINOv2's own": ("dinov2", ".pth", lambda s: s | {"mask_token": torch.zeros(1, 32)}),
+    "MAE's own": ("mae", ".pth", lambda s: {"model": s}),
+    "open_clip's of SigLIP": ("siglip", ".bin", lambda s: {f"visual.trunk.{k}": v for k, v in s.items()}),
+    "I-JEPA's own": ("ijepa", ".pth.tar", lambda s: {"encoder": {f"module.{k}": v for k, v in s.items()}, "epoch": 3}),
+    "DINOv3 of timm": ("dinov3", ".pth", lambda s: s),
+    "safetensors": ("vit-registers", ".safetensors", lambda s: s),
+}
 
 
-def test_weights_that_lack_a_block_are_refused(tmp_path):
-    path = tmp_path / "shallow.safetensors"
-    state = {k: v for k, v in make().encoder.state_dict().items() if not k.startswith("blocks.2.")}
+@pytest.mark.parametrize(("family", "suffix", "wrap"), LAYOUTS.values(), ids=LAYOUTS)
+def test_checkpoints_are_read_in_the_layouts_they_are_published_in(tmp_path, randomise, family, suffix, wrap):
+    state, path = state_of(randomise, family), tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(wrap(dict(state)), path)
+    assert_loaded(make(family, 3, 3, path, depth=2), state)
+
+
+@pytest.mark.parametrize("family", ["dinov2", "clip", "siglip"])
+def test_positions_are_resized_to_another_input_size(tmp_path, randomise, family):
+    state, path = state_of(randomise, family, side=4), tmp_path / "weights.safetensors"
     save_file(state, path)
-    with pytest.raises(HasteError):
-        make(weights=str(path))
+    teacher = make(family, 2, 2, path, depth=2)
+    loaded = teacher.encoder.state_dict()
+    assert loaded["pos_embed"].shape[1] == 4 + (state["pos_embed"].shape[1] - 16)
+    assert all(torch.equal(loaded[key], state[key]) for key in state if key != "pos_embed")
+
+
+@pytest.mark.parametrize(
+    "lacking", ["norm.weight", "blocks.1.norm2.bias", "blocks.0.attn.qkv.bias", "cls_token", "blocks.1.", "size", "all"]
+)
+def test_a_checkpoint_that_does_not_fill_the_encoder_is_an_error_of_one_short_line(tmp_path, randomise, lacking):
+    path, state = tmp_path / "weights.safetensors", state_of(randomise, "vit")
+    kept = {k: v for k, v in state.items() if not k.startswith(lacking)}
+    save_file({"features.0.weight": torch.zeros(3)} if lacking == "all" else kept, path)
+    words = {"size": "size mismatch", "all": "."}.get(lacking, lacking)
+    with pytest.raises(HasteError, match=words) as caught:
+        make("vit", 3, 3, path, depth=2, **({"embed_dim": 48} if lacking == "size" else {}))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 class Bomb:
@@ -312,34 +352,30 @@ def test_weights_that_execute_code_are_refused_unexecuted(tmp_path, suffix):
     path, trace = tmp_path / f"evil{suffix}", tmp_path / "executed"
     path.write_bytes(pickle.dumps({"norm.weight": Bomb(trace)}, protocol=2))
     with pytest.raises(HasteError):
-        make(weights=str(path))
+        make(weights=path)
     torch.save({"norm.weight": Bomb(trace)}, path)
     with pytest.raises(HasteError):
-        make(weights=str(path))
+        make(weights=path)
     assert not trace.exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("model", "kwargs", "words"),
     [
-        ({"model": "vit_no_such_model"}, "vit_no_such_model"),
-        ({"model": "resnet18", "kwargs": {}}, "no vision transformer.*no blocks"),
-        ({"model": "vit_small_patch16_18x2_224", "kwargs": VIT}, "no attention module"),
-        ({"model": "naflexvit_base_patch16_gap", "kwargs": {"embed_dim": 24, "num_heads": 2}}, "no patch_embed"),
-        ({"kwargs": {"no_such_argument": 1}}, "no_such_argument"),
-        ({"weights": "nowhere/weights.pth"}, "nowhere/weights.pth.*possible: hub, pretrain, random"),
+        ("vit_no_such_model", {}, "vit_no_such_model"),
+        ("resnet18", {}, "no vision transformer.*no blocks"),
+        ("vit_small_patch16_18x2_224", VIT, "no attention module"),
+        ("naflexvit_base_patch16_gap", NARROW, "no patch_embed"),
+        ("vit_tiny_patch16_224", {"no_such_argument": 1}, "no_such_argument"),
+        ("vit_tiny_patch16_224", {"weights": "nowhere/w.pth"}, "nowhere/w.pth.*possible: hub, pretrain, random"),
+        ("vit_base_patch14_dinov2.no_such_tag", {"weights": "hub"}, "no_such_tag"),
+        ("vit_no_such_model", {"weights": "hub"}, "no published weights"),
+        ("vit_base_patch16_xp_224", {"weights": "hub"}, "no published weights"),
     ],
 )
-def test_what_does_not_exist_is_an_error_of_one_line(changes, words):
+def test_what_does_not_exist_is_an_error_of_one_line(model, kwargs, words):
     with pytest.raises(HasteError, match=words) as caught:
-        build_teacher(settings(*PLAIN).model_copy(update=changes))
-    assert "\n" not in str(caught.value)
-
-
-def test_hub_weights_that_cannot_be_reached_point_to_local_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(HasteError, match="local checkpoint") as caught:
-        make(weights="hub")
+        Teacher(model, **{"weights": "random"} | kwargs)
     assert "\n" not in str(caught.value)
 
 
@@ -347,99 +383,105 @@ def test_random_weights_come_from_the_teachers_own_seed():
     torch.manual_seed(1)
     first = make()
     torch.manual_seed(2)
-    again, other = make(), make(fitting=config.Fitting(seed=1))
-    weights = [t.encoder.blocks[0].attn.qkv.weight for t in (first, again, other)]
+    weights = [t.encoder.blocks[0].attn.qkv.weight for t in (first, make(), make(seed=1))]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
+# -- published weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """A function that points the hub's client at a URL and away from its cache, online however the suite is run."""
+
+    def at(url):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/{filename}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
+        cfg = get_pretrained_cfg(IJEPA)  # published at a plain address
+        cfg.url = f"{url}/ijepa.pth.tar"
+        found = {IJEPA: cfg}
+        monkeypatch.setattr(encoders, "get_pretrained_cfg", lambda name: found.get(name) or get_pretrained_cfg(name))
+
+    return at
+
+
+@contextmanager
+def serving(files: dict[str, Path]):
+    """The URL of a server that answers as the hub does, with files by the last part of their URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = files.get(self.path.rpartition("/")[2])
+            self.send_response(200 if found else 404)
+            if found is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            body = found.read_bytes() if found else b""
+            for name, value in (("ETag", '"1"'), ("X-Repo-Commit", "1" * 40), ("Content-Length", str(len(body)))):
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            """Keeps the test's output clean."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.mark.parametrize(
-    ("model", "kwargs"),
+    ("family", "name", "write"),
     [
-        ("beit_base_patch16_224", VIT),  # a bias on the logits, which q and k do not hold
-        ("vit_tiny_patch16_224", VIT | {"attn_layer": "diff"}),  # the difference of two maps
-        (
-            "vit_base_patch16_sapiens2",
-            {"patch_size": 4, "embed_dim": 96, "num_kv_heads": 6},
-        ),  # fewer key heads than query heads
+        ("dinov2", "model.safetensors", save_file),
+        ("dinov2", "pytorch_model.bin", torch.save),
+        ("ijepa", "ijepa.pth.tar", lambda s, p: torch.save({"encoder": {f"module.{k}": v for k, v in s.items()}}, p)),
     ],
 )
-@torch.no_grad()
-def test_attention_that_is_no_plain_softmax_of_q_and_k_is_refused_or_read_rightly(randomise, model, kwargs):
-    blocks = (1, 6) if "sapiens2" in model else (1,)
-    try:
-        teacher = build_teacher(settings(model, kwargs))
-        randomise(teacher.encoder, std=0.2)
-        seen = teacher(images(), blocks)
-    except HasteError as error:
-        assert "attention" in str(error)  # noqa: PT017 (either outcome is right)
-        return
-    maps, _ = unfused_maps(teacher.encoder, teacher.prepare(images()))
-    prefix = teacher.encoder.num_prefix_tokens
-    for block, (q, k) in seen.qk.items():
-        own = maps[block][:, :, prefix:, prefix:]
-        read = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        assert_close(read, own / own.sum(-1, keepdim=True), **TOLERANCE)
+def test_published_weights_are_downloaded_once(tmp_path, randomise, online, family, name, write):
+    state, path = state_of(randomise, family), tmp_path / name
+    write(state, path)
+    with serving({name: path}) as url:
+        online(url)
+        assert_loaded(make(family, 3, 3, "hub", depth=2), state)
+    assert_loaded(make(family, 3, 3, "hub", depth=2), state)  # the server is gone
 
 
-def test_a_grey_teacher_needs_no_mean_of_its_own_or_says_so():
-    kwargs = VIT | {"in_chans": 1}
-    try:
-        teacher = build_teacher(settings("vit_tiny_patch16_224", kwargs))
-        tokens = teacher(images(channels=1)).tokens
-    except HasteError as error:
-        assert "mean" in str(error)  # noqa: PT017 (either outcome is right)
-    else:
-        assert tokens.shape == (2, 16, 32)
+@pytest.mark.parametrize("family", ["dinov2", "ijepa"])
+@pytest.mark.parametrize("reach", ["offline", "refused", "silent"])
+def test_without_a_network_the_error_names_the_file_to_download_and_comes_at_once(online, monkeypatch, family, reach):
+    monkeypatch.setattr(encoders, "HUB_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # takes connections, never answers
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        if reach == "refused":
+            listening.close()
+        online(url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", reach == "offline")
+        start = time.monotonic()
+        with pytest.raises(HasteError) as caught:
+            make(family, weights="hub", depth=2)
+    assert time.monotonic() - start < 10
+    source = f"model.safetensors of {url}/timm/{DINOV2}" if family == "dinov2" else f"{url}/ijepa.pth.tar"
+    assert f"download {source} " in str(caught.value)
+    assert "teacher.weights the path" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-# Low-pass input
-
-
-def waves(size, fy, fx):
-    """A plane wave of fy by fx cycles per image, (1, 1, size, size)."""
-    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    return (2 * torch.pi * (fy * y + fx * x) / size).cos()[None, None]
-
-
-@pytest.mark.parametrize(("fy", "fx", "kept"), [(0, 0, True), (2, 0, True), (0, 4, True), (3, 3, False), (5, 0, False)])
-def test_a_low_pass_keeps_what_is_inside_a_circle_and_nothing_else(fy, fx, kept):
-    # Nyquist of 16 pixels is 8 cycles, so half of it is a radius of 4.
-    image = waves(16, fy, fx)
-    expected = image if kept else torch.zeros_like(image)
-    assert_close(low_passed(image, 0.5), expected, atol=1e-5, rtol=0)
-
-
-def test_without_a_cut_off_images_stay_as_they_are():
-    image = torch.randn(2, 3, 8, 8)
-    assert low_passed(image, None) is image
-
-
-def test_a_low_pass_is_a_projection_that_keeps_the_mean():
-    image = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
-    once = low_passed(image, 0.6)
-    assert_close(low_passed(once, 0.6), once, atol=1e-5, rtol=0)
-    assert_close(once.mean((2, 3)), image.mean((2, 3)), atol=1e-6, rtol=0)
-
-
-def test_a_low_passed_teacher_sees_less_through_the_same_weights(tiny):
-    low = tiny.teacher.model_copy(update={"low_pass": 0.25})
-    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert tiny.teacher_hash(low) == tiny.teacher_hash(tiny.teacher)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        plain = build_teacher(tiny.teacher)
-        blurred = build_teacher(low, plain.encoder.state_dict())
-    assert blurred(images).tokens.equal(plain(low_passed(images, 0.25)).tokens)
-    assert not blurred(images).tokens.equal(plain(images).tokens)
-
-
-def test_tokens_after_a_block_are_what_the_final_norm_makes_the_output_of(tiny):
-    teacher = build_teacher(tiny.teacher)
-    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = teacher.block_tokens(images, [3, 1])
-    assert sorted(found) == [1, 3]
-    assert_close(teacher.encoder.norm(found[3]), teacher(images).tokens)
+def test_a_repository_without_weights_is_refused(online):
+    with serving({}) as url:
+        online(url)
+        with pytest.raises(HasteError, match=r"none of model\.safetensors, pytorch_model\.bin"):
+            make("dinov2", weights="hub", depth=2)
 
 
 # -- precision --------------------------------------------------------------------------------------------------------
@@ -449,7 +491,7 @@ class Noise:
     """Training images for the check of a teacher's precision."""
 
     def examples(self, split, count=None, with_images=True):
-        x = images(count or 8)
+        x = torch.rand(count or 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
         return Batch(x, torch.zeros(len(x), dtype=torch.int64), x)
 
 
@@ -457,42 +499,32 @@ class Noise:
     (None, None, torch.float32), (None, "bf16", torch.bfloat16), ("no", "bf16", torch.float32),
     ("bf16", None, torch.bfloat16), ("bf16", "bf16", torch.bfloat16),
 ])  # fmt: skip
-def test_a_teacher_keeps_its_own_precision_whatever_the_runs(randomise, own, around, expected):
-    teacher = make(precision=own)
-    randomise(teacher.encoder)
-    exact = make()
-    exact.encoder.load_state_dict(teacher.encoder.state_dict())
+def test_a_teacher_keeps_its_own_precision_whatever_is_on_around_it(randomise, own, around, expected):
+    teacher, exact = make(precision=own), make()
+    exact.encoder.load_state_dict(randomise(teacher.encoder).state_dict())
     with in_precision(around or "no", torch.device("cpu")):
-        q, k = teacher(images(), (1,)).qk[1]
+        q, k = teacher(pictures(teacher), (1,)).qk[1]
     assert q.dtype == k.dtype == expected
     if expected == torch.float32:
-        assert torch.equal(q, exact(images(), (1,)).qk[1][0])
-
-
-def test_a_teacher_in_half_precision_is_still_the_teacher(randomise):
-    teacher = make()
-    randomise(teacher.encoder)
-    assert teacher.cosine_to_float32(images(4), (0, 1), "no") == pytest.approx(1, abs=1e-12)
-    assert 0.999 < teacher.cosine_to_float32(images(4), (0, 1), "bf16") < 1
-    assert teacher.precision is None
-    check_precision(teacher, Noise(), (0, 1), "bf16")
+        assert torch.equal(q, exact(pictures(teacher), (1,)).qk[1][0])
 
 
 def test_a_teacher_that_half_precision_changes_is_refused(randomise, monkeypatch):
-    teacher = make(precision="bf16")
+    teacher = make()
     randomise(teacher.encoder)
+    images = Noise().examples("train", 4).images
+    assert teacher.cosine_to_float32(images, (0, 1), "no") == pytest.approx(1, abs=1e-12)
+    assert 0.999 < teacher.cosine_to_float32(images, (0, 1), "bf16") < 1
+    assert teacher.precision is None
+    check_precision(teacher, Noise(), (0, 1), "bf16")
     monkeypatch.setattr("haste_core.study.pretrain.LEAST_COSINE", 1.0)
-    with pytest.raises(
-        HasteError, match=r"teacher in bf16 has a cosine of (0\.99\d+|1\.0+) .* set teacher.precision=no"
-    ):
+    teacher.precision = "bf16"
+    expected = r"teacher in bf16 has a cosine of (0\.99\d+|1\.0+) .* set teacher.precision=no"
+    with pytest.raises(HasteError, match=expected):
         check_precision(teacher, Noise(), (1,), "no")
     teacher.precision = "no"
     check_precision(teacher, Noise(), (1,), "bf16")
-
-
-def test_half_precision_of_an_encoder_that_overflows_is_refused(randomise):
-    teacher = make(precision="fp16")
-    randomise(teacher.encoder)
+    teacher.precision = "fp16"
     teacher.encoder.patch_embed.proj.weight.data *= 1e6
     with pytest.raises(HasteError, match="cosine of nan"):
         check_precision(teacher, Noise(), (), "no")
