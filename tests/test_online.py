@@ -48,28 +48,24 @@ def moment(output, make_study):
     return trainer.generator, trainer.haste, trainer.objective, batch, noise(batch.x, 5)
 
 
-def losses_and_seen(moment, t=0.4):
-    moment[1].angle = look = Look()
-    losses = losses_at(*moment, t, watch=True)
-    moment[1].angle = None
-    return losses, look.seen
+def losses_under(angle, moment, t=0.4):
+    moment[1].angle = angle
+    return losses_at(*moment, t, watch=True)
 
 
 def separate(moment, wanted):
     """Gradients of each loss at tensors by passes of their own."""
-    losses, seen = losses_and_seen(moment)
+    look = Look()
+    losses = losses_under(look, moment)
     return {
-        name: torch.autograd.grad(loss, wanted(seen), retain_graph=True, allow_unused=True, materialize_grads=True)
+        name: torch.autograd.grad(loss, wanted(look.seen), retain_graph=True, allow_unused=True, materialize_grads=True)
         for name, loss in losses.items()
     }
 
 
-def read_once(moment, t, angle):
+def read_once(moment, angle):
     """Rows by loss after one backward pass."""
-    moment[1].angle = angle
-    losses = losses_at(*moment, t, watch=True)
-    moment[1].angle = None
-    torch.autograd.grad(sum(losses.values()), list(moment[0].parameters()), allow_unused=True)
+    torch.autograd.grad(sum(losses_under(angle, moment).values()), list(moment[0].parameters()), allow_unused=True)
     return {row["loss"]: row for row in angle.read()}
 
 
@@ -82,7 +78,7 @@ def test_at_the_tokens_own_is_the_feature_part_and_the_rest_all_above(moment):
     apart = separate(moment, lambda seen: [seen.tokens[2]])
     rest = [d + a for d, a in zip(apart["denoising"], apart["attention"], strict=True)]
     assert float(apart["attention"][0].abs().max()) > 0  # block 2 lies above the tokens
-    found = read_once(moment, 0.4, OnlineAngle(edges=(0, 1)))["feature"]
+    found = read_once(moment, OnlineAngle(edges=(0, 1)))["feature"]
     assert [found["cosine"], found["norm_ratio"]] == pytest.approx(cosine_of(apart["feature"], rest), rel=1e-4)
 
 
@@ -92,14 +88,15 @@ def test_at_q_and_k_own_is_the_block_s_attention_loss_and_the_rest_all_above(mom
     assert [bool(g.any()) for g in apart["feature"]] == [True, True, False, False]
     # In closed form, own is lambda (p_s - p_t) / (B H N pairs), times scale k for q and scale q for k.
     haste, images, own = moment[1], moment[3].images, []
-    seen, target = losses_and_seen(moment)[1], haste.teacher(images, haste.teacher_blocks)
+    target, look = haste.teacher(images, haste.teacher_blocks), Look()
+    losses_under(look, moment)
     for student, teacher in haste.pairs:
-        q, k = (x.detach() for x in seen.qk[student])
+        q, k = (x.detach() for x in look.seen.qk[student])
         p_s, p_t = attention_probabilities(q, k), attention_probabilities(*target.qk[teacher])
         ds = haste.lambda_attention * (p_s - p_t) / (p_s[..., 0].numel() * len(haste.pairs)) * q.shape[-1] ** -0.5
         own += [ds @ k, ds.transpose(-1, -2) @ q]
     rest = [sum(parts) - part for parts, part in zip(zip(*apart.values(), strict=True), own, strict=True)]
-    found = read_once(moment, 0.4, OnlineAngle(edges=(0, 1)))["attention"]
+    found = read_once(moment, OnlineAngle(edges=(0, 1)))["attention"]
     assert [found["cosine"], found["norm_ratio"]] == pytest.approx(cosine_of(own, rest), rel=1e-3)
 
 
@@ -115,12 +112,12 @@ def test_samples_fall_into_the_bins_of_their_noise_level():
 
 def test_a_sum_of_two_steps_is_the_angle_over_both_and_goes_on_from_where_it_was_saved(moment):
     *parts, batch, eps = moment
-    whole = read_once(moment, 0.4, OnlineAngle(edges=(0, 1)))
+    whole = read_once(moment, OnlineAngle(edges=(0, 1)))
     angle = OnlineAngle(edges=(0, 1))
     for i in (slice(0, 8), slice(8, 16)):
         saved, angle = angle.state_dict(), OnlineAngle(edges=(0, 1))
         angle.load_state_dict(saved)
-        both = read_once((*parts, type(batch)(*(part[i] for part in batch)), eps[i]), 0.4, angle)
+        both = read_once((*parts, type(batch)(*(part[i] for part in batch)), eps[i]), angle)
     for loss in ("feature", "attention"):
         assert both[loss]["cosine"] == pytest.approx(whole[loss]["cosine"], rel=1e-4)
         assert both[loss]["count"] == 16
@@ -153,8 +150,9 @@ def test_online_rho_at_a_checkpoint_is_one_pass_over_the_held_out_images(trained
     # Features alone are aligned, so the rest is the denoising loss: both gradients by passes of their own.
     now = gradients.moment(run, 8, gradients.find_teacher(run.study, run.config.teacher), own=True)
     batch = gradients.held_out(run)
-    losses, seen = losses_and_seen((*now, batch, noise(batch.x, 0)), 0.1)
-    own, rest = (torch.autograd.grad(losses[p], seen.tokens[2], retain_graph=True) for p in ("feature", "denoising"))
+    losses = losses_under(look := Look(), (*now, batch, noise(batch.x, 0)), 0.1)
+    tokens = look.seen.tokens[2]
+    own, rest = (torch.autograd.grad(losses[p], tokens, retain_graph=True) for p in ("feature", "denoising"))
     assert whole["online"][0] == pytest.approx(cosine_of(own, rest)[0], rel=1e-4)
 
 
