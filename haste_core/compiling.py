@@ -1,7 +1,7 @@
-"""torch.compile of a generator, block by block: blocks of one make share one graph, so that compiling takes seconds.
+"""torch.compile of a generator, block by block: blocks of one kind share one graph, so that compiling takes seconds.
 
-Blocks that hand out q and k are a second graph. Phase II needs none that phase I had not, so the switch compiles
-nothing. Numbers are those of uncompiled blocks but for rounding.
+Blocks whose q and k are read run uncompiled in phase I. From the switch on they use the graph of the others, so the
+switch compiles nothing where there are others. Numbers are those of uncompiled blocks but for rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def compile_blocks(model: DiffusionTransformer, leave: Collection[int] = ()) -> 
     check_compiler(next(model.buffers()).device)
     for index, block in enumerate(model.blocks):
         if index not in leave and not is_compiled(block):
-            # The forward alone: what a divided block does around it to gather its weights stays outside the graph.
+            # The forward alone: hooks on the block, which read its tokens, stay outside the graph.
             block.forward = torch.compile(block.forward)
 
 

@@ -1,7 +1,7 @@
 """Two processes for tests/test_distributed.py, which train several runs together on gloo, one after the other.
 
-python distributed_worker.py FOLDER TASKS: a JSON list of [name, settings, what happens], each a run of the arm `haste`
-under FOLDER/name; what came of them goes to FOLDER/outcome-INDEX.json.
+python distributed_worker.py FOLDER TASKS: a JSON list of [name, settings], each a run of the arm `haste` under
+FOLDER/name; the outcomes go to FOLDER/outcome-INDEX.json. In the run "stopped" a signal reaches the second process.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from torch.distributed.tensor import DTensor
 
 from haste_core.errors import HasteError, Interrupted
 from haste_core.processes import Processes
@@ -26,53 +24,18 @@ from haste_core.study.runs import Run
 from haste_core.study.train import fit
 
 
-def stop(index, _folder=None):
-    """The second process gets a signal after step 3."""
+def work(index, folder, name, settings, together):
+    """Outcome of one run: "done", or the error's name and text."""
 
-    def on_step(state):
-        if state.step == 3 and index == 1:
+    def on_step(trainer):
+        if (name, index, trainer.step) == ("stopped", 1, 3):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return on_step
-
-
-def measure(index, folder):
-    """How many values lie in this process and how many there are, after steps 1 and 5: FOLDER/parts-INDEX.json."""
-    found = {}
-
-    def on_step(state):
-        projector = state.alignment.projector if state.alignment else None
-        kinds = {
-            "weights": state.model.parameters(),
-            "average": state.ema.parameters(),
-            "projector": projector.parameters() if projector else (),
-            "moments": (s[k] for o in state.optimizers for s in o.state.values() for k in ("exp_avg", "exp_avg_sq")),
-        }
-        if state.step in (1, 5):
-            parts = {kind: [(local(t).numel(), t.numel()) for t in tensors] for kind, tensors in kinds.items()}
-            found[state.step] = {kind: [sum(n) for n in zip(*sizes, strict=True)] for kind, sizes in parts.items()}
-            (folder / f"parts-{index}.json").write_text(json.dumps(found))
-
-    return on_step
-
-
-def local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def work(index, folder, name, settings, happens, together):
-    """What came of one run: "done", or the error's name and text."""
     os.environ["HASTE_OUTPUT"] = str(folder / name)
     AcceleratorState._reset_state()  # each run has a precision of its own
-    # The teacher's weights are random; the second process draws others and has to get the first one's.
     torch.manual_seed(index)
     try:
-        run = Run(config.load("digits", overrides=settings), "haste", 0)
-        if happens == "stop and go on":
-            with suppress(Interrupted):
-                fit(run, on_step=stop(index), progress=False, processes=together)
-        on_step = {"stop": stop, "measure": measure}.get(happens, lambda *_: None)(index, folder / name)
-        fit(run, on_step=on_step, progress=False, processes=together)
+        fit(Run(config.load("digits", overrides=settings), "haste", 0), on_step, progress=False, processes=together)
     except (HasteError, Interrupted) as error:
         return f"{type(error).__name__}: {error}"
     return "done"
@@ -86,7 +49,7 @@ def process(index, folder, tasks):
     together = Processes()
     # Graphs as ever, without kernels of their own, which take long to make.
     torch.compile = partial(torch.compile, backend="aot_eager")
-    outcomes = {task[0]: work(index, folder, *task, together) for task in tasks}
+    outcomes = {name: work(index, folder, name, settings, together) for name, settings in tasks}
     (folder / f"outcome-{index}.json").write_text(json.dumps(outcomes))
     together.close()
 

@@ -1,4 +1,4 @@
-"""Compiled training: the numbers of uncompiled training, two graphs in phase I, none more at the switch."""
+"""Compiled training: the numbers of uncompiled training, one graph for all blocks, none more at the switch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from haste_core import observing, training
-from haste_core.compiling import check_compiler, is_compiled, uncompiled
+from haste_core.compiling import check_compiler, is_compiled
 from haste_core.errors import HasteError
 from haste_core.study.runs import Run
+from haste_core.study.train import exact_angle, fit, open_trainer
 
 SWITCH = ["arms.haste.termination.at=3", "train.steps=6", "train.keep=[]", "train.log_every=2"]
+COMPILED = "train.compile=true"
 
 
 @pytest.fixture
@@ -32,8 +33,8 @@ def graphs(found):
 
 
 def steps(study, arm, count=6):
-    state = training.open_trainer(Run(study, arm, 0))
-    return [training.train_step(state) for _ in range(count)], state
+    trainer = open_trainer(Run(study, arm, 0))
+    return [trainer.train_step() for _ in range(count)], trainer
 
 
 def close(some, others):
@@ -42,45 +43,37 @@ def close(some, others):
         assert_close(torch.stack(list(one.values())), torch.stack(list(other.values())), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("arm", "made"), [("vanilla", 1), ("repa", 1), ("haste", 2)])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_blocks_share_their_graphs_and_the_switch_makes_none(output, make_study, traced, arm, made, precision):
-    study = make_study(*SWITCH, "train.compile=true", f"train.precision={precision}")
-    state = training.open_trainer(Run(study, arm, 0))
+@pytest.mark.parametrize(("arm", "precision"), [("repa", "bf16"), ("haste", "no")])
+def test_blocks_share_one_graph_and_the_switch_makes_none(output, make_study, traced, arm, precision):
+    trainer = open_trainer(Run(make_study(*SWITCH, COMPILED, f"train.precision={precision}"), arm, 0))
     for step in range(6):
-        training.train_step(state)
-        assert graphs(traced) == (made, 0), step
+        trainer.train_step()
+        assert graphs(traced) == (1, 0), step
+        # q and k are read inside blocks 1 and 2 in phase I of `haste`: these are compiled from the switch on.
+        read = arm == "haste" and trainer.switch.phase == 1
+        assert [is_compiled(block) for block in trainer.generator.blocks] == [True, not read, not read]
 
 
-@pytest.mark.parametrize("more", [[], ["train.accumulate=2"], ["train.watch_angle=true"]])
+@pytest.mark.parametrize("more", ["accumulate=2", "watch_angle=true", "activation_checkpointing=true"])
 def test_compiled_training_is_training(output, make_study, traced, more):
-    plain, one = steps(make_study(*SWITCH, *more), "haste", 2)
-    compiled, other = steps(make_study(*SWITCH, *more, "train.compile=true"), "haste", 2)
+    plain, one = steps(make_study(*SWITCH, f"train.{more}"), "haste", 2)
+    compiled, other = steps(make_study(*SWITCH, f"train.{more}", COMPILED), "haste", 2)
     assert graphs(traced)[0] > 0
+    if one.haste.angle is not None:
+        assert_close(one.haste.angle.sums, other.haste.angle.sums, rtol=1e-4, atol=1e-7)
+        assert one.haste.angle.sums[1].abs().sum() > 0
+    for before, trainer in ((plain, one), (compiled, other)):
+        before += [trainer.train_step() for _ in range(3)]
     close(plain, compiled)
-    if one.angle is not None:
-        assert_close(one.angle.sums, other.angle.sums, rtol=1e-4, atol=1e-7)
-        assert one.angle.sums[1].abs().sum() > 0  # attention is seen although its blocks could be compiled
-    for before, state in ((plain, one), (compiled, other)):
-        before += [training.train_step(state) for _ in range(3)]
-    close(plain, compiled)
-
-
-def test_watched_blocks_are_compiled_from_the_switch_on(output, make_study, traced):
-    _, state = steps(make_study(*SWITCH, "train.compile=true", "train.watch_angle=true"), "haste", 2)
-    assert [is_compiled(block) for block in state.model.blocks] == [True, False, False]
-    training.train_step(state)
-    training.train_step(state)
-    assert all(is_compiled(block) for block in state.model.blocks)
 
 
 def test_compiled_and_uncompiled_runs_are_one_run(output, make_study, traced):
     """The same name, the same names of weights: one goes on where the other stopped."""
-    compiled = Run(make_study(*SWITCH, "train.compile=true", "train.steps=2"), "haste", 0)
-    training.fit(compiled, progress=False)
+    compiled = Run(make_study(*SWITCH, COMPILED, "train.steps=2"), "haste", 0)
+    fit(compiled, progress=False)
     plain = Run(make_study(*SWITCH), "haste", 0)
     assert plain.dir == compiled.dir
-    training.fit(plain, progress=False)
+    fit(plain, progress=False)
     assert [line["step"] for line in plain.metrics()] == [2, 4, 6]
     assert not [name for name in plain.load(6)[0] if "_orig_mod" in name]
 
@@ -90,29 +83,17 @@ def test_the_papers_trigger_reads_the_same_from_a_compiled_model(output, make_st
     settings = ["arms.haste.termination={kind: gradient_angle, at: null, threshold: -1, every: 2, n: 16}"]
     angles = []
     for compiled in (False, True):
-        _, state = steps(make_study(*SWITCH[1:], *settings, f"train.compile={compiled}"), "haste", 2)
-        angles.append(observing.exact(state))
+        study = make_study(*SWITCH[1:], *settings, f"train.compile={compiled}")
+        angles.append(exact_angle(study.run("haste"), steps(study, "haste", 2)[1])["gradient_angle"])
     assert angles[0] == pytest.approx(angles[1], abs=1e-4)
     assert graphs(traced)[0] > 0
 
 
-def test_passes_can_be_made_as_the_blocks_were_written(output, make_study, traced):
-    _, state = steps(make_study(*SWITCH, "train.compile=true"), "vanilla", 1)
-    made = graphs(traced)
-    x, t, y = torch.zeros(3, 1, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
-    with uncompiled():
-        state.model(x, t, y)
-    assert graphs(traced) == made
-    state.model(x, t, y)
-    assert graphs(traced)[0] > made[0]  # another number of images is another graph
-
-
+@pytest.mark.slow
 def test_kernels_of_their_own_compute_the_same(output, make_study):
     torch.compiler.reset()
     small = [*SWITCH, "model.depth=2", "alignment.layer_pairs=[[1, 1]]", "train.steps=2"]
-    plain, _ = steps(make_study(*small), "vanilla", 2)
-    compiled, _ = steps(make_study(*small, "train.compile=true"), "vanilla", 2)
-    close(plain, compiled)
+    close(steps(make_study(*small), "vanilla", 2)[0], steps(make_study(*small, COMPILED), "vanilla", 2)[0])
     torch.compiler.reset()
 
 
