@@ -16,7 +16,7 @@ from haste_core import training
 from haste_core.devices import default_device
 from haste_core.state import create
 from haste_core.study import config, cost
-from haste_core.study.preflight import stand_in
+from haste_core.study.estimate import Example
 
 BATCHES, DEPTHS, SEEDS = (8, 32, 128, 512), (3, 6, 12, 24), (1, 3, 9, 27)
 PRESETS = {16: "SiT-S/8", 64: "SiT-S/4", 256: "SiT-S/2"}

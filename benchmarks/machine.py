@@ -15,14 +15,14 @@ import pandas as pd
 import torch
 
 from haste_core.files import write_json, write_text
-from haste_core.study import provenance
+from haste_core.study import runs
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def name() -> str:
     """The folder name of this machine: its GPU, or its CPU and the number of cores."""
-    facts = provenance.machine()
+    facts = runs.machine()
     return re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or f"{facts['cpu']} {facts['cores']} cores").lower()).strip("-")
 
 
@@ -31,10 +31,10 @@ def keep(table: pd.DataFrame, called: str, **facts: Any) -> Path:
     path = RESULTS / name() / f"{called}.csv"
     write_text(path, table.to_csv(index=False, float_format="%.5g"))
     origin = {
-        "commit": provenance.commit(),
-        "written": provenance.now(),
-        "machine": provenance.machine(),
-        "environment": provenance.environment(),
+        "commit": runs.commit(),
+        "written": runs.now(),
+        "machine": runs.machine(),
+        "environment": runs.environment(),
         "threads": torch.get_num_threads(),
         **facts,
     }
@@ -65,7 +65,7 @@ def _measured(action: Callable[..., None], threads: int, *arguments: Any) -> flo
     action(*arguments)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return provenance.peak_memory_gib()
+    return runs.peak_memory_gib()
 
 
 def use_all_cores() -> int:

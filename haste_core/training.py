@@ -26,7 +26,8 @@ from haste_core.objectives import shifted
 from haste_core.processes import Processes
 from haste_core.snapshot import capture, restore
 from haste_core.state import TrainState, create
-from haste_core.study import config, images, provenance, runs, signals
+from haste_core.study import config, images, runs, signals
+from haste_core.study import runs as provenance
 from haste_core.study.data import Batch
 from haste_core.study.runs import Run
 from haste_core.teacher import Teacher, build_teacher, load_pretrained

@@ -17,10 +17,10 @@ from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
 from haste_core.state import build_generator
-from haste_core.study import config, provenance
+from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.latents import decoding
-from haste_core.study.runs import Run, study_dir
+from haste_core.study.runs import Run, session, study_dir
 from haste_core.study.sample_set import SampleSet, drawer, plan
 from haste_core.study.scoring.denoising import SUMMARIES, summaries
 from haste_core.study.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
@@ -101,7 +101,7 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scoring | None = None)
         scorer = scorer or open_scorer(run.study, progress)
         own = card_of(scorer.card, run)
         known = known_scores(run, own["card_id"])
-        with provenance.session(run.dir, what="evaluation"):
+        with session(run.dir, what="evaluation"):
             for step in run.config.train.kept_steps:
                 fingerprint = run.load(step, prefixes=("none",))[1]["ema_fingerprint"]
                 if fingerprint not in known:

@@ -15,7 +15,7 @@ from haste_core import teacher as teachers
 from haste_core.errors import HasteError
 from haste_core.files import write_json
 from haste_core.seeding import stream
-from haste_core.study import classifier, config, provenance, runs
+from haste_core.study import classifier, config, runs
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.turns import turn
 
@@ -47,7 +47,7 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
                     partial = path.parent / f"partial-{fitting.seed}.safetensors"
                     return teachers.pretrain(wanted.model_copy(update={"fitting": fitting}), dataset, partial)
 
-                with provenance.session(path.parent, what="teacher"):
+                with runs.session(path.parent, what="teacher"):
                     (state, accuracies), attempts = _first_accepted(wanted.fitting, attempt)
                     checkpoint.save(path, state, {"accuracies": accuracies | {"attempts": attempts}})
             accuracies = checkpoint.load(path, prefixes=("none",))[1]["accuracies"]
@@ -169,7 +169,7 @@ def _prepared(
             def attempt(chosen: config.Fitting) -> Trained:
                 return train(chosen, dataset, path.parent / f"partial-{chosen.seed}.safetensors")
 
-            with provenance.session(path.parent, what=what):
+            with runs.session(path.parent, what=what):
                 (network, measured), attempts = _first_accepted(fitting, attempt)
                 weights = network.state_dict()
                 measured = measured | {"attempts": attempts}

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from haste_core.devices import default_device
 from haste_core.files import output_root
-from haste_core.study import config, provenance
+from haste_core.study import config
+from haste_core.study.runs import environment
 from haste_core.study.scoring import reference
 from haste_core.study.scoring.extractors import LOGITS, POOL, SPATIAL, build_dinov2, build_inception
 from haste_core.study.scoring.frechet import IS_PART, Moments, frechet_distance, inception_score, precision_recall
@@ -198,7 +199,7 @@ def scoring_facts(evaluate: config.Evaluate, data: config.Data | None, extractor
         HasteError: there is no reference, or it cannot be read.
     """
     return {
-        "evaluator": f"ADM protocol on torch-fidelity {provenance.environment()['torch-fidelity']}",
+        "evaluator": f"ADM protocol on torch-fidelity {environment()['torch-fidelity']}",
         "extractor": extractor,
         "sfid": "Mixed_6d.branch1x1, 7 channels, NHWC",
         "is": f"logits without bias, exp of the mean KL of {IS_PART} images in order, averaged over parts",

@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 
 from haste_core import sampling
 from haste_core.seeding import stream
-from haste_core.study import config, provenance
+from haste_core.study import config
 from haste_core.study.data import Batches, Dataset, open_dataset
 from haste_core.study.preparation import load_autoencoder, load_extractor
-from haste_core.study.runs import Run
+from haste_core.study.runs import Run, environment
 from haste_core.study.scoring import adm
 from haste_core.study.scoring.denoising import SUMMARIES, Probe
 from haste_core.study.scoring.frechet import Gaussian, frechet_distance, pixel_gaussian
@@ -112,7 +112,7 @@ def _study_facts(study: config.Study, extractor: str) -> dict[str, Any]:
     held_out = sampling.to_uint8(open_dataset(study.data).images("test", LIMIT)[0])
     return {
         "extractor": extractor,
-        "evaluator": f"torch-fidelity {provenance.environment()['torch-fidelity']}",
+        "evaluator": f"torch-fidelity {environment()['torch-fidelity']}",
         "kid": [evaluate.kid_subsets, evaluate.kid_subset_size],
         "neighborhood": evaluate.neighborhood,
         "reference": f"{study.data.kind} train split (held-in), not augmented, {LIMIT} images at most",
