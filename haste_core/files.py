@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import io
 import json
 import os
 import platform
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from haste_core.errors import HasteError, InUse, is_disk_full
+from filelock import FileLock, Timeout
+
+from haste_core.errors import HasteError, Interrupted, InUse, is_disk_full
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -88,31 +90,37 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path`; it vanishes with the process, however that ends.
+def locked(path: Path, what: str, wait: bool = False, stopping: threading.Event | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; the lock ends with the process, however that ends.
+
+    Args:
+        path: the lock file, which stays. what: name of the locked thing in errors.
+        wait: wait until the lock is free instead of raising InUse. stopping: ends the waiting when it is set.
 
     Raises:
-        InUse: another process holds it.
-        HasteError: the file system knows no locks.
+        InUse: another process holds the lock. Interrupted: `stopping` was set while waiting.
+        HasteError: the file system does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.seek(0)
-            holder = stream.read().strip() or "unknown"
-            raise InUse(
-                f"{what} is in use by process {holder} ({path}); possible: wait for it, or stop it first"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise HasteError(
-                f"{path} cannot be locked ({error.strerror}); possible: a file system with locks for HASTE_OUTPUT, for "
-                f"instance NFS 4, or Lustre mounted with -o flock"
-            ) from error
-        stream.truncate(0)
-        stream.write(f"{os.getpid()} on {platform.node()}")
-        stream.flush()
+    lock = FileLock(path, timeout=-1 if wait else 0, poll_interval=0.1, fallback_to_soft=False)
+    try:
+        lock.acquire(cancel_check=stopping.is_set if stopping else None)
+    except Timeout as error:
+        if wait:
+            raise Interrupted(f"stopped while waiting for {what}; run again to go on") from error
+        holder = path.read_text().strip() or "unknown"
+        raise InUse(
+            f"{what} is in use by process {holder} ({path}); possible: wait for it, or stop it first"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise HasteError(
+            f"{path} cannot be locked ({error.strerror}); possible: a file system with locks for HASTE_OUTPUT, for "
+            f"instance NFS 4, or Lustre mounted with -o flock"
+        ) from error
+    try:
+        path.write_text(f"{os.getpid()} on {platform.node()}")
         yield
+    finally:
+        lock.release()

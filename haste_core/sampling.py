@@ -18,8 +18,7 @@ from haste_core.compiling import compile_blocks
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
-from haste_core.study import config
-from haste_core.study.latents import decoding
+from haste_core.study import config, latents
 
 # velocity(x, t): x (B, ...) float64, t a number as the network takes it; returns (B, ...) float64.
 Velocity = Callable[[Tensor, float], Tensor]
@@ -262,6 +261,6 @@ def drawing_facts(data: config.Data, sample: config.Sample) -> dict[str, Any]:
         # What is as ever is not named, so that cards from before there was a choice stay the same.
         **({"precision": sample.precision} if sample.precision != "no" else {}),
         **({"compiled": True} if sample.compile else {}),
-        "vae": decoding.vae_facts(data, sample),
+        "vae": latents.vae_facts(data, sample),
         "uint8_rule": "clip(127.5 x + 128), truncated",
     }

@@ -24,10 +24,9 @@ from tqdm.auto import tqdm
 from haste_core.alignment import Alignment
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
-from haste_core.files import write_json
+from haste_core.files import locked, write_json
 from haste_core.study import config
 from haste_core.study.data import Dataset
-from haste_core.study.turns import turn
 from haste_core.teacher import TeacherOutput
 
 READ_AT_ONCE = 64
@@ -78,7 +77,7 @@ def write(place: Path, run: config.RunConfig, alignment: Alignment, dataset: Dat
     data = run.data.model_dump(mode="json")
     decides = [data, len(dataset), run.teacher.model_dump(mode="json"), blocks, precision]
     folder = place / f"seen-{config.digest(decides)}"
-    with turn(place / "seen.lock", "what the teacher sees"):
+    with locked(place / "seen.lock", "what the teacher sees", wait=True):
         if not folder.is_dir():
             _fill(folder, _parts(alignment, precision, dataset), blocks, len(dataset))
     return folder

@@ -14,6 +14,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from haste_core.study.commands import latents as command
+from haste_core.study.data.pairs import read_pairs
+from haste_core.study.data.resize import center_crop, to_signed, to_tensor
+from haste_core.study.latents.workspace import Job, Workspace
 from PIL import Image
 from test_vae import save_vae
 from torch.testing import assert_close
@@ -24,14 +28,10 @@ from haste_core.files import locked
 from haste_core.sampling import to_uint8
 from haste_core.state import create
 from haste_core.study import config
-from haste_core.study.commands import latents as command
 from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.images import Split
 from haste_core.study.data.latents import Folder
-from haste_core.study.data.pairs import read_pairs
-from haste_core.study.data.resize import center_crop, to_signed, to_tensor
 from haste_core.study.latents import encode, shards
-from haste_core.study.latents.workspace import Job, Workspace
 from haste_core.study.runs import Run
 
 pytestmark = pytest.mark.xdist_group("vae")

@@ -10,7 +10,7 @@ from haste_core.analysis.cosine import gradient_cosine
 from haste_core.errors import HasteError
 from haste_core.observing import block_of, exact
 from haste_core.state import create
-from haste_core.study.data.digits import Digits
+from haste_core.study.data.base import Digits
 from haste_core.study.runs import Run
 from haste_core.termination import Termination, build_trigger, replay
 from haste_core.training import find_teacher, fit, train_step

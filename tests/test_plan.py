@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from haste_core.study.preflight import calibration, checks, estimates, planning, stand_in, tracing
+from haste_core.study.preflight.tracing import Example
 
 from haste_core import training
 from haste_core.errors import HasteError
 from haste_core.study import config, cost
 from haste_core.study.cli import main
 from haste_core.study.data import Batches
-from haste_core.study.preflight import calibration, checks, estimates, planning, stand_in, tracing
-from haste_core.study.preflight.tracing import Example
 from haste_core.study.runs import Run
 
 RATE, SHARE = 1e12, 0.5

@@ -14,14 +14,14 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from haste_core.study.preflight import checks, estimates, readiness, tracing
+from haste_core.study.preflight.tracing import Example
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from haste_core import training
 from haste_core.state import create
 from haste_core.study import config, preflight
-from haste_core.study.preflight import checks, estimates, readiness, tracing
-from haste_core.study.preflight.tracing import Example
 from haste_core.study.runs import Run
 
 IMAGENET = Example(32, 4, 1000, 256, 3)

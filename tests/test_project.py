@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from haste_core.study.commands.common import study_of
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -22,7 +23,6 @@ from haste_core.alignment import projector
 from haste_core.models import SiT
 from haste_core.study import config
 from haste_core.study.cli import parser
-from haste_core.study.commands.common import study_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "haste_core"

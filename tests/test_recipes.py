@@ -9,11 +9,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from haste_core.study.preflight import tracing
 from PIL import Image
 
 from haste_core import training
 from haste_core.study import config
-from haste_core.study.preflight import tracing
 from haste_core.study.runs import Run
 
 ARMS = {"vanilla": (0, 0), "repa": (0.5, 0), "atta": (0, 0.5), "holistic": (0.5, 0.5), "haste": (0.5, 0.5)}

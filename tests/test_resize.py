@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from haste_core.study.data.resize import center_crop, to_signed, to_tensor
 from PIL import Image
 
 from haste_core.sampling import to_uint8
-from haste_core.study.data.resize import center_crop, to_signed, to_tensor
 
 
 def noise(width, height, seed=0):

@@ -14,8 +14,8 @@ from haste_core.errors import HasteError
 from haste_core.models import DiT, MMDiT, SiT
 from haste_core.sampling import SeededNoise
 from haste_core.study import config
+from haste_core.study import latents as decoding
 from haste_core.study.data import contexts
-from haste_core.study.latents import decoding
 from haste_core.study.presets import SAMPLERS
 
 MEAN, STD = 0.7, 0.4
@@ -398,7 +398,9 @@ class FakeVae:
 def test_latents_are_decoded_by_the_vae_and_pixels_are_not(tiny, tmp_path, monkeypatch):
     latents = config.Data(kind="latents", path=str(tmp_path))
     asked = []
-    monkeypatch.setattr(decoding, "_load", lambda name, fingerprint: asked.append((name, fingerprint)) or FakeVae())
+    monkeypatch.setattr(
+        decoding, "_cached_vae", lambda name, fingerprint: asked.append((name, fingerprint)) or FakeVae()
+    )
     x, sample = noise(2, 1, 4, 4), config.Sample(vae="folder/vae")
     assert decoding.to_images(x, tiny.data, sample) is x
     assert asked == []

@@ -122,7 +122,7 @@ def _settings(run: Run) -> str:
     )
 
 
-# -- networks and their weights -----------------------------------------------------------------------------------------
+# -- networks and their weights ----------------------------------------------------------------------------------------
 
 
 def _networks(settings: config.RunConfig, nets: Networks) -> str:
@@ -132,14 +132,19 @@ def _networks(settings: config.RunConfig, nets: Networks) -> str:
         return f"{text}; no teacher"
     teacher, aligned = nets.teacher, settings.alignment
     (rows, columns), (height, width) = teacher.grid, teacher.image_size
-    parts = [text, f"teacher {settings.teacher.model}, {teacher.blocks} blocks, {teacher.heads} heads, {rows}x{columns} "
-                   f"tokens of {height}x{width} pixels"]  # fmt: skip
+    parts = [
+        text,
+        f"teacher {settings.teacher.model}, {teacher.blocks} blocks, {teacher.heads} heads, {rows}x{columns} tokens of "
+        f"{height}x{width} pixels",
+    ]
     if aligned.lambda_feature > 0:
         parts.append(f"features after block {aligned.depth}")
     if nets.alignment.pairs:
         pairs = ", ".join(f"{s}<-{t}" for s, t in nets.alignment.pairs)
         parts.append(f"attention of blocks {pairs} (from 0), {len(nets.alignment.heads)} heads")
-    return "; ".join([*parts, f"token grids {'equal' if nets.student.grid == teacher.grid else 'different, resampled'}"])
+    return "; ".join(
+        [*parts, f"token grids {'equal' if nets.student.grid == teacher.grid else 'different, resampled'}"]
+    )
 
 
 def _sampler(nets: Networks, sample: config.Sample) -> str:
@@ -234,7 +239,7 @@ def timm_weights(name: str, model: str, weights: str, key: str) -> Check:
 
 def check_vae(data: config.Data, sample: config.Sample) -> Check:
     """Check of the VAE that decodes latents."""
-    from haste_core.study.latents.decoding import vae_of
+    from haste_core.study.latents import vae_of
 
     try:
         named = vae_of(data, sample)[0]
@@ -248,7 +253,9 @@ def check_vae(data: config.Data, sample: config.Sample) -> Check:
         )  # fmt: skip
     if all(_in_hub_cache(named, file) for file in _VAE_FILES):
         return Check("vae", "ok", f"{named}, in the local cache")
-    return _not_in_hub_cache("vae", named, " or ".join(_VAE_FILES), "put both into a folder and --set sample.vae=FOLDER")
+    return _not_in_hub_cache(
+        "vae", named, " or ".join(_VAE_FILES), "put both into a folder and --set sample.vae=FOLDER"
+    )
 
 
 def _inception(where: str) -> Check:
@@ -297,7 +304,7 @@ def _not_in_hub_cache(name: str, repository: str, file: str, instead: str) -> Ch
     return Check(name, "missing", text + instead)
 
 
-# -- data ---------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 
 
 def example_of(study: config.Study) -> tuple[Example, Check]:
@@ -419,7 +426,7 @@ def _in_folders(place: Path, settings: config.Data) -> tuple[int, int | None]:
     return sum(file.suffix.lower() in _PICTURES for folder in classes for file in folder.iterdir()), len(classes)
 
 
-# -- this machine -------------------------------------------------------------------------------------------------------
+# -- this machine ------------------------------------------------------------------------------------------------------
 
 
 def _existing(run: Run) -> str:
@@ -441,7 +448,9 @@ def _device(precision: str) -> Check:
         total = torch.cuda.get_device_properties(0).total_memory / GIB
         return Check("device", "ok", f"{torch.cuda.get_device_name(0)}, {total:.0f} GiB")
     if precision == "fp16":
-        text = "train.precision is fp16 and there is no GPU, so training would be in float32; expected no, bf16, or a GPU"
+        text = (
+            "train.precision is fp16 and there is no GPU, so training would be in float32; expected no, bf16, or a GPU"
+        )
         return Check("device", "problem", text)
     return Check("device", "ok", "CPU, no GPU found")
 

@@ -98,9 +98,7 @@ def networks_of(run: config.RunConfig, example: Example) -> Networks:
         )
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # token grids that differ are reported by the dry run
-        student = build(
-            run.model, image_size=example.size, channels=example.channels, classes=example.classes, seed=0
-        )
+        student = build(run.model, image_size=example.size, channels=example.channels, classes=example.classes, seed=0)
         if not run.alignment.active:
             return Networks(student, None, None)
         teacher = build_teacher(run.teacher.model_copy(update={"weights": "random"}))
@@ -112,7 +110,7 @@ def parameters(module: nn.Module | None) -> int:
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
-# -- one training step --------------------------------------------------------------------------------------------------
+# -- one training step -------------------------------------------------------------------------------------------------
 
 
 class StepCost(NamedTuple):
@@ -131,7 +129,7 @@ def step_cost(run: config.RunConfig, example: Example, phase: int) -> StepCost:
 
     Blocks without alignment all cost the same, so of a deep student only the first ones are traced.
     """
-    used = [run.model.model_dump(), run.train.precision, example, phase]
+    used: list[Any] = [run.model.model_dump(), run.train.precision, example, phase]
     deepest = 1
     if phase == 1:
         aligned, losses = run.alignment, (run.alignment.lambda_feature > 0, run.alignment.lambda_attention > 0)
@@ -164,9 +162,8 @@ def trace(run: config.RunConfig, example: Example, phase: int) -> StepCost:
     with _fake(nets) as modules:
         known = {_address(x) for m in modules for x in (*m.parameters(), *m.buffers())}
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-            with saved_tensors_hooks(pack, lambda x: x):
-                with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                    loss = _loss(nets.student, nets.alignment if phase == 1 else None, example)
+            with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = _loss(nets.student, nets.alignment if phase == 1 else None, example)
             forward = counter.get_total_flops()
             loss.backward()
             flops = counter.get_total_flops()
@@ -216,7 +213,7 @@ def _copies(nets: Networks, phase: int, precision: str) -> int:
     return 2 * sum(m.weight.numel() for m in layers if isinstance(m, nn.Linear | nn.Conv2d))
 
 
-# -- a run --------------------------------------------------------------------------------------------------------------
+# -- a run -------------------------------------------------------------------------------------------------------------
 
 
 def memory(nets: Networks, found: StepCost, phase: int, train: config.Train, images: int) -> dict[str, int]:
@@ -320,7 +317,7 @@ def estimate(run: config.RunConfig, example: Example, gpus: int = 1, shared: int
     own = [step for step in train.kept_steps if step > shared]
     costs = {phase: step_cost(run, example, phase) for phase in ((1, 2) if run.alignment.active else (2,))}
     student, projector = parameters(nets.student), parameters(nets.projector)
-    phases = {}
+    phases: dict[int, Phase] = {}
     for phase, steps in ((1, first), (2, train.steps - first)):
         if steps:
             found = costs[phase]
@@ -341,7 +338,7 @@ def scoring_flops(run: config.RunConfig, sample: config.Sample, images: int, for
     return images * sampling.passes(run.model.kind, sample) * forward
 
 
-# -- a study ------------------------------------------------------------------------------------------------------------
+# -- a study -----------------------------------------------------------------------------------------------------------
 
 
 def shared_steps(study: config.Study, arm: str) -> tuple[str, int]:
@@ -426,7 +423,7 @@ def sums(study: config.Study, table: pd.DataFrame) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# -- the speed of this device -------------------------------------------------------------------------------------------
+# -- the speed of this device ------------------------------------------------------------------------------------------
 
 
 class Speed(NamedTuple):
@@ -434,6 +431,12 @@ class Speed(NamedTuple):
 
     flops: dict[int, float]
     source: str
+
+
+def given_speed(rate: float, utilisation: float, origin: str) -> Speed:
+    """The FLOP/s that a share of a device's matrix rate amounts to. origin: of the share, in words."""
+    source = f"{utilisation:.0%} ({origin}) of a given rate of {si(rate, 'FLOP')}/s; nothing was measured"
+    return Speed(dict.fromkeys(PHASES, rate * utilisation), source)
 
 
 def measured_speed(
@@ -456,10 +459,9 @@ def measured_speed(
     device = PartialState().device.type
     if device not in _LARGEST:
         raise HasteError(f"training steps on {device!r} cannot be timed; expected cpu or cuda, or give --rate")
-    losses = {a: (r.lambda_feature > 0) + (r.lambda_attention > 0) for a in study.arms for r in [study.run(a).alignment]}
-    arm = max(losses, key=losses.__getitem__)
-    full = study.run(arm)
-    run = full
+    aligned = {arm: study.run(arm).alignment for arm in study.arms}
+    arm = max(aligned, key=lambda a: (aligned[a].lambda_feature > 0) + (aligned[a].lambda_attention > 0))
+    full = run = study.run(arm)
     while run.model.depth > 1 and parameters(networks_of(_unaligned(run), example).student) > _LARGEST[device]:
         run = with_depth(run, run.model.depth // 2)
     precision = "no" if device == "cpu" and run.train.precision == "fp16" else run.train.precision
@@ -487,9 +489,12 @@ def measured_speed(
             f"the device that is meant"
         ) from error
     name = torch.cuda.get_device_name() if device == "cuda" else f"{run.train.threads} thread(s) of {machine()['cpu']}"
+    number = {"no": "float32"}.get(precision, precision)
+    if precision != full.train.precision:
+        number += f" ({full.train.precision} needs a GPU)"
     return Speed(
         {phase: flops[phase] * batch / float(np.median(taken)) for phase, taken in times.items()},
-        f"measured here on {name} in {'float32' if precision == 'no' else precision}, {len(times[2])} steps of "
+        f"measured here on {name} in {number}, {len(times[2])} steps of "
         f"{run.model.depth} of the {full.model.depth} blocks of arm {arm} on {batch} of {most} images",
     )
 
@@ -552,7 +557,7 @@ class _Noise:
         return Batch(self.x[:count], self.y[:count], self.seen[:count])
 
 
-# -- text ---------------------------------------------------------------------------------------------------------------
+# -- text --------------------------------------------------------------------------------------------------------------
 
 
 def si(number: float, unit: str = "") -> str:

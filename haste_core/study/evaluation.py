@@ -17,11 +17,10 @@ from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
 from haste_core.state import build_generator
-from haste_core.study import config
+from haste_core.study import config, latents
 from haste_core.study.data import open_dataset
-from haste_core.study.latents import decoding
 from haste_core.study.runs import Run, session, study_dir
-from haste_core.study.sample_set import SampleSet, drawer, plan
+from haste_core.study.samples import SampleSet, drawer, plan
 from haste_core.study.scoring.denoising import SUMMARIES, summaries
 from haste_core.study.scoring.metrics import METRICS, CopyCheck, ImageSet, nearest_distances, register_extractor, score
 from haste_core.study.scoring.scorers import Scorer, Scoring, card, card_of, columns, metrics_of, open_scorer
@@ -60,7 +59,7 @@ def evaluation_samples(
     labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
     seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
     drawn = sampling.draw(model, labels, seeds, sample, progress)
-    return sampling.to_uint8(decoding.to_images(drawn, study.data, sample)), fingerprint
+    return sampling.to_uint8(latents.to_images(drawn, study.data, sample)), fingerprint
 
 
 def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSet:

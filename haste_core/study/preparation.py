@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from haste_core import checkpoint
 from haste_core import teacher as teachers
 from haste_core.errors import HasteError
-from haste_core.files import write_json
+from haste_core.files import locked, write_json
 from haste_core.seeding import stream
 from haste_core.study import classifier, config, runs
 from haste_core.study.data import Dataset, open_dataset
-from haste_core.study.turns import turn
 
 T = TypeVar("T")
 # A network and its measures by split.
@@ -72,7 +71,7 @@ def _made_once(path: Path, what: str) -> Iterator[bool]:
     if path.is_file():
         yield False
         return
-    with turn(path.parent / "run.lock", what):
+    with locked(path.parent / "run.lock", what, wait=True):
         yield not path.is_file()
 
 

@@ -1,19 +1,18 @@
-"""Data sets behind one interface (`base.Dataset`)."""
+"""Data sets with one interface, `base.Dataset`."""
 
 from __future__ import annotations
 
 from haste_core.study import config
-from haste_core.study.data.base import Batch, Batches, Dataset
-from haste_core.study.data.digits import Digits
+from haste_core.study.data.base import Batch, Batches, Dataset, Digits
 
 __all__ = ["Batch", "Batches", "Dataset", "open_dataset"]
 
 
 def open_dataset(data: config.Data) -> Dataset:
-    """The data set a study names.
+    """The data set of a study.
 
     Raises:
-        HasteError: it is not there or cannot be read.
+        HasteError: it is missing or cannot be read.
     """
     if data.kind == "digits":
         return Digits(data)

@@ -1,4 +1,4 @@
-"""The one interface of all data sets: labelled images in memory or on disk, drawn in seeded batches."""
+"""The interface of all data sets, seeded batches, splits, augmentation, cropping; scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -18,12 +20,11 @@ from haste_core.study import config
 
 
 class Batch(NamedTuple):
-    """What one training step sees.
+    """The data of one training step.
 
-    x: what the generator models, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents.
-    y: labels (B,) int64. images: what the teacher sees, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space,
-    and none of them, (0, C', S', S'), where latents were asked for without their images. indices: which of the training
-    images these are, (B,) int64; none of them, (0,), where they come from elsewhere.
+    x: the generator's data, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents. y: labels (B,) int64.
+    images: the teacher's input, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space, empty, (0, C', S', S'), for
+    latents without their images. indices: numbers of the training images, (B,) int64; empty, (0,), for other images.
     """
 
     x: Tensor
@@ -36,14 +37,14 @@ class Batch(NamedTuple):
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
     def pinned(self) -> Batch:
-        """The same batch in memory that a GPU can copy from without anybody waiting."""
+        """The same batch in pinned memory."""
         return Batch(*(part.pin_memory() for part in self))
 
 
 class Dataset(Protocol):
     """Labelled images in three disjoint splits: "train", "validation" for decisions in a study, "test" for its scores.
 
-    `image_size` and `channels` are of what the generator models: pixels or latents.
+    `image_size` and `channels` are those of the generator's data: pixels or latents.
     """
 
     name: str
@@ -60,9 +61,9 @@ class Dataset(Protocol):
     ) -> Batch:
         """Training examples `indices` (B,), augmented with draws from `generator`.
 
-        with_images: False where nobody looks at the images, which then need not be read where they are not x itself.
-        part: which of the examples are wanted; draws are taken for all of them all the same, so that processes which
-            want different parts stay in step.
+        with_images: False leaves images unread where they are not x itself.
+        part: the examples to return; random numbers are drawn for all `indices`, so that processes with different
+            parts keep the same stream.
         """
         ...
 
@@ -74,7 +75,7 @@ class Dataset(Protocol):
         ...
 
     def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
-        """The same images without augmentation as the generator sees them; `with_images` as for `batch`."""
+        """The same images without augmentation as a batch; `with_images` as for `batch`."""
         ...
 
 
@@ -82,8 +83,8 @@ class Batches:
     """An endless, seeded stream of batches; every image once per pass, the short last batch of a pass left out.
 
     Its state (order of the pass, position in it, generator) can be saved and restored exactly. `with_images` can be
-    set to False at any time, see `Dataset.batch`. `part` is what is handed out of each batch. `ahead`: a thread reads
-    the batch after each one that is handed out; the stream and its states stay the same.
+    set to False at any time, see `Dataset.batch`. `part`: the examples of each batch to return. `ahead`: a thread
+    reads the next batch in advance; the stream and its states stay the same.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Batches:
         self._before: dict[str, Tensor] = {}  # the stream's state before the batch that is being read
 
     def next(self) -> Batch:
-        """The next batch of the stream, or the part of it.
+        """The next batch of the stream, or its part.
 
         Raises:
             HasteError: it cannot be read.
@@ -129,7 +130,7 @@ class Batches:
         return batch.pinned() if self._reader is not None and torch.cuda.is_available() else batch
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on with exactly the next batch."""
+        """The state that resumes exactly with the next batch."""
         return self._state() if self._coming is None else self._before
 
     def _state(self) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ class Batches:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state` was saved."""
+        """Resume from `state`."""
         if self._coming is not None:
             self._coming.exception()  # the reader is done with the generator; its batch belongs to another stream
             self._coming = None
@@ -170,7 +171,7 @@ def hold_out_validation(labels: Tensor, data: config.Data, what: str) -> tuple[T
 
 
 def _hold_out(labels: Tensor, fraction: float, split: str, seed: int, what: str) -> tuple[Tensor, Tensor]:
-    """Indices of kept and held-out images: stratified where every class can be on both sides, else plain."""
+    """Indices of kept and held-out images: stratified if every class can be on both sides."""
     counts = torch.bincount(labels)
     held = math.ceil(len(labels) * fraction)
     if not 0 < held < len(labels):
@@ -194,7 +195,7 @@ def augmented(
 ) -> Tensor:
     """x (B, C, S, S) in [-1, 1], each image mirrored and moved at random as `augment` says.
 
-    drawn, part: draws are taken for so many images (by default B), of which x is this part.
+    drawn: number of images in the whole batch (default: B). part: the position of x in it.
     """
     drawn = drawn or len(x)
     if augment.flip:
@@ -218,3 +219,79 @@ def affine(
     theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """A square RGB image of side `size` from the middle of any image: "center-crop-dhariwal" of ADM and EDM2.
+
+    Halved by box filter while the shorter side is at least twice `size`, then bicubic to `size` on the shorter side,
+    then cropped. An image of this size comes back unchanged.
+    """
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [-1, 1]; `sampling.to_uint8` is the exact inverse."""
+    return pixels.float() / 127.5 - 1
+
+
+class PixelDataset:
+    """A data set whose pixels in [-1, 1] are the generator's data; a subclass reads them."""
+
+    augment: config.Augment
+
+    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Pixels (n, C, S, S) in [-1, 1] and labels (n,) of images of a split."""
+        raise NotImplementedError
+
+    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images (n, C, S, S) and labels (n,) of a split, without augmentation."""
+        return self._read(split, slice(count))
+
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
+        """The same images as a batch."""
+        x, y = self.images(split, count)
+        return Batch(x, y, x)
+
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
+        """Training examples, augmented at random."""
+        x, y = self._read("train", indices[part])
+        x = augmented(x, self.augment, generator, len(indices), part)
+        return Batch(x, y, x)
+
+
+class Digits(PixelDataset):
+    """scikit-learn's 1,797 handwritten digits, 8x8 with one channel in [-1, 1], 17 grey levels."""
+
+    name = "digits"
+    image_size = 8
+    channels = 1
+    classes = 10
+
+    def __init__(self, data: config.Data) -> None:
+        self.augment = data.augment
+        pixels, labels = load_digits(return_X_y=True)
+        x = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
+        y = torch.from_numpy(labels).long()
+        self._splits = {name: (x[chosen], y[chosen]) for name, chosen in split_indices(y, data, "the digits").items()}
+
+    def __len__(self) -> int:
+        return len(self._splits["train"][1])
+
+    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        x, y = self._splits[split]
+        return x[chosen], y[chosen]

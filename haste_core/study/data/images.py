@@ -12,21 +12,27 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from haste_core.errors import HasteError
 from haste_core.files import atomic, output_root
 from haste_core.study import config
-from haste_core.study.data.base import Batch, augmented, hold_out_validation, split_indices
-from haste_core.study.data.resize import center_crop, to_signed, to_tensor
+from haste_core.study.data.base import (
+    PixelDataset,
+    center_crop,
+    hold_out_validation,
+    split_indices,
+    to_signed,
+    to_tensor,
+)
 
-# Splits up to this many bytes are decoded once and kept in runs/decoded/, larger ones are decoded when asked for.
+# Splits up to this many bytes are decoded once and kept in runs/decoded/, larger ones are decoded batch by batch.
 KEPT_DECODED = 2**30
 _FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder of them, or a hub name (owner/name)"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-class Images:
+class Images(PixelDataset):
     """RGB images of one size in [-1, 1] with labels; flips and affine maps in training as `data.augment` says.
 
     Raises:
@@ -47,28 +53,13 @@ class Images:
     def __len__(self) -> int:
         return len(self._splits["train"].labels)
 
-    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) and labels (n,) of a split, without augmentation."""
-        chosen = self._splits[split]
-        indices = torch.arange(len(chosen.labels))[:count]
-        return to_signed(chosen.pixels(indices)), chosen.labels[:count]
-
-    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
-        """The same images as a batch."""
-        x, y = self.images(split, count)
-        return Batch(x, y, x)
-
-    def batch(
-        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
-    ) -> Batch:
-        """Training examples, augmented at random."""
-        chosen, wanted = self._splits["train"], indices[part]
-        x = augmented(to_signed(chosen.pixels(wanted)), self.augment, generator, len(indices), part)
-        return Batch(x, chosen.labels[wanted], x)
+    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        rows = self._splits[split]
+        return to_signed(rows.pixels(chosen)), rows.labels[chosen]
 
 
 class Split:
-    """One split: labels in memory, pixels decoded on several threads, and kept where they are few enough.
+    """One split: labels in memory, pixels decoded on several threads, and kept if they are few.
 
     Args:
         rows: as `datasets` reads them. size: side of the squares in pixels. path: how errors name the data.
@@ -79,45 +70,45 @@ class Split:
 
     def __init__(self, rows: Any, size: int, path: str) -> None:
         if len(rows) == 0:
-            raise HasteError(f"data {path}: a split without images; possible: {_FORMATS}")
+            raise HasteError(f"data {path}: a split without images; expected {_FORMATS}")
         self.image_column, label_column = columns_of(rows, path)
         # Files written without datasets' own metadata hold images as {bytes, path}.
         self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
         labels = rows[label_column][:]
         if None in labels:
-            raise HasteError(f"data {path}: image {labels.index(None)} has no label; possible: 0 and above")
+            raise HasteError(f"data {path}: image {labels.index(None)} has no label; expected 0 and above")
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
         self.classes = len(self.class_names or [])
         if int(self.labels.min()) < 0:
-            raise HasteError(f"data {path}: label {int(self.labels.min())}; possible: 0 and above")
+            raise HasteError(f"data {path}: label {int(self.labels.min())}; expected 0 and above")
         self._kept: Tensor | None = None
 
-    def pixels(self, indices: Tensor) -> Tensor:
+    def pixels(self, chosen: Tensor | slice) -> Tensor:
         """uint8 (B, 3, S, S)."""
         if len(self.labels) * 3 * self.size**2 > KEPT_DECODED:
-            return self.decode(indices.tolist())
+            return self.decode(torch.arange(len(self.labels))[chosen].tolist())
         if self._kept is None:
             self._kept = self._open_kept()
-        return self._kept[indices]
+        return self._kept[chosen]
 
     def _open_kept(self) -> Tensor:
-        """All pixels, mapped from a file that is written at first use and shared by every process of a study."""
+        """All pixels, mapped from a file that is written at first use and shared by all processes."""
         path = output_root() / "runs" / "decoded" / f"{self.rows._fingerprint}-{self.size}.npy"
         if not path.is_file():
             with atomic(path) as temporary, temporary.open("wb") as stream:
                 np.save(stream, self.decode(range(len(self.labels))).numpy(), allow_pickle=False)
         try:
-            # Copy-on-write: torch wants memory it may write to, the file stays as it is.
+            # Copy-on-write: torch requires writable memory, and the file must not change.
             kept = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise HasteError(f"{path} is damaged ({error}); possible: delete it, it is made again") from error
+            raise HasteError(f"{path} is damaged ({error}); delete it, and it is made again") from error
         if kept.dtype != torch.uint8 or kept.shape != (len(self.labels), 3, self.size, self.size):
-            raise HasteError(f"{path} holds something else, {tuple(kept.shape)}; possible: delete it, it is made again")
+            raise HasteError(f"{path} holds something else, {tuple(kept.shape)}; delete it, and it is made again")
         return kept
 
     def decode(self, indices: Sequence[int]) -> Tensor:
-        """uint8 (B, 3, S, S), decoded now whatever is kept.
+        """uint8 (B, 3, S, S), decoded from the source.
 
         Raises:
             HasteError: a file is missing or no image.
@@ -154,7 +145,7 @@ def columns_of(rows: Any, path: str) -> tuple[str, str]:
     ]
     if not pictures or not labels:
         raise HasteError(
-            f"data {path} has columns {', '.join(rows.features)}; possible: one of images and one of whole numbers"
+            f"data {path} has columns {', '.join(rows.features)}; expected one of images and one of integers"
         )
     return pictures[0], "label" if "label" in labels else labels[0]
 
@@ -186,13 +177,13 @@ def load_splits(path: str) -> dict[str, Any]:
         HasteError: nothing is there, or it cannot be read.
     """
     if not Path(path).exists() and not _HUB_NAME.fullmatch(path):
-        raise HasteError(f"data.path {path!r} does not exist; possible: {_FORMATS}")
+        raise HasteError(f"data.path {path!r} does not exist; expected {_FORMATS}")
     try:
         return dict(_load(path))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
         # datasets wraps what went wrong in "An error occurred while generating the dataset".
         cause = " ".join(str(error.__cause__ or error).split())[:300]
-        raise HasteError(f"data.path {path!r} cannot be read: {cause}; possible: {_FORMATS}") from error
+        raise HasteError(f"data.path {path!r} cannot be read: {cause}; expected {_FORMATS}") from error
 
 
 def pick_split(found: dict[str, Any], name: str, path: str) -> Any:
@@ -202,7 +193,7 @@ def pick_split(found: dict[str, Any], name: str, path: str) -> Any:
         HasteError: there is no such split.
     """
     if name not in found:
-        raise HasteError(f"data {path} has no split {name!r}; possible: {', '.join(found)}")
+        raise HasteError(f"data {path} has no split {name!r}; expected one of: {', '.join(found)}")
     return found[name]
 
 

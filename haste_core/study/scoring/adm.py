@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
 from haste_core.devices import default_device
-from haste_core.files import output_root
+from haste_core.files import locked, output_root
 from haste_core.study import config
 from haste_core.study.runs import environment
 from haste_core.study.scoring import reference
@@ -23,7 +23,6 @@ from haste_core.study.scoring.extractors import LOGITS, POOL, SPATIAL, build_din
 from haste_core.study.scoring.frechet import IS_PART, Moments, frechet_distance, inception_score, precision_recall
 from haste_core.study.scoring.image_sources import Images, NpzImages, TrainingImages
 from haste_core.study.scoring.reference import MANIFOLD, Reference
-from haste_core.study.turns import turn
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
 # Inception's activations of one image take some 30 MB.
@@ -160,7 +159,7 @@ class AdmScorer:
         """Statistics of real images and features of `keep` of them, made once and kept for every later scoring."""
         key = config.digest([self.facts["reference_hash"], self.extractor, keep])
         path = output_root() / "runs" / "references" / f"{key}.npz"
-        with turn(path.with_suffix(".lock"), f"the reference {path.stem}"):
+        with locked(path.with_suffix(".lock"), f"the reference {path.stem}", wait=True):
             if not path.is_file():
                 label = "features of the reference" if self.progress else None
                 found = extract(images, self.networks, self.evaluate.batch_size, keep, label)

@@ -1,11 +1,12 @@
-"""Large sets of images, drawn in shards that any number of processes share, and merged into one .npz file.
+"""Large sets of images, drawn in shards that can be divided among processes, and merged into one .npz file.
 
-    FOLDER/manifest.json        what decides the pixels; a folder with another one is refused
-    FOLDER/shards/00000.npy     uint8 (shard size, S, S, C), whole or not there
-    FOLDER/samples.npz          all of them, as ADM's tools read them
+    FOLDER/manifest.json        everything that affects the pixels; a folder with another manifest is refused
+    FOLDER/shards/00000.npy     uint8 (shard size, S, S, C), complete or absent
+    FOLDER/samples.npz          all images, in the format of ADM's tools
 
-A process takes a shard by its lock file, which vanishes with the process. Images depend on their own label and seed,
-shards are cut into batches from their own start, so who draws which shard and how often they stop changes nothing.
+Process r of n draws the shards r, r + n, r + 2n, ... that are absent. Each image depends on its own label and seed
+alone and shards are cut into batches from their own start, so neither the number of processes nor interruptions change
+a byte.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from haste_core.errors import HasteError, Interrupted
-from haste_core.files import atomic, write_json
+from haste_core.files import atomic, locked, write_json
 from haste_core.models import DiffusionTransformer
 from haste_core.sampling import draw as sample
 from haste_core.sampling import drawing_facts, sample_labels, to_uint8
 from haste_core.study import config, signals
-from haste_core.study.latents.decoding import to_images
+from haste_core.study.latents import to_images
 from haste_core.study.runs import Run
 from haste_core.study.scoring.image_sources import NpzImages
-from haste_core.study.turns import POLL_SECONDS, claimed, turn
 
-# From labels (b,) and their seeds to uint8 images (b, C, S, S).
+# A function of labels (b,) and their seeds that returns uint8 images (b, C, S, S).
 Draw = Callable[[Tensor, range], Tensor]
 
 
@@ -123,57 +122,40 @@ class SampleSet:
     def _size(self, index: int) -> int:
         return min(self.shard_size, self.n - index * self.shard_size)
 
-    def fill(self, draw: Draw, batch_size: int, progress: str | None = None) -> None:
-        """Draw every shard that nobody else draws, and wait until all are there.
+    def fill(self, draw: Draw, batch_size: int, progress: str | None = None, rank: int = 0, processes: int = 1) -> None:
+        """Draw the missing shards of process `rank` out of `processes`.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT arrived; whole shards are kept, the one begun is not.
-            HasteError: a shard of an earlier run is damaged.
+            Interrupted: SIGTERM or SIGINT arrived; complete shards are kept, the unfinished one is not.
+            HasteError: an existing shard is damaged.
         """
-        for index, path in enumerate(self.paths()):
-            if path.is_file():
+        mine, missing = range(len(self.paths()))[rank::processes], self.missing()
+        for index in mine:
+            if index not in missing:
                 self._shard(index)
+        size = sum(map(self._size, mine))
         with (
             signals.catch() as stopping,
-            tqdm(total=self.n, desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar,
+            tqdm(total=size, desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar,
         ):
-            while waiting := self.missing():
-                took = [index for index in waiting if self._take(index, draw, batch_size, stopping, bar)]
-                if not took and self.missing():
-                    self._stop_if(stopping.wait(POLL_SECONDS))
-            bar.update(self.n - bar.n)
-
-    def _take(self, index: int, draw: Draw, batch_size: int, stopping: Event, bar: Any) -> bool:
-        """Draw a shard unless it is there or another process holds it; returns whether it was drawn."""
-        path = self.paths()[index]
-        lock = path.with_suffix(".lock")
-        if path.is_file():
-            return False
-        with claimed(lock, f"shard {index}") as free:
-            if not free:
-                return False
-            if path.is_file():  # drawn between the two looks
-                lock.unlink(missing_ok=True)
-                return False
-            bar.update(self.drawn() - bar.n)
-            first = index * self.shard_size
-            labels = self.labels()[first : first + self._size(index)]
-            parts = []
-            for start in range(0, len(labels), batch_size):
-                self._stop_if(stopping.is_set())
-                chosen = labels[start : start + batch_size]
-                seed = self.manifest["first_seed"] + first + start
-                parts.append(draw(chosen, range(seed, seed + len(chosen))).permute(0, 2, 3, 1))
-                bar.update(len(chosen))
-            with atomic(path) as temporary, temporary.open("wb") as stream:
-                np.save(stream, torch.cat(parts).contiguous().numpy(), allow_pickle=False)
-            # Whoever gets at this lock or a new one from now on finds the shard.
-            lock.unlink(missing_ok=True)
-        return True
-
-    def _stop_if(self, stop: bool) -> None:
-        if stop:
-            raise Interrupted(f"{self.folder}: {self.drawn()} of {self.n} images are drawn; run again to go on")
+            bar.update(size - sum(self._size(index) for index in missing if index in mine))
+            for index in missing:
+                if index not in mine:
+                    continue
+                first = index * self.shard_size
+                labels = self.labels()[first : first + self._size(index)]
+                parts = []
+                for start in range(0, len(labels), batch_size):
+                    if stopping.is_set():
+                        raise Interrupted(
+                            f"{self.folder}: {self.drawn()} of {self.n} images are drawn; run again to go on"
+                        )
+                    chosen = labels[start : start + batch_size]
+                    seed = self.manifest["first_seed"] + first + start
+                    parts.append(draw(chosen, range(seed, seed + len(chosen))).permute(0, 2, 3, 1))
+                    bar.update(len(chosen))
+                with atomic(self.paths()[index]) as temporary, temporary.open("wb") as stream:
+                    np.save(stream, torch.cat(parts).contiguous().numpy(), allow_pickle=False)
 
     def _shard(self, index: int) -> np.ndarray:
         """The images (k, S, S, C) of a shard, mapped from its file."""
@@ -205,7 +187,7 @@ class SampleSet:
         Args:
             path: the file. channels: 3 repeats grey images, as ADM's tools want them; None leaves them as they are.
         """
-        with turn(self.folder / "merge.lock", f"the merging of {self.folder}"):
+        with locked(self.folder / "merge.lock", f"the merging of {self.folder}", wait=True):
             if self._is_merged(path, channels):
                 return
             first = self._shard(0)
