@@ -149,7 +149,7 @@ for name, parameters in STUDY.analyses.items():
 rule step_time:
     input: PREPARED
     output: RUNS / f"step_time-{haste.digest([STUDY.run(a).hash for a in STUDY.main])}.stamp"
-    threads: workflow.cores or STUDY.train.threads
+    threads: workflow.resource_settings.cores or STUDY.train.threads
     priority: 1
     shell: OUTLIVE + "( " + HASTE + " cost " + SETTINGS + " ) && touch {output:q}"
 

@@ -254,7 +254,7 @@ def check_vae(data: config.Data, sample: config.Sample) -> Check:
     if all(_in_hub_cache(named, file) for file in _VAE_FILES):
         return Check("vae", "ok", f"{named}, in the local cache")
     return _not_in_hub_cache(
-        "vae", named, " or ".join(_VAE_FILES), "put both into a folder and --set sample.vae=FOLDER"
+        "vae", named, " and ".join(_VAE_FILES), "put both into a folder and --set sample.vae=FOLDER"
     )
 
 
@@ -300,8 +300,8 @@ def _in_hub_cache(repository: str, file: str, revision: str = "") -> bool:
 
 
 def _not_in_hub_cache(name: str, repository: str, file: str, instead: str) -> Check:
-    text = f"{file} of https://huggingface.co/{repository} is not in the local cache: downloaded at first use, or "
-    return Check(name, "missing", text + instead)
+    text = f"not in the local cache: {file} of https://huggingface.co/{repository}; downloaded at first use, or {instead}"
+    return Check(name, "missing", text)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -87,9 +87,10 @@ def run_study(
     for arm in study.arms:
         micro_batches(study.run(arm).train, processes)
     folder = study_dir(study)
-    command = [*graph(name, profile, overrides, processes), *_local(options), *options]
+    dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
+    command = [*graph(name, profile, overrides, processes), *_local(options, dry), *options]
     environment = os.environ | {"HASTE_OUTPUT": str(output_root())}
-    if {"--dry-run", "--dryrun", "-n"} & set(options):
+    if dry:
         if subprocess.run(command, env=environment).returncode:
             raise HasteError(f"study {study.name}: the graph of jobs cannot be built; see the lines above")
         return report_dir(study, profile) / "report.html"
@@ -128,12 +129,14 @@ def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), 
     ]  # fmt: skip
 
 
-def _local(options: Sequence[str]) -> list[str]:
-    """Options of a graph on this machine, where `options` name no profile."""
-    if "--workflow-profile" in options:
-        return []
-    cores = [] if "--cores" in options else ["--cores", str(len(os.sched_getaffinity(0)))]
-    return ["--retries", "1", *cores]
+def _local(options: Sequence[str], dry: bool) -> list[str]:
+    """Options for jobs on this machine, unless `options` name a profile or say so themselves."""
+    away = "--workflow-profile" in options
+    # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
+    cores = 1000 if away else len(os.sched_getaffinity(0))
+    return ([] if away else ["--retries", "1"]) + (
+        [] if "--cores" in options or (away and not dry) else ["--cores", str(cores)]
+    )
 
 
 @contextmanager
