@@ -610,13 +610,9 @@ def test_dinov2_can_be_left_out_and_its_absence_is_one_line(tmp_path):
 
 
 def run_score(*words):
-    import argparse
+    from haste_core.study.cli import parser
 
-    from haste_core.study.commands import score as command
-
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    arguments = parser.parse_args(["score", *map(str, words)])
+    arguments = parser().parse_args(["score", *map(str, words)])
     arguments.action(arguments)
 
 

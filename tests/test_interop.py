@@ -491,12 +491,10 @@ def run(tiny, output):
 @pytest.fixture
 def haste(capsys):
     """A function that runs `haste convert` and returns its status and what it printed."""
-    from haste_core.study.commands import convert
+    from haste_core.study.cli import parser
 
     def command(*words):
-        parser = argparse.ArgumentParser(prog="haste")
-        convert.add(parser.add_subparsers())
-        arguments = parser.parse_args(["convert", *map(str, words)])
+        arguments = parser().parse_args(["convert", *map(str, words)])
         capsys.readouterr()
         arguments.action(arguments)
         (line,) = capsys.readouterr().out.splitlines()

@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from haste_core.study.commands import latents as command
 from haste_core.study.data.pairs import read_pairs
 from haste_core.study.data.resize import center_crop, to_signed, to_tensor
 from haste_core.study.latents.workspace import Job, Workspace
@@ -764,11 +763,9 @@ def test_a_damaged_manifest_is_one_line(folder, content):
 
 
 def parsed(words):
-    import argparse
+    from haste_core.study.cli import parser
 
-    top = argparse.ArgumentParser()
-    command.add(top.add_subparsers())
-    return top.parse_args(["latents", *words])
+    return parser().parse_args(["latents", *words])
 
 
 def test_the_command(job, reference, capsys):
@@ -783,7 +780,7 @@ def test_the_command(job, reference, capsys):
     assert job.out in capsys.readouterr().out
     for words in ([], [job.source], [job.source, job.out, "--check", job.out]):
         with pytest.raises(HasteError, match="possible: haste latents"):
-            command.run(parsed(words))
+            parsed(words).action(parsed(words))
 
 
 # ---- training ----

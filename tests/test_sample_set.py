@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from haste_core.study.commands import sample as command
 from haste_core.study.sample_set import SampleSet, drawer
 from haste_core.study.turns import claimed, turn
 
 from haste_core import files, sampling
 from haste_core.errors import HasteError, Interrupted
 from haste_core.models import SiT
+from haste_core.study import cli_files as command
 from haste_core.study import config
 from haste_core.study.cli import main
 from haste_core.study.presets import SAMPLERS

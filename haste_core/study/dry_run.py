@@ -300,7 +300,9 @@ def _in_hub_cache(repository: str, file: str, revision: str = "") -> bool:
 
 
 def _not_in_hub_cache(name: str, repository: str, file: str, instead: str) -> Check:
-    text = f"not in the local cache: {file} of https://huggingface.co/{repository}; downloaded at first use, or {instead}"
+    text = (
+        f"not in the local cache: {file} of https://huggingface.co/{repository}; downloaded at first use, or {instead}"
+    )
     return Check(name, "missing", text)
 
 
