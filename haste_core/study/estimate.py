@@ -32,7 +32,7 @@ from haste_core.objectives import objective_of
 from haste_core.state import create
 from haste_core.study import config, cost
 from haste_core.study.data import Batch
-from haste_core.study.data.base import augmented
+from haste_core.study.data.base import PixelDataset
 from haste_core.study.runs import machine
 from haste_core.teacher import Teacher, build_teacher
 
@@ -521,40 +521,32 @@ def _unaligned(run: config.RunConfig) -> config.RunConfig:
     return run.model_copy(update={"alignment": run.alignment.model_copy(update=off)})
 
 
-class _Noise:
-    """A data set of random images in memory, with the shape and augmentation of a study's data."""
+class _Noise(PixelDataset):
+    """Random images in memory, with the shape and augmentation of a study's data."""
 
     name = "noise"
 
     def __init__(self, example: Example, augment: config.Augment, count: int) -> None:
         self.image_size, self.channels, self.classes = example.size, example.channels, example.classes
-        self.augment = augment
+        self.augment, self.y = augment, torch.arange(count) % example.classes
         generator = Generator().manual_seed(0)
-        self.x = torch.rand(count, example.channels, example.size, example.size, generator=generator) * 2 - 1
-        shape = (count, example.image_channels, example.image_size, example.image_size)
-        self.seen = self.x if shape == self.x.shape else torch.rand(shape, generator=generator) * 2 - 1
-        self.y = torch.arange(count) % example.classes
+        shapes = ((count, example.channels, example.size), (count, example.image_channels, example.image_size))
+        self.x, self.seen = (torch.rand(*s, s[-1], generator=generator) * 2 - 1 for s in shapes)
 
     def __len__(self) -> int:
         return len(self.x)
 
+    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        return self.x[chosen], self.y[chosen]
+
     def batch(
         self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
     ) -> Batch:
-        """Examples; augmented where the model sees the images themselves."""
-        x, wanted = self.x[indices[part]], indices[part]
-        if self.seen is not self.x:
-            return Batch(x, self.y[wanted], self.seen[wanted] if with_images else self.seen[:0])
-        x = augmented(x, self.augment, generator, len(indices), part)
-        return Batch(x, self.y[wanted], x)
-
-    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images and labels, the same of every split."""
-        return self.seen[:count], self.y[:count]
-
-    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
-        """The same images as a batch."""
-        return Batch(self.x[:count], self.y[:count], self.seen[:count])
+        """Examples; augmented where the generator models the images themselves."""
+        if self.seen.shape == self.x.shape:
+            return super().batch(indices, generator, with_images, part)
+        wanted = indices[part]
+        return Batch(self.x[wanted], self.y[wanted], self.seen[wanted] if with_images else self.seen[:0])
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
