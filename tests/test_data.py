@@ -1,17 +1,22 @@
+"""Splits, augmentation, seeded batches; cropping against a derivation that does not use Pillow's calls."""
+
 from __future__ import annotations
 
 import hashlib
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from haste_core.errors import HasteError
+from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.data import Batch, Batches, open_dataset
-from haste_core.study.data.base import affine, split_indices
+from haste_core.study.data.base import affine, center_crop, split_indices, to_signed, to_tensor
 
 SPLITS = ("train", "validation", "test")
 STRONG = config.Augment(shift=1.0, rotation=20, scale=0.2)
@@ -29,17 +34,22 @@ def rows(images):
     return {tuple(row) for row in images.flatten(1).tolist()}
 
 
-def test_split_is_complete_disjoint_and_fixed():
+def test_the_split_of_the_digits_is_complete_disjoint_stratified_and_seeded():
     first, again, other = digits(), digits(), digits(split_seed=1)
-    sizes = {split: len(first.images(split)[1]) for split in SPLITS}
-    assert sizes == {"train": 1212, "validation": 135, "test": 450}
+    assert {split: len(first.images(split)[1]) for split in SPLITS} == {"train": 1212, "validation": 135, "test": 450}
     assert len(first) == 1212
     pixels = [rows(first.images(split)[0]) for split in SPLITS]
     assert len(set.union(*pixels)) == sum(len(part) for part in pixels)
     for split in SPLITS:
-        assert torch.equal(first.images(split)[0], again.images(split)[0])
-        assert torch.equal(first.images(split)[1], again.images(split)[1])
+        assert all(map(torch.equal, first.images(split), again.images(split)))
         assert not torch.equal(first.images(split)[0][:100], other.images(split)[0][:100])
+    counts = {split: torch.bincount(first.images(split)[1], minlength=10) for split in SPLITS}
+    rest = counts["train"] + counts["validation"]
+    assert (counts["test"] - (rest + counts["test"]) * 0.25).abs().max() <= 1
+    assert (counts["validation"] - rest * 0.1).abs().max() <= 1
+    x, y = first.images("train")
+    assert (x.shape, x.dtype, y.dtype) == ((1212, 1, 8, 8), torch.float32, torch.int64)
+    assert x.unique().tolist() == [level / 8 - 1 for level in range(17)]
 
 
 def test_the_test_images_do_not_depend_on_how_the_others_are_divided():
@@ -49,14 +59,6 @@ def test_the_test_images_do_not_depend_on_how_the_others_are_divided():
     # SHA-256 over pixels and labels: the images that committed scores are of.
     found = hashlib.sha256(few[0].numpy().tobytes() + few[1].numpy().tobytes()).hexdigest()
     assert found == "f31afdd644c7ac78ba7b9c34816d71f802933b17f64ee1c7fe708cdc059310e0"
-
-
-def test_splits_are_stratified():
-    data = digits()
-    counts = {split: torch.bincount(data.images(split)[1], minlength=10) for split in SPLITS}
-    rest = counts["train"] + counts["validation"]
-    assert (counts["test"] - (rest + counts["test"]) * 0.25).abs().max() <= 1
-    assert (counts["validation"] - rest * 0.1).abs().max() <= 1
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 40])
@@ -78,23 +80,13 @@ def test_a_fraction_that_leaves_nothing_is_an_error():
         split_indices(torch.zeros(10).long(), config.Data(validation_fraction=0.999), "the data")
 
 
-def test_images_are_17_grey_levels_from_minus_one_to_one():
-    x, y = digits().images("train")
-    assert x.shape == (1212, 1, 8, 8)
-    assert x.dtype == torch.float32
-    assert y.dtype == torch.int64
-    assert x.unique().tolist() == [level / 8 - 1 for level in range(17)]
-
-
-def test_augmented_batches_stay_in_range_and_carry_their_labels():
-    data = digits(augment=STRONG)
-    indices = torch.arange(200)
-    batch = data.batch(indices, generator())
-    assert torch.equal(batch.y, data.images("train")[1][:200])
-    assert torch.equal(batch.x, batch.images)
-    assert float(batch.x.min()) >= -1 - 1e-6
-    assert float(batch.x.max()) <= 1 + 1e-6
-    assert not torch.allclose(batch.x, data.images("train")[0][:200], atol=0.1)
+def test_augmentation_is_seeded_differs_per_image_and_is_the_identity_at_zero():
+    x = digits().images("train")[0]
+    assert_close(affine(x[:50], config.Augment(), generator()), x[:50], atol=1e-5, rtol=0)
+    first, again, other = (affine(x[:1].expand(8, -1, -1, -1), STRONG, generator(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(rows(first)) == 8
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -107,20 +99,10 @@ def test_parts_of_a_batch_make_up_the_whole_and_leave_the_stream_alike(flip):
     )
     assert_close(torch.cat([part.x for part in parts]), whole.x)
     assert torch.equal(torch.cat([part.y for part in parts]), whole.y)
+    assert torch.equal(whole.y, data.images("train")[1][:30])
+    assert float(whole.x.abs().max()) <= 1 + 1e-6
+    assert not torch.allclose(whole.x, data.images("train")[0][:30], atol=0.1)
     assert all(torch.equal(stream.get_state(), streams[0].get_state()) for stream in streams)
-
-
-def test_augmentation_is_the_identity_at_zero():
-    x = digits().images("train")[0][:50]
-    assert_close(affine(x, config.Augment(), generator()), x, atol=1e-5, rtol=0)
-
-
-def test_augmentation_comes_from_its_generator_and_differs_per_image():
-    x = digits().images("train")[0][:1].expand(8, -1, -1, -1)
-    first, again, other = (affine(x, STRONG, generator(seed)) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert len(rows(first)) == 8
 
 
 @pytest.mark.parametrize("setting", [{"shift": 2.0}, {"rotation": 40.0}, {"scale": 0.5}], ids=str)
@@ -157,31 +139,23 @@ class Counting:
         return Batch(noise, indices[part], noise)
 
 
-def test_every_image_comes_once_per_pass_in_a_new_order():
-    stream = Batches(Counting(), 5, seed=0)
-    passes = [torch.cat([stream.next().y, stream.next().y]).tolist() for _ in range(3)]
-    assert all(sorted(seen) == list(range(10)) for seen in passes)
-    assert passes[0] != passes[1] != passes[2]
-
-
-def test_a_short_last_batch_is_left_out():
-    stream = Batches(Counting(), 4, seed=0)
+def test_batches_are_seeded_passes_over_all_images_without_a_short_last_batch():
+    streams = [Batches(Counting(), 5, seed) for seed in (0, 0, 1)]
+    first, again, other = ([torch.cat([s.next().y, s.next().y]).tolist() for _ in range(3)] for s in streams)
+    assert first == again != other
+    assert all(sorted(seen) == list(range(10)) for seen in first)
+    assert first[0] != first[1] != first[2]
+    stream = Batches(Counting(), 4, seed=0, part=slice(1, 4))
     for _ in range(5):
-        seen = torch.cat([stream.next().y, stream.next().y]).tolist()
-        assert len(set(seen)) == 8
-
-
-def test_streams_come_from_their_seed():
-    first, again, other = (Batches(Counting(), 4, seed=seed) for seed in (3, 3, 4))
-    drawn = [[stream.next() for _ in range(6)] for stream in (first, again, other)]
-    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(drawn[0], drawn[1], strict=True))
-    assert not all(torch.equal(a.y, b.y) for a, b in zip(drawn[0], drawn[2], strict=True))
+        batches = [stream.next(), stream.next()]
+        assert len({i for batch in batches for i in batch.indices.tolist()}) == 6
+        assert all(torch.equal(batch.indices, batch.y) for batch in batches)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("before", [0, 1, 7, 11])
+@pytest.mark.parametrize("before", [0, 1, 7])
 def test_a_stream_goes_on_from_its_state_to_the_bit(before, ahead):
-    """1,212 images in batches of 200: six batches a pass, so 7 and 11 lie in the second pass."""
+    """1,212 images in batches of 200: six batches a pass, so 7 lies in the second pass."""
     data = digits(augment=STRONG)
     stream = Batches(data, 200, seed=0, ahead=ahead)
     for _ in range(before):
@@ -195,14 +169,6 @@ def test_a_stream_goes_on_from_its_state_to_the_bit(before, ahead):
     for batch in expected:
         again = other.next()
         assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
-
-
-def test_a_batch_knows_which_images_it_holds():
-    stream = Batches(Counting(), 4, seed=0, part=slice(1, 3))
-    for _ in range(3):
-        batch = stream.next()
-        assert batch.indices.tolist() == batch.y.tolist()
-        assert len(batch.indices) == 2
 
 
 class Waiting(Counting):
@@ -247,3 +213,105 @@ def test_a_batch_larger_than_the_data_is_refused():
     Batches(Counting(), 10, seed=0)
     with pytest.raises(HasteError, match="11 exceeds the 10 training images"):
         Batches(Counting(), 11, seed=0)
+
+
+# ---- cropping and resizing ----
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def flat(width, height, colour=(10, 200, 77)):
+    return Image.new("RGB", (width, height), colour)
+
+
+def cubic(x, a=-0.5):
+    """Keys' cubic convolution kernel."""
+    x = np.abs(x)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def resampling(length, target):
+    """Rows of weights that resample `length` values to `target`, the kernel widened where it shrinks."""
+    scale = length / target
+    width = max(scale, 1.0)
+    centres = (np.arange(target) + 0.5) * scale
+    weights = cubic((np.arange(length)[None] + 0.5 - centres[:, None]) / width)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def derived(pixels, size):
+    """The same steps on an array (H, W, 3): means of 2x2 blocks while twice too large, bicubic, the middle."""
+    x = pixels.astype(np.float64)
+    while min(x.shape[:2]) >= 2 * size:
+        h, w = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2
+        assert (h, w) == x.shape[:2], "block means are the box filter for even sides alone"
+        x = np.floor(x.reshape(h, w // 2, 2, 3).mean(2) + 0.5)  # Pillow goes along the rows first, rounding in between
+        x = np.floor(x.reshape(h // 2, 2, w // 2, 3).mean(1) + 0.5)
+    scale = size / min(x.shape[:2])
+    rows, columns = (resampling(side, round(side * scale)) for side in x.shape[:2])
+    x = np.clip(np.rint(np.einsum("cw,hwk->hck", columns, x)), 0, 255)
+    x = np.clip(np.rint(np.einsum("rh,hck->rck", rows, x)), 0, 255)
+    top, left = (x.shape[0] - size) // 2, (x.shape[1] - size) // 2
+    return x[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(1, 1, 8), (3, 200, 33), (31, 32, 8), (500, 37, 32)])
+def test_any_image_becomes_a_square_of_the_size(width, height, size):
+    found = center_crop(noise(width, height), size)
+    assert (found.size, found.mode) == ((size, size), "RGB")
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (16, 40), (40, 16), (17, 16)])
+def test_where_the_short_side_fits_only_the_middle_is_cut_out(width, height):
+    pixels = np.asarray(noise(width, height))
+    top, left = (height - 16) // 2, (width - 16) // 2
+    assert np.array_equal(center_crop(noise(width, height), 16), pixels[top : top + 16, left : left + 16])
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(32, 32, 16), (64, 96, 16), (40, 40, 16), (12, 20, 16), (96, 80, 20)]
+)
+def test_box_and_bicubic_steps_give_the_derived_pixels(width, height, size):
+    image = noise(width, height)
+    difference = np.abs(np.asarray(center_crop(image, size)).astype(float) - derived(np.asarray(image), size))
+    assert difference.max() <= 1, "fixed-point weights may move a pixel by one level"
+    assert difference.mean() < 0.05
+
+
+def test_just_below_twice_the_size_there_is_no_box_step():
+    image = noise(63, 63)
+    bicubic = image.resize((32, 32), Image.Resampling.BICUBIC)
+    assert center_crop(image, 32).tobytes() == bicubic.tobytes()
+
+
+def test_colour_and_centre_are_kept():
+    image = flat(150, 120, (0, 0, 0))
+    image.paste((255, 0, 0), (55, 40, 95, 80))  # a square around the middle (75, 60); 40 columns leave 4 on each side
+    found = np.asarray(center_crop(image, 32))[..., 0].astype(float)
+    lines = np.arange(32) - 15.5
+    assert abs((found * lines[None]).sum() / found.sum()) < 0.02
+    assert abs((found * lines[:, None]).sum() / found.sum()) < 0.02
+    assert np.unique(np.asarray(center_crop(flat(77, 150), 32)).reshape(-1, 3), axis=0).tolist() == [[10, 200, 77]]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_every_mode_becomes_rgb(mode):
+    image = flat(40, 50, (255, 255, 255)).convert(mode)
+    found = np.asarray(center_crop(image, 16))
+    assert found.shape == (16, 16, 3)
+    assert found.min() >= 254
+
+
+def test_all_levels_survive_the_conversion_to_signed_numbers_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    signed = to_signed(pixels)
+    assert (signed.min().item(), signed.max().item()) == (-1.0, 1.0)
+    assert torch.equal(to_uint8(signed), pixels)
+    tensor = to_tensor(flat(4, 6, (1, 2, 3)))
+    assert tensor.shape == (3, 6, 4)
+    assert tensor[:, 0, 0].tolist() == [1, 2, 3]

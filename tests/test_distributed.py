@@ -378,7 +378,7 @@ def test_a_launch_stops_at_a_signal_and_the_run_goes_on(output, make_study, monk
     (step,) = run.steps()
     assert 3 <= step < 2000
     assert run.metrics()[-1]["step"] == step
-    assert list(run.dir.glob("launch-*")) == []
+    assert list(run.dir.glob(".launch-*")) == []
     longer = Run(make_study(f"train.steps={step + 1}", "train.keep=[]"), "haste", 0)
     launching.fit(longer, progress=False)
     assert longer.steps() == [step + 1]
@@ -397,17 +397,18 @@ def test_a_launch_of_so_many_processes_is_refused_before_it_starts(output, tiny,
     assert not (output / "runs").exists()
 
 
-def test_what_a_worker_said_last_is_the_reason(tmp_path):
-    logs = [tmp_path / "workers" / "id" / "attempt_0" / str(i) / "stderr.log" for i in range(2)]
-    for i, log in enumerate(logs):
-        log.parent.mkdir(parents=True)
-        log.write_text(f"Traceback\nRuntimeError: {i}\n")
-        os.utime(log, (10 - i, 10 - i))
-    (tmp_path / "launcher.log").write_text("ChildFailedError\n")
-    crashed = f"a process of the training failed: RuntimeError: 1; all they said is in {tmp_path}"
-    assert repr(launching._ending(tmp_path, None)) == repr(HasteError(crashed))
-    assert repr(launching._ending(tmp_path, "stopped")) == repr(Interrupted("stopped"))
-    logs[0].write_text("haste: at step 3, saved\n")
-    assert repr(launching._ending(tmp_path, "stopped")) == repr(Interrupted("at step 3, saved"))
-    logs[1].write_text("haste: error: no room\n")
-    assert repr(launching._ending(tmp_path, "stopped")) == repr(HasteError("no room"))
+@pytest.mark.parametrize(
+    ("recorded", "stopped", "expected"),
+    [
+        ("HasteError: no room", True, HasteError("no room")),
+        ("Interrupted: at step 3, saved", True, Interrupted("at step 3, saved")),
+        (None, True, Interrupted("stopped; run again to go on")),
+        ("RuntimeError: 1\n2", False, HasteError("a process failed: RuntimeError: 1 2; all output is in FOLDER")),
+        (None, False, HasteError("a process failed: it was killed; all output is in FOLDER")),
+    ],
+)
+def test_the_failure_that_the_launcher_recorded_is_the_reason(tmp_path, recorded, stopped, expected):
+    failure = tmp_path / "error.json"
+    if recorded is not None:
+        failure.write_text(json.dumps({"message": {"message": recorded}}))
+    assert repr(launching._error(Path("FOLDER"), failure, stopped)) == repr(expected)

@@ -62,7 +62,7 @@ def _presets() -> str:
     return f"""samplers (Tables 1, 13, 15 and 16, arXiv 2505.16792):
 {"".join(lines)}
 A folder, or a .npz of more images than --shard-size, is drawn in shards: the same command resumes after
-an interruption. torchrun -m haste_core.study.cli sample ... divides the shards among several machines."""
+an interruption. torchrun ... -m -- haste_core.study.cli sample ... divides it among several machines."""
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -80,12 +80,12 @@ def sample(arguments: argparse.Namespace) -> None:
 
 def _check_sample(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix not in (".png", ".npz", ""):
-        raise HasteError(f"--out {arguments.out}; possible: a name ending in .png or .npz, or a folder")
+        raise HasteError(f"--out {arguments.out}; expected a name ending in .png or .npz, or a folder")
     for name, least in (("n", 1), ("first_seed", 0), ("processes", 1), ("shard_size", 1)):
         if getattr(arguments, name) < least:
-            raise HasteError(f"--{name.replace('_', '-')} {getattr(arguments, name)}; possible: {least} and above")
+            raise HasteError(f"--{name.replace('_', '-')} {getattr(arguments, name)}; expected {least} and above")
     if arguments.out.suffix == ".png" and arguments.processes > 1:
-        raise HasteError(f"--processes {arguments.processes} with --out {arguments.out}; possible: .npz or a folder")
+        raise HasteError(f"--processes {arguments.processes} with --out {arguments.out}; expected .npz or a folder")
     if arguments.sampler is not None and arguments.sampler not in SAMPLERS:
         raise unknown("--sampler", arguments.sampler, SAMPLERS)
 

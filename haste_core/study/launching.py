@@ -63,7 +63,7 @@ def launch(
     command = [
         # A rendezvous on a port that the system picks: two launches cannot meet.
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        "--redirects", "3", "--log-dir", str(folder / "workers"), "-m", "haste_core.study.launching", *words,
+        "--redirects", "3", "--log-dir", str(folder / "workers"), "-m", "--", "haste_core.study.launching", *words,
     ]  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "TQDM_DISABLE": "1"}
     environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS), "TORCHELASTIC_ERROR_FILE": str(failure)}

@@ -82,11 +82,11 @@ class SampleSet:
     def _check_folder(self) -> None:
         path = self.folder / "manifest.json"
         if self.folder.exists() and not self.folder.is_dir():
-            raise HasteError(f"{self.folder} is a file; possible: a new or an empty folder")
+            raise HasteError(f"{self.folder} is a file; use a new or an empty folder")
         if not path.is_file():
             others = [p.name for p in self.folder.glob("*") if not p.name.startswith(".")]
             if others and not path.is_file():  # another process may have begun meanwhile
-                raise HasteError(f"{self.folder} holds other files ({others[0]}); possible: a new or an empty folder")
+                raise HasteError(f"{self.folder} holds other files ({others[0]}); use a new or an empty folder")
             write_json(path, self.manifest)
         known, asked = read_manifest(self.folder), json.loads(json.dumps(self.manifest))
         for key in asked | known:
@@ -94,8 +94,8 @@ class SampleSet:
                 continue
             if known.get(key) != asked.get(key):
                 raise HasteError(
-                    f"{self.folder} holds a set with {key} {known.get(key)!r}, asked is {asked.get(key)!r}; possible: "
-                    f"another --out, or the same settings again"
+                    f"{self.folder} holds a set with {key} {known.get(key)!r}, asked is {asked.get(key)!r}; use "
+                    f"another --out, or the same settings"
                 )
 
     @property
@@ -169,7 +169,7 @@ class SampleSet:
         return images
 
     def _damaged(self, path: Path) -> HasteError:
-        return HasteError(f"{path} is truncated or damaged; possible: delete it, and the same command draws it again")
+        return HasteError(f"{path} is truncated or damaged; delete it, and the same command draws it again")
 
     def __len__(self) -> int:
         return self.n
@@ -226,7 +226,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise HasteError(f"{path} cannot be read; possible: a folder that haste sample made") from error
+        raise HasteError(f"{path} cannot be read; expected a folder that haste sample made") from error
     if not isinstance(content, dict):
-        raise HasteError(f"{path} holds no manifest; possible: a folder that haste sample made")
+        raise HasteError(f"{path} holds no manifest; expected a folder that haste sample made")
     return content

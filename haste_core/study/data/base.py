@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     """The data of one training step.
 
     x: the generator's data, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents. y: labels (B,) int64.
-    images: the teacher's input, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space, empty, (0, C', S', S'), for
-    latents without their images. indices: numbers of the training images, (B,) int64; empty, (0,), for other images.
+    images: the teacher's input, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space, empty (0, C', S', S') for
+    latents without their images. indices: numbers of the training images, (B,) int64; empty (0,) for other images.
     """
 
     x: Tensor

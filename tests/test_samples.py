@@ -1,5 +1,8 @@
+"""Sets of images in shards, locks, presets of samplers, and `haste sample` by one and by several processes."""
+
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -7,25 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from haste_core.study.sample_set import SampleSet, drawer
-from haste_core.study.turns import claimed, turn
 
 from haste_core import files, sampling
-from haste_core.errors import HasteError, Interrupted
+from haste_core.errors import HasteError, Interrupted, InUse
 from haste_core.models import SiT
 from haste_core.study import cli_files as command
 from haste_core.study import config
 from haste_core.study.cli import main
 from haste_core.study.presets import SAMPLERS
+from haste_core.study.samples import SampleSet, drawer
 
-pytestmark = pytest.mark.xdist_group("sample_set")
-
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("samples")
 
 
 def manifest(**more):
@@ -33,10 +32,21 @@ def manifest(**more):
 
 
 def numbers(labels, seeds):
-    """uint8 images (b, 1, 4, 4) that say which label and seed they were drawn with."""
+    """uint8 images (b, 1, 4, 4) that show their label and seed."""
     made = torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8)
     made[:, 0, 0, 0], made[:, 0, 0, 1] = labels.to(torch.uint8), torch.tensor(list(seeds), dtype=torch.uint8)
     return made
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return SampleSet(tmp_path / "set", manifest())
+
+
+@pytest.fixture
+def filled(samples):
+    samples.fill(numbers, batch_size=5)
+    return samples
 
 
 def stored(path):
@@ -44,30 +54,24 @@ def stored(path):
         return {name: content[name] for name in content.files}
 
 
-def test_a_set_is_drawn_in_shards_and_merged(tmp_path):
-    samples = SampleSet(tmp_path / "set", manifest())
-    samples.fill(numbers, batch_size=2)
+# ---- shards and merging ----
+
+
+def test_a_set_is_drawn_in_shards_and_merged(tmp_path, filled):
     shards = sorted((tmp_path / "set" / "shards").iterdir())
     assert [np.load(path, allow_pickle=False).shape for path in shards] == [(5, 4, 4, 1)] * 4 + [(3, 4, 4, 1)]
-    samples.merge(samples.merged, channels=3)
-    content = stored(samples.merged)
-    assert content["arr_0"].shape == (23, 4, 4, 3)
-    assert content["arr_0"].dtype == np.uint8
+    parts = list(filled.batches(3))
+    assert max(len(part) for part in parts) == 3
+    assert torch.equal(torch.cat(parts), numbers(filled.labels(), range(7, 30)))
+    filled.merge(filled.merged, channels=3)
+    content = stored(filled.merged)
+    assert (content["arr_0"].shape, content["arr_0"].dtype) == ((23, 4, 4, 3), np.uint8)
     assert content["labels"].tolist() == [i % 10 for i in range(23)]
     for channel in range(3):
         assert content["arr_0"][:, 0, 0, channel].tolist() == [i % 10 for i in range(23)]
         assert content["arr_0"][:, 0, 1, channel].tolist() == list(range(7, 30))
-    samples.merge(tmp_path / "grey.npz")
+    filled.merge(tmp_path / "grey.npz")
     assert stored(tmp_path / "grey.npz")["arr_0"].shape == (23, 4, 4, 1)
-
-
-def test_batches_come_from_the_shards_in_order(tmp_path):
-    samples = SampleSet(tmp_path / "set", manifest())
-    samples.fill(numbers, batch_size=5)
-    parts = list(samples.batches(3))
-    assert len(samples) == 23
-    assert max(len(part) for part in parts) == 3
-    assert torch.equal(torch.cat(parts), numbers(samples.labels(), range(7, 30)))
 
 
 def test_random_labels_are_drawn_from_the_first_seed(tmp_path):
@@ -75,7 +79,7 @@ def test_random_labels_are_drawn_from_the_first_seed(tmp_path):
     assert torch.equal(samples.labels(), sampling.sample_labels(23, 10, "random", 7))
 
 
-def test_a_set_goes_on_after_a_stop_and_draws_no_shard_twice(tmp_path):
+def test_an_interrupted_set_resumes_and_draws_no_shard_twice(tmp_path, samples):
     asked = []
 
     def stopping(labels, seeds):
@@ -84,7 +88,6 @@ def test_a_set_goes_on_after_a_stop_and_draws_no_shard_twice(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return numbers(labels, seeds)
 
-    samples = SampleSet(tmp_path / "set", manifest())
     with pytest.raises(Interrupted, match="10 of 23 images"):
         samples.fill(stopping, batch_size=2)
     assert samples.missing() == [2, 3, 4]
@@ -97,79 +100,30 @@ def test_a_set_goes_on_after_a_stop_and_draws_no_shard_twice(tmp_path):
     assert torch.equal(torch.cat(list(again.batches(9))), numbers(samples.labels(), range(7, 30)))
 
 
-def test_stops_threads_and_order_change_no_byte_of_the_result(tmp_path):
-    one = SampleSet(tmp_path / "one", manifest())
-    one.fill(numbers, batch_size=5)
-    sets = [SampleSet(tmp_path / "many", manifest()) for _ in range(4)]
-    drawn, guard = [], threading.Lock()
-
-    def slow(labels, seeds):
-        with guard:
-            drawn.append(seeds[0])
-        time.sleep(0.05)
-        return numbers(labels, seeds)
-
-    # Locks belong to open files, so threads contend for them as processes do.
-    threads = [threading.Thread(target=samples.fill, args=(slow, 5)) for samples in sets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(drawn) == [7, 12, 17, 22, 27]
-    for samples in (one, sets[0]):
+def test_processes_take_turns_at_the_shards_and_change_no_byte(tmp_path, filled):
+    divided, drawn = SampleSet(tmp_path / "divided", manifest()), []
+    for rank, first_seeds in ((1, [12, 27]), (0, [7, 22]), (2, [17])):
+        divided.fill(lambda labels, seeds: drawn.append(seeds[0]) or numbers(labels, seeds), 5, rank=rank, processes=3)
+        assert drawn == first_seeds
+        drawn.clear()
+    for samples in (filled, divided):
         samples.merge(samples.merged, 3)
-    assert one.merged.read_bytes() == sets[0].merged.read_bytes()
-    assert not list((tmp_path / "many" / "shards").glob("*.lock"))
-
-
-def test_a_shard_whose_holder_dies_is_taken_over(tmp_path):
-    samples = SampleSet(tmp_path / "set", manifest())
-    lock = samples.paths()[0].with_suffix(".lock")
-    hold = f"""
-import fcntl, os, time
-os.makedirs({str(lock.parent)!r})
-stream = open({str(lock)!r}, "a")
-fcntl.flock(stream, fcntl.LOCK_EX)
-print("held", flush=True)
-time.sleep(60)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout.readline() == b"held\n"
-        worker = threading.Thread(target=samples.fill, args=(numbers, 5))
-        worker.start()
-        deadline = time.monotonic() + 20
-        while samples.missing() != [0]:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert worker.is_alive()  # waits for the shard that is held
-    finally:
-        holder.kill()
-        holder.wait()
-    worker.join(20)
-    assert samples.missing() == []
+    assert filled.merged.read_bytes() == divided.merged.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"checkpoint": "xyz"}, "checkpoint 'abc', asked is 'xyz'"),
-        ({"n": 24}, "n 23, asked is 24"),
         ({"solver_steps": 9}, "solver_steps None, asked is 9"),
-        ({"labels": "random"}, "labels 'balanced', asked is 'random'"),
     ],
 )
-def test_a_folder_with_another_manifest_is_refused_in_one_line(tmp_path, change, words):
-    SampleSet(tmp_path / "set", manifest())
-    with pytest.raises(HasteError) as stop:
+def test_a_folder_with_another_manifest_is_refused_in_one_line(tmp_path, samples, change, words):
+    assert SampleSet(tmp_path / "set", manifest(**{"from": "another arm with equal weights"})).n == 23
+    with pytest.raises(HasteError) as caught:
         SampleSet(tmp_path / "set", manifest(**change))
-    assert words in str(stop.value)
-    assert "\n" not in str(stop.value)
-
-
-def test_where_equal_weights_come_from_is_noted_and_not_compared(tmp_path):
-    SampleSet(tmp_path / "set", manifest(**{"from": "a"}))
-    assert SampleSet(tmp_path / "set", manifest(**{"from": "b"})).n == 23
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_of_other_files_is_refused_and_stays(tmp_path):
@@ -184,94 +138,50 @@ def test_a_folder_of_other_files_is_refused_and_stays(tmp_path):
         SampleSet(tmp_path / "bad", manifest())
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", "cut", "pickle", "other"])
-def test_a_damaged_shard_is_refused_by_name(tmp_path, content):
-    samples = SampleSet(tmp_path / "set", manifest())
-    samples.fill(numbers, batch_size=5)
-    path = samples.paths()[1]
+@pytest.mark.parametrize("content", [b"", "cut", "pickle", "other"])
+def test_a_damaged_shard_is_refused_by_name(filled, content):
+    path = filled.paths()[1]
     if content == "pickle":
         np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     elif content == "other":
         np.save(path, np.zeros((4, 4, 4, 1), np.uint8))
     else:
         path.write_bytes(path.read_bytes()[:-7] if content == "cut" else content)
-    for use in (lambda: samples.fill(numbers, 5), lambda: samples.merge(samples.merged)):
-        with pytest.raises(HasteError, match=r"00001.npy is truncated or damaged; possible: delete it"):
+    for use in (lambda: filled.fill(numbers, 5), lambda: filled.merge(filled.merged)):
+        with pytest.raises(HasteError, match=r"00001.npy is truncated or damaged; delete it"):
             use()
     path.unlink()
-    samples.fill(numbers, batch_size=5)
-    assert samples.missing() == []
+    filled.fill(numbers, batch_size=5)
+    assert filled.missing() == []
 
 
-def test_a_merged_file_is_written_once_and_again_when_it_is_another(tmp_path):
-    samples = SampleSet(tmp_path / "set", manifest())
-    samples.fill(numbers, batch_size=5)
-    path = tmp_path / "out.npz"
-    samples.merge(path)
+def test_a_merged_file_is_written_once_shard_by_shard_and_again_when_it_differs(tmp_path, filled, monkeypatch):
+    path, modes, load = tmp_path / "out.npz", set(), np.load
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", lambda path, **more: modes.add(more.get("mmap_mode")) or load(path, **more))
+        filled.merge(path)
+    assert modes == {"r"}, "shards are mapped"
     written = path.stat().st_mtime_ns
-    samples.merge(path)
+    filled.merge(path)
     assert path.stat().st_mtime_ns == written
     np.savez(path, arr_0=np.zeros((2, 4, 4, 1), np.uint8))
-    samples.merge(path)
+    filled.merge(path)
     assert len(stored(path)["arr_0"]) == 23
     path.write_text("something else")
-    samples.merge(path)
+    filled.merge(path)
     assert len(stored(path)["arr_0"]) == 23
 
 
-def test_merging_holds_one_shard_at_a_time(tmp_path, monkeypatch):
-    samples = SampleSet(tmp_path / "set", manifest())
-    samples.fill(numbers, batch_size=5)
-    ways, load = set(), np.load
-    monkeypatch.setattr(np, "load", lambda path, **more: ways.add(more.get("mmap_mode")) or load(path, **more))
-    samples.merge(samples.merged)
-    assert ways == {"r"}
-
-
-def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
-    samples = SampleSet(tmp_path / "set", manifest())
-
+def test_a_full_disk_leaves_no_half_shard(samples, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(HasteError, match="no room"):
-        samples.fill(numbers, batch_size=5)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        with pytest.raises(HasteError, match="no room"):
+            samples.fill(numbers, batch_size=5)
     assert samples.missing() == [0, 1, 2, 3, 4]
-    assert not list((tmp_path / "set" / "shards").glob("*.tmp"))
-
-
-def test_a_claim_is_held_by_one_and_a_turn_waits(tmp_path):
-    lock, order = tmp_path / "x.lock", []
-    with claimed(lock, "it") as one, claimed(lock, "it") as other:
-        assert (one, other) == (True, False)
-
-    def second():
-        with turn(lock, "it"):
-            order.append("second")
-
-    waiting = threading.Thread(target=second)
-    with turn(lock, "it"):
-        waiting.start()
-        time.sleep(0.1)
-        order.append("first")
-    waiting.join(10)
-    assert order == ["first", "second"]
-    stopping = threading.Event()
-    stopping.set()
-    with turn(lock, "it"), pytest.raises(Interrupted, match="waiting for it"), turn(lock, "it", stopping):
-        pass
-
-
-def test_an_error_in_a_turn_is_not_taken_for_a_held_lock(tmp_path):
-    with pytest.raises(HasteError, match="mine"), turn(tmp_path / "x.lock", "it"):
-        raise HasteError("mine")
-    with pytest.raises(HasteError, match="mine"), claimed(tmp_path / "x.lock", "it"):
-        raise HasteError("mine")
-
-
-# A real generator
+    assert not list(samples.folder.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("sampler", ["heun", "sde"])
@@ -291,7 +201,67 @@ def test_batch_and_shard_size_move_at_most_a_rounding(tmp_path, randomise, tiny,
         assert (difference > 0).double().mean() < 0.002
 
 
-# Presets
+# ---- locks ----
+
+
+def test_a_lock_has_one_holder_whom_the_error_names_and_the_next_waits(tmp_path):
+    lock, order, stopping = tmp_path / "x.lock", [], threading.Event()
+
+    def second():
+        with pytest.raises(Interrupted, match="stopped while waiting for it"), files.locked(lock, "it", True, stopping):
+            pass
+        order.append("stopped")
+        with files.locked(lock, "it", wait=True):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with files.locked(lock, "it"):
+        with pytest.raises(InUse, match=rf"it is in use by process {os.getpid()} on .*; possible: wait"):
+            files.locked(lock, "it").__enter__()
+        waiting.start()
+        time.sleep(0.3)
+        assert order == []
+        stopping.set()
+        time.sleep(0.3)
+        order.append("first")
+    waiting.join(10)
+    assert order == ["stopped", "first", "second"]
+    with pytest.raises(HasteError, match="mine"), files.locked(lock, "it"):
+        raise HasteError("mine")
+    with files.locked(lock, "it"):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    code = (
+        "import sys, pathlib, time\nfrom haste_core.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), 'it'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x.lock")], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(InUse, match=f"process {holder.pid} on"), files.locked(tmp_path / "x.lock", "it"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with files.locked(tmp_path / "x.lock", "it"):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(files.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with (
+        pytest.raises(HasteError, match=r"cannot be locked \(No locks available\); possible: a file system with locks"),
+        files.locked(tmp_path / "lock", "x"),
+    ):
+        pass
+
+
+# ---- the command line ----
 
 
 def test_a_preset_of_the_command_line_decides_all_of_the_sampler_and_set_wins_over_it():
@@ -303,9 +273,6 @@ def test_a_preset_of_the_command_line_decides_all_of_the_sampler_and_set_wins_ov
     chosen = config.load("digits", overrides=[*overrides, *command.preset_overrides("sde-250"), *more]).sample
     assert (chosen.solver_steps, chosen.guidance, chosen.guidance_low, chosen.sampler) == (10, 1.0, 0.0, "sde")
     assert command.preset_overrides(None) == []
-
-
-# The command line
 
 
 SHORT = ["--profile", "smoke", "--set", "train.steps=4", "--set", "train.keep=[]"]
@@ -336,11 +303,11 @@ def test_help_lists_every_preset(capsys):
         assert all(f"{key} {value}" in line for key, value in fields.items())
 
 
-def test_a_folder_a_file_and_two_processes_give_the_same_images(trained, tmp_path, capsys):
+def test_a_folder_and_files_hold_the_same_images(trained, tmp_path, capsys):
     assert main(words(tmp_path / "few.npz", "--n", "25")) == 0
     assert main(words(tmp_path / "many.npz", "--n", "25", "--shard-size", "6")) == 0
     capsys.readouterr()
-    assert main(words(tmp_path / "set", "--n", "25", "--shard-size", "6", "--processes", "2")) == 0
+    assert main(words(tmp_path / "set", "--n", "25", "--shard-size", "6")) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'set' / 'samples.npz'}\n"
     few, many, together = (stored(tmp_path / name) for name in ("few.npz", "many.npz", "set/samples.npz"))
     assert few["arr_0"].shape == (25, 8, 8, 1)
@@ -352,7 +319,20 @@ def test_a_folder_a_file_and_two_processes_give_the_same_images(trained, tmp_pat
     assert (note["n"], note["shard_size"], note["vae"]) == (25, 6, None)
 
 
-def test_a_finished_folder_is_left_alone_and_another_wish_refused(trained, tmp_path, capsys):
+@pytest.mark.slow
+def test_two_processes_write_the_same_file_as_one_and_an_error_is_that_of_the_command(trained, tmp_path, capsys):
+    sizes = ("--n", "25", "--shard-size", "6")
+    assert main(words(tmp_path / "one", *sizes)) == 0
+    capsys.readouterr()
+    assert main(words(tmp_path / "two", *sizes, "--processes", "2")) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'two' / 'samples.npz'}\n"
+    assert (tmp_path / "one" / "samples.npz").read_bytes() == (tmp_path / "two" / "samples.npz").read_bytes()
+    assert main(words(tmp_path / "set", *sizes, "--processes", "2", "--step", "3")) == 2
+    assert "step_00000003" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob(".launch-*"))
+
+
+def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(trained, tmp_path, capsys):
     assert main(words(tmp_path / "set", "--n", "5")) == 0
     moment = (tmp_path / "set" / "samples.npz").stat().st_mtime_ns
     (tmp_path / "set" / "shards" / "00000.npy").unlink()  # not needed any more
@@ -369,21 +349,16 @@ def test_a_finished_folder_is_left_alone_and_another_wish_refused(trained, tmp_p
         assert said in line
 
 
-def test_an_error_of_a_worker_is_the_error_of_the_command(trained, tmp_path, capsys):
-    assert main(words(tmp_path / "set", "--n", "5", "--processes", "2", "--step", "3")) == 2
-    assert "step_00000003" in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--processes", "0"], "--processes 0; possible: 1 and above"),
-        (["--shard-size", "0"], "--shard-size 0; possible: 1 and above"),
+        (["--processes", "0"], "--processes 0; expected 1 and above"),
+        (["--shard-size", "0"], "--shard-size 0; expected 1 and above"),
         (["--sampler", "sde-25"], "unknown --sampler 'sde-25' (did you mean 'sde-250'?)"),
         (["--out", "x.png", "--processes", "2"], "--processes 2 with --out x.png"),
     ],
 )
-def test_a_wish_that_makes_no_sense_is_refused(trained, tmp_path, monkeypatch, capsys, more, said):
+def test_unusable_arguments_are_refused(trained, tmp_path, monkeypatch, capsys, more, said):
     monkeypatch.chdir(tmp_path)
     assert main(words("set", *more)) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -391,7 +366,8 @@ def test_a_wish_that_makes_no_sense_is_refused(trained, tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sigterm_stops_all_processes_between_batches_and_the_same_command_goes_on(trained, tmp_path):
+@pytest.mark.slow
+def test_sigterm_stops_all_processes_between_batches_and_the_same_command_resumes(trained, tmp_path):
     asked = words(tmp_path / "set", "--n", "120", "--shard-size", "12", "--processes", "2", "--set")
     slow = [*asked, "sample.solver_steps=30", "--set", "sample.batch_size=4"]
     child = subprocess.Popen(
