@@ -284,7 +284,7 @@ def test_an_untrained_run_is_refused_with_the_command_that_trains_it(place, caps
     before = files(place)
     more = ["--profile", "smoke", "--set", "train.steps=2"]
     line = refused(capsys, "evaluate", "digits", "vanilla", *more)
-    check(line.split("possible: haste ")[1], "train digits vanilla --seed 0", *more)
+    check(line.split("; run haste ")[1], "train digits vanilla --seed 0", *more)
     check(refused(capsys, "sample", "digits", "vanilla", *more), "no checkpoint", "vanilla", "train")
     assert_kept(before, place)
     assert not list(place.glob("runs/digits/vanilla-*"))

@@ -170,7 +170,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         words = [arguments.study, run.arm, "--seed", str(run.seed), *profile]
         words += [word for override in arguments.overrides for word in ("--set", override)]
         raise HasteError(
-            f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {run.missing_steps()}; possible: "
+            f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {run.missing_steps()}; run "
             f"haste train {shlex.join(words)}"
         )
     if run.study.evaluate.suite == "study":

@@ -286,7 +286,7 @@ def open_samples(path: Path) -> tuple[Images, dict[str, Any]]:
     if samples.merged.is_file():
         return NpzImages(samples.merged), facts
     if samples.missing():
-        raise HasteError(f"{path}: {samples.drawn()} of {samples.n} images are drawn; possible: finish haste sample")
+        raise HasteError(f"{path}: {samples.drawn()} of {samples.n} images are drawn; run the same haste sample again to finish")
     return samples, facts
 
 
@@ -411,9 +411,9 @@ def convert(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
     interop.check_suffix(out, interop.WRITABLE)
     if out.exists() and source.exists() and out.samefile(source):
-        raise HasteError(f"{out} is the source itself; possible: another name")
+        raise HasteError(f"{out} is the source itself; expected another name")
     if out.is_dir():
-        raise HasteError(f"{out} is a folder; possible: a name ending in {' or '.join(interop.WRITABLE)}")
+        raise HasteError(f"{out} is a folder; expected a name ending in {' or '.join(interop.WRITABLE)}")
     content = interop.read(source)
     tensors, which = interop.read_weights(content, arguments.weights)
     family, heads = _known(source, arguments)
@@ -462,5 +462,5 @@ def _known(source: Path, arguments: argparse.Namespace) -> tuple[Any, int | None
         raise HasteError(f"{described} is no run's configuration ({type(error).__name__})") from error
     for name, given, found in (("--family", arguments.family, kind), ("--heads", arguments.heads, heads)):
         if given not in (None, found):
-            raise HasteError(f"{name} {given} contradicts {described}; possible: {found}")
+            raise HasteError(f"{name} {given} contradicts {described}; expected {found}")
     return kind, heads

@@ -266,7 +266,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes, by phase (1, 2); a phase without steps is left out.
+    """Sizes and costs of a run, the latter by phase (1, 2); a phase without steps is left out.
 
     student, projector, teacher: numbers of parameters. forward: FLOPs of the student's forward pass of one image.
     images: images of a micro-batch on one device. gpus: devices that share a step.
@@ -296,7 +296,7 @@ class Estimate:
 
 
 def estimate(run: config.RunConfig, example: Example, gpus: int = 1, shared: int = 0) -> Estimate:
-    """What a run takes.
+    """Estimate of a run's operations, memory and disk space.
 
     Args:
         run, example: the run, and one example of its data.
@@ -354,7 +354,7 @@ def shared_steps(study: config.Study, arm: str) -> tuple[str, int]:
 
 
 def plan(study: config.Study, example: Example, speed: Mapping[int, float], gpus: int = 1) -> pd.DataFrame:
-    """What every arm of a study takes in each phase.
+    """Estimates of every arm of a study in each phase.
 
     Not counted: GPUs that wait for each other, training a teacher or extractor, decoding and scoring, what triggers
     measure. Steps that an arm shares with another are counted there alone.

@@ -72,7 +72,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise HasteError(f"seed {self.seed}; possible: 0 and above")
+            raise HasteError(f"seed {self.seed}; expected 0 and above")
         self.study.run(self.arm)  # an arm that does not exist is an error here and now
 
     @cached_property
@@ -82,12 +82,12 @@ class Run:
 
     @cached_property
     def sample(self) -> Sample:
-        """How the arm's images are drawn."""
+        """Sampler settings of the arm."""
         return self.study.sample_of(self.arm)
 
     @cached_property
     def evaluation_hash(self) -> str:
-        """Hash of everything that moves a score of this run except its weights."""
+        """Hash of everything that affects a score of this run except its weights."""
         return self.study.evaluation_hash_of(self.sample)
 
     @cached_property
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def evaluation_path(self) -> Path:
-        """Scores of this run under the study's present evaluation settings."""
+        """The file of scores under the study's present evaluation settings."""
         return self.dir / f"evaluation-{self.evaluation_hash}.json"
 
     def checkpoint_path(self, step: int) -> Path:
@@ -129,14 +129,14 @@ class Run:
         if (state["lineage"], state["seed"]) != (self.config.lineage, self.seed):
             raise HasteError(
                 f"checkpoint {self.checkpoint_path(step)} belongs to lineage {state['lineage']} seed {state['seed']}, "
-                f"this run is lineage {self.config.lineage} seed {self.seed}; possible: delete it"
+                f"this run is lineage {self.config.lineage} seed {self.seed}; delete the checkpoint, or move the folder away"
             )
         return tensors, state
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged measurements, one dict per logged step."""
         if not self.metrics_path.is_file():
-            raise HasteError(f"no metrics at {self.metrics_path}; possible: haste train {self.study.name} {self.arm}")
+            raise HasteError(f"no metrics at {self.metrics_path}; run haste train {self.study.name} {self.arm}")
         return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
 
     def keep_metrics_until(self, step: int) -> None:
