@@ -40,21 +40,15 @@ def add_sample(add: Callable[..., Any]) -> None:
     sub.epilog, sub.formatter_class = _presets(), argparse.RawDescriptionHelpFormatter
     sub.add_argument("--step", type=int, help="which checkpoint (default: the last)")
     sub.add_argument("--n", type=int, default=100, help="number of images (default: %(default)s)")
-    sub.add_argument(
-        "--first-seed", type=int, default=0,
-        help="seed of the first image; the i-th has the next and the i-th label (default: %(default)s)",
-    )  # fmt: skip
+    sub.add_argument("--first-seed", type=int, default=0, help="seed of the first image; the i-th has the next and the "
+                     "i-th label (default: %(default)s)")  # fmt: skip
     sub.add_argument("--sampler", metavar="PRESET", help="one of the settings below; --set sample.KEY=VALUE wins")
-    sub.add_argument(
-        "--out", type=Path, default=Path("samples.png"),
-        help="a .png sheet, a .npz of uint8 images arr_0 (n, S, S, C), or a folder for shards and FOLDER/samples.npz "
-        "with 3 channels, the format of ADM's tools (default: %(default)s)",
-    )  # fmt: skip
+    sub.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png sheet, a .npz of uint8 images arr_0 "
+                     "(n, S, S, C), or a folder for shards and FOLDER/samples.npz with 3 channels, the format of ADM's "
+                     "tools (default: %(default)s)")  # fmt: skip
     sub.add_argument("--processes", type=int, default=1, help="processes that draw (default: %(default)s)")
-    sub.add_argument(
-        "--shard-size", type=int, default=SHARD_SIZE,
-        help="images that are drawn and saved at a time (default: %(default)s)",
-    )  # fmt: skip
+    sub.add_argument("--shard-size", type=int, default=SHARD_SIZE,
+                     help="images that are drawn and saved at a time (default: %(default)s)")  # fmt: skip
 
 
 def _presets() -> str:
@@ -206,29 +200,20 @@ def add_score(commands: Any) -> None:
     text = "score any images by the ADM protocol: FID, sFID, IS, precision, recall, and a distance on DINOv2"
     defaults = config.Evaluate(suite="adm")
     sub = commands.add_parser("score", help=text, description=text[0].upper() + text[1:] + ".")
-    sub.add_argument(
-        "samples", type=Path, help="an .npz file with uint8 images arr_0 (n, S, S, 3), or a folder of haste sample"
-    )
-    sub.add_argument(
-        "--reference", required=True, metavar="REF",
-        help="an ADM .npz with mu, sigma, mu_s, sigma_s or images arr_0, or a study, whose training images it is",
-    )  # fmt: skip
+    sub.add_argument("samples", type=Path,
+                     help="an .npz file with uint8 images arr_0 (n, S, S, 3), or a folder of haste sample")  # fmt: skip
+    sub.add_argument("--reference", required=True, metavar="REF", help="an ADM .npz with mu, sigma, mu_s, sigma_s or "
+                     "images arr_0, or a study, whose training images it is")  # fmt: skip
     sub.add_argument("--profile", help="a profile of that study")
-    sub.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="override a setting of that study, for instance data.path=FOLDER; may be repeated",
-    )  # fmt: skip
-    sub.add_argument(
-        "--inception", default=defaults.inception, metavar="PATH",
-        help="local weights of torch-fidelity's Inception; hub downloads them (default: %(default)s)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--dinov2", default=defaults.dinov2, metavar="PATH",
-        help="local DINOv2 weights; hub downloads them, none leaves that score out (default: %(default)s)",
-    )  # fmt: skip
+    sub.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+                     help="override a setting of that study, such as data.path=FOLDER; may be repeated")  # fmt: skip
+    sub.add_argument("--inception", default=defaults.inception, metavar="PATH", help="local weights of "
+                     "torch-fidelity's Inception; hub downloads them (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--dinov2", default=defaults.dinov2, metavar="PATH", help="local DINOv2 weights; hub downloads "
+                     "them, none leaves that score out (default: %(default)s)")  # fmt: skip
     sub.add_argument("--dinov2-model", default=defaults.dinov2_model, help="timm's name (default: %(default)s)")
     sub.add_argument(
-        "--batch-size", type=int, default=defaults.batch_size, help="images at a time, on a CPU at most 50"
+        "--batch-size", type=int, default=defaults.batch_size, help="images at a time, at most 50 on a CPU"
     )
     sub.add_argument("--out", type=Path, metavar="FILE.json", help="also write scores and card there")
     sub.set_defaults(action=score)
@@ -286,7 +271,9 @@ def open_samples(path: Path) -> tuple[Images, dict[str, Any]]:
     if samples.merged.is_file():
         return NpzImages(samples.merged), facts
     if samples.missing():
-        raise HasteError(f"{path}: {samples.drawn()} of {samples.n} images are drawn; run the same haste sample again to finish")
+        raise HasteError(
+            f"{path}: {samples.drawn()} of {samples.n} images are drawn; run the same haste sample again to finish"
+        )
     return samples, facts
 
 

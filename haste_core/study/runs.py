@@ -129,7 +129,7 @@ class Run:
         if (state["lineage"], state["seed"]) != (self.config.lineage, self.seed):
             raise HasteError(
                 f"checkpoint {self.checkpoint_path(step)} belongs to lineage {state['lineage']} seed {state['seed']}, "
-                f"this run is lineage {self.config.lineage} seed {self.seed}; delete the checkpoint, or move the folder away"
+                f"this run is lineage {self.config.lineage} seed {self.seed}; delete the checkpoint"
             )
         return tensors, state
 
