@@ -97,7 +97,8 @@ def dry_run(run: Run, processes: int = 1) -> DryRun:
 def _text(title: str, checks: list[Check], run: Run, found: Estimate | None) -> str:
     lines = [title, *(f"  {c.state:<7}  {c.name:<{max(len(c.name) for c in checks)}}  {c.found}" for c in checks), ""]
     if found is not None:
-        scoring = scoring_flops(run.config, run.sample, run.study.evaluate.n, found.forward)
+        draws = any(check.name == "sampler" and check.state == "ok" for check in checks)
+        scoring = scoring_flops(run.config, run.sample, run.study.evaluate.n, found.forward) if draws else 0
         lines += ["Estimated from the settings, not a measurement:"]
         lines += [estimate_text(found, run.config.train.precision, scoring), ""]
     counts = {state: sum(c.state == state for c in checks) for state in ("missing", "problem")}
