@@ -5,7 +5,8 @@
 # settings, so changed settings need other files and only what they touch runs again.
 #
 # On a cluster every job reads this file again on its own node: what decides the graph comes with --config, and paths
-# are relative to --directory, the root of all output, which is what a storage provider asks for.
+# are relative to --directory, the root of all output, which is what a storage provider asks for. What jobs ask a cluster
+# for is in its profile (workflow/slurm, workflow/kubernetes): default-resources, and set-resources by rule.
 import json
 import os
 import shlex
@@ -13,25 +14,17 @@ import sys
 from pathlib import Path
 
 from haste_core.study import config as haste
+from haste_core.study.jobs import priorities, stamp_hash
 from haste_core.study.runs import Run, report_dir, study_dir
-from haste_core.study.workflow import priorities, stamp_hash
-
-
-def given(name, otherwise):
-    """A value of --config that was written as JSON; Snakemake itself reads some of these and not others."""
-    value = config.get(name) or otherwise
-    return json.loads(value) if isinstance(value, str) else value
-
 
 # The environment of the node that a job runs on may lack it.
 os.environ["HASTE_OUTPUT"] = OUTPUT = str(config["output"])
 PROFILE = config.get("profile") or None
-OVERRIDES = given("overrides", [])
+# JSON, which Snakemake itself reads in some cases.
+OVERRIDES = config.get("overrides") or []
+OVERRIDES = json.loads(OVERRIDES) if isinstance(OVERRIDES, str) else OVERRIDES
 STUDY = haste.load(config["study"], PROFILE, OVERRIDES)
 PROCESSES = int(config.get("processes", 1))
-# What a cluster's profile asks for by kind of job; locally nothing, so that nothing waits for a GPU that is not there.
-RESOURCES = given("resources", {})
-ON_CLUSTER = bool(config.get("on_cluster"))
 
 
 def below(path):
@@ -69,12 +62,6 @@ def notebook(name, more="", processes=1, then="touch {output:q}"):
     return f"{OUTLIVE}{THREADS % (processes, processes)}; ( {run}) && {then}"
 
 
-def asked(kind):
-    """The resources of a kind of job (prepare, train, analyse, step_time, report)."""
-    # Numbers in --config arrive as text.
-    return {name: int(v) if str(v).isdecimal() else v for name, v in RESOURCES.get(kind, {}).items()}
-
-
 # What every notebook needs to load the same study again.
 COMMON = words(
     "-p", f"study={json.dumps(config['study'])}",
@@ -84,8 +71,6 @@ COMMON = words(
 SETTINGS = words(
     config["study"], *(["--profile", PROFILE] if PROFILE else []), *(w for o in OVERRIDES for w in ("--set", o))
 )
-# A cluster's profile says how often a job that was stopped is tried again, to go on from its checkpoint.
-RETRIES = None if ON_CLUSTER else 1
 NETWORKS = [*map(STUDY.teacher_hash, STUDY.teachers()), STUDY.extractor_hash, STUDY.autoencoder_hash]
 PREPARED = RUNS / f"prepared-{haste.digest(NETWORKS)}.json"
 DONORS = {arm: STUDY.donor(arm) for arm in STUDY.arms}
@@ -131,9 +116,7 @@ rule prepare:
     output: PREPARED
     log: notebook=local(str(EXECUTED / "00_data_and_teacher.ipynb"))
     threads: STUDY.train.threads
-    resources: **asked("prepare")
     priority: 100
-    retries: RETRIES
     shell: notebook("00_data_and_teacher", then=words("cp", study_dir(STUDY) / "prepared.json") + " {output:q}")
 
 for arm in STUDY.arms:
@@ -145,10 +128,8 @@ for arm in STUDY.arms:
         # Neither the seeds (every one has a stamp) nor the number of processes is a parameter to Snakemake.
         params: arm=arm
         threads: STUDY.train.threads * PROCESSES
-        resources: **asked("train")
         # The longest chain of arms first, so that all cores end together.
         priority: PRIORITIES[arm]
-        retries: RETRIES
         shell: notebook("01_train", f"-p arm={{params.arm}} -p seeds=[] -p score=true -p processes={PROCESSES}", PROCESSES)
 
 # Analyses of finished and scored runs, one notebook each; their tables go into the report.
@@ -161,8 +142,6 @@ for name, parameters in STUDY.analyses.items():
         priority: 2
         params: notebook=name, words=words(*(w for k, v in parameters.items() for w in ("-p", f"{k}={json.dumps(v)}")))
         threads: STUDY.train.threads
-        resources: **asked("analyse")
-        retries: RETRIES
         shell: notebook("{params.notebook:q}", "{params.words}")
 
 # Times steps of all main arms interleaved, so it has the machine to itself; on a cluster it has what it is given. Its
@@ -170,8 +149,7 @@ for name, parameters in STUDY.analyses.items():
 rule step_time:
     input: PREPARED
     output: RUNS / f"step_time-{haste.digest([STUDY.run(a).hash for a in STUDY.main])}.stamp"
-    threads: STUDY.train.threads if ON_CLUSTER else workflow.cores
-    resources: **asked("step_time")
+    threads: workflow.resource_settings.cores or STUDY.train.threads
     priority: 1
     shell: OUTLIVE + "( " + HASTE + " cost " + SETTINGS + " ) && touch {output:q}"
 
@@ -184,6 +162,5 @@ rule report:
     output: REPORT / "report.html"
     log: notebook=local(str(EXECUTED / "10_report.ipynb"))
     params: settings=haste.digest(STUDY.model_dump(mode="json"))
-    resources: **asked("report")
     # The notebook writes the report where it belongs, which is what Snakemake asks for unless it keeps a copy.
     shell: notebook("10_report", then="{{ [ -e {output:q} ] || " + words("cp", report_dir(STUDY, PROFILE) / "report.html") + " {output:q}; }}")

@@ -6,7 +6,6 @@ import argparse
 
 from benchmarks import attention, cores, growth, machine, pictures, sampling, step
 from haste_core.devices import default_device
-from haste_core.study.preflight import estimates
 
 ALL = {
     "step": (step.measure, 24),
@@ -28,7 +27,7 @@ def main() -> None:
         measure, rounds = ALL[name]
         table = measure(arguments.rounds or rounds)
         print(table.to_string(index=False))
-        machine.keep(table, name, matrix_rate=estimates.matrix_rate("no", default_device().type))
+        machine.keep(table, name, matrix_rate=machine.matrix_rate("no", default_device().type))
     print(pictures.write(machine.RESULTS / machine.name()))
 
 

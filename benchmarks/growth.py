@@ -14,7 +14,6 @@ import pandas as pd
 from benchmarks import machine, step
 from haste_core.devices import default_device
 from haste_core.study import config, cost
-from haste_core.study.preflight import stand_in
 from haste_core.study.train import create
 
 BATCHES, DEPTHS, SEEDS = (8, 32, 128, 512), (3, 6, 12, 24), (1, 3, 9, 27)
@@ -30,7 +29,7 @@ def measure(rounds: int) -> pd.DataFrame:
     """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        stand_in.write_pairs(folder, step.EXAMPLE, 64)
+        machine.write_pairs(folder, step.EXAMPLE, 64)
         rows = _grown("batch", {n: partial(digits, f"train.batch_size={n}") for n in BATCHES}, rounds)
         rows += _grown("depth", {n: partial(digits, f"model.depth={n}") for n in DEPTHS}, rounds)
         rows += _grown("tokens", {n: partial(step.study, folder, m, ["vanilla"]) for n, m in PRESETS.items()}, rounds)

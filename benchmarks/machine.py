@@ -6,23 +6,28 @@ import json
 import multiprocessing
 import os
 import re
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from haste_core.files import write_json, write_text
-from haste_core.study import provenance
+from haste_core.study import runs
+from haste_core.study.estimate import Example
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def name() -> str:
     """The folder name of this machine: its GPU, or its CPU and the number of cores."""
-    facts = provenance.machine()
+    facts = runs.machine()
     return re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or f"{facts['cpu']} {facts['cores']} cores").lower()).strip("-")
 
 
@@ -31,10 +36,10 @@ def keep(table: pd.DataFrame, called: str, **facts: Any) -> Path:
     path = RESULTS / name() / f"{called}.csv"
     write_text(path, table.to_csv(index=False, float_format="%.5g"))
     origin = {
-        "commit": provenance.commit(),
-        "written": provenance.now(),
-        "machine": provenance.machine(),
-        "environment": provenance.environment(),
+        "commit": runs.commit(),
+        "written": runs.now(),
+        "machine": runs.machine(),
+        "environment": runs.environment(),
         "threads": torch.get_num_threads(),
         **facts,
     }
@@ -65,7 +70,7 @@ def _measured(action: Callable[..., None], threads: int, *arguments: Any) -> flo
     action(*arguments)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return provenance.peak_memory_gib()
+    return runs.peak_memory_gib()
 
 
 def use_all_cores() -> int:
@@ -73,3 +78,34 @@ def use_all_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     return cores
+
+
+def matrix_rate(precision: str, device: str = "cuda", repeats: int = 7) -> float:
+    """FLOP/s of large square matrix products on a device in the precision of a run, the median of `repeats` times."""
+    side, products = (4096, 10) if device == "cuda" else (1024, 1)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    taken = []
+    for _ in range(repeats + 2):  # the first two warm up
+        begun = time.perf_counter()
+        for _ in range(products):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+    return 2 * side**3 * products / statistics.median(taken[2:])
+
+
+def write_pairs(folder: Path, example: Example, count: int) -> None:
+    """Fill a folder with `count` pairs of a noise image and a noise latent in two classes, in REPA's layout."""
+    rng = np.random.default_rng(0)
+    for side, name in (("images", "img{:08d}.png"), ("vae-sd", "img-mean-std-{:08d}.npy")):
+        (folder / side / "00000").mkdir(parents=True)
+        names = [f"00000/{name.format(i)}" for i in range(count)]
+        write_json(folder / side / "dataset.json", {"labels": [[name, i % 2] for i, name in enumerate(names)]})
+        for path in (folder / side / name for name in names):
+            if side == "images":
+                pixels = rng.integers(0, 256, (example.image_size, example.image_size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+            else:
+                np.save(path, rng.random((2 * example.channels, example.size, example.size), dtype=np.float32))

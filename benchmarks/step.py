@@ -19,7 +19,7 @@ import torch
 from benchmarks import machine
 from haste_core.devices import default_device
 from haste_core.study import config, cost
-from haste_core.study.preflight import estimates, stand_in, tracing
+from haste_core.study.estimate import Example, estimate
 from haste_core.study.pretrain import build_teacher
 from haste_core.study.train import create, switch_of
 from haste_core.training import Trainer
@@ -32,7 +32,7 @@ PHASES = {"vanilla": ("vanilla", 2), "repa phase 1": ("repa", 1), "haste phase 1
           "haste phase 2": ("haste", 2)}  # fmt: skip
 
 # A latent and its image, of two classes.
-EXAMPLE = tracing.Example(size=32, channels=4, classes=2, image_size=256, image_channels=3)
+EXAMPLE = Example(size=32, channels=4, classes=2, image_size=256, image_channels=3)
 
 
 def study(folder: Path, model: str = "SiT-B/2", arms: list[str] = ARMS, compiled: bool = False) -> config.Study:
@@ -59,12 +59,12 @@ def measure(rounds: int) -> pd.DataFrame:
     """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        stand_in.write_pairs(folder, EXAMPLE, 4 * BATCH[default_device().type])
+        machine.write_pairs(folder, EXAMPLE, 4 * BATCH[default_device().type])
         chosen = study(folder)
         plain = _timed(cost.states(chosen), rounds, with_teacher=True)
         memory = {title: machine.peak_gib(_alone, folder, *which) for title, which in PHASES.items()}
         compiled = _timed(_compiled(folder), max(3, rounds // 2))
-    rate = estimates.matrix_rate(chosen.train.precision, default_device().type)
+    rate = machine.matrix_rate(chosen.train.precision, default_device().type)
     least = np.add(plain["vanilla"], plain["teacher forward"])
     rows = []
     for what, taken in plain.items():
@@ -131,8 +131,7 @@ def _under_autocast(state: Trainer, images: torch.Tensor) -> None:
 
 
 def _flops(study: config.Study, arm: str, phase: int) -> int:
-    run = study.run(arm)
-    return estimates.estimate(run, EXAMPLE, tracing.networks_of(run, EXAMPLE)).step_flops[phase]
+    return estimate(study.run(arm), EXAMPLE).phases[phase].flops
 
 
 def _alone(folder: Path, arm: str, phase: int) -> None:

@@ -97,27 +97,17 @@ def run(place, tiny):
 @pytest.mark.parametrize(
     ("study", "arm", "more", "words"),
     [
-        (
-            "digitz",
-            "haste",
-            [],
-            ["unknown study 'digitz'", "did you mean 'digits'", STUDIES],
-        ),
-        (
-            "no/such.yaml",
-            "haste",
-            [],
-            ["unknown study 'no/such.yaml'", STUDIES, ".yaml"],
-        ),
+        ("digitz", "haste", [], ["unknown study 'digitz'", "did you mean 'digits'", STUDIES]),
+        ("no/such.yaml", "haste", [], ["unknown study 'no/such.yaml'", STUDIES, ".yaml"]),
         ("digits", "hast", [], ["unknown arm 'hast'", "did you mean 'haste'", "vanilla, repa, atta, holistic, haste"]),
         ("digits", "haste", ["--profile", "smoky"], ["unknown profile", "'smoky'", "did you mean 'smoke'"]),
         ("digits", "haste", ["--seed", "-1"], ["seed -1", "0 and above"]),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
-def test_an_unknown_name_is_refused_naming_the_known_ones(place, capsys, command, study, arm, more, words):
+def test_an_unknown_name_is_refused_naming_the_known_ones(place, capsys, study, arm, more, words):
     before = files(place)
-    check(refused(capsys, command, study, arm, *more), *words)
+    for command in ("train", "sample"):
+        check(refused(capsys, command, study, arm, *more), *words)
     assert files(place) == before
 
 
@@ -176,10 +166,8 @@ def test_a_head_that_only_the_teacher_lacks_is_refused(place, capsys, settings):
     check(line, "head 3", "possible: 0 to 1", "teacher 2")
 
 
-@pytest.mark.parametrize("names", [["mean"], ["mean", "std"]])
-def test_teacher_statistics_of_the_wrong_length_are_refused(place, capsys, settings, names):
-    more = [word for name in names for word in ("--set", f"teacher.{name}=[0.5, 0.5, 0.5]")]
-    check(refused(capsys, "train", "digits", "haste", *settings, *more), "channel")
+def test_teacher_statistics_of_the_wrong_length_are_refused(place, capsys, settings):
+    check(refused(capsys, "train", "digits", "haste", *settings, "--set", "teacher.mean=[0.5, 0.5, 0.5]"), "channel")
 
 
 def test_a_loss_that_is_not_finite_is_refused_naming_the_learning_rate(place, capsys, settings):
@@ -225,17 +213,11 @@ def test_a_bad_wish_for_samples_is_refused(place, tmp_path, monkeypatch, capsys,
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("cores", ["0", "-2"])
-def test_cores_below_one_are_refused(output, capfd, settings, cores):
-    check(refused(capfd, "study", "digits", *settings, "--cores", cores, "--dry-run"), cores, "1 and above")
-
-
-@pytest.mark.parametrize("rounds", ["0", "-2"])
-def test_rounds_below_one_are_refused_and_measured_times_stay(output, capsys, settings, rounds):
+def test_rounds_below_one_are_refused_and_measured_times_stay(output, capsys, settings):
     times = output / "runs" / "digits" / "step_time.json"
     times.parent.mkdir(parents=True)
     times.write_text("[]")
-    check(refused(capsys, "cost", "digits", *settings, "--rounds", rounds), rounds, "1 and above")
+    check(refused(capsys, "cost", "digits", *settings, "--rounds", "0"), "--rounds is 0", "1 and above")
     assert times.read_text() == "[]"
 
 
@@ -298,21 +280,14 @@ def test_profiles_and_arms_that_are_no_mapping_are_refused(output, capsys, chang
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate"])
-def test_an_untrained_run_is_refused_naming_what_makes_one(place, capsys, settings, command):
+def test_an_untrained_run_is_refused_with_the_command_that_trains_it(place, capsys):
     before = files(place)
-    line = refused(capsys, command, "digits", "vanilla", *settings)
-    check(line, "no checkpoint", "vanilla", "train")
-    assert_kept(before, place)
-    assert not list(place.glob("runs/digits/vanilla-*"))
-
-
-def test_the_command_that_evaluate_proposes_makes_the_run_it_misses(place, capsys):
     more = ["--profile", "smoke", "--set", "train.steps=2"]
     line = refused(capsys, "evaluate", "digits", "vanilla", *more)
-    proposed = line.split("possible: haste ")[1]
-    for word in more:
-        assert word in proposed
+    check(line.split("; run haste ")[1], "train digits vanilla --seed 0", *more)
+    check(refused(capsys, "sample", "digits", "vanilla", *more), "no checkpoint", "vanilla", "train")
+    assert_kept(before, place)
+    assert not list(place.glob("runs/digits/vanilla-*"))
 
 
 def cut(path, keep=0.5):
@@ -320,10 +295,9 @@ def cut(path, keep=0.5):
     path.write_bytes(content[: int(len(content) * keep)])
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.0, 0.999])
 @pytest.mark.parametrize(
-    ("command", "more"),
-    [("train", []), ("sample", ["--set", "train.steps=8"]), ("evaluate", ["--set", "train.steps=8"])],
+    ("command", "more", "keep"),
+    [("train", [], 0.5), ("sample", ["--set", "train.steps=8"], 0.0), ("evaluate", ["--set", "train.steps=8"], 0.999)],
 )
 def test_a_truncated_checkpoint_is_refused_by_name(run, place, capsys, settings, command, more, keep):
     cut(run.checkpoint_path(8), keep)
@@ -332,15 +306,6 @@ def test_a_truncated_checkpoint_is_refused_by_name(run, place, capsys, settings,
     check(line, str(run.checkpoint_path(8)), "truncated or damaged", "possible: delete it")
     notes = ("provenance.json", "config.yaml")  # they follow what was asked for last
     assert_kept({name: content for name, content in before.items() if name.name not in notes}, place)
-
-
-def test_training_goes_on_when_the_truncated_checkpoint_is_deleted(run, place, settings):
-    cut(run.checkpoint_path(8))
-    earlier = run.checkpoint_path(4).read_bytes()
-    run.checkpoint_path(8).unlink()
-    assert main(["train", "digits", "haste", *settings]) == 0
-    assert run.steps() == [4, 8, 12]
-    assert run.checkpoint_path(4).read_bytes() == earlier
 
 
 def test_a_truncated_extractor_is_refused_by_name(run, place, capsys, settings):
@@ -454,6 +419,7 @@ def small_disk(finished, output, monkeypatch):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_with_less_room_than_a_checkpoint_is_refused_and_a_later_call_finishes(small_disk, tiny, settings):
     run = Run(tiny, "haste", 0)
     before = files(run.dir / "checkpoints")
@@ -466,16 +432,7 @@ def test_a_disk_with_less_room_than_a_checkpoint_is_refused_and_a_later_call_fin
     assert_kept(before, run.dir / "checkpoints")
 
 
-def test_a_disk_without_a_byte_of_room_is_refused_and_a_later_call_finishes(small_disk, tiny, capsys, settings):
-    run = Run(tiny, "haste", 0)
-    before = files(run.dir)
-    small_disk(0)
-    check(refused(capsys, "train", "digits", "haste", *settings), "no room", "intact")
-    assert files(run.dir) == before
-    small_disk(2**25)
-    assert finishes(run, settings)
-
-
+@pytest.mark.slow
 def test_a_full_disk_for_samples_is_refused(small_disk, output, capsys, settings):
     small_disk(0)
     path = output / "disk" / "images.npz"
@@ -506,19 +463,12 @@ def test_a_bad_notebook_or_parameter_is_refused_before_it_runs(place, tmp_path, 
     assert not (tmp_path / "out.ipynb").exists()
 
 
-@pytest.mark.parametrize(
-    ("parameter", "words"),
-    [
-        ("arm=hast", ["01_train", "unknown arm 'hast'", "did you mean 'haste'"]),
-        ("seeds=[-1]", ["01_train", "seed -1", "0 and above"]),
-    ],
-)
-def test_an_error_in_a_cell_is_passed_on_in_one_line(place, tmp_path, capfd, parameter, words):
+def test_an_error_in_a_cell_is_passed_on_in_one_line(place, tmp_path, capfd):
     before = files(place)
     out = tmp_path / "out.ipynb"
     # Two steps, should it train after all.
-    more = ["-p", "profile=smoke", "-p", "overrides=['train.steps=2', 'teacher.weights=random']"]
-    check(refused(capfd, "notebook", "01_train", str(out), *more, "-p", parameter), *words)
+    more = ["-p", "profile=smoke", "-p", "overrides=['train.steps=2', 'teacher.weights=random']", "-p", "arm=hast"]
+    check(refused(capfd, "notebook", "01_train", str(out), *more), "01_train", "unknown arm", "did you mean 'haste'")
     assert_kept(before, place)
     errors = [
         o for c in nbformat.read(out, as_version=4).cells for o in c.get("outputs", []) if o["output_type"] == "error"

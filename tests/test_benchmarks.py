@@ -14,7 +14,6 @@ import torch
 from benchmarks import attention, growth, machine, pictures, sampling, step
 from benchmarks.__main__ import ALL
 from haste_core.study.data import open_dataset
-from haste_core.study.preflight import stand_in
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def test_attention_is_timed_with_whole_maps_and_in_chunks(monkeypatch):
 
 
 def test_pairs_of_noise_are_a_data_set_like_prepared_ones(tmp_path):
-    stand_in.write_pairs(tmp_path, step.EXAMPLE, 8)
+    machine.write_pairs(tmp_path, step.EXAMPLE, 8)
     chosen = step.study(tmp_path)
     batch = open_dataset(chosen.data).examples("train")
     assert batch.x.shape[1:] == (4, 32, 32)

@@ -21,8 +21,7 @@ from packaging.utils import canonicalize_name
 from haste_core.alignment import projector
 from haste_core.models import SiT
 from haste_core.study import config
-from haste_core.study.cli import parser
-from haste_core.study.commands.common import study_of
+from haste_core.study.cli import parser, study_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "haste_core"
@@ -410,9 +409,9 @@ def test_the_page_on_many_gpus_has_commands_and_readme_leads_to_it():
 def test_the_page_on_many_gpus_names_what_profiles_hold():
     for name in ("slurm", "kubernetes"):
         settings = yaml.safe_load((ROOT / "workflow" / name / "config.yaml").read_text())
-        named = {"executor", "jobs", "retries", "latency-wait", "default-resources", "set-resources"}
+        named = {"executor", "jobs", "retries", "latency-wait", "default-resources"}
         assert named <= set(settings)
-        assert [key for key in (*named, *settings["set-resources"]) if f"`{key}`" not in PAGE] == []
+        assert [key for key in (*named, "set-resources") if f"`{key}`" not in PAGE] == []
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS, *commands(PAGE) - {"haste study"}}))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from benchmarks import machine
 from haste_core.study import config
-from haste_core.study.preflight import tracing
+from haste_core.study.estimate import Example, networks_of
 from haste_core.study.runs import Run
 from haste_core.study.train import fit
 
@@ -82,9 +79,7 @@ def test_every_profile_has_the_papers_arms_and_a_kept_step_for_early_gains(name,
 def test_the_teachers_token_grid_is_the_students(name, image, grid):
     study = config.load(name)
     assert study.data.image_size == image
-    run = study.run("haste")
-    student = tracing.student_of(run, tracing.Example(image // 8, 4, 1000, image, 3))
-    teacher = tracing.teacher_of(run)
+    student, teacher, _ = networks_of(study.run("haste"), Example(image // 8, 4, 1000, image, 3))
     assert student.grid == teacher.grid == (grid, grid)
     assert teacher.image_size == (image * 7 // 8, image * 7 // 8)
     assert not teacher.antialias
@@ -119,22 +114,9 @@ def test_nearly_all_images_train_the_paper_scale():
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A folder as REPA's preparation leaves it: 24 images of 64 pixels in 3 classes, with latents of 4x8x8."""
-    rng = np.random.default_rng(0)
-    root, names = tmp_path / "prepared", {"images": [], "vae-sd": []}
-    for i in range(24):
-        files = {"images": f"00000/img{i:08d}.png", "vae-sd": f"00000/img-mean-std-{i:08d}.npy"}
-        for side, name in files.items():
-            (root / side / name).parent.mkdir(parents=True, exist_ok=True)
-            names[side].append([name, i % 3])
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / "images" / files["images"])
-        mean, std = rng.normal(size=(4, 8, 8)), rng.uniform(0.01, 0.1, (4, 8, 8))
-        stream = io.BytesIO()
-        np.save(stream, np.concatenate([mean, std]).astype(np.float32))
-        (root / "vae-sd" / files["vae-sd"]).write_bytes(stream.getvalue())
-    for side, labels in names.items():
-        (root / side / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return root
+    """A folder in REPA's layout: 24 images of 64 pixels in 2 classes, with latents of 4x8x8."""
+    machine.write_pairs(tmp_path / "prepared", Example(8, 4, 2, 64, 3), 24)
+    return tmp_path / "prepared"
 
 
 @pytest.fixture
@@ -162,7 +144,7 @@ def test_the_smoke_profile_trains_through_both_phases_on_a_prepared_folder(name,
     first, last = run.metrics()[0], run.metrics()[-1]
     assert {"feature", "attention"} <= set(first)
     assert not {"feature", "attention"} & set(last)
-    # Four channels and 3 classes: latents came in, not images.
+    # Four channels and 2 classes: latents came in, not images.
     weights = run.load(6, prefixes=("ema.x_embedder", "ema.y_embedder"))[0]
     assert weights["ema.x_embedder.proj.weight"].shape == (32, 4, 2, 2)
-    assert len(weights["ema.y_embedder.embedding_table.weight"]) == 4
+    assert len(weights["ema.y_embedder.embedding_table.weight"]) == 3

@@ -20,7 +20,6 @@ from haste_core.models import KINDS, MMDiT, SiT
 from haste_core.models.layers import sincos_positions
 from haste_core.released import load_reference, save_reference
 from haste_core.released_layout import infer
-from haste_core.study.commands import convert
 from haste_core.study.runs import Run
 from haste_core.study.train import fit
 
@@ -441,11 +440,10 @@ def run(tiny, output):
 @pytest.fixture
 def haste(capsys):
     """A function that runs `haste convert` and returns what it printed."""
+    from haste_core.study.cli import parser
 
     def command(*words):
-        parser = argparse.ArgumentParser(prog="haste")
-        convert.add(parser.add_subparsers())
-        arguments = parser.parse_args(["convert", *map(str, words)])
+        arguments = parser().parse_args(["convert", *map(str, words)])
         capsys.readouterr()
         arguments.action(arguments)
         (line,) = capsys.readouterr().out.splitlines()
@@ -468,9 +466,9 @@ def test_a_run_is_converted_in_both_phases_with_heads_and_kind_of_its_configurat
     for words in ("sit, depth 3, width 32, heads 4, patch 2, 1x8x8, 10 classes", "projectors none", "weights ema"):
         assert words in line
     assert haste(source, tmp_path / "m.pt", "--weights", "model").endswith("weights model")
-    with pytest.raises(HasteError, match=r"--heads 8 contradicts .*config.yaml; possible: 4"):
+    with pytest.raises(HasteError, match=r"--heads 8 contradicts .*config.yaml; expected 4"):
         haste(source, tmp_path / "b.pt", "--heads", "8")
-    with pytest.raises(HasteError, match=r"--family dit contradicts .*config.yaml; possible: sit"):
+    with pytest.raises(HasteError, match=r"--family dit contradicts .*config.yaml; expected sit"):
         haste(source, tmp_path / "b.pt", "--family", "dit")
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(source.read_bytes())

@@ -18,9 +18,9 @@ import torch
 from haste_core import files, sampling
 from haste_core.errors import HasteError, Interrupted, InUse
 from haste_core.models import SiT
+from haste_core.study import cli_files as command
 from haste_core.study import config
 from haste_core.study.cli import main
-from haste_core.study.commands import sample as command
 from haste_core.study.presets import SAMPLERS
 from haste_core.study.samples import SampleSet, drawer
 

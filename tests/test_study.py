@@ -114,39 +114,29 @@ def moments(folder):
 # -- what it leaves ---------------------------------------------------------------------------------------------------
 
 
-def test_the_last_line_is_the_path_of_the_report(study):
+def test_it_ends_with_the_report_whose_tables_have_rows(study):
     path = Path(study.out.splitlines()[-1])
     assert path == study.report / "report.html"
     assert path.stat().st_size > 10_000
-
-
-def test_every_table_exists_and_has_rows(study):
     for name in ("fid", "floor", "step_time", "claims", "attention", "metrics"):
         assert len(pd.read_csv(study.report / "tables" / f"{name}.csv")) > 0, name
     for name in ("provenance.json", "samples.npz"):
         assert (study.report / "tables" / name).stat().st_size > 0
     assert len(list((study.report / "tables" / "cards").glob("*.json"))) == 1
-
-
-def test_the_fid_table_has_every_arm_and_kept_step(study):
     fid = pd.read_csv(study.report / "tables" / "fid.csv")
     assert set(zip(fid["arm"], fid["seed"], fid["step"], strict=True)) == {(a, 0, s) for a in ARMS for s in (4, 8, 12)}
     assert fid["fid"].notna().all()
 
 
-def test_every_job_leaves_its_executed_notebook(study):
+def test_it_leaves_executed_notebooks_runs_and_reports_and_nothing_else(study):
     names = {path.stem for path in (study.report / "notebooks").glob("*.ipynb")}
-    assert names == {
-        "00_data_and_teacher",
-        "10_report",
-        *(f"01_train_{arm}" for arm in ARMS),
-    }
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_kept_checkpoint_of_every_run_is_there(study, arm):
-    assert study.run(arm).steps() == [4, 8, 12]
-    assert [line["step"] for line in study.run(arm).metrics()] == [2, 4, 6, 8, 10, 12]
+    assert names == {"00_data_and_teacher", "10_report", *(f"01_train_{arm}" for arm in ARMS)}
+    assert {path.name for path in study.dir.iterdir()} == {".snakemake", "reports", "runs"}
+    for run in map(study.run, ARMS):
+        assert run.steps() == [4, 8, 12]
+        assert [line["step"] for line in run.metrics()] == [2, 4, 6, 8, 10, 12]
+    cards = {json.loads(study.run(arm).evaluation_path.read_text())["card"]["card_id"] for arm in ARMS}
+    assert len(cards) == 1
 
 
 def test_haste_says_that_it_shares_its_first_part_with_holistic(study):
@@ -156,15 +146,6 @@ def test_haste_says_that_it_shares_its_first_part_with_holistic(study):
     for step in (4, 8):
         assert study.run("haste").checkpoint_path(step).samefile(study.run("holistic").checkpoint_path(step))
     assert "shared_with" not in json.loads((study.run("vanilla").dir / "provenance.json").read_text())
-
-
-def test_all_runs_are_scored_with_one_card(study):
-    cards = {json.loads(study.run(arm).evaluation_path.read_text())["card"]["card_id"] for arm in ARMS}
-    assert len(cards) == 1
-
-
-def test_only_runs_and_reports_are_written_beside_the_notes_of_snakemake(study):
-    assert {path.name for path in study.dir.iterdir()} == {".snakemake", "reports", "runs"}
 
 
 # -- what a second call does ------------------------------------------------------------------------------------------
@@ -178,27 +159,26 @@ def test_a_second_call_runs_no_job_and_ends_with_the_same_path(study, capfd):
     assert jobs(capfd) == set()
 
 
-def test_what_was_done_here_is_not_done_again_on_a_cluster_or_by_more_processes(study, capfd):
-    assert jobs(capfd, "--on", "slurm", "--processes", "2") == set()
+def test_finished_work_is_not_repeated_by_more_processes(study, capfd):
+    assert jobs(capfd, "--processes", "2") == set()
 
 
-def test_another_sampler_setting_scores_every_arm_again(study, capfd):
-    # That such a job trains nothing is tested with the notebook.
-    assert jobs(capfd, "--set", "sample.solver_steps=3") == {*(f"arm_{arm}" for arm in ARMS), "report"}
-
-
-def test_a_sampler_of_one_arm_scores_that_arm_alone(study, capfd):
-    assert jobs(capfd, "--set", "arms.vanilla.sample.solver_steps=3") == {"arm_vanilla", "report"}
-
-
-def test_another_weight_in_one_arm_trains_that_arm_alone(study, capfd):
-    listed = jobs(capfd, "--set", "arms.haste.alignment.lambda_attention=1.0")
-    assert listed == {"arm_haste", "step_time", "report"}
-
-
-def test_analyses_run_after_the_scores_and_before_the_report(study, capfd):
-    wanted = "analyses={07_termination: {}, 08_ablations: {groups: [main]}}"
-    assert jobs(capfd, "--set", wanted) == {"analyse_07_termination", "analyse_08_ablations", "report"}
+@pytest.mark.parametrize(
+    ("setting", "listed"),
+    [
+        # That jobs of finished runs train nothing is tested with the notebook.
+        ("sample.solver_steps=3", {*(f"arm_{arm}" for arm in ARMS), "report"}),
+        ("seeds=[0, 1]", {*(f"arm_{arm}" for arm in ARMS), "report"}),
+        ("arms.vanilla.sample.solver_steps=3", {"arm_vanilla", "report"}),
+        ("arms.haste.alignment.lambda_attention=1.0", {"arm_haste", "step_time", "report"}),
+        (
+            "analyses={07_termination: {}, 08_ablations: {groups: [main]}}",
+            {"analyse_07_termination", "analyse_08_ablations", "report"},
+        ),
+    ],
+)
+def test_a_changed_setting_runs_the_jobs_it_touches(study, capfd, setting, listed):
+    assert jobs(capfd, "--set", setting) == listed
 
 
 def test_an_analysis_of_the_study_leaves_its_tables_for_the_report(study, tmp_path, monkeypatch, capfd):
@@ -209,11 +189,6 @@ def test_an_analysis_of_the_study_leaves_its_tables_for_the_report(study, tmp_pa
     assert (copy.report / "notebooks" / "08_ablations.ipynb").is_file()
     assert "Which choices matter?" in (copy.report / "report.html").read_text()
     assert "Which choices matter?" not in (study.report / "report.html").read_text()
-
-
-def test_another_seed_runs_the_arms_and_prepares_and_times_nothing_again(study, capfd):
-    # That such a job leaves the finished seed alone is tested with the notebook.
-    assert jobs(capfd, "--set", "seeds=[0, 1]") == {*(f"arm_{arm}" for arm in ARMS), "report"}
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
-from haste_core.study import config, provenance
-from haste_core.study.runs import Run
+from haste_core.study import config
+from haste_core.study.runs import Run, commit, environment, now
 
 
 def obtain(
@@ -94,7 +94,7 @@ def obtain_whole(
     table = measure()
     write_table(path, table.to_dict("records"), list(table.columns))  # type: ignore[arg-type]
     facts = {"table": name, "key": key, "card": card, "runs": whose, "rows": len(table)}
-    facts |= {"commit": provenance.commit(), "environment": provenance.environment(), "written": provenance.now()}
+    facts |= {"commit": commit(), "environment": environment(), "written": now()}
     write_json(facts_path, facts | {"seconds": round(time.perf_counter() - begun, 1)})
     return pd.read_csv(path)
 

@@ -26,7 +26,7 @@ from haste_core.devices import default_device
 from haste_core.encoders import build_encoder
 from haste_core.errors import HasteError
 from haste_core.files import atomic, locked, output_root
-from haste_core.study import config, provenance
+from haste_core.study import config, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.images import Images, MemoryImages, NpzImages, TrainingImages, file_hash
 from haste_core.study.scores import LIMIT, Gaussian, Moments, augmented, card, frechet_distance, probe_of
@@ -391,7 +391,7 @@ def scoring_facts(evaluate: config.Evaluate, data: config.Data | None, extractor
     else:
         raise HasteError("no reference to score against; expected an ADM .npz or a study")
     return {
-        "evaluator": f"ADM protocol on torch-fidelity {provenance.environment()['torch-fidelity']}",
+        "evaluator": f"ADM protocol on torch-fidelity {runs.environment()['torch-fidelity']}",
         "extractor": extractor,
         "sfid": "Mixed_6d.branch1x1, 7 channels, NHWC",
         "is": f"logits without bias, exp of the mean KL of {IS_PART} images in order, averaged over parts",

@@ -1,4 +1,4 @@
-"""What a step costs in each phase, measured interleaved in one process."""
+"""Measured time of training steps: arms and phases interleaved in one process, as ratios within each round."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from haste_core.training import Trainer
 COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
 ROUNDS = 12
 # Settings of `train` that leave the numbers of a run as they are (so its lineage) and change the time of a step.
-_AFFECTS_TIME = ("watch_angle", "accumulate", "sharded", "compile", "prefetch", "cache_teacher")
+_AFFECTS_TIME = ("watch_angle", "accumulate", "compile", "prefetch")
 
 
 class Timing(NamedTuple):
-    """Median seconds of an action, the median ratio to the base's, its 95 % bootstrap interval, and the rounds."""
+    """Median seconds of an action, its median ratio to a base, the ratio's 95 % bootstrap interval, and the rounds."""
 
     seconds: float
     ratio: float
@@ -45,7 +45,7 @@ def states(study: config.Study) -> dict[tuple[str, int], Trainer]:
     made: dict[tuple[Any, ...], Trainer] = {}
     for arm in study.main:
         run = study.run(arm)
-        phases = [2] if not run.alignment.active else [1] if run.tau == float("inf") else [1, 2]
+        phases = [2] if not run.alignment.active else [1] if run.tau == math.inf else [1, 2]
         for phase in phases:
             work = (run.lineage, phase, *(getattr(run.train, name) for name in _AFFECTS_TIME))
             if work not in made:
@@ -69,7 +69,7 @@ def measure(study: config.Study, rounds: int = ROUNDS, steps: int = 2) -> list[d
     """Median seconds per training step of every main arm and phase, and the ratio to a vanilla step with its spread.
 
     A state that several arms share is timed once, and each of them has its row. `ratio_low` and `ratio_high` are a 95 %
-    bootstrap interval of the median ratio (`interleaved`).
+    bootstrap interval of the median ratio (`compared`).
     """
     study.check_baseline()
     running = states(study)
@@ -79,8 +79,15 @@ def measure(study: config.Study, rounds: int = ROUNDS, steps: int = 2) -> list[d
     return [dict(zip(COLUMNS, (*key, *times[first[id(state)]]), strict=True)) for key, state in running.items()]
 
 
+def write(study: config.Study, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Measure, and write the rows to runs/<study>/step_time.json."""
+    rows = measure(study, rounds)
+    write_json(study_dir(study) / "step_time.json", rows)
+    return rows
+
+
 def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) -> pd.DataFrame:
-    """What the online estimate of the gradient angle (`train.watch_angle`) adds to a step of phase I.
+    """Time that the online estimate of the gradient angle (`train.watch_angle`) adds to a step of phase I.
 
     Returns:
         Two rows, without and with it: arm, watched, median_step_s, ratio (to the step without it), ratio_low,
@@ -91,7 +98,7 @@ def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) ->
     """
     run = study.run(arm)
     if not run.alignment.active:
-        raise HasteError(f"arm {arm!r} is never aligned, there is no angle to watch; possible: an aligned arm")
+        raise HasteError(f"arm {arm!r} is never aligned, so it has no gradient angle; expected an aligned arm")
     teacher = find_teacher(study, run.teacher)
     running = {}
     for watched in (False, True):
@@ -110,20 +117,13 @@ def interleaved(
     device: torch.device | None = None,
     label: str = "step time",
 ) -> dict[Any, Timing]:
-    """What each action takes, and its ratio to that of `base`, measured in turns in one process.
-
-    Ratios are taken within a round, so that a machine whose speed drifts does not tilt them.
-
-    Args:
-        actions: by any key. base: the key of the one that others are compared with.
-        rounds, steps, device, label: as in `timed`.
-    """
+    """Timings of actions by key, with ratios to the action `base` of the same round; other arguments as in `timed`."""
     times = timed(actions, rounds, steps, device, label=label)
     return {key: compared(taken, times[base]) for key, taken in times.items()}
 
 
 def compared(taken: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray) -> Timing:
-    """What an action took in each round, beside what another or several together took in the same rounds (seconds)."""
+    """Timing of an action from its seconds in each round and those of a base in the same rounds."""
     ratios = np.asarray(taken) / np.asarray(base)
     medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     low, high = np.quantile(medians, [0.025, 0.975])
@@ -136,26 +136,22 @@ def timed(
     steps: int = 1,
     device: torch.device | None = None,
     seconds: float = math.inf,
-    each_round: Callable[[], object] = lambda: None,
     label: str = "step time",
 ) -> dict[Any, list[float]]:
-    """Seconds of each action, once for every round, after two rounds that warm up.
+    """Seconds of each action in every round, after two rounds of warm-up.
 
     Args:
-        actions: by any key; every round takes each of them, in a new order.
-        rounds: how many at most. steps: how many calls one time is the mean of.
-        device: to wait for, the CPU by default.
+        actions: by any key; every round runs each of them once, in a new order.
+        rounds: number of rounds at most. steps: number of calls that one time is the mean of.
+        device: the device to wait for, the CPU by default.
         seconds: no further round begins after so many, once three are done.
-        each_round: called before every round that counts; what it takes is not in the times.
-        label: of the progress bar.
+        label: label of the progress bar.
     """
     times: dict[Any, list[float]] = {key: [] for key in actions}
     order, rng, first = list(actions), np.random.default_rng(0), _now(device)
     for warmup in tqdm(range(-2, rounds), desc=label, unit="round", mininterval=1.0):
         if warmup >= 3 and _now(device) - first > seconds:
             break
-        if warmup >= 0:
-            each_round()
         rng.shuffle(order)
         for key in order:
             begun = _now(device)
@@ -174,13 +170,6 @@ def step_of(state: Trainer) -> Callable[[], object]:
 def _steps(running: Mapping[Any, Trainer], base: Any, rounds: int, steps: int) -> dict[Any, Timing]:
     device = next(iter(running.values())).accelerator.device
     return interleaved({key: step_of(state) for key, state in running.items()}, base, rounds, steps, device)
-
-
-def write(study: config.Study, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Measure, and keep the rows in runs/<study>/step_time.json."""
-    rows = measure(study, rounds)
-    write_json(study_dir(study) / "step_time.json", rows)
-    return rows
 
 
 def _now(device: torch.device | None) -> float:

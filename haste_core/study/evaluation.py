@@ -16,10 +16,10 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
-from haste_core.study import adm, config, latents, provenance
+from haste_core.study import adm, config, latents
 from haste_core.study.data import open_dataset
 from haste_core.study.denoising import SUMMARIES, Probe, summaries
-from haste_core.study.runs import Run, study_dir
+from haste_core.study.runs import Run, session, study_dir
 from haste_core.study.samples import SampleSet, drawer, plan
 from haste_core.study.scores import STUDY_METRICS, StudyScorer, card_of
 from haste_core.study.train import build_generator
@@ -135,7 +135,7 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) 
         scorer = scorer or open_scorer(run.study, progress)
         own = card_of(scorer.card, run)
         known = _known_scores(run, own["card_id"])
-        with provenance.session(run.dir, what="evaluation"):
+        with session(run.dir, what="evaluation"):
             for step in run.config.train.kept_steps:
                 fingerprint = _fingerprint(run, step)
                 if fingerprint not in known:

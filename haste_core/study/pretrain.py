@@ -21,7 +21,7 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json
 from haste_core.seeding import stream
-from haste_core.study import config, provenance, runs, signals
+from haste_core.study import config, runs, signals
 from haste_core.study.data import Batches, Dataset, open_dataset
 from haste_core.teacher import Teacher
 from haste_core.training import Batch
@@ -309,7 +309,7 @@ def _trained_once(
             if not path.is_file():
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
                 dataset = fitting_data(study, fitting)
-                with provenance.session(path.parent, what=role):
+                with runs.session(path.parent, what=role):
                     for attempt in range(fitting.attempts):
                         chosen = fitting.model_copy(update={"seed": fitting.seed + attempt})
                         try:

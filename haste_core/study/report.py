@@ -19,7 +19,7 @@ from haste_core.analysis import attention, switching
 from haste_core.errors import HasteError
 from haste_core.figures import NEAR_DATA, STRUCTURE, VERDICT_COLOUR, Figure, compared, loss_ratio
 from haste_core.files import write_bytes, write_json, write_table, write_text
-from haste_core.study import claims, config, cost, evaluation, judging, provenance, runs
+from haste_core.study import claims, config, cost, evaluation, judging, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.judging import MEASURES
 from haste_core.study.pretrain import find_teacher
@@ -225,7 +225,7 @@ def study_provenance(report: Report) -> dict[str, Any]:
     # A study scored by Inception has no extractors of its own, so their folders are missing.
     extractors = [runs.extractor_path(study).parent, runs.autoencoder_path(study).parent]
     folders = [*teachers, *extractors, *(run.dir for run in report.all_runs())]
-    sessions = [s for folder in folders for s in provenance.read(folder).get("sessions", [])]
+    sessions = [s for folder in folders for s in runs.provenance(folder).get("sessions", [])]
     facts = json.loads((runs.study_dir(study) / "prepared.json").read_text())
     invocation = runs.study_dir(study) / "invocation.json"
     return {
@@ -236,17 +236,17 @@ def study_provenance(report: Report) -> dict[str, Any]:
         "tau": report.tau,
         "steps": study.train.steps,
         "commits": sorted({s["commit"] for s in sessions}),
-        "environment": provenance.environment(),
-        "machine": provenance.machine(),
-        "written": provenance.now(),
+        "environment": runs.environment(),
+        "machine": runs.machine(),
+        "written": runs.now(),
         "compute_minutes": round(sum(s["seconds"] for s in sessions) / 60, 2),
         "largest_process_gib": max(s["peak_memory_gib"] for s in sessions),
         "invocation": json.loads(invocation.read_text()) if invocation.is_file() else None,
         "runs": {
             f"{r.arm} seed {r.seed}": {
                 "hash": r.config.hash,
-                "minutes": round(provenance.seconds(r.dir) / 60, 2),
-                **{k: v for k, v in provenance.read(r.dir).items() if k.startswith("shared")},
+                "minutes": round(runs.recorded_seconds(r.dir) / 60, 2),
+                **{k: v for k, v in runs.provenance(r.dir).items() if k.startswith("shared")},
             }
             for r in report.all_runs()
         },

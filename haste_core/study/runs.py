@@ -1,4 +1,4 @@
-"""Run directories: where one arm with one seed keeps its configuration, metrics and checkpoints.
+"""Run directories (configuration, metrics, checkpoints of one arm with one seed) and the provenance kept in them.
 
     runs/<study>/<arm>-<hash>/seed<k>/      config.yaml, metrics.jsonl, provenance.json, checkpoints/, samples/
     runs/<study>/teacher-<hash>/            the study's own teacher
@@ -11,9 +11,18 @@ was computed before is lost.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +30,11 @@ import yaml
 
 from haste_core import checkpoint
 from haste_core.errors import HasteError
-from haste_core.files import output_root, write_text
+from haste_core.files import output_root, write_json, write_text
 from haste_core.study.config import RunConfig, Sample, Study, Teacher
+
+_PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "accelerate", "numpy", "scikit-learn", "snakemake",
+             "papermill")  # fmt: skip
 
 
 def study_dir(study: Study) -> Path:
@@ -60,7 +72,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise HasteError(f"seed {self.seed}; possible: 0 and above")
+            raise HasteError(f"seed {self.seed}; expected 0 and above")
         self.study.run(self.arm)  # an arm that does not exist is an error here and now
 
     @cached_property
@@ -70,12 +82,12 @@ class Run:
 
     @cached_property
     def sample(self) -> Sample:
-        """How the arm's images are drawn."""
+        """Sampler settings of the arm."""
         return self.study.sample_of(self.arm)
 
     @cached_property
     def evaluation_hash(self) -> str:
-        """Hash of everything that moves a score of this run except its weights."""
+        """Hash of everything that affects a score of this run except its weights."""
         return self.study.evaluation_hash_of(self.sample)
 
     @cached_property
@@ -90,7 +102,7 @@ class Run:
 
     @property
     def evaluation_path(self) -> Path:
-        """Scores of this run under the study's present evaluation settings."""
+        """The file of scores under the study's present evaluation settings."""
         return self.dir / f"evaluation-{self.evaluation_hash}.json"
 
     def checkpoint_path(self, step: int) -> Path:
@@ -117,14 +129,14 @@ class Run:
         if (state["lineage"], state["seed"]) != (self.config.lineage, self.seed):
             raise HasteError(
                 f"checkpoint {self.checkpoint_path(step)} belongs to lineage {state['lineage']} seed {state['seed']}, "
-                f"this run is lineage {self.config.lineage} seed {self.seed}; possible: delete it"
+                f"this run is lineage {self.config.lineage} seed {self.seed}; delete the checkpoint"
             )
         return tensors, state
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged measurements, one dict per logged step."""
         if not self.metrics_path.is_file():
-            raise HasteError(f"no metrics at {self.metrics_path}; possible: haste train {self.study.name} {self.arm}")
+            raise HasteError(f"no metrics at {self.metrics_path}; run haste train {self.study.name} {self.arm}")
         return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
 
     def keep_metrics_until(self, step: int) -> None:
@@ -145,3 +157,96 @@ class Run:
         content = {"study": self.study.name, "arm": self.arm, "seed": self.seed}
         content |= self.config.model_dump(mode="json")
         write_text(self.dir / "config.yaml", yaml.safe_dump(content, sort_keys=False))
+
+
+# -- provenance ------------------------------------------------------------------------------------------------------
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def commit() -> str:
+    """The commit of the code, with "+changes" when tracked code differs from it, or "unknown" outside git."""
+    where = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.ipynb", "*.yaml", "Snakefile")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """Processor, cores and memory of this machine, and its GPU if it has one."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(gib, 1), "gpu": gpu}
+
+
+def peak_memory_gib() -> float:
+    """The largest resident memory this process has had, in GiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what the parent held when it started this process
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(lines["VmHWM"].split()[0]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if platform.system() == "Darwin" else 2**20)
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """The provenance recorded in `folder`, empty if there is none."""
+    path = folder / "provenance.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Add facts to the provenance of `folder`."""
+    write_json(folder / "provenance.json", provenance(folder) | facts)
+
+
+@contextmanager
+def session(folder: Path, **facts: Any) -> Iterator[dict[str, Any]]:
+    """Record a stretch of work in `folder`, however it ends: start, seconds, memory, code, versions, machine.
+
+    Yields a dict to which the block can add facts.
+    """
+    record: dict[str, Any] = {"start": now(), "commit": commit(), "environment": environment(), "machine": machine()}
+    record |= facts
+    begun = time.perf_counter()
+    try:
+        yield record
+    finally:
+        record |= {"seconds": round(time.perf_counter() - begun, 2), "peak_memory_gib": round(peak_memory_gib(), 3)}
+        note(folder, sessions=[*provenance(folder).get("sessions", []), record])
+
+
+def recorded_seconds(folder: Path) -> float:
+    """Seconds of all sessions recorded in `folder`."""
+    return sum(s["seconds"] for s in provenance(folder).get("sessions", []))

@@ -18,7 +18,7 @@ from haste_core import _torchvision_guard, sampling  # noqa: F401  (the guard mu
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.seeding import stream
-from haste_core.study import config, latents, provenance
+from haste_core.study import config, latents, runs
 from haste_core.study.data import Batches, Dataset, open_dataset
 from haste_core.study.denoising import Probe
 from haste_core.study.images import TrainingImages, as_uint8
@@ -255,7 +255,7 @@ def scoring_facts(study: config.Study, extractor: str) -> dict[str, Any]:
     held_out = sampling.to_uint8(open_dataset(study.data).images("test", LIMIT)[0])
     return {
         "extractor": extractor,
-        "evaluator": f"torch-fidelity {provenance.environment()['torch-fidelity']}",
+        "evaluator": f"torch-fidelity {runs.environment()['torch-fidelity']}",
         "kid": [evaluate.kid_subsets, evaluate.kid_subset_size],
         "neighborhood": evaluate.neighborhood,
         "reference": f"{study.data.kind} train split (held-in), not augmented, {LIMIT} images at most",

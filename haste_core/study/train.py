@@ -21,7 +21,7 @@ from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer, build
 from haste_core.processes import Processes
 from haste_core.seeding import stream
-from haste_core.study import config, images, provenance, signals
+from haste_core.study import config, images, runs, signals
 from haste_core.study.data import Batches, Dataset, open_dataset
 from haste_core.study.data.contexts import Contexts
 from haste_core.study.pretrain import check_precision, find_teacher, prepare_teacher
@@ -89,7 +89,7 @@ def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None
     """The loop with its bar, log and record, which the main process keeps; True when a signal ended it."""
     main = trainer.processes.is_main
     facts = {"first_step": trainer.step, "processes": trainer.processes.count}
-    session: AbstractContextManager[dict[str, Any]] = provenance.session(run.dir, **facts) if main else nullcontext({})
+    session: AbstractContextManager[dict[str, Any]] = runs.session(run.dir, **facts) if main else nullcontext({})
     with session as record, signals.catch() as stopping:
         bar = tqdm(
             total=run.config.train.steps, initial=trainer.step, disable=not (progress and main), unit="step",
@@ -226,7 +226,7 @@ def adopt_shared_part(run: Run) -> bool:
             os.link(donor.checkpoint_path(step), target)
         except OSError:  # a file system without hard links
             write_bytes(target, donor.checkpoint_path(step).read_bytes())
-    provenance.note(run.dir, shared_with=f"{donor_arm} seed {run.seed}", shared_until_step=tau)
+    runs.note(run.dir, shared_with=f"{donor_arm} seed {run.seed}", shared_until_step=tau)
     return True
 
 
@@ -371,7 +371,19 @@ def build_generator(run: config.RunConfig, dataset: Dataset, seed: int) -> Diffu
             f"an MM-DiT needs text tokens for {dataset.classes} labels of width {model.context_width}, data.contexts "
             f"has {found}; possible: a file by haste_core.study.data.contexts.write, or another model.context_width"
         )
-    sizes = {"image_size": dataset.image_size, "channels": dataset.channels, "classes": dataset.classes}
+    return student_of(model, dataset.image_size, dataset.channels, dataset.classes, seed, contexts)
+
+
+def student_of(
+    model: config.Model, size: int, channels: int, classes: int, seed: int, contexts: Contexts | None = None
+) -> DiffusionTransformer:
+    """Generator of the given settings.
+
+    Args:
+        model: its settings. size, channels, classes: of what is modelled. seed: of its weights.
+        contexts: text tokens by label, for an MM-DiT.
+    """
+    sizes = {"image_size": size, "channels": channels, "classes": classes}
     sizes |= model.model_dump(include={"depth", "width", "heads", "patch"})
     if model.kind == "mmdit":
         return build(model.kind, seed, **sizes, context_width=model.context_width, contexts=contexts)

@@ -1,4 +1,7 @@
-"""`haste study`: runs a study's graph with Snakemake, watches time and memory, and ends with the report's path."""
+"""`haste study`: a study as a graph of Snakemake jobs, each one a notebook run by papermill (Snakefile).
+
+Everything about where and how often jobs run is Snakemake's own: its options, and profiles such as workflow/slurm.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ import psutil
 
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, output_root, project_root, write_json
-from haste_core.study import cluster, config, signals
+from haste_core.study import config, signals
 from haste_core.study.runs import report_dir, study_dir
 
 # Cost of an aligned step relative to an unaligned one, for the order of jobs alone.
@@ -42,20 +45,15 @@ def priorities(study: config.Study, donors: Mapping[str, str | None]) -> dict[st
 
     def length(arm: str) -> float:
         if arm not in lengths:
+            run = study.run(arm)
+            aligned = min(run.tau, run.train.steps)
+            own = run.train.steps - aligned + (0 if donors[arm] else ALIGNED_STEP * aligned)
             after = [length(other) for other, donor in donors.items() if donor == arm]
-            lengths[arm] = _steps(study, arm, donors[arm] is not None) + max(after, default=0)
+            lengths[arm] = len(study.seeds_of(arm)) * own + max(after, default=0)
         return lengths[arm]
 
     longest = max(map(length, study.arms))
     return {arm: 3 + round(96 * length(arm) / longest) for arm in study.arms}
-
-
-def _steps(study: config.Study, arm: str, branches: bool) -> float:
-    """Training steps of an arm's job over all seeds, in unaligned steps, without those it takes over from its donor."""
-    run = study.run(arm)
-    aligned = min(run.tau, run.train.steps)
-    own = run.train.steps - aligned + (0 if branches else ALIGNED_STEP * aligned)
-    return len(study.seeds_of(arm)) * own
 
 
 def run_study(
@@ -63,70 +61,67 @@ def run_study(
     name: str,
     profile: str | None = None,
     overrides: Sequence[str] = (),
-    cores: int | None = None,
-    dry_run: bool = False,
     processes: int = 1,
-    on: str | None = None,
+    options: Sequence[str] = (),
 ) -> Path:
-    """Do everything of a study that is not done yet; returns the path of its report.
+    """Run every job of a study that is not done yet.
 
     Args:
         study: as loaded from `name`, `profile` and `overrides`, which the jobs load again.
         name: a study's name or the path of its file.
         profile, overrides: as for `config.load`.
-        cores: jobs at a time; all cores of this process by default. A cluster's profile says itself how many.
-        dry_run: print the jobs that would run, and run none.
-        processes: how many train each run together, as for `launching.fit`.
-        on: the cluster whose nodes run the jobs, as for `cluster.find`; this machine by default.
+        processes: processes that train each run together.
+        options: Snakemake's own options; without --workflow-profile jobs run on this machine, on all cores by default.
+
+    Returns:
+        The path of the study's report.
 
     Raises:
-        HasteError: a number or the cluster cannot be used, or a job failed; what the others computed is kept, and the
-            next call goes on from there.
-        Interrupted: a signal arrived; runs in progress saved a checkpoint, on a cluster as far as it gave them time.
+        HasteError: the study cannot be run by so many processes, or a job failed; finished work is kept, and the next
+            call goes on from there.
+        Interrupted: a signal arrived; local runs in progress saved a checkpoint, jobs on a cluster were cancelled.
     """
+    from haste_core.processes import micro_batches  # imports accelerate, which the Snakefile does not need
+
     study.check_baseline()
     study.check_claims()
+    for arm in study.arms:
+        train = study.run(arm).train
+        micro_batches(train.batch_size, train.accumulate, processes)
     folder = study_dir(study)
-    _check(study, cores, processes, on)
-    place = cluster.find(on) if on else None
-    command = graph(name, profile, overrides, processes, place) + _where(place, cores, dry_run)
-    away = place is not None and place.remote
+    dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
+    command = [*graph(name, profile, overrides, processes), *_local(options, dry), *options]
     environment = os.environ | {"HASTE_OUTPUT": str(output_root())}
-    if dry_run:
-        if subprocess.run([*command, "--dry-run"], env=environment).returncode:
-            raise HasteError(f"study {study.name}: the graph could not be built; the lines above say why")
+    if dry:
+        if subprocess.run(command, env=environment).returncode:
+            raise HasteError(f"study {study.name}: the graph of jobs cannot be built; see the lines above")
         return report_dir(study, profile) / "report.html"
-    with locked(folder / "study.lock", f"study {study.name}"), watch(folder, _done_before(study)) as watched:
-        # A stop on the terminal reaches a graph of local jobs as a whole; one on a cluster is told by us alone.
+    resumed = any(folder.glob("*/seed*/checkpoints/*.safetensors"))
+    away = "--workflow-profile" in options
+    with locked(folder / "study.lock", f"study {study.name}"), watch(folder, resumed) as watched:
+        # Ctrl-C reaches local jobs directly; Snakemake on a cluster gets its signal from here.
         process = subprocess.Popen(command, env=environment, start_new_session=away)
-        with signals.catch(lambda: _stop_graph(process.pid, away)) as stopping:
+        with signals.catch(lambda: _stop(process.pid)) as stopping:
             status = process.wait()
-    if stopping.is_set() and away:
-        raise Interrupted(f"study {study.name} stopped and its jobs were cancelled; run again to go on")
     if stopping.is_set():
-        raise Interrupted(f"study {study.name} stopped, runs in progress are saved; run again to go on")
+        how = "its jobs were cancelled" if away else "runs in progress are saved"
+        raise Interrupted(f"study {study.name} stopped, {how}; run again to go on")
     if status:
         raise HasteError(
-            f"study {study.name}: a job failed (the lines above say which and why; executed notebooks lie in "
-            f"{report_dir(study, profile) / 'notebooks'}); what was computed is kept, run again to go on"
+            f"study {study.name}: a job failed, see the lines above and the executed notebooks in "
+            f"{report_dir(study, profile) / 'notebooks'}; finished work is kept, run again to go on"
         )
     print(f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes")
     return report_dir(study, profile) / "report.html"
 
 
-def graph(
-    name: str,
-    profile: str | None = None,
-    overrides: Sequence[str] = (),
-    processes: int = 1,
-    place: cluster.Cluster | None = None,
-) -> list[str]:
-    """The command that runs a study's graph, but for Snakemake's options on where; arguments as for `run_study`."""
-    # Snakemake works in the output's root; jobs work here, where relative paths in the settings are seen from.
+def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), processes: int = 1) -> list[str]:
+    """Snakemake's command for the graph of a study, without options on where jobs run; arguments as in `run_study`."""
+    # Snakemake works in the output's root; jobs work here, where relative paths in the settings start.
     given = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
     settings = {
         "study": given, "profile": profile or "", "overrides": json.dumps(list(overrides)), "here": Path.cwd(),
-        "output": output_root(), **cluster.as_config(place, processes),
+        "output": output_root(), "processes": processes,
     }  # fmt: skip
     return [
         sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile"),
@@ -136,34 +131,14 @@ def graph(
     ]  # fmt: skip
 
 
-def _check(study: config.Study, cores: int | None, processes: int, on: str | None) -> None:
-    """Raise HasteError for numbers that no job could work with."""
-    if cores is not None and cores < 1:
-        raise HasteError(f"--cores {cores}; possible: 1 and above")
-    if cores is not None and on:
-        raise HasteError(f"--cores {cores} with --on {on}; possible: one of them, a profile says `jobs`")
-    if processes < 1:
-        raise HasteError(f"--processes {processes}; possible: 1 and above")
-    if processes > 1:
-        from haste_core.processes import micro_batches
-
-        for arm in study.arms:
-            train = study.run(arm).train
-            micro_batches(train.batch_size, train.accumulate, processes)
-
-
-def _where(place: cluster.Cluster | None, cores: int | None, dry_run: bool) -> list[str]:
-    """Snakemake's options for where jobs run, and how many at a time.
-
-    A dry run of a cluster's graph works without the cluster's plugins, where only the profile's own words go unread.
-    """
-    if place is None or (dry_run and place.missing_plugins()):
-        return ["--cores", str(cores or len(os.sched_getaffinity(0)))]
-    return place.options(dry_run)
-
-
-def _done_before(study: config.Study) -> bool:
-    return any(study_dir(study).glob("*/seed*/checkpoints/*.safetensors"))
+def _local(options: Sequence[str], dry: bool) -> list[str]:
+    """Options for jobs on this machine, unless `options` name a profile or say so themselves."""
+    away = "--workflow-profile" in options
+    # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
+    cores = 1000 if away else len(os.sched_getaffinity(0))
+    return ([] if away else ["--retries", "1"]) + (
+        [] if "--cores" in options or (away and not dry) else ["--cores", str(cores)]
+    )
 
 
 @contextmanager
@@ -202,29 +177,29 @@ def memory_gib() -> float:
             full = process.memory_full_info()
             total += getattr(full, "pss", 0) or full.rss
         except psutil.Error:
-            continue  # it ended while we looked
+            continue  # it has ended
     return total / 2**30
 
 
-def _stop_graph(pid: int, away: bool = False) -> None:
-    """Snakemake starts no more jobs and waits for those that run; these save and leave. On a cluster it cancels them.
+def _stop(pid: int) -> None:
+    """Let local notebook jobs save and leave, and Snakemake start no more; without any it cancels what it has started.
 
-    What is cancelled gets SIGTERM and saves, too, if the cluster waits long enough before it kills.
+    A cluster sends SIGTERM to cancelled jobs, which save too if it waits long enough before it kills.
     """
     try:
         scheduler = psutil.Process(pid)
-        if away:
-            scheduler.send_signal(signal.SIGINT)
-            return
         jobs = [child for child in scheduler.children(recursive=True) if _is_notebook_job(child)]
+        if jobs:
+            signals.terminate([scheduler, *jobs])
+        else:
+            scheduler.send_signal(signal.SIGINT)
     except psutil.NoSuchProcess:
-        return  # the graph had ended by itself
-    signals.terminate([scheduler, *jobs])
+        return  # the graph has ended by itself
 
 
 def _is_notebook_job(process: psutil.Process) -> bool:
     try:
         words = process.cmdline()
     except psutil.Error:
-        return False  # it ended while we looked
+        return False  # it has ended
     return "haste_core.study.cli" in words and "notebook" in words

@@ -1,1 +1,0 @@
-"""Commands of `haste` that live in files of their own."""
