@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from haste_core import training
 from haste_core.errors import HasteError
 from haste_core.study import cost
 from haste_core.study.runs import study_dir
+from haste_core.training import Trainer
 
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
@@ -38,18 +38,17 @@ def test_an_arm_that_watches_the_angle_or_has_a_teacher_of_its_own_has_a_state_o
     wider = "{img_size: 8, patch_size: 2, in_chans: 1, embed_dim: 48, depth: 4, num_heads: 4}"
     study = make_study(f"arms.repa.teacher.kwargs={wider}", "arms.holistic.train.watch_angle=true")
     found = cost.states(without(study, "atta"))
-    assert (found["haste", 1].angle is None, found["holistic", 1].angle is None) == (True, False)
-    assert [found[arm, 1].alignment.teacher.width for arm in ("repa", "haste")] == [48, 24]
+    assert (found["haste", 1].haste.angle is None, found["holistic", 1].haste.angle is None) == (True, False)
+    assert [found[arm, 1].haste.teacher.width for arm in ("repa", "haste")] == [48, 24]
 
 
 def test_phase_two_state_trained_in_phase_one_went_through_the_switch_and_stays_there(states, tiny):
     state = states["haste", 2]
-    assert (state.termination.phase, state.termination.switched_at) == (2, tiny.run("haste").tau)
-    assert state.alignment is None
-    assert state.alignment_optimizer is None
+    assert (state.switch.phase, state.switch.switched_at) == (2, tiny.run("haste").tau)
+    assert state.haste is None
     inner = getattr(state.optimizer, "optimizer", state.optimizer)
     assert inner.state, "no optimizer step was taken, so this is no state after a switch"
-    assert set(training.train_step(state)) == {"loss", "denoising", "grad_norm"}
+    assert set(state.train_step()) == {"loss", "denoising", "grad_norm"}
 
 
 def test_a_phase_two_step_does_exactly_the_arithmetic_of_a_vanilla_step_and_phase_one_more(states):
@@ -64,11 +63,11 @@ def test_a_phase_two_step_does_exactly_the_arithmetic_of_a_vanilla_step_and_phas
 
 
 def test_measuring_gives_a_row_per_arm_and_phase_and_times_shared_states_once(output, tiny, monkeypatch):
-    stepped, train_step = [], training.train_step
+    stepped, train_step = [], Trainer.train_step
     study = without(tiny, "repa", "atta")
     states = cost.states(study)
     monkeypatch.setattr(cost, "states", lambda _: states)
-    monkeypatch.setattr(training, "train_step", lambda state: stepped.append(id(state)) or train_step(state))
+    monkeypatch.setattr(Trainer, "train_step", lambda state: stepped.append(id(state)) or train_step(state))
     rows = cost.write(study, rounds=3)
     assert (study_dir(study) / "step_time.json").is_file()
     assert [(row["arm"], row["phase"]) for row in rows] == [("vanilla", 2), ("holistic", 1), ("haste", 1), ("haste", 2)]

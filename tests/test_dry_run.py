@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from haste_core import training
 from haste_core.study import config, dry_run, runs
 from haste_core.study.cli import main
 from haste_core.study.dry_run import check_data, check_reference, check_vae
 from haste_core.study.estimate import Example, estimate
 from haste_core.study.runs import Run
+from haste_core.study.train import fit
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -219,7 +219,7 @@ def test_a_reference_must_hold_statistics_or_images(tmp_path, arrays, state):
 
 def test_an_existing_run_says_where_it_would_go_on(tiny, make_study, output):
     assert "begin at step 0" in looked(tiny, "holistic")["run"].found
-    training.fit(Run(tiny, "holistic", 0), progress=False)
+    fit(Run(tiny, "holistic", 0), progress=False)
     assert "complete" in looked(tiny, "holistic")["run"].found
     assert "begin at step 8, shared with arm holistic" in looked(tiny)["run"].found
     longer = make_study("train.steps=20")

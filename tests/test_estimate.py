@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from haste_core import training
 from haste_core.errors import HasteError
 from haste_core.study import config, estimate
 from haste_core.study.cli import main
 from haste_core.study.estimate import Example
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.train import create
+from haste_core.study.train import adopt_shared_part, create, fit
 
 IMAGENET, DIGITS = Example(32, 4, 1000, 256, 3), Example(8, 1, 10, 8, 1)
 RATE, SHARE = 1e12, 0.5
@@ -87,9 +87,9 @@ def test_few_traced_blocks_stand_for_all(make_study, kind, precision):
 def measured_peak(state):
     """Bytes that a step of a warmed-up run takes at most beyond what lies there between steps."""
     for _ in range(2):
-        training.train_step(state)
+        state.train_step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        training.train_step(state)
+        state.train_step()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     taken = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
     return int(taken.max())
@@ -103,20 +103,32 @@ def test_memory_is_what_a_step_takes_on_the_cpu(make_study, output, arm, phase, 
         "model.depth=6", "model.width=128", f"train.batch_size={batch}", f"train.accumulate={accumulate}"
     )
     held = estimated(study, arm).phases[phase].memory
-    state = create(study.run(arm), 0, training.find_teacher(study) if phase == 1 else None)
+    state = create(study.run(arm), 0, find_teacher(study) if phase == 1 else None)
     assert 0.9 < measured_peak(state) / (held.get("activations", 0) + held.get("gradients", 0)) < 1.3
     assert {"activations", "gradients"} & set(held) == (
         {"activations", "gradients"} if accumulate == 2 else {"activations"} if batch == 128 else {"gradients"}
     )
-    assert held["weights"] == sum(p.nbytes for p in state.parameters())
+    trained = [*state.model.parameters(), *(state.haste.parameters() if state.haste else ())]
+    assert held["weights"] == sum(p.nbytes for p in trained)
     assert held["average"] == sum(p.nbytes for p in state.ema.parameters())
-    moments = [s[key] for o in state.optimizers for s in o.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    moments = [s[key] for s in state.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert held["optimizer"] == sum(m.nbytes for m in moments)
+
+
+def test_recomputed_activations_take_the_estimated_memory(make_study, output):
+    more = ["model.depth=6", "model.width=128", "train.batch_size=256", "train.activation_checkpointing=true"]
+    study = make_study(*more)
+    held = estimated(study, "vanilla").phases[2].memory
+    state = create(study.run("vanilla"), 0, None)
+    assert 0.8 < measured_peak(state) / held["activations"] < 1.3
+    whole = estimated(make_study(*more[:3]), "vanilla").phases[2]
+    assert held["activations"] < 0.4 * whole.memory["activations"]
+    assert 1.2 < estimated(study, "vanilla").phases[2].flops / whole.flops < 1.4
 
 
 def test_checkpoints_have_the_estimated_size(tiny, output):
     run = Run(tiny, "haste", 0)
-    training.fit(run, progress=False)
+    fit(run, progress=False)
     found = estimated(tiny, "haste").phases
     for step, phase in ((8, 1), (12, 2)):
         size = run.checkpoint_path(step).stat().st_size
@@ -168,8 +180,8 @@ def test_an_arm_that_cannot_share_costs_all_of_its_steps(make_study, output, cha
     haste = rows_of(planned(study), "haste")
     assert (haste["shared_with"][1], haste["steps"][1], haste["steps"][2]) == ("", 8, 4)
     if "lambda" not in change:
-        training.fit(Run(study, "holistic", 0), progress=False)
-        assert not training.adopt_shared_part(Run(study, "haste", 0))
+        fit(Run(study, "holistic", 0), progress=False)
+        assert not adopt_shared_part(Run(study, "haste", 0))
 
 
 def test_a_fading_run_is_in_phase_one_until_it_has_faded(make_study):
@@ -264,9 +276,7 @@ def test_estimated_times_are_those_of_a_run_on_the_same_machine(make_study, outp
     speed = estimate.measured_speed(study, DIGITS, seconds=3)
     haste = rows_of(estimate.plan(study, DIGITS, speed.flops), "haste")
     looks = {1: [], 2: []}
-    training.fit(
-        Run(study, "haste", 0), lambda s: looks[s.termination.phase].append(time.perf_counter()), progress=False
-    )
+    fit(Run(study, "haste", 0), lambda s: looks[s.switch.phase].append(time.perf_counter()), progress=False)
     for phase, t in looks.items():
         taken = 30 * statistics.median(b - a for a, b in zip(t, t[1:], strict=False))
         assert 1 / 2 < 86400 * haste["days"][phase] / taken < 2

@@ -769,7 +769,7 @@ def test_a_tiny_model_trains_through_both_phases(reference, output, make_study):
     )  # fmt: skip
     seen = []
     run = Run(study, "haste", 0)
-    fit(run, on_step=lambda state: seen.append((state.step, state.alignment is None)), progress=False)
+    fit(run, on_step=lambda state: seen.append((state.step, state.haste is None)), progress=False)
     assert seen == [(step, step > 4) for step in range(1, 9)]
     logged = run.metrics()
     assert [row["phase"] for row in logged] == [1, 1, 2, 2]

@@ -143,10 +143,10 @@ def test_samples_that_are_not_finite_and_tensors_without_loss_or_gradient_do_not
 
 def test_online_rho_at_a_checkpoint_is_one_pass_over_the_held_out_images(trained, monkeypatch):
     run = trained("repa", "analysis.n=20", "analysis.timesteps=[0.1, 1.0]")
-    whole = gradients.online_rho(run, 8)
+    whole = gradients.online_conflict(run, [8])
     assert whole[["step", "t", "loss", "n"]].to_numpy().tolist() == [[8, 0.1, "feature", 20], [8, 1.0, "feature", 20]]
     monkeypatch.setattr(gradients, "BATCH", 7)
-    assert whole["online"].tolist() == pytest.approx(gradients.online_rho(run, 8)["online"].tolist(), rel=1e-4)
+    assert whole["online"].tolist() == pytest.approx(gradients.online_conflict(run, [8])["online"].tolist(), rel=1e-4)
     # Features alone are aligned, so the rest is the denoising loss: both gradients by passes of their own.
     now = gradients.moment(run, 8, gradients.find_teacher(run.study, run.config.teacher), own=True)
     batch = gradients.held_out(run)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from haste_core.study.data.latents import Manifest
     from haste_core.study.latents import Job
     from haste_core.study.runs import Run
-    from haste_core.study.scoring.image_sources import Images
+    from haste_core.study.images import Images
 
 
 # -- sample ------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def score(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise HasteError(f"--batch-size is {arguments.batch_size}; expected 1 and above")
     from haste_core.files import write_json
-    from haste_core.study.scoring.adm import AdmScorer
+    from haste_core.study.adm import AdmScorer
 
     is_file = arguments.reference.endswith(".npz")
     data = None if is_file else config.load(arguments.reference, arguments.profile, arguments.overrides).data
@@ -259,7 +259,7 @@ def open_samples(path: Path) -> tuple[Images, dict[str, Any]]:
     Raises:
         HasteError: there are none, or the folder's set is not finished.
     """
-    from haste_core.study.scoring.image_sources import NpzImages, file_hash
+    from haste_core.study.images import NpzImages, file_hash
 
     if not path.is_dir():
         return NpzImages(path), {"samples": path.name, "samples_hash": file_hash(path)}

@@ -260,7 +260,7 @@ def check_vae(data: config.Data, sample: config.Sample) -> Check:
 
 
 def _inception(where: str) -> Check:
-    from haste_core.study.scoring.extractors import INCEPTION_FILE, URL_INCEPTION_V3
+    from haste_core.study.adm import INCEPTION_FILE, URL_INCEPTION_V3
 
     if where != "hub":
         return _file("inception", where, "hub, or the path of torch-fidelity's weights")
@@ -269,7 +269,7 @@ def _inception(where: str) -> Check:
 
 def check_reference(path: str) -> Check:
     """Check of a file of reference statistics or images."""
-    from haste_core.study.scoring.reference import array_names
+    from haste_core.study.adm import array_names
 
     if not Path(path).is_file():
         return _file("reference", path, "ADM's .npz there, or --set evaluate.reference=null (training images)")
