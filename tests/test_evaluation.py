@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from haste_core.errors import HasteError
-from haste_core.study import adm, config, evaluation, pretrain, report
-from haste_core.study.evaluation import evaluate_run, evaluation_samples
+from haste_core.study import adm, config, evaluation, pretrain
+from haste_core.study.evaluation import evaluate_run, evaluation_samples, find_samples
 from haste_core.study.images import MemoryImages
 from haste_core.study.runs import Run
 from haste_core.study.scores import METRICS, compare, extract_features
@@ -102,7 +102,7 @@ def test_a_run_is_scored_once_for_its_settings(workshop, tiny, make_study, count
     assert changed[0]["card"] != first[0]["card"]
     # Images are kept beside the scores of each setting.
     only = tiny.model_copy(update={"arms": {"vanilla": {}}})
-    found = report.collect_samples(report.Report(only, workshop / "report"), count=10)["vanilla@12"]
+    found = np.load(find_samples(Run(only, "vanilla", 0), 12))[:10]
     assert np.array_equal(found, evaluation_samples(Run(tiny, "vanilla", 0), 12)[:10].numpy())
 
 
@@ -117,9 +117,8 @@ def test_a_shared_checkpoint_is_scored_once_and_its_samples_are_found(order, wor
     assert counted == [(order[1], 12)]
     for a, b in zip(one[:2], other[:2], strict=True):
         assert a | {"arm": order[1]} == b
-    found = report.collect_samples(report.Report(study, workshop / "report"), count=10)
-    assert set(found) == {f"{arm}@{step}" for arm in order for step in (4, 8, 12)}
-    assert np.array_equal(found["holistic@8"], found["haste@8"])
+    found = [np.load(find_samples(Run(study, arm, 0), 8)) for arm in order]
+    assert np.array_equal(*found)
 
 
 def test_a_missing_checkpoint_or_score_is_an_error_with_the_command_that_makes_it(workshop, tiny):
