@@ -163,7 +163,7 @@ def test_what_does_not_fit_together_is_refused_before_the_first_step(place, caps
 def test_a_head_that_only_the_teacher_lacks_is_refused(place, capsys, settings):
     more = ["--set", "teacher.kwargs.num_heads=2", "--set", "alignment.heads=[0, 3]"]
     line = refused(capsys, "train", "digits", "haste", *settings, *more)
-    check(line, "head 3", "possible: 0 to 1", "teacher 2")
+    check(line, "head 3", "expected 0 to 1", "teacher 2")
 
 
 def test_teacher_statistics_of_the_wrong_length_are_refused(place, capsys, settings):

@@ -120,7 +120,7 @@ def test_tables_keep_their_origin_and_the_report_shows_both(results):
 
 @pytest.mark.parametrize("folder", sorted(machine.RESULTS.glob("*/")), ids=lambda folder: folder.name)
 def test_readme_and_the_report_show_the_committed_tables(folder, tmp_path):
-    assert pictures.readme_block(folder) in (Path(__file__).parents[1] / "README.md").read_text()
+    assert pictures.readme_block(folder) in (Path(__file__).parents[1] / "docs" / "development.md").read_text()
     again = tmp_path / folder.name
     shutil.copytree(folder, again)
     assert pictures.write(again).read_text() == (folder / "report.md").read_text()

@@ -150,12 +150,9 @@ def test_only_reports_that_readme_shows_are_committed():
 # The package
 
 
-def test_importing_the_package_is_light_and_silent():
-    heavy = ("torch", "matplotlib", "pandas", "numpy", "timm", "torch_fidelity", "snakemake", "papermill")
-    code = f"import sys, haste_core; print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ""
-    assert done.stderr.strip() == "[]"
+def test_importing_the_package_is_silent():
+    done = subprocess.run([sys.executable, "-c", "import haste_core"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_public_names_of_the_package_exist():
@@ -344,24 +341,50 @@ def test_a_notebook_builds_no_path_by_hand(path):
 
 
 README = (ROOT / "README.md").read_text()
-PAGE = (ROOT / "docs" / "many_gpus.md").read_text()
-BARE = {"haste latents", "haste score"}  # named in a sentence, not to be typed
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+}
+BARE = {"haste latents", "haste score", "haste study"}  # named in a sentence, not to be typed
 
 
 def commands(text):
     """The commands of haste in a page: in sentences, and on lines of their own."""
-    return {*re.findall(r"`(haste [a-z][^`]*)`", text), *re.findall(r"^(haste .*)$", text, re.M)} - BARE
+    return {*re.findall(r"`(haste [a-z][^`]*)`", text), *re.findall(r"^(haste [a-z-]+ .*)$", text, re.M)} - BARE
 
 
-COMMANDS = sorted(commands(README))
+def block_below(page, heading, language="python"):
+    """The first block of code in a language below a heading of a page."""
+    return re.search(rf"^## {heading}\n.*?^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)[1]
 
 
-def block_below(heading, language):
-    """The first block of code in a language below a heading of README."""
-    return re.search(rf"^## {heading}\n.*?^```{language}\n(.*?)^```", README, re.M | re.S)[1]
+def test_readme_is_short_and_leads_to_every_page():
+    assert len(README.splitlines()) <= 200
+    assert [page for page in PAGES if page != "README.md" and f"({page})" not in README] == []
 
 
-def test_readmes_block_on_released_checkpoints_does_what_it_says(tmp_path, monkeypatch, randomise):
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_to_files(page):
+    places = re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page])
+    assert [place for place in places if not ((ROOT / page).parent / place).exists()] == []
+
+
+def test_readmes_block_for_ones_own_trainer_trains(tmp_path):
+    block = block_below("README.md", "In your own trainer")
+    tiny = 'Teacher("vit_tiny_patch16_224", weights="random", img_size=8, patch_size=2, embed_dim=24, num_heads=3)'
+    block = block.replace('Teacher("vit_base_patch14_dinov2.lvd142m", img_size=224)', tiny).replace(
+        "width=1152", "width=24"
+    )
+    model = SiT(image_size=8, channels=4, classes=10, depth=9, width=24, heads=3, patch=2)
+    before = [p.clone() for p in model.parameters()]
+    loader = [(torch.rand(2, 3, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([1, 2]))] * 2
+    names = {"model": model, "loader": loader}
+    exec(block, names)  # noqa: S102
+    assert names["loss"].isfinite()
+    assert names["haste"].phase == 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_block_on_released_checkpoints_does_what_it_says(tmp_path, monkeypatch, randomise):
     # Norms of q and k tell how many heads a narrow model has; a published size tells it by its width.
     sizes = {"image_size": 32, "channels": 4, "classes": 1000, "depth": 9, "width": 32, "heads": 2, "patch": 2}
     model = randomise(SiT(**sizes, qk_norm=True)).eval()
@@ -370,10 +393,9 @@ def test_readmes_block_on_released_checkpoints_does_what_it_says(tmp_path, monke
     torch.save({"model": weights, "ema": weights, "opt": {}, "steps": 400_000}, tmp_path / "0400000.pt")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(block_below("Load a released checkpoint and look inside it", "python"), names)  # noqa: S102
+    exec(block_below("docs/models-and-teachers.md", "Load a released checkpoint and look inside it"), names)  # noqa: S102
     seen, expected = names["seen"], model(names["x"], names["t"], names["y"])
     assert len(names["projectors"]) == 1
-    assert seen.output.shape == (1, 4, 32, 32)
     assert torch.equal(seen.output, expected)
     assert {depth: tokens.shape for depth, tokens in seen.tokens.items()} == {8: (1, 256, 32)}
     assert {block: (q.shape, k.shape) for block, (q, k) in seen.qk.items()} == {
@@ -382,7 +404,7 @@ def test_readmes_block_on_released_checkpoints_does_what_it_says(tmp_path, monke
 
 
 def test_readmes_block_for_notebooks_names_what_exists():
-    block = ast.parse(block_below("From a notebook", "python"))
+    block = ast.parse(block_below("README.md", "From a notebook"))
     names = {}
     exec("\n".join(ast.unparse(node) for node in block.body if isinstance(node, ast.ImportFrom)), names)  # noqa: S102
     (load,) = (n for n in ast.walk(block) if isinstance(n, ast.Call) and dotted(n.func) == "config.load")
@@ -395,46 +417,34 @@ def test_readmes_block_for_notebooks_names_what_exists():
     assert ast.literal_eval(calls["generator_at"].args[1]) in study.run("haste").train.kept_steps
 
 
-def test_readme_has_commands():
-    assert len(COMMANDS) > 15
-    assert all(f"`{command}`" in README for command in BARE)
-
-
-def test_the_page_on_many_gpus_has_commands_and_readme_leads_to_it():
-    assert "(docs/many_gpus.md)" in README
-    named = {command.split()[1] for command in commands(PAGE)}
-    assert named == {"latents", "train", "plan", "study", "sample", "score"}
-
-
-def test_the_page_on_many_gpus_names_what_profiles_hold():
+def test_the_page_on_clusters_names_the_settings_of_profiles():
+    page = PAGES["docs/paper-scale-and-clusters.md"]
     for name in ("slurm", "kubernetes"):
         settings = yaml.safe_load((ROOT / "workflow" / name / "config.yaml").read_text())
         named = {"executor", "jobs", "retries", "latency-wait", "default-resources"}
         assert named <= set(settings)
-        assert [key for key in (*named, "set-resources") if f"`{key}`" not in PAGE] == []
+        assert [key for key in named if f"`{key}`" not in page] == []
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS, *commands(PAGE) - {"haste study"}}))
-def test_a_command_of_readme_or_page_is_understood(command):
-    arguments = parser().parse_args(shlex.split(command, comments=True)[1:])
+@pytest.mark.parametrize("command", sorted(set().union(*map(commands, PAGES.values()))))
+def test_a_command_of_a_page_is_understood(command):
+    arguments, _ = parser().parse_known_args(shlex.split(command, comments=True)[1:])
     if getattr(arguments, "study", None) in config.studies():
         study = study_of(arguments)
         assert getattr(arguments, "arm", None) in (None, *study.arms)
 
 
-@pytest.mark.parametrize("options", sorted(set(re.findall(r"`(--set [^`]+)`", README))))
-def test_settings_of_readme_are_known(options):
+@pytest.mark.parametrize(
+    "options", sorted({o for page in PAGES.values() for o in re.findall(r"`(--set [^`]+)`", page)})
+)
+def test_settings_of_pages_are_known(options):
     words = shlex.split(options)
     assert words[::2] == ["--set"] * (len(words) // 2)
     config.load("digits", overrides=words[1::2])
 
 
-def test_files_in_readmes_map_exist():
-    block = re.search(r"^## Where things are\n+```\n(.*?)^```", README, re.M | re.S)[1]
-    below = [PACKAGE / name for name in re.findall(r"^  (\S+)", block, re.M)]
-    above = [ROOT / name for name in re.findall(r"^(\S+)", block, re.M) if name != "runs/"]  # made by a study
-    assert len(below) > 15
-    assert [str(path) for path in (*below, *above) if not path.exists()] == []
-    named = set(re.findall(r"\w+\.py\b", block))
-    assert len(named) > 25
-    assert named <= {path.name for path in MODULES}
+def test_folders_in_readmes_map_exist():
+    block = re.findall(r"^```\n(.*?)^```", README[README.index("## Further") :], re.M | re.S)[-1]
+    named = [name for line in block.splitlines() for name in re.split(r"\s{2,}", line)[0].split(", ")]
+    assert len(named) > 10
+    assert [name for name in named if name != "runs/" and not (ROOT / name).exists()] == []

@@ -663,13 +663,16 @@ def readme_block(folder: Path) -> str:
         found = answers(fid, denoising, Claims(**facts["claims"]), facts["tau"], facts["steps"])
         lines = [f"- **{question}** {text}" for question, text in found]
         lines += [""] if found else []
-    lines += ["| claim | measure | effect (interval) | seeds | verdict |", "|---|---|---|---:|---|"]
+    lines += ["| claim | measure | effect (interval) | verdict |", "|---|---|---|---|"]
     for row in judged[measured(judged)].to_dict("records"):
-        size = f"{effect(row)} {row['unit']}"
-        cells = (f"{row['id']}: {row['claim']}", measure_name(row.get("measure")), size, row["seeds"])
+        cells = (f"{row['id']}: {row['claim']}", measure_name(row.get("measure")), effect(row))
         lines.append(f"| {' | '.join(map(str, cells))} | **{row['verdict']}** |")
-    missing = ", ".join(identity for identity, _ in lacking(judged))
-    lines += ["", f"Not measured or not tested in this study: {missing} (the report says why)."] if missing else []
+    missing = len(list(lacking(judged)))
+    if missing:
+        lines += [
+            "",
+            f"{missing} further claims or readings need other arms or tables; the report lists them with units.",
+        ]
     ratios = [
         f"{row['arm']} phase {'I' if row['phase'] == 1 else 'II'} {row['ratio_to_vanilla']:.2f}"
         for row in times.to_dict("records")
