@@ -247,14 +247,15 @@ class HASTE(nn.Module):
         return ((t >= self.t_low) & (t <= self.t_high)).float()
 
     def measure(self, **readings: float) -> dict[str, Any]:
-        """Measurements since the last call, which the trigger gets to see: call it every so many steps.
+        """Measurements since the last call, which the trigger reads: call it every so many steps, in all processes.
 
         Args:
             readings: further measurements, such as gradient_angle.
 
         Returns:
             "step", "phase"; in phase I "feature" and "attention", means of the unweighted losses; with `watch_angle`
-            "online", cosines by loss and bin of noise levels (None: no sample), and "online_angle", their mean.
+            "online", cosines by loss and bin of noise levels (None: no sample), and "online_angle", their mean. Of
+            several processes these are the first one's.
         """
         means: dict[str, Any] = {
             n: float(self.window[n] / self.window[f"count_{n}"]) for n in ("feature", "attention") if n in self.window
@@ -264,6 +265,8 @@ class HASTE(nn.Module):
             line |= self.angle.summary()
             self.angle.reset()
         self.window = {}
+        # Triggers of all processes read the same line, or rounding could part them at the switch.
+        line = _of_first_process(line)
         self.switch.observe(line)
         return line
 
@@ -342,6 +345,14 @@ def _pick(qk: QK, heads: list[int]) -> QK:
 
 def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _of_first_process(line: dict[str, Any]) -> dict[str, Any]:
+    if _processes() == 1:
+        return line
+    told = [line]
+    distributed.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _mean_over_processes(gradient: Tensor) -> Tensor:

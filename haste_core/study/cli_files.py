@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from haste_core.released import Reference
     from haste_core.released_layout import Layout
     from haste_core.study.data.latents import Manifest
+    from haste_core.study.images import Images
     from haste_core.study.latents import Job
     from haste_core.study.runs import Run
-    from haste_core.study.images import Images
 
 
 # -- sample ------------------------------------------------------------------------------------------------------
