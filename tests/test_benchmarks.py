@@ -49,6 +49,7 @@ def test_operations_of_a_step_grow_with_its_phase(tmp_path):
     assert first > vanilla == second
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypatch):
     whole = step.study
 

@@ -10,11 +10,11 @@ import torch
 
 from haste_core import paths, sampling
 from haste_core.errors import HasteError
-from haste_core.models import build
 from haste_core.paths import objective_of
 from haste_core.seeding import stream
 from haste_core.study import config, denoising, latents
 from haste_core.study.data import open_dataset
+from haste_core.study.train import student_of
 
 
 class Constant(torch.nn.Module):
@@ -93,7 +93,7 @@ def test_the_probe_is_every_held_out_image_and_a_third_as_many_augmented_trainin
 def test_every_kind_of_generator_is_measured_by_its_own_loss(kind, tiny, randomise):
     dataset = open_dataset(tiny.data)
     settings = config.Model(kind=kind, depth=2, width=32, heads=4)
-    model = randomise(build(settings, image_size=8, channels=1, classes=10, seed=0)).eval()
+    model = randomise(student_of(settings, 8, 1, 10, seed=0)).eval()
     rows = denoising.Probe(dataset, 20, 0).measure(model)
     found = [(row["split"], row["n"], row["draws"]) for row in rows[:: len(denoising.LEVELS)]]
     assert found == [("held-out", 20, 3), ("training", 7, 1)]

@@ -38,6 +38,7 @@ ANALYSES = {
 
 pytestmark = pytest.mark.timeout(900)
 together = pytest.mark.xdist_group("notebooks")
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,8 @@ def test_a_notebook_runs_from_top_to_bottom_and_shows_its_pictures(executed, nam
 
 
 @together
-@pytest.mark.parametrize("name", ANALYSES)
+# One of them is quick.
+@pytest.mark.parametrize("name", ["07_termination", *(pytest.param(n, marks=SLOW) for n in ANALYSES if n[:2] != "07")])
 def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(name, tmp_path, tmp_path_factory, monkeypatch):
     study = copy_of(finished_study(tmp_path_factory), tmp_path / "output")
     set_up(monkeypatch, study.dir)
@@ -119,6 +121,16 @@ def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(name, tm
         named = {whose.split()[0] for whose in facts["runs"]}
         # The gain of an arm over its baseline has no row for the baseline itself.
         assert {*rows["arm"], *(rows["baseline"] if table == "late_gain" else ())} == named
+
+
+@together
+def test_a_loop_of_ones_own_runs_through_the_switch(tmp_path, monkeypatch):
+    set_up(monkeypatch, tmp_path)
+    settings = {"profile": "smoke", "steps": 40, "stop_at": 20, "batch_size": 16}
+    notebook.execute("09_your_own_trainer", tmp_path / "out.ipynb", settings)
+    assert_ran_through(tmp_path / "out.ipynb")
+    assert len(pictures(tmp_path / "out.ipynb")) == 2
+    assert kernels() == []
 
 
 @together
@@ -194,7 +206,9 @@ def test_a_notebook_is_found_by_its_path_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.xdist_group("study")
-@pytest.mark.parametrize(("alone", "runs", "shown"), [(False, 5, 9), (True, 1, 6)], ids=["all arms", "vanilla alone"])
+@pytest.mark.parametrize(
+    ("alone", "runs", "shown"), [pytest.param(False, 5, 9, marks=SLOW), (True, 1, 6)], ids=["all arms", "vanilla alone"]
+)
 def test_the_report_notebook_writes_tables_and_report(tmp_path_factory, tmp_path, monkeypatch, alone, runs, shown):
     study = copy_of(finished_study(tmp_path_factory), tmp_path / "copy")
     shutil.rmtree(study.report)

@@ -628,8 +628,7 @@ def test_the_readme_block_shows_answers_verdicts_and_times(tmp_path):
     for row in claim_rows():
         shown = np.isfinite(row["effect"]) and row["verdict"] != "not tested"
         assert (f"| {row['id']}: " in block) == shown
-        if not shown:
-            assert f"{row['id']}" in re.split(r"[ ,]+", block.split("Not measured or not tested in this study: ")[1])
+    assert re.search(r"\d+ further claims or readings need other arms or tables", block)
     # A resumed study has no time from nothing.
     write_json(tmp_path / "provenance.json", PROVENANCE | {"invocation": PROVENANCE["invocation"] | {"resumed": True}})
     assert "From nothing" not in report.readme_block(tmp_path)

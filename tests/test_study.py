@@ -168,8 +168,8 @@ def test_finished_work_is_not_repeated_by_more_processes(study, capfd):
     [
         # That jobs of finished runs train nothing is tested with the notebook.
         ("sample.solver_steps=3", {*(f"arm_{arm}" for arm in ARMS), "report"}),
-        ("seeds=[0, 1]", {*(f"arm_{arm}" for arm in ARMS), "report"}),
-        ("arms.vanilla.sample.solver_steps=3", {"arm_vanilla", "report"}),
+        pytest.param("seeds=[0, 1]", {*(f"arm_{arm}" for arm in ARMS), "report"}, marks=pytest.mark.slow),
+        pytest.param("arms.vanilla.sample.solver_steps=3", {"arm_vanilla", "report"}, marks=pytest.mark.slow),
         ("arms.haste.alignment.lambda_attention=1.0", {"arm_haste", "step_time", "report"}),
         (
             "analyses={07_termination: {}, 08_ablations: {groups: [main]}}",
@@ -181,6 +181,7 @@ def test_a_changed_setting_runs_the_jobs_it_touches(study, capfd, setting, liste
     assert jobs(capfd, "--set", setting) == listed
 
 
+@pytest.mark.slow
 def test_an_analysis_of_the_study_leaves_its_tables_for_the_report(study, tmp_path, monkeypatch, capfd):
     copy = copy_of(study, tmp_path / "copy")
     monkeypatch.setenv("HASTE_OUTPUT", str(copy.dir))
