@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from haste_core.errors import HasteError, unknown
@@ -56,7 +57,8 @@ def tap(blocks: Sequence[nn.Module], taps: Taps, read: Reader | None = None) -> 
     Args:
         blocks: the transformer's blocks in order. taps: what to read.
         read: for other attention: a function from a block to a module inside it, and one from that module's output to
-            (q, k), each (B, H, N, d).
+            (q, k), each (B, H, N, d). The online angle of attention is known where the kernel's q and k come from these
+            tensors themselves.
 
     Raises:
         HasteError: there is no such block, or q and k cannot be found in it.
@@ -101,16 +103,24 @@ def _read_qk(block: nn.Module, into: dict[int, QK], index: int, read: Reader | N
     """Hooks on one block that leave its q and k in `into`."""
     parts: dict[str, Tensor] = {}
 
-    def keep(name: str, shaped: Callable[[Tensor], Tensor], module: nn.Module, inputs: Any, output: Tensor) -> None:
-        parts[name] = shaped(output)
+    # A hook returns the same values as the module, by way of the tensors it leaves: gradients of everything above pass
+    # through these, which the online angle needs.
+    def keep(name: str, shaped: Callable[[Tensor], Tensor], module: nn.Module, inputs: Any, output: Tensor) -> Any:
+        parts[name] = tensor = shaped(output)
         if len(parts) == 2:
             into[index] = parts.pop("q"), parts.pop("k")
+        return None if tensor is output else _as_before(tensor, output)
 
-    def keep_both(split: Callable[[Any], QK], module: nn.Module, inputs: Any, output: Any) -> None:
-        into[index] = split(output)
+    def keep_joint(heads: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        q, k, v = output.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        into[index] = q, k
+        return torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).flatten(2)
+
+    def keep_both(module: nn.Module, inputs: Any, output: Any) -> None:
+        into[index] = read[1](output)  # type: ignore[index]
 
     if read is not None:
-        return [read[0](block).register_forward_hook(partial(keep_both, read[1]))]
+        return [read[0](block).register_forward_hook(keep_both)]
     attention = _attention(block)
     heads = next((getattr(attention, n) for n in ("num_heads", "heads", "n_heads") if hasattr(attention, n)), None)
     if _is_module(attention, "q_norm") and _is_module(attention, "k_norm"):
@@ -125,8 +135,7 @@ def _read_qk(block: nn.Module, into: dict[int, QK], index: int, read: Reader | N
             for side in "qk"
         }
     elif _is_module(attention, "qkv") and heads is not None:
-        split = partial(_split_qkv, heads=int(heads))
-        return [_child(attention, "qkv").register_forward_hook(partial(keep_both, split))]
+        return [_child(attention, "qkv").register_forward_hook(partial(keep_joint, int(heads)))]
     else:
         found = ", ".join(name for name, _ in block.named_modules() if name) or "none"
         raise HasteError(
@@ -167,7 +176,7 @@ def _by_head(output: Tensor, heads: int) -> Tensor:
     return output.transpose(1, 2) if output.shape[1] != heads and output.shape[2] == heads else output
 
 
-def _split_qkv(output: Tensor, heads: int) -> QK:
-    """q and k (B, H, N, d) of a joint projection (B, N, 3 H d)."""
-    q, k, _ = output.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return q, k
+def _as_before(tensor: Tensor, like: Tensor) -> Tensor:
+    """(B, H, N, d) in the shape that it had before `_by_head`."""
+    back = tensor.transpose(1, 2)
+    return back.flatten(2) if like.dim() == 3 else back

@@ -241,6 +241,42 @@ def test_diffusers_dit_trains_through_the_switch(make_teacher):
     assert_close(seen.qk[0][0], attention.to_q(caught[0]).unflatten(-1, (2, 8)).transpose(1, 2))
 
 
+class Fused(nn.Module):
+    """A block with one projection for q, k and v, as in early timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(16, 48), "proj": nn.Linear(16, 16)})
+        self.attn.num_heads = 2
+
+    def forward(self, x):
+        q, k, v = self.attn["qkv"](x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return x + self.attn["proj"](nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_the_online_angle_is_that_of_whole_gradients_where_q_and_k_are_read_off_projections(make_teacher):
+    from diffusers.models.attention import BasicTransformerBlock
+
+    x = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(2))
+    for make in (Fused, lambda: BasicTransformerBlock(16, 2, 8)):
+        blocks, haste = (
+            fill(nn.ModuleList([make(), make(), make()])),
+            haste_for(make_teacher(), width=16, watch_angle=True),
+        )
+        plain = x
+        for block in blocks:
+            plain = block(plain)
+        with haste.tap(blocks) as seen:
+            output = x
+            for block in blocks:
+                output = block(output)
+        assert_close(output, plain)
+        (output.square().mean() + haste(seen, inputs()[0], 0, inputs()[1])).backward()
+        cosines = [c for c in haste.measure()["online"]["attention"] if c is not None]
+        assert len(cosines) == 4
+        assert all(-1 <= c <= 1 for c in cosines)
+
+
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
 def test_the_image_tokens_of_diffusers_joint_blocks_are_read(make_teacher, qk_norm):
     from diffusers import SD3Transformer2DModel
