@@ -1,4 +1,4 @@
-"""Where tensors go when nobody says otherwise, and the precision of what is computed with them."""
+"""The default device, and autocast by the name of a precision."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def project_root() -> Path:
 
 
 def output_root() -> Path:
-    """Where runs/ and reports/ go: the environment variable HASTE_OUTPUT, else the project's root."""
+    """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT, else the project's root."""
     given = os.environ.get("HASTE_OUTPUT")
     if given and Path(given).exists() and not Path(given).is_dir():
         raise HasteError(f"HASTE_OUTPUT is {given}, which is no folder; possible: a folder, or a path that is free")

@@ -146,7 +146,7 @@ def gradient_cosine(
     chunks: int = CHUNKS,
     seed: int = 0,
 ) -> dict[str, Products]:
-    """How the denoising gradient stands to that of each alignment loss at the parameters of one block.
+    """Inner products of the denoising gradient and of each alignment loss's gradient at the parameters of one block.
 
     Eq. 2, arXiv 2505.16792: `gradient_cosine(...)["feature"].rho()`. Gradients are of the parameters' own precision,
     products float64. Every loss has its weight of Eq. 4, which moves `norm_ratio` and the holistic sum

@@ -158,7 +158,7 @@ class HASTE(nn.Module):
 
     @property
     def taps(self) -> Taps:
-        """What is read off the student."""
+        """Tokens, q and k to read off the student."""
         depths = (self.depth,) if self.lambda_feature > 0 else ()
         return Taps(depths, tuple(sorted({block for block, _ in self.pairs})))
 

@@ -116,7 +116,7 @@ class DDPMSchedule:
         return self.at(self.signal.sqrt(), index, x) * x + self.at((1 - self.signal).sqrt(), index, x) * eps
 
     def posterior(self, output: Tensor, x_t: Tensor, index: Tensor) -> Posterior:
-        """What the network's output (B, 2C, ...) says about the step before `index` (B,), without clipping."""
+        """Posterior of the step before `index` (B,) from the network's output (B, 2C, ...), without clipping."""
         eps, between = output.chunk(2, dim=1)
         share = (between + 1) / 2
         smallest, largest = self.at(self.log_variance, index, x_t), self.at(self.betas.log(), index, x_t)
@@ -171,7 +171,7 @@ class Objective(Protocol):
     """A path from data to noise and the loss of a network on it."""
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """What the network is given for noise levels u (B,) in [0, 1]: 0 data, 1 noise."""
+        """The network's timesteps (B,) for noise levels u (B,) in [0, 1]: 0 data, 1 noise."""
         ...
 
     def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:

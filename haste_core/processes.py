@@ -63,7 +63,7 @@ class Processes:
         return means
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns in the main process, the only one to call it, given to all once it is done.
+        """Result of `action`, called in the main process alone and sent to all processes.
 
         Raises:
             HasteError: `action` raised one; all processes do.
@@ -99,7 +99,7 @@ class Processes:
 
 
 def launched() -> int:
-    """How many processes a launcher has started, this one among them; 1 without a launcher."""
+    """Number of processes that a launcher started, this one included; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

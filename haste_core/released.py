@@ -129,7 +129,7 @@ def check_suffix(path: Path, possible: tuple[str, ...]) -> None:
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """What a file holds, its tensors mapped from it where the format allows, so that unused ones are never read.
+    """Contents of a file, its tensors mapped from it where the format allows, so that unused ones are never read.
 
     Raises:
         HasteError: the file is missing or damaged, or wants code to run.

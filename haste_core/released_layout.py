@@ -29,7 +29,7 @@ _PUBLISHED = {(depth, width): heads for depth, width, heads in SIZES.values()}
 
 @dataclass(frozen=True)
 class Layout:
-    """What a state dict holds.
+    """Contents of a state dict.
 
     family: the kind of generator. sizes: the arguments that build it. convention: "haste" where t=0 is data, "sit"
     where t=1 is and the velocity points to it. doubled: half of the last layer's outputs are unused, as in SiT's own.
@@ -166,7 +166,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ..
 
 
 def _outputs(tensors: Mapping[str, Tensor], channels: int, patch: int) -> int:
-    """How many outputs the last layer has for each channel: 1 or 2."""
+    """Number of outputs of the last layer per channel: 1 or 2."""
     rows, once = _shape(tensors, "final_layer.linear.weight", 2)[0], channels * patch * patch
     if rows not in (once, 2 * once):
         raise HasteError(
@@ -186,7 +186,7 @@ def _family(looks: Family, given: Family | None, convention: Convention) -> Fami
 
 
 def _count(tensors: Mapping[str, Tensor], name: str) -> int:
-    """How many numbered modules a list has."""
+    """Number of numbered modules in a list."""
     matches = (re.match(rf"{name}\.(\d{{1,6}})\.", key) for key in tensors)
     indices = {int(match[1]) for match in matches if match}
     if not indices or max(indices) != len(indices) - 1:

@@ -251,7 +251,7 @@ def draw(
 
 
 def passes(kind: str, sample: Sampler) -> int:
-    """How often the network of a generator of `kind` is evaluated for one image; guided evaluations count twice."""
+    """Number of network evaluations for one image by a generator of `kind`; guided evaluations count twice."""
     counter = _Counter(2 if kind == "dit" else 1)
     horizon = float(DDPM_STEPS) if kind == "dit" else 1.0
     bounds = sample.guidance, sample.guidance_low, sample.guidance_high

@@ -23,7 +23,7 @@ Reader = tuple[Callable[[nn.Module], nn.Module], Callable[[Any], QK]]
 
 @dataclass(frozen=True)
 class Taps:
-    """What to read: tokens after the blocks at `depths` (from 1), q and k in `blocks` (from 0)."""
+    """Tokens, q and k to read: tokens after the blocks at `depths` (from 1), q and k in `blocks` (from 0)."""
 
     depths: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()

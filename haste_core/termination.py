@@ -1,4 +1,4 @@
-"""When phase I ends: triggers, and the sole owner of "which phase are we in" (Eq. 3, arXiv 2505.16792).
+"""The end of phase I: triggers, and the phase of a run (Eq. 3, arXiv 2505.16792).
 
 A trigger is a pure function of the step and of what was logged so far, so it decides the same live, after a resume, and
 when it is replayed over the log of a run that never switched (`replay`).

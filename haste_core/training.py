@@ -136,7 +136,7 @@ def step_losses(
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a run is optimised (Table 16, arXiv 2505.16792).
+    """Settings of the optimisation of a run (Table 16, arXiv 2505.16792).
 
     batch_size: images of one optimizer step, over all processes. accumulate: number of gradient-accumulation steps per
     process. label_dropout: share of labels replaced by the null label. timestep_shift: see `paths.shifted`.

@@ -220,7 +220,7 @@ class DiffusionTransformer(nn.Module, ABC):
 
     @abstractmethod
     def streams(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the blocks update, each (B, tokens, D) and the image's tokens last, and the condition (B, D)."""
+        """Inputs of the blocks: token streams, each (B, tokens, D), the image's last, and the condition (B, D)."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The output at (x, t, y): the velocity, for DiT the noise and the values that interpolate its log-variance.

@@ -1,4 +1,4 @@
-"""What a study is: one YAML file resolved to runs, with overrides, profiles and the hashes that name directories.
+"""Studies: one YAML file resolved to runs, with overrides, profiles and the hashes that name directories.
 
 A study file describes a base (data, teacher, model, train, sample, evaluate) and arms, each a set of overrides on
 that base. `Study.run(arm)` resolves one arm to a `RunConfig`, the complete description of one training run.
@@ -111,7 +111,7 @@ class RunConfig(Section):
 
 
 class Arm(RunConfig):
-    """What an arm may override: all that decides its run but the data, how its images are drawn, and its seeds."""
+    """Overrides of an arm: everything that decides its run except the data, its sampler settings, and its seeds."""
 
     sample: Sample = Sample()
     seeds: list[NonNegative] = []
@@ -191,7 +191,7 @@ class Study(Section):
         return own
 
     def sample_of(self, arm: str) -> Sample:
-        """How images of an arm are drawn: as the study says, bar what the arm overrides (a DiT needs `ddpm`)."""
+        """Sampler settings of an arm: the study's with the arm's own overrides (a DiT needs `ddpm`)."""
         own = self.arms[arm].get("sample", {})
         return validate(Sample, merge(self.sample.model_dump(mode="json"), own), f"arm {arm!r}")
 

@@ -59,7 +59,7 @@ def plan(
 
 
 def drawer(model: DiffusionTransformer, data: config.Data, how: config.Sample) -> Draw:
-    """What draws uint8 images (b, C, S, S) from a generator of `data`, decoded where these are latents."""
+    """A function that draws uint8 images (b, C, S, S) from a generator of `data`, decoded where these are latents."""
 
     def draw(labels: Tensor, seeds: range) -> Tensor:
         return to_uint8(to_images(sample(model, labels, seeds, how.options), data, how))
@@ -100,7 +100,7 @@ class SampleSet:
 
     @property
     def merged(self) -> Path:
-        """Where the whole set lies when it is done."""
+        """Path of the finished set."""
         return self.folder / "samples.npz"
 
     def labels(self) -> Tensor:
@@ -116,7 +116,7 @@ class SampleSet:
         return [i for i, path in enumerate(self.paths()) if not path.is_file()]
 
     def drawn(self) -> int:
-        """How many images are in shards."""
+        """Number of images in finished shards."""
         return self.n - sum(self._size(i) for i in self.missing())
 
     def _size(self, index: int) -> int:

@@ -42,7 +42,7 @@ class Augment(Section):
 
 
 class Data(Section):
-    """Where images come from, and in which space the generator models them.
+    """Source of the images, and the space in which the generator models them.
 
     kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `images`: pixels of any labelled images
     that Hugging Face `datasets` reads. `latents`: a folder made by `haste latents`, or one prepared for REPA or HASTE
@@ -78,7 +78,7 @@ class Data(Section):
 
 
 class Fitting(Section):
-    """How a small classifier (teacher or extractor) is trained inside the study.
+    """Training of a small network (teacher or extractor) inside the study.
 
     augment: its own augmentation; the data's when not given. attempts: how many seeds (seed, seed + 1, ...) are tried
     before a validation accuracy below min_accuracy is an error.
@@ -190,7 +190,7 @@ class Alignment(Section):
 
 
 class Termination(Section):
-    """When phase I ends (Eq. 3).
+    """The end of phase I (Eq. 3).
 
     kind: `iteration`: phase II from step `at` on. `never`: always on. `gradient_angle`: the paper's trigger, the exact
     cosine between denoising and alignment gradients on block `block` (from 0; by default the last below the aligned
@@ -287,7 +287,7 @@ TRAIN_BOOKKEEPING = {
 
 
 class Sample(Section):
-    """How images are drawn. `preset` names one of the paper's settings and fills the fields it decides.
+    """Sampler settings. `preset` names one of the paper's settings and fills the fields it decides.
 
     grid: of the N solver steps of `euler` and `heun` (others have their own): `uniform`, t_i = i / N, whose last call
     of the network is at 1 / N; or `quadratic`, t_i = (i / N)^2, whose last call is at 1 / N^2.
@@ -323,7 +323,7 @@ class Sample(Section):
 
 
 class Evaluate(Section):
-    """How images are scored. n images; the i-th is drawn from seed `seed + i` for every arm alike.
+    """Scoring of images. n images; the i-th is drawn from seed `seed + i` for every arm alike.
 
     suite: `study` scores on features of a classifier that the study trains itself (extractor, extractor_width), and
     of a denoising autoencoder of the same width that it trains without labels (autoencoder; its min_accuracy is the
@@ -371,7 +371,7 @@ class Claims(Section):
 
 
 class Analysis(Section):
-    """What the analyses look at, the same for every run of a study.
+    """Settings of the analyses, the same for every run of a study.
 
     n: held-out images, or as many as there are. timesteps: noise levels t in [0, 1]. seed: of their noise and of every
     resampling. resamples: of a bootstrap interval. block: whose parameters gradients are compared on, from 0; by

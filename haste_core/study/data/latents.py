@@ -401,5 +401,5 @@ class Latents:
         return to_signed(self.folder.pixels(chosen)) if wanted else torch.empty(0, 3, *[self.pixel_size] * 2)
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """What the generator models, of latents as the VAE gives them."""
+        """Latents scaled for the generator, from latents as the VAE returns them."""
         return (latents - self.shift) * self.scale
