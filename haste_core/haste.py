@@ -225,7 +225,10 @@ class HASTE(nn.Module):
         Args:
             seen, images, t: as for `forward`. watch: False leaves the online angle as it is.
         """
-        weights = None if t is None or (self.t_low, self.t_high) == (0, 1) else self.inside(t)
+        everywhere, watched = (self.t_low, self.t_high) == (0, 1), self.angle is not None and watch
+        if t is None and (watched or not everywhere):
+            raise HasteError("no noise levels were given; t_low, t_high, watch_angle need haste(seen, images, step, t)")
+        weights = None if everywhere or t is None else self.inside(t)
         if self.angle is not None and watch and t is not None:
             seen = self.angle.watch(seen, t)
         target = self.teacher(images, self.teacher_blocks)

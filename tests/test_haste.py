@@ -400,3 +400,12 @@ def test_recomputed_activations_change_no_number(make_teacher, output, kind):
         return [*losses, trainer.measure()["online_angle"], *(float(trainer.train_step()["loss"]) for _ in range(2))]
 
     assert run(True) == pytest.approx(run(False), rel=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"t_low": 0.5}, {"watch_angle": True}])
+def test_settings_by_noise_level_need_the_noise_levels(own_model, make_teacher, changes):
+    model, haste = own_model.OwnSiT(depth=3, width=32), haste_for(make_teacher(), **changes)
+    with haste.tap(model.blocks) as seen:
+        model(*inputs())
+    with pytest.raises(HasteError, match=r"no noise levels were given.*step, t"):
+        haste(seen, inputs()[0], 0)
