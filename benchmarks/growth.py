@@ -38,7 +38,7 @@ def measure(rounds: int) -> pd.DataFrame:
     return pd.DataFrame(rows + [_row("jobs", jobs, t, None) for jobs, t in timed.items()])
 
 
-def digits(setting: str) -> config.Study:
+def digits(setting: str) -> config.StudySettings:
     """The digits study with one setting changed."""
     return config.load("digits", None, [setting])
 
@@ -66,7 +66,7 @@ def _jobs(seeds: int) -> int:
     return 2 * seeds * len(config.load("digits").arms) + 4
 
 
-def _grown(grows: str, studies: dict[int, Callable[[], config.Study]], rounds: int) -> list[dict[str, object]]:
+def _grown(grows: str, studies: dict[int, Callable[[], config.StudySettings]], rounds: int) -> list[dict[str, object]]:
     running = {amount: create(study().run("vanilla"), 0, None) for amount, study in studies.items()}
     actions = {amount: cost.step_of(state) for amount, state in running.items()}
     timed = cost.interleaved(actions, min(actions), rounds, device=default_device(), label=grows)
@@ -78,7 +78,7 @@ def _row(grows: str, amount: int, t: cost.Timing, peak: float | None) -> dict[st
     return {"grows": grows, "amount": amount, **facts, "peak_gib": peak, "rounds": t.rounds}
 
 
-def _alone(study: Callable[[], config.Study]) -> None:
+def _alone(study: Callable[[], config.StudySettings]) -> None:
     state = create(study().run("vanilla"), 0, None)
     for _ in range(2):
         state.train_step()

@@ -12,11 +12,11 @@ from haste_core import sampling
 from haste_core.devices import default_device
 from haste_core.models import DiffusionTransformer, build
 from haste_core.study import config, cost
-from haste_core.study.sections import Model
+from haste_core.study.sections import ModelSettings
 
 IMAGES = {"cpu": 16, "cuda": 64}
 # What a generator of the machine's size is; class labels, image side and channels as of its data.
-STUDENTS = {"cpu": Model(depth=6, width=64, heads=4), "cuda": Model(preset="SiT-XL/2")}
+STUDENTS = {"cpu": ModelSettings(depth=6, width=64, heads=4), "cuda": ModelSettings(preset="SiT-XL/2")}
 INPUTS = {"cpu": (8, 1, 10), "cuda": (32, 4, 1000)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Euler, 50 steps": {"sampler": "euler", "solver_steps": 50},
@@ -47,7 +47,8 @@ def measure(rounds: int) -> pd.DataFrame:
     for name, fields in SETTINGS.items():
         kind = "dit" if fields.get("preset") == "ddpm-250" else "sit"
         settings = {
-            way: config.Sample(batch_size=IMAGES[device.type], **{**fields, **more}) for way, more in WAYS.items()
+            way: config.SampleSettings(batch_size=IMAGES[device.type], **{**fields, **more})
+            for way, more in WAYS.items()
         }
         if settings["plain"].guidance == 1:
             del settings["guided everywhere"]
@@ -70,7 +71,7 @@ def generator(kind: str, device: torch.device) -> DiffusionTransformer:
     return built.requires_grad_(False).eval().to(device)
 
 
-def draw(model: DiffusionTransformer, sample: config.Sample) -> torch.Tensor:
+def draw(model: DiffusionTransformer, sample: config.SampleSettings) -> torch.Tensor:
     """One batch of images."""
     count = sample.batch_size
     return sampling.draw(model, torch.arange(count) % model.classes, range(count), sample.options)

@@ -35,7 +35,7 @@ PHASES = {"vanilla": ("vanilla", 2), "repa phase 1": ("repa", 1), "haste phase 1
 EXAMPLE = Example(size=32, channels=4, classes=2, image_size=256, image_channels=3)
 
 
-def study(folder: Path, model: str = "SiT-B/2", arms: list[str] = ARMS, compiled: bool = False) -> config.Study:
+def study(folder: Path, model: str = "SiT-B/2", arms: list[str] = ARMS, compiled: bool = False) -> config.StudySettings:
     """Study `imagenet256` at the size of `model` on random pairs with a random teacher, sized for this device."""
     device = default_device().type
     loaded = config.load(
@@ -78,7 +78,7 @@ def measure(rounds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _row(chosen: config.Study, rate: float, what: str, t: cost.Timing) -> dict[str, Any]:
+def _row(chosen: config.StudySettings, rate: float, what: str, t: cost.Timing) -> dict[str, Any]:
     row = {"what": what, "seconds": t.seconds, "ratio": t.ratio, "low": t.low, "high": t.high, "rounds": t.rounds}
     row |= {"images_per_s": chosen.train.batch_size / t.seconds}
     phase = PHASES.get(what.removesuffix(COMPILED))
@@ -130,7 +130,7 @@ def _under_autocast(state: Trainer, images: torch.Tensor) -> None:
         state.haste.teacher(images, state.haste.teacher_blocks)
 
 
-def _flops(study: config.Study, arm: str, phase: int) -> int:
+def _flops(study: config.StudySettings, arm: str, phase: int) -> int:
     return estimate(study.run(arm), EXAMPLE).phases[phase].flops
 
 

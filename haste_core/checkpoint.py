@@ -49,7 +49,7 @@ def load(path: Path, prefixes: tuple[str, ...] | None = None) -> tuple[dict[str,
     """
     if not path.is_file():
         others = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
-        raise HasteError(f"no checkpoint {path}; possible: {', '.join(others) or 'none, train first'}")
+        raise HasteError(f"no checkpoint {path}; expected one of: {', '.join(others) or 'none, train first'}")
     try:
         with safe_open(path, framework="pt") as stream:
             state = json.loads((stream.metadata() or {})["state"])
@@ -58,11 +58,11 @@ def load(path: Path, prefixes: tuple[str, ...] | None = None) -> tuple[dict[str,
             tensors = {name: stream.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise HasteError(
-            f"checkpoint {path} is truncated or damaged ({' '.join(str(error).split())}); possible: delete it, and "
+            f"checkpoint {path} is truncated or damaged ({' '.join(str(error).split())}); delete it, and "
             f"training goes on from the one before"
         ) from error
     if state.get("format") != FORMAT:
-        raise HasteError(f"checkpoint {path} has format {state.get('format')}; possible: {FORMAT}")
+        raise HasteError(f"checkpoint {path} has format {state.get('format')}; expected {FORMAT}")
     return tensors, state
 
 

@@ -51,9 +51,9 @@ def check_compiler(device: torch.device) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise HasteError("compile=true needs a C++ compiler; possible: install g++, or compile=false") from error
+            raise HasteError("compile=true needs a C++ compiler; install g++, or compile=false") from error
     else:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise HasteError("compile=true needs Triton on this GPU; possible: install triton, or compile=false")
+            raise HasteError("compile=true needs Triton on this GPU; install triton, or compile=false")

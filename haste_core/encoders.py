@@ -50,7 +50,7 @@ def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]
     why = _unusable(encoder)
     if why:
         raise HasteError(
-            f"teacher {model!r} is no vision transformer that can be aligned with: {why}; possible: any ViT "
+            f"teacher {model!r} is no vision transformer that can be aligned with: {why}; expected any ViT "
             "or EVA of timm with a fixed input size and one attention per block"
         )
     return encoder
@@ -82,7 +82,7 @@ def weights_file(model: str, weights: str) -> Path | None:
         return hub_file(model)
     if not Path(weights).is_file():
         raise HasteError(
-            f"teacher.weights {weights!r} is no file; possible: hub, pretrain, random, or the path of a "
+            f"teacher.weights {weights!r} is no file; expected hub, pretrain, random, or the path of a "
             "checkpoint (.safetensors, or .pth and .bin that hold tensors alone)"
         )
     return Path(weights)
@@ -146,8 +146,8 @@ def _cause(error: Exception) -> str:
     return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."
 
 
-def _refused(model: str, weights: str, cause: str, possible: str) -> HasteError:
-    return HasteError(f"teacher {model!r} (weights: {weights}): {cause}; possible: {possible}")
+def _refused(model: str, weights: str, cause: str, expected: str) -> HasteError:
+    return HasteError(f"teacher {model!r} (weights: {weights}): {cause}; expected {expected}")
 
 
 def _create(model: str, options: dict[str, Any], seed: int) -> nn.Module:

@@ -10,7 +10,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class HasteError(Exception):
-    """One clear line for the user: what was given and what is possible. The command line exits with status 2."""
+    """One clear line for the user: what was given and what is expected. The command line exits with status 2."""
 
 
 class InUse(HasteError):
@@ -29,7 +29,7 @@ def unknown(what: str, given: object, possible: Iterable[object], within: str = 
     names = [str(p) for p in possible]
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return HasteError(f"unknown {what} {within + str(given)!r}{hint}; possible: {', '.join(names) or 'none'}")
+    return HasteError(f"unknown {what} {within + str(given)!r}{hint}; expected one of: {', '.join(names) or 'none'}")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ def output_root() -> Path:
     """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT, else the project's root."""
     given = os.environ.get("HASTE_OUTPUT")
     if given and Path(given).exists() and not Path(given).is_dir():
-        raise HasteError(f"HASTE_OUTPUT is {given}, which is no folder; possible: a folder, or a path that is free")
+        raise HasteError(f"HASTE_OUTPUT is {given}, which is no folder; expected a folder, or a path that is free")
     return Path(given).resolve() if given else project_root()
 
 
@@ -109,14 +109,12 @@ def locked(path: Path, what: str, wait: bool = False, stopping: threading.Event 
         if wait:
             raise Interrupted(f"stopped while waiting for {what}; run again to go on") from error
         holder = path.read_text().strip() or "unknown"
-        raise InUse(
-            f"{what} is in use by process {holder} ({path}); possible: wait for it, or stop it first"
-        ) from error
+        raise InUse(f"{what} is in use by process {holder} ({path}); wait for it, or stop it first") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         raise HasteError(
-            f"{path} cannot be locked ({error.strerror}); possible: a file system with locks for HASTE_OUTPUT, for "
+            f"{path} cannot be locked ({error.strerror}); expected a file system with locks for HASTE_OUTPUT, for "
             f"instance NFS 4, or Lustre mounted with -o flock"
         ) from error
     try:

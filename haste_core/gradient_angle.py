@@ -170,7 +170,7 @@ def gradient_cosine(
     losses = possible if losses is None else losses
     if not losses or not set(losses) <= set(possible):
         raise HasteError(
-            f"block {block} (from 0) and losses {', '.join(losses) or 'none'}: possible there: "
+            f"block {block} (from 0) and losses {', '.join(losses) or 'none'}; expected there: "
             f"{', '.join(possible) or 'none'} (the feature loss is read after block {haste.depth - 1}, "
             f"attention in blocks {sorted({s for s, _ in haste.pairs})})"
         )

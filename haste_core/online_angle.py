@@ -150,5 +150,5 @@ class OnlineAngle:
         """
         saved = state["edges"].tolist()
         if saved != self.edges.tolist():
-            raise HasteError(f"online angles were saved in bins {saved}; possible: {self.edges.tolist()}")
+            raise HasteError(f"online angles were saved in bins {saved}; expected {self.edges.tolist()}")
         self.sums.copy_(state["sums"])

@@ -87,7 +87,7 @@ class DDPMSchedule:
 
     def __init__(self, kept: int = DDPM_STEPS) -> None:
         if not 1 <= kept <= DDPM_STEPS:
-            raise ValueError(f"{kept} DDPM steps; possible: 1 to {DDPM_STEPS}")
+            raise ValueError(f"{kept} DDPM steps; expected 1 to {DDPM_STEPS}")
         betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
         whole = torch.cumprod(1 - betas, 0)
         stride = (DDPM_STEPS - 1) / (kept - 1) if kept > 1 else 1.0

@@ -81,7 +81,7 @@ def read_weights(source: Source, weights: Weights | None = None) -> tuple[dict[s
     first: str = next(iter(sets))
     which = "plain" if first == "plain" else weights or first
     if which not in sets:
-        raise HasteError(f"the checkpoint has no {which!r} weights; possible: {', '.join(sets)}")
+        raise HasteError(f"the checkpoint has no {which!r} weights; expected one of: {', '.join(sets)}")
     return _unwrapped(sets[which]), which
 
 
@@ -125,7 +125,7 @@ def is_run(content: Mapping[str, Any]) -> bool:
 def check_suffix(path: Path, possible: tuple[str, ...]) -> None:
     """Raise HasteError where a file's name ends in none of `possible`."""
     if path.suffix.lower() not in possible:
-        raise HasteError(f"{path}: unknown suffix {path.suffix!r}; possible: {', '.join(possible)}")
+        raise HasteError(f"{path}: unknown suffix {path.suffix!r}; expected one of: {', '.join(possible)}")
 
 
 def read(path: Path) -> Mapping[str, Any]:
@@ -136,7 +136,7 @@ def read(path: Path) -> Mapping[str, Any]:
     """
     check_suffix(path, READABLE)
     if not path.is_file():
-        raise HasteError(f"no checkpoint {path}; possible: a file ending in {', '.join(READABLE)}")
+        raise HasteError(f"no checkpoint {path}; expected a file ending in {', '.join(READABLE)}")
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -146,7 +146,7 @@ def read(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # a damaged pickle can raise anything
         raise _unreadable(path, error) from error
     if not isinstance(content, Mapping):
-        raise HasteError(f"checkpoint {path} holds a {type(content).__name__}; possible: a dict of weights")
+        raise HasteError(f"checkpoint {path} holds a {type(content).__name__}; expected a dict of weights")
     return content
 
 
@@ -164,11 +164,11 @@ def _unreadable(path: Path, error: Exception) -> HasteError:
     wanted = re.search(r"GLOBAL (\S+)", reason)
     if wanted:
         return HasteError(
-            f"checkpoint {path} wants {wanted[1]}, which could run code and is not loaded; possible: tensors, numbers, "
+            f"checkpoint {path} wants {wanted[1]}, which could run code and is not loaded; expected tensors, numbers, "
             f"strings and argparse.Namespace"
         )
     first = " ".join(reason.split())[:200] or type(error).__name__
-    return HasteError(f"checkpoint {path} is truncated or damaged ({first}); possible: a whole one, written anew")
+    return HasteError(f"checkpoint {path} is truncated or damaged ({first}); expected a whole one, written anew")
 
 
 def _sets(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -191,10 +191,10 @@ def _unwrapped(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise HasteError(f"the weights hold {name!r}, a {what}; possible: tensors of floats by name")
+            raise HasteError(f"the weights hold {name!r}, a {what}; expected tensors of floats by name")
         short = re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
         if short in found:
-            raise HasteError(f"the weights hold {short!r} twice, under different prefixes; possible: once")
+            raise HasteError(f"the weights hold {short!r} twice, under different prefixes; expected once")
         found[short] = value.detach()
     return found
 

@@ -69,7 +69,7 @@ def infer(
     multiple = _outputs(tensors, channels, patch)
     found = _family("mmdit" if joint else "sit" if multiple == 1 else "dit", family, convention)
     if convention == "sit" and found != "sit":
-        raise HasteError(f"convention 'sit' with family {found!r}; possible: family 'sit', or convention 'auto'")
+        raise HasteError(f"convention 'sit' with family {found!r}; expected family 'sit', or convention 'auto'")
     depth = _count(tensors, "joint_blocks" if joint else "blocks")
     sizes = {"channels": channels, "depth": depth, "width": width, "patch": patch}
     sizes["image_size"] = _image_size(tensors, patch, image_size)
@@ -142,7 +142,7 @@ def check_fit(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Ten
     }
     said = [f"{label}: {_some(names)}" for label, names in parts.items() if names]
     if said:
-        raise HasteError(f"{what} do not fit: {'; '.join(said)}; possible: the names of the released checkpoints")
+        raise HasteError(f"{what} do not fit: {'; '.join(said)}; expected the names of the released checkpoints")
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -158,10 +158,10 @@ def _some(names: Collection[str], shown: int = 3) -> str:
 def _shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
     if name not in tensors:
         have = _some(tensors.keys()) or "nothing"
-        raise HasteError(f"these weights have no {name} (they have {have}); possible: DiT, SiT, REPA, HASTE or MM-DiT")
+        raise HasteError(f"these weights have no {name} (they have {have}); expected DiT, SiT, REPA, HASTE or MM-DiT")
     shape = tuple(tensors[name].shape)
     if len(shape) != dims or 0 in shape:
-        raise HasteError(f"{name} has shape {shape}; possible: {dims} dimensions, none of them 0")
+        raise HasteError(f"{name} has shape {shape}; expected {dims} dimensions, none of them 0")
     return shape
 
 
@@ -170,7 +170,7 @@ def _outputs(tensors: Mapping[str, Tensor], channels: int, patch: int) -> int:
     rows, once = _shape(tensors, "final_layer.linear.weight", 2)[0], channels * patch * patch
     if rows not in (once, 2 * once):
         raise HasteError(
-            f"final_layer.linear.weight has {rows} rows for {channels} channels and patch {patch}; possible: {once} "
+            f"final_layer.linear.weight has {rows} rows for {channels} channels and patch {patch}; expected {once} "
             f"(velocity) or {2 * once} (noise and variance, or SiT's own release)"
         )
     return rows // once
@@ -179,9 +179,9 @@ def _outputs(tensors: Mapping[str, Tensor], channels: int, patch: int) -> int:
 def _family(looks: Family, given: Family | None, convention: Convention) -> Family:
     sit_like = looks == "dit" and (given == "sit" or convention == "sit")
     if given is None and looks == "dit" and not sit_like:
-        raise HasteError("two outputs per channel: DiT's, or SiT's own release; possible: family 'dit' or 'sit'")
+        raise HasteError("two outputs per channel: DiT's, or SiT's own release; expected family 'dit' or 'sit'")
     if given not in (None, looks) and not sit_like:
-        raise HasteError(f"family {given!r} was asked for, the weights look like family {looks!r}; possible: {looks!r}")
+        raise HasteError(f"family {given!r} was asked for, the weights look like family {looks!r}; expected {looks!r}")
     return given or ("sit" if sit_like else looks)
 
 
@@ -190,34 +190,34 @@ def _count(tensors: Mapping[str, Tensor], name: str) -> int:
     matches = (re.match(rf"{name}\.(\d{{1,6}})\.", key) for key in tensors)
     indices = {int(match[1]) for match in matches if match}
     if not indices or max(indices) != len(indices) - 1:
-        raise HasteError(f"{name} has the numbers {_some([str(i) for i in sorted(indices)]) or 'none'}; possible: 0 on")
+        raise HasteError(f"{name} has the numbers {_some([str(i) for i in sorted(indices)]) or 'none'}; expected 0 on")
     return len(indices)
 
 
 def _image_size(tensors: Mapping[str, Tensor], patch: int, given: int | None) -> int:
     if "pos_embed" not in tensors:
         if given is None or given < patch or given % patch:
-            raise HasteError(f"these weights have no pos_embed, image_size is {given}; possible: multiples of {patch}")
+            raise HasteError(f"these weights have no pos_embed, image_size is {given}; expected multiples of {patch}")
         return given
     tokens = _shape(tensors, "pos_embed", 3)[1]
     if math.isqrt(tokens) ** 2 != tokens:
-        raise HasteError(f"pos_embed has {tokens} positions; possible: a square number")
+        raise HasteError(f"pos_embed has {tokens} positions; expected a square number")
     side = math.isqrt(tokens) * patch
     if given not in (None, side):
-        raise HasteError(f"image_size {given} contradicts pos_embed, which is for {side}; possible: {side}")
+        raise HasteError(f"image_size {given} contradicts pos_embed, which is for {side}; expected {side}")
     return side
 
 
 def _heads(tensors: Mapping[str, Tensor], family: Family, depth: int, width: int, given: int | None) -> int:
     if given is not None and (given < 1 or width % given):
-        raise HasteError(f"num_heads {given} does not divide width {width}; possible: a divisor of {width}")
+        raise HasteError(f"num_heads {given} does not divide width {width}; expected a divisor of {width}")
     if _NORM in tensors:
         head_width = _shape(tensors, _NORM, 1)[0]
         if width % head_width:
-            raise HasteError(f"{_NORM} has {head_width} values; possible: a divisor of width {width}")
+            raise HasteError(f"{_NORM} has {head_width} values; expected a divisor of width {width}")
         if given not in (None, width // head_width):
             raise HasteError(
-                f"num_heads {given} contradicts {_NORM} with {head_width} values; possible: {width // head_width}"
+                f"num_heads {given} contradicts {_NORM} with {head_width} values; expected {width // head_width}"
             )
         return width // head_width
     found = _PUBLISHED.get((depth, width)) if family != "mmdit" else depth if width == 32 * depth else None
@@ -225,7 +225,7 @@ def _heads(tensors: Mapping[str, Tensor], family: Family, depth: int, width: int
     if heads is None:
         raise HasteError(
             f"the number of heads is not in the weights, and depth {depth} with width {width} is no published size; "
-            f"possible: num_heads (--heads), a divisor of {width}"
+            f"expected num_heads (--heads), a divisor of {width}"
         )
     return heads
 

@@ -199,10 +199,10 @@ def check_sampler(model: DiffusionTransformer, sample: Sampler) -> None:
         possible = "ddpm" if noise else "euler, heun, sde"
         raise HasteError(
             f"sample.sampler {sample.sampler!r} does not go with a model of kind {model.kind!r}, which predicts "
-            f"{'noise and variance' if noise else 'the velocity'}; possible: {possible}"
+            f"{'noise and variance' if noise else 'the velocity'}; expected one of: {possible}"
         )
     if sample.sampler == "ddpm" and sample.solver_steps > DDPM_STEPS:
-        raise HasteError(f"sample.solver_steps {sample.solver_steps}; possible for ddpm: 1 to {DDPM_STEPS}")
+        raise HasteError(f"sample.solver_steps {sample.solver_steps}; expected for ddpm: 1 to {DDPM_STEPS}")
 
 
 def integrate(output: Velocity, x: Tensor, sample: Sampler, noise: NoiseSource) -> Tensor:
@@ -233,7 +233,7 @@ def draw(
         progress: the progress bar's label; None shows none.
     """
     if len(labels) != len(seeds):
-        raise HasteError(f"{len(labels)} labels for {len(seeds)} seeds; possible: one seed per sample")
+        raise HasteError(f"{len(labels)} labels for {len(seeds)} seeds; expected one seed per sample")
     check_sampler(model, sample)
     if sample.compile:
         compile_blocks(model)

@@ -203,7 +203,7 @@ def read_qk(encoder: nn.Module, blocks: tuple[int, ...]) -> Iterator[dict[int, Q
         def hook(attn: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             given = inspect.signature(attn.forward).bind(*args, **kwargs).arguments
             if given.get("attn_mask") is not None or given.get("is_causal"):
-                raise HasteError(f"the attention of teacher block {block} is masked; possible: an unmasked teacher")
+                raise HasteError(f"the attention of teacher block {block} is masked; expected an unmasked teacher")
             found[block] = _patch_qk(attn, args[0], given.get("rope"), prefix)
 
         return hook
@@ -239,7 +239,7 @@ def check_plain_attention(attn: Any) -> None:
     else:
         return
     raise HasteError(
-        f"attention of kind {type(attn).__name__} ({why}) cannot be aligned with; possible: teachers whose attention "
+        f"attention of kind {type(attn).__name__} ({why}) cannot be aligned with; expected teachers whose attention "
         "is one softmax of q and k per head (timm's ViT, DINOv2, DINOv3, CLIP, SigLIP, MAE, I-JEPA)"
     )
 

@@ -145,7 +145,7 @@ def test_features_are_kept_of_a_fixed_choice_of_images_and_statistics_taken_of_a
 
 
 def settings(**more):
-    return config.Evaluate(**{"suite": "adm", "batch_size": 64, **more})
+    return config.EvaluateSettings(**{"suite": "adm", "batch_size": 64, **more})
 
 
 def write_npz(path, content=None, **arrays):

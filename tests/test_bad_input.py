@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line that says what was given and what is possible, and loses nothing."""
+"""What a user can get wrong ends in one line that says what was given and what is expected, and loses nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from haste_core.study.runs import Run
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))
 
-STUDIES = "possible: cifar10, digits, imagenet256, imagenet512"
+STUDIES = "expected one of: cifar10, digits, imagenet256, imagenet512"
 
 
 def lines(text):
@@ -202,7 +202,7 @@ def test_a_bad_command_line_is_one_line(output, capsys, argv, words):
     [
         (["--out", "images.jpg"], ["images.jpg", ".png or .npz"]),
         (["--n", "0"], ["--n 0", "1 and above"]),
-        (["--step", "5"], ["step_00000005", "possible: step_00000004.safetensors, step_00000008.safetensors"]),
+        (["--step", "5"], ["step_00000005", "expected one of: step_00000004.safetensors, step_00000008.safetensors"]),
         (["--first-seed", "-1"], ["-1", "0 and above"]),
     ],
 )
@@ -303,7 +303,7 @@ def test_a_truncated_checkpoint_is_refused_by_name(run, place, capsys, settings,
     cut(run.checkpoint_path(8), keep)
     before = files(place)
     line = refused(capsys, command, "digits", "haste", *settings, *more)
-    check(line, str(run.checkpoint_path(8)), "truncated or damaged", "possible: delete it")
+    check(line, str(run.checkpoint_path(8)), "truncated or damaged", "delete it")
     notes = ("provenance.json", "config.yaml")  # they follow what was asked for last
     assert_kept({name: content for name, content in before.items() if name.name not in notes}, place)
 
@@ -312,7 +312,7 @@ def test_a_truncated_extractor_is_refused_by_name(run, place, capsys, settings):
     (path,) = place.glob("runs/digits/extractor-*/extractor.safetensors")
     cut(path)
     line = refused(capsys, "evaluate", "digits", "haste", *settings, "--set", "train.steps=8")
-    check(line, str(path), "truncated or damaged", "possible: delete it")
+    check(line, str(path), "truncated or damaged", "delete it")
 
 
 # -- two processes ----------------------------------------------------------------------------------------------------

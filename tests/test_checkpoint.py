@@ -77,7 +77,7 @@ def test_a_truncated_file_is_refused(path, keep):
 
 
 def test_a_missing_file_is_refused_naming_the_others(path):
-    with pytest.raises(HasteError, match=r"no checkpoint .*step_00000013.*possible: step_00000012\.safetensors"):
+    with pytest.raises(HasteError, match=r"no checkpoint .*step_00000013.*expected one of: step_00000012\.safetensors"):
         checkpoint.load(path.with_name("step_00000013.safetensors"))
     with pytest.raises(HasteError, match="train first"):
         checkpoint.load(path.parents[1] / "elsewhere" / "step_00000001.safetensors")

@@ -102,6 +102,6 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
 
     cpp_builder.cpp_compiler_search.cache_clear()
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(HasteError, match=r"needs a C\+\+ compiler; possible: install g\+\+, or compile=false"):
+    with pytest.raises(HasteError, match=r"needs a C\+\+ compiler; install g\+\+, or compile=false"):
         check_compiler(torch.device("cpu"))
     cpp_builder.cpp_compiler_search.cache_clear()

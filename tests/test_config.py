@@ -6,7 +6,7 @@ import yaml
 from haste_core.errors import HasteError
 from haste_core.study import config
 from haste_core.study.claims import CLAIMS
-from haste_core.study.config import STUDIES, Alignment, RunConfig
+from haste_core.study.config import STUDIES, AlignmentSettings, RunSettings
 from haste_core.study.runs import Run
 
 
@@ -63,11 +63,11 @@ def test_arms_change_only_what_they_name(tiny):
 
 
 def test_presets_fill_sizes_and_explicit_values_win():
-    assert config.Model(preset="SiT-XL/2").model_dump(include={"depth", "width", "heads", "patch"}) == {
+    assert config.ModelSettings(preset="SiT-XL/2").model_dump(include={"depth", "width", "heads", "patch"}) == {
         "depth": 28, "width": 1152, "heads": 16, "patch": 2,
     }  # fmt: skip
-    assert config.Model(preset="SiT-B/4").patch == 4
-    assert config.Model(preset="SiT-B/2", depth=3).depth == 3
+    assert config.ModelSettings(preset="SiT-B/4").patch == 4
+    assert config.ModelSettings(preset="SiT-B/2", depth=3).depth == 3
 
 
 def test_kept_steps_are_sorted_unique_and_end_with_the_last(make_study):
@@ -95,13 +95,13 @@ def test_an_unknown_profile_names_the_known_ones(tmp_path):
     assert config.load(path, "quick").train.steps == 5
     message = refused(path, "quik")
     assert "profile" in message
-    assert "possible: quick" in message
+    assert "expected one of: quick" in message
 
 
 def test_an_unknown_arm_names_the_known_ones(tiny):
-    with pytest.raises(HasteError, match=r"unknown arm 'hast' \(did you mean 'haste'\?\); possible: vanilla, repa"):
+    with pytest.raises(HasteError, match=r"(did you mean 'haste'\?\); expected one of: vanilla, repa"):
         tiny.run("hast")
-    assert "possible: vanilla, repa" in refused("digits", overrides=["arms.hast.termination.at=4"])
+    assert "expected one of: vanilla, repa" in refused("digits", overrides=["arms.hast.termination.at=4"])
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_loss_weights_change_the_hash(tiny, make_study):
 def test_the_same_settings_give_the_same_hash_however_they_are_written(tiny, make_study):
     assert make_study("train.lr=0.001").run("haste").hash == make_study("train.lr=1e-3").run("haste").hash
     run = tiny.run("haste")
-    assert RunConfig.model_validate(run.model_dump(mode="json")).hash == run.hash
+    assert RunSettings.model_validate(run.model_dump(mode="json")).hash == run.hash
 
 
 def test_lineage_is_shared_by_holistic_and_haste_and_by_no_other_arm(tiny):
@@ -384,9 +384,9 @@ def test_hashes_name_the_version_of_the_random_streams(make_study, monkeypatch):
 
 def test_alignment_is_active_when_either_weight_is():
     pairs = [(0, 0)]
-    assert not Alignment(layer_pairs=pairs).active
-    assert Alignment(lambda_feature=0.1).active
-    assert Alignment(lambda_attention=0.1, layer_pairs=pairs).active
+    assert not AlignmentSettings(layer_pairs=pairs).active
+    assert AlignmentSettings(lambda_feature=0.1).active
+    assert AlignmentSettings(lambda_attention=0.1, layer_pairs=pairs).active
 
 
 # Groups, roles, baselines

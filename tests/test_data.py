@@ -20,11 +20,11 @@ from haste_core.study.data.base import affine, center_crop, split_indices, to_si
 from haste_core.training import Batch
 
 SPLITS = ("train", "validation", "test")
-STRONG = config.Augment(shift=1.0, rotation=20, scale=0.2)
+STRONG = config.AugmentSettings(shift=1.0, rotation=20, scale=0.2)
 
 
 def digits(**changes):
-    return open_dataset(config.Data(**changes))
+    return open_dataset(config.DataSettings(**changes))
 
 
 def generator(seed=0):
@@ -68,9 +68,9 @@ def test_indices_of_splits_are_disjoint_and_complete_for_few_images_too(n):
     fractions = {"test_fraction": 0.25, "validation_fraction": 0.1}
     if n < 3:
         with pytest.raises(HasteError, match=r"the data, data.validation_fraction 0.1: 1 image cannot be divided"):
-            split_indices(labels, config.Data(**fractions), "the data")
+            split_indices(labels, config.DataSettings(**fractions), "the data")
         return
-    found = split_indices(labels, config.Data(**fractions), "the data")
+    found = split_indices(labels, config.DataSettings(**fractions), "the data")
     assert list(found) == list(SPLITS)
     assert sorted(torch.cat(list(found.values())).tolist()) == list(range(n))
     assert all(len(part) > 0 for part in found.values())
@@ -78,12 +78,12 @@ def test_indices_of_splits_are_disjoint_and_complete_for_few_images_too(n):
 
 def test_a_fraction_that_leaves_nothing_is_an_error():
     with pytest.raises(HasteError, match=r"validation_fraction 0.999: 7 images cannot be divided.*smaller fraction"):
-        split_indices(torch.zeros(10).long(), config.Data(validation_fraction=0.999), "the data")
+        split_indices(torch.zeros(10).long(), config.DataSettings(validation_fraction=0.999), "the data")
 
 
 def test_augmentation_is_seeded_differs_per_image_and_is_the_identity_at_zero():
     x = digits().images("train")[0]
-    assert_close(affine(x[:50], config.Augment(), generator()), x[:50], atol=1e-5, rtol=0)
+    assert_close(affine(x[:50], config.AugmentSettings(), generator()), x[:50], atol=1e-5, rtol=0)
     first, again, other = (affine(x[:1].expand(8, -1, -1, -1), STRONG, generator(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -112,7 +112,7 @@ def test_augmentation_moves_mass_by_what_it_is_asked_for(setting):
     lines = torch.arange(33).float() - 16
     blob = torch.exp(-((lines[None] - 6) ** 2 + lines[:, None] ** 2) / 8)  # six pixels right of the centre
     x = (2 * blob - 1).expand(400, 1, 33, 33)
-    mass = affine(x, config.Augment(**setting), generator()) + 1
+    mass = affine(x, config.AugmentSettings(**setting), generator()) + 1
     total = mass.sum((1, 2, 3))
     column = (mass * lines).sum((1, 2, 3)) / total
     row = (mass * lines[:, None]).sum((1, 2, 3)) / total

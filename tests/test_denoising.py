@@ -92,7 +92,7 @@ def test_the_probe_is_every_held_out_image_and_a_third_as_many_augmented_trainin
 @pytest.mark.parametrize("kind", ["sit", "dit"])
 def test_every_kind_of_generator_is_measured_by_its_own_loss(kind, tiny, randomise):
     dataset = open_dataset(tiny.data)
-    settings = config.Model(kind=kind, depth=2, width=32, heads=4)
+    settings = config.ModelSettings(kind=kind, depth=2, width=32, heads=4)
     model = randomise(student_of(settings, 8, 1, 10, seed=0)).eval()
     rows = denoising.Probe(dataset, 20, 0).measure(model)
     found = [(row["split"], row["n"], row["draws"]) for row in rows[:: len(denoising.LEVELS)]]
@@ -146,7 +146,7 @@ def test_solvers_keep_their_order_on_a_quadratic_grid(sampler, order):
 
 
 def test_the_grid_is_on_the_card_of_the_solvers_that_have_one():
-    data = config.Data()
+    data = config.DataSettings()
     for grid in ("uniform", "quadratic"):
-        assert latents.drawing_facts(data, config.Sample(sampler="heun", grid=grid))["grid"] == grid
-    assert "grid" not in latents.drawing_facts(data, config.Sample(sampler="sde", grid="quadratic"))
+        assert latents.drawing_facts(data, config.SampleSettings(sampler="heun", grid=grid))["grid"] == grid
+    assert "grid" not in latents.drawing_facts(data, config.SampleSettings(sampler="sde", grid="quadratic"))

@@ -174,7 +174,7 @@ def test_image_folders_and_parquet_files_are_counted_without_being_read(tmp_path
     rows.to_parquet(tmp_path / "parquet" / "train.parquet")
     rows.to_parquet(tmp_path / "parquet" / "test.parquet")
     for folder, count, classes in (("folder", 12, 2), ("parquet", 9, 3)):
-        settings = config.Data(kind="images", path=str(tmp_path / folder), image_size=32)
+        settings = config.DataSettings(kind="images", path=str(tmp_path / folder), image_size=32)
         check, example = check_data(settings, 4)
         assert check.state == "ok"
         assert f"{count} training images, {classes} classes" in check.found

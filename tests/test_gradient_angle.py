@@ -110,13 +110,13 @@ def test_what_a_block_cannot_tell_is_refused_naming_what_it_can(parts):
     *modules, batch = parts()
     assert reaching(modules[1], 1) == ("feature", "attention", "holistic")
     assert reaching(modules[1], 2) == ()
-    words = r"block 2 .*possible there: none.*after block 1, attention in blocks \[0, 1\]"
+    words = r"block 2 .*expected there: none.*after block 1, attention in blocks \[0, 1\]"
     with pytest.raises(HasteError, match=words):
         gradient_cosine(*modules, batch, 0.5, 2)
-    with pytest.raises(HasteError, match=r"unknown block .*'7'.*possible: 0, 1, 2"):
+    with pytest.raises(HasteError, match=r"unknown block .*'7'.*expected one of: 0, 1, 2"):
         gradient_cosine(*modules, batch, 0.5, 7)
     *modules, batch = parts(lambda_feature=0.0)
-    with pytest.raises(HasteError, match=r"losses feature: possible there: attention"):
+    with pytest.raises(HasteError, match=r"losses feature; expected there: attention"):
         gradient_cosine(*modules, batch, 0.5, 1, losses=["feature"])
 
 

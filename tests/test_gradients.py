@@ -66,7 +66,7 @@ def test_an_arm_without_alignment_is_asked_about_attention(trained):
 
 def test_a_block_above_all_that_is_aligned_is_refused(output, make_study):
     run = Run(make_study("analysis.block=3"), "repa", 0)
-    with pytest.raises(HasteError, match=r"analysis.block .*'3'.*possible: 0, 1, 2"):
+    with pytest.raises(HasteError, match=r"analysis.block .*'3'.*expected one of: 0, 1, 2"):
         gradients.conflict(run)
 
 
@@ -109,5 +109,5 @@ def test_the_online_estimate_is_drawn_against_the_exact_one_of_the_same_rows(tab
 
 
 def test_a_picture_of_nothing_is_refused(tables):
-    with pytest.raises(HasteError, match=r"unknown arm .*'haste'.*possible: repa, holistic"):
+    with pytest.raises(HasteError, match=r"unknown arm .*'haste'.*expected one of: repa, holistic"):
         figures.conflict_over_training(tables[0], None, "haste")

@@ -12,7 +12,7 @@ from haste_core.study import config
 FROZEN = json.loads((Path(__file__).parent / "golden" / "hashes.json").read_text())
 
 
-def hashes(study: config.Study) -> dict[str, str]:
+def hashes(study: config.StudySettings) -> dict[str, str]:
     """Every hash of a study by what it names."""
     runs = {arm: study.run(arm) for arm in study.arms}
     return {

@@ -322,7 +322,7 @@ def test_other_attention_is_read_by_a_pair_of_functions_and_named_where_it_is_no
         blocks[0](torch.randn(3, 5, 8))
     assert seen.qk[0][0].shape == (3, 2, 5, 4)
     with (
-        pytest.raises(HasteError, match=r"depth \(from 1\) to read tokens at '5'; possible: 1"),
+        pytest.raises(HasteError, match=r"depth \(from 1\) to read tokens at '5'; expected one of: 1"),
         tap(blocks, Taps(depths=(5,))),
     ):
         pass

@@ -62,7 +62,7 @@ def write_parquet(path, numbers, image="img", label="label", labels=None):
 
 
 def opened(path, **changes):
-    return open_dataset(config.Data(kind="images", path=str(path), **{"image_size": SIZE, **changes}))
+    return open_dataset(config.DataSettings(kind="images", path=str(path), **{"image_size": SIZE, **changes}))
 
 
 def numbers(x, known=60):

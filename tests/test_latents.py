@@ -79,7 +79,7 @@ def folder(tmp_path):
 
 
 def latents(folder, **changes):
-    return open_dataset(config.Data(kind="latents", path=str(folder), **changes))
+    return open_dataset(config.DataSettings(kind="latents", path=str(folder), **changes))
 
 
 def labels_file(folder, side="vae-sd"):
@@ -187,7 +187,7 @@ def test_training_reads_images_in_phase_one_only(folder, arm, reads, output, mak
 )
 def test_unusable_settings_are_refused(folder, changes, message):
     with pytest.raises(HasteError, match=message):
-        open_dataset(config.Data(**{"kind": "latents", "path": str(folder), **changes}))
+        open_dataset(config.DataSettings(**{"kind": "latents", "path": str(folder), **changes}))
 
 
 # ---- names and lists ----

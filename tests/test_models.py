@@ -241,7 +241,7 @@ def test_caption_indices_stand_for_their_text_tokens_and_the_last_for_the_empty_
     assert torch.equal(model(x, t, torch.tensor([3, 1])), model(x, t, captions[[3, 1]]))
     null = torch.full((2,), model.null_label)
     assert torch.equal(model(x, t, null), model(x, t, draws(5, 6, seed=8).expand(2, 5, 6)))
-    with pytest.raises(HasteError, match=r"no table of text tokens; possible: data\.contexts"):
+    with pytest.raises(HasteError, match=r"no table of text tokens; expected data\.contexts"):
         small("mmdit")(x, t, torch.tensor([0, 1]))
 
 
@@ -250,7 +250,7 @@ def test_caption_indices_stand_for_their_text_tokens_and_the_last_for_the_empty_
     [("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675), ("MMDiT-12/2", None), ("MMDiT-24/2", None)],
 )
 def test_presets_have_the_published_sizes(preset, millions):
-    chosen = config.Model(preset=preset)
+    chosen = config.ModelSettings(preset=preset)
     sizes = chosen.model_dump(include={"depth", "width", "heads", "patch"})
     with torch.device("meta"):
         model = build(chosen.kind, 0, image_size=32, channels=4, classes=1000, **sizes)

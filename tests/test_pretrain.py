@@ -15,12 +15,12 @@ from haste_core.files import locked
 from haste_core.study import config, pretrain, runs
 from haste_core.study.data import open_dataset
 
-FITTING = config.Fitting(steps=12, batch_size=32, min_accuracy=0, seed=3)
+FITTING = config.FittingSettings(steps=12, batch_size=32, min_accuracy=0, seed=3)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return open_dataset(config.Data())
+    return open_dataset(config.DataSettings())
 
 
 def network(seed=0):
@@ -86,21 +86,21 @@ def test_acceptance_is_decided_without_test_images(digits, make):
     read = []
     dataset = Wrapped(digits, before_images=read.append)
     with pytest.raises(HasteError, match=r"network: .*validation .*\d\.\d+ is below the required 1\.0"):
-        pretrain.fit(make(), dataset, config.Fitting(steps=1, min_accuracy=1.0), "network")
+        pretrain.fit(make(), dataset, config.FittingSettings(steps=1, min_accuracy=1.0), "network")
     assert "test" not in read
     pretrain.fit(make(), dataset, FITTING, "network")
     assert "test" in read
 
 
 def test_a_classifier_learns(digits):
-    fitting = config.Fitting(steps=150, batch_size=64, lr=3e-3, min_accuracy=0.5)
+    fitting = config.FittingSettings(steps=150, batch_size=64, lr=3e-3, min_accuracy=0.5)
     found = pretrain.fit(network(), digits, fitting, "digits")
     assert list(found) == ["train_accuracy", "validation_accuracy", "test_accuracy"]
     assert all(value > 0.8 for value in found.values())
 
 
 def test_the_autoencoder_explains_held_out_images_by_features_of_unit_variance(digits):
-    made, fitting = autoencoder(), config.Fitting(steps=200, batch_size=64, min_accuracy=0.3, seed=5)
+    made, fitting = autoencoder(), config.FittingSettings(steps=200, batch_size=64, min_accuracy=0.3, seed=5)
     found = pretrain.fit(made, digits, fitting, "autoencoder")
     assert list(found) == ["train_explained", "validation_explained", "test_explained"]
     assert all(0.3 < value < 1 for value in found.values())

@@ -141,8 +141,8 @@ def test_a_file_with_model_alone_or_ema_alone(made):
     for source in ({"model": weights, "ema": None}, {"ema": weights}, weights):
         assert_same(load(source), made())
     assert_same(load(weights, weights="ema"), made())
-    refused("no 'ema' weights; possible: model", {"model": weights}, "sit", 3, weights="ema")
-    refused("no 'model' weights; possible: ema", {"ema": weights}, "sit", 3, weights="model")
+    refused("no 'ema' weights; expected one of: model", {"model": weights}, "sit", 3, weights="ema")
+    refused("no 'model' weights; expected one of: ema", {"ema": weights}, "sit", 3, weights="model")
     refused("unknown weights 'emma' .did you mean 'ema'", {"ema": weights}, "sit", 3, weights="emma")
 
 
@@ -170,8 +170,8 @@ def test_other_float_types_become_float32(tmp_path, made, dtype):
 
 def test_integers_and_other_values_among_the_weights_are_refused(made):
     weights = made().state_dict()
-    refused("'n_averaged', a torch.int64; possible", weights | {"n_averaged": torch.tensor(3)}, "sit", 3)
-    refused("'steps', a int; possible", weights | {"steps": 3}, "sit", 3)
+    refused("'n_averaged', a torch.int64; expected", weights | {"n_averaged": torch.tensor(3)}, "sit", 3)
+    refused("'steps', a int; expected", weights | {"steps": 3}, "sit", 3)
     refused("has no|have no|hold", {"args": argparse.Namespace()}, "sit", 3)
     refused("they have nothing", {}, "sit", 3)
 
@@ -180,12 +180,12 @@ def test_stored_positions_are_kept_and_absent_ones_are_made(made):
     weights = made().state_dict()
     other = weights | {"pos_embed": torch.arange(16 * 24.0).reshape(1, 16, 24)}
     assert torch.equal(load(other).pos_embed, other["pos_embed"])
-    refused("contradicts pos_embed, which is for 8; possible: 8", weights, "sit", 3, image_size=16)
-    refused("15 positions; possible: a square", weights | {"pos_embed": torch.zeros(1, 15, 24)}, "sit", 3)
+    refused("contradicts pos_embed, which is for 8; expected 8", weights, "sit", 3, image_size=16)
+    refused("15 positions; expected a square", weights | {"pos_embed": torch.zeros(1, 15, 24)}, "sit", 3)
     weights = {name: value for name, value in weights.items() if name != "pos_embed"}
-    refused("no pos_embed, image_size is None; possible: multiples of 2", weights, "sit", 3)
+    refused("no pos_embed, image_size is None; expected multiples of 2", weights, "sit", 3)
     for size in (-2, 0, 1, 7):
-        refused("possible: multiples of 2", weights, "sit", 3, image_size=size)
+        refused("expected multiples of 2", weights, "sit", 3, image_size=size)
     assert_same(load(weights, image_size=8), made())
     larger = load(weights, image_size=12)
     assert torch.equal(larger.pos_embed, sincos_positions(24, 6)[None])
@@ -209,8 +209,8 @@ def test_heads_otherwise_come_from_the_norm_or_from_the_caller(made):
     for heads in (5, 0, -3, 48):
         refused(f"num_heads {heads} does not divide width 24", weights, "sit", heads)
     assert load(normed, num_heads=None).heads == load(normed).heads == 3
-    refused("num_heads 6 contradicts .*q_norm.* with 8 values; possible: 3", normed, "sit", 6)
-    refused("possible: a divisor of width 24", normed | {"blocks.0.attn.q_norm.weight": torch.ones(7)}, "sit")
+    refused("num_heads 6 contradicts .*q_norm.* with 8 values; expected 3", normed, "sit", 6)
+    refused("expected a divisor of width 24", normed | {"blocks.0.attn.q_norm.weight": torch.ones(7)}, "sit")
     assert load(made("mmdit").state_dict(), "mmdit", None).heads == 2
     refused("number of heads is not in the weights", made("mmdit", width=40, heads=5).state_dict(), "mmdit")
 
@@ -223,7 +223,7 @@ def test_heads_otherwise_come_from_the_norm_or_from_the_caller(made):
         ("sit", "mmdit", "'mmdit' was asked for, the weights look like family 'sit'"),
         ("mmdit", "sit", "'sit' was asked for, the weights look like family 'mmdit'"),
         ("mmdit", "dit", "'dit' was asked for, the weights look like family 'mmdit'"),
-        ("dit", None, "two outputs per channel.*possible: family 'dit' or 'sit'"),
+        ("dit", None, "two outputs per channel.*expected family 'dit' or 'sit'"),
         ("sit", "sid", "unknown family 'sid' .did you mean 'sit'"),
     ],
 )
@@ -245,13 +245,13 @@ def test_missing_unknown_and_misshapen_weights_are_named(made, projected, family
         return {n: value for n, value in (weights | tensors).items() if not n.startswith(name)}
 
     wrong = {
-        rf"do not fit: missing: {block}\.mlp\.fc2\.bias; possible": without(f"{block}.mlp.fc2.bias"),
+        rf"do not fit: missing: {block}\.mlp\.fc2\.bias; expected": without(f"{block}.mlp.fc2.bias"),
         rf"unknown: {block}\.attn\.a, .*\.b, .*\.c and 2 more": weights
         | {f"{block}.attn.{n}": torch.zeros(2) for n in "abcde"},
         rf"of another shape: {block}\.attn\.qkv\.bias \(5,\) instead of \({3 * width},\)": weights
         | {f"{block}.attn.qkv.bias": torch.zeros(5)},
-        "numbers 0, 7; possible: 0 on": {re.sub(r"blocks\.1\.", "blocks.7.", n): v for n, v in weights.items()},
-        "projectors has the numbers 1; possible: 0 on": without("projectors.0"),
+        "numbers 0, 7; expected 0 on": {re.sub(r"blocks\.1\.", "blocks.7.", n): v for n, v in weights.items()},
+        "projectors has the numbers 1; expected 0 on": without("projectors.0"),
         "missing: 1.2.weight": without("projectors.1.2.weight"),
         "unknown: 0.6.weight": weights | extra | {"projectors.0.6.weight": torch.zeros(2, 2)},
         "of another shape: 0.0.weight": weights | wide,
@@ -312,7 +312,7 @@ def test_convention_can_be_said(made):
     assert torch.equal(velocity(double, "auto"), velocity(double, "sit"))
     refused("convention 'sit' with family 'dit'", double.state_dict(), "dit", 3, convention="sit")
     refused("convention 'sit' with family 'mmdit'", made("mmdit").state_dict(), "mmdit", convention="sit")
-    refused("unknown convention 'repa'; possible: auto, haste, sit", single.state_dict(), "sit", 3, convention="repa")
+    refused("unknown convention 'repa'; expected one of: auto, haste, sit", single.state_dict(), "sit", convention="repa")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ class Bomb:
 def test_code_in_a_file_is_never_run(tmp_path, made, legacy):
     trap, path = tmp_path / "touched", tmp_path / "a.pt"
     torch.save({"model": made().state_dict(), "args": Bomb(trap)}, path, _use_new_zipfile_serialization=not legacy)
-    line = refused("could run code and is not loaded; possible: tensors", path, "sit", 3)
+    line = refused("could run code and is not loaded; expected tensors", path, "sit", 3)
     assert str(path) in line
     torch.save({"ema": made(), "args": argparse.Namespace()}, path, _use_new_zipfile_serialization=not legacy)
     refused("wants haste_core.models.sit.SiT, which could run code", path, "sit", 3)
@@ -350,13 +350,13 @@ def test_truncated_and_other_files_are_refused(tmp_path, made):
         for keep in (0, 10, 500, len(content) // 2, -1):
             path.write_bytes(content[:keep])
             assert str(path) in refused("truncated or damaged", path, "sit", 3)
-    refused("no checkpoint .*nothing.pt; possible", tmp_path / "nothing.pt", "sit")
+    refused("no checkpoint .*nothing.pt; expected", tmp_path / "nothing.pt", "sit")
     (tmp_path / "folder.pt").mkdir()
-    refused("no checkpoint .*folder.pt; possible", tmp_path / "folder.pt", "sit")
-    refused(r"unknown suffix '.bin'; possible: .pt, .pth, .safetensors", tmp_path / "a.bin", "sit")
+    refused("no checkpoint .*folder.pt; expected", tmp_path / "folder.pt", "sit")
+    refused(r"unknown suffix '.bin'; expected one of: .pt, .pth, .safetensors", tmp_path / "a.bin", "sit")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
-    refused("holds a list; possible: a dict", tmp_path / "list.pt", "sit")
-    with pytest.raises(HasteError, match=r"unknown suffix '.ckpt'; possible: .pt, .safetensors"):
+    refused("holds a list; expected a dict", tmp_path / "list.pt", "sit")
+    with pytest.raises(HasteError, match=r"unknown suffix '.ckpt'; expected one of: .pt, .safetensors"):
         save_reference(tmp_path / "a.ckpt", made())
     assert not (tmp_path / "a.ckpt").exists()
 
@@ -503,7 +503,7 @@ def test_convert_never_harms_its_source(tmp_path, made, haste):
     (tmp_path / "hard.pt").hardlink_to(source)
     (tmp_path / "folder.pt").mkdir()
     cases = {out: "is the source itself" for out in ("a.pt", "./a.pt", "link.pt", "hard.pt")}
-    cases |= {"folder.pt": "is a folder", "a.npz": r"unknown suffix '.npz'; possible: .pt, .safetensors"}
+    cases |= {"folder.pt": "is a folder", "a.npz": r"unknown suffix '.npz'; expected one of: .pt, .safetensors"}
     for out, words in cases.items():
         with pytest.raises(HasteError, match=words):
             haste(source, tmp_path / out, "--heads", "3")

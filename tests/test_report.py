@@ -18,7 +18,7 @@ from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
 from haste_core.study import claims, config, cost, evaluation, judging, pretrain, report
 from haste_core.study.runs import Run, study_dir
-from haste_core.study.sections import Claims
+from haste_core.study.sections import ClaimsSettings
 from haste_core.study.train import fit
 
 # One worker builds the finished study once.
@@ -31,7 +31,7 @@ README_TABLES = ("fid.csv", "claims.csv", "denoising.csv", "step_time.csv", "pro
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 STEPS = (250, 1000, 3000)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-EARLY = Claims(early=[250, 1000])
+EARLY = ClaimsSettings(early=[250, 1000])
 FIGURES = ("summary", "denoising", "fid", "gain", "samples", "attention", "curves", "step_time", "claims")
 
 

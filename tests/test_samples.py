@@ -190,7 +190,7 @@ def test_batch_and_shard_size_move_at_most_a_rounding(tmp_path, randomise, tiny,
     model = randomise(SiT(image_size=8, channels=1, classes=10, depth=2, width=32, heads=2, patch=2), std=0.2).eval()
     results = []
     for batch, shard in ((20, 20), (7, 20), (1, 5)):
-        sample = config.Sample(sampler=sampler, solver_steps=4, batch_size=batch)
+        sample = config.SampleSettings(sampler=sampler, solver_steps=4, batch_size=batch)
         samples = SampleSet(tmp_path / f"{batch}-{shard}", manifest(n=60, shard_size=shard))
         samples.fill(drawer(model, tiny.data, sample), batch)
         results.append(torch.cat(list(samples.batches(60))).int())
@@ -216,7 +216,7 @@ def test_a_lock_has_one_holder_whom_the_error_names_and_the_next_waits(tmp_path)
 
     waiting = threading.Thread(target=second)
     with files.locked(lock, "it"):
-        with pytest.raises(InUse, match=rf"it is in use by process {os.getpid()} on .*; possible: wait"):
+        with pytest.raises(InUse, match=rf"it is in use by process {os.getpid()} on .*; wait"):
             files.locked(lock, "it").__enter__()
         waiting.start()
         time.sleep(0.3)
@@ -255,7 +255,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with (
-        pytest.raises(HasteError, match=r"cannot be locked \(No locks available\); possible: a file system with locks"),
+        pytest.raises(HasteError, match=r"cannot be locked \(No locks available\); expected a file system with locks"),
         files.locked(tmp_path / "lock", "x"),
     ):
         pass
@@ -268,7 +268,7 @@ def test_a_preset_of_the_command_line_decides_all_of_the_sampler_and_set_wins_ov
     file = {"sampler": "heun", "solver_steps": 7, "guidance": 9.0, "guidance_low": 0.3, "batch_size": 11}
     overrides = [f"sample.{key}={value}" for key, value in file.items()]
     chosen = config.load("digits", overrides=[*overrides, *command.preset_overrides("haste-xl-100ep")]).sample
-    assert chosen.model_dump() == config.Sample(preset="haste-xl-100ep", batch_size=11).model_dump()
+    assert chosen.model_dump() == config.SampleSettings(preset="haste-xl-100ep", batch_size=11).model_dump()
     more = ["sample.solver_steps=10", "sample.guidance=1.0"]
     chosen = config.load("digits", overrides=[*overrides, *command.preset_overrides("sde-250"), *more]).sample
     assert (chosen.solver_steps, chosen.guidance, chosen.guidance_low, chosen.sampler) == (10, 1.0, 0.0, "sde")

@@ -250,10 +250,10 @@ def test_uint8_rule_gives_every_level_back_and_clips():
 
 @pytest.mark.parametrize(
     ("kind", "sampler", "steps", "words"),
-    [(kind, sampler, 5, rf"{sampler!r} does not go with a model of kind {kind!r}.*possible: {possible}")
+    [(kind, sampler, 5, rf"{sampler!r} does not go with a model of kind {kind!r}.*expected one of: {possible}")
      for kind, sampler, possible in (("dit", "euler", "ddpm"), ("dit", "heun", "ddpm"), ("dit", "sde", "ddpm"),
                                      ("sit", "ddpm", "euler, heun, sde"))]
-    + [("dit", "ddpm", 1001, "1001; possible for ddpm: 1 to 1000")],
+    + [("dit", "ddpm", 1001, "1001; expected for ddpm: 1 to 1000")],
 )  # fmt: skip
 def test_a_sampler_that_does_not_fit_the_model_is_refused(kind, sampler, steps, words):
     with pytest.raises(HasteError, match=words):
@@ -312,8 +312,8 @@ def fields(sample):
 
 
 def test_presets_are_what_the_paper_reports_and_fields_that_are_given_win():
-    assert {name: fields(config.Sample(preset=name)) for name in SAMPLERS} == PAPER
-    chosen = config.Sample(preset="haste-xl-100ep", guidance=1.0, solver_steps=9)
+    assert {name: fields(config.SampleSettings(preset=name)) for name in SAMPLERS} == PAPER
+    chosen = config.SampleSettings(preset="haste-xl-100ep", guidance=1.0, solver_steps=9)
     assert fields(chosen) == ("sde", 9, 1.0, 0.0, 0.6)
     assert fields(config.load("digits", overrides=["sample={preset: haste-xl-512, guidance: 1.5}"]).sample)[2] == 1.5
     with pytest.raises(HasteError, match=r"'sde-25'.*did you mean 'sde-250'"):
@@ -321,13 +321,15 @@ def test_presets_are_what_the_paper_reports_and_fields_that_are_given_win():
 
 
 def test_facts_of_the_drawing_hold_every_field_that_moves_a_pixel(tiny):
-    facts = latents.drawing_facts(tiny.data, config.Sample(preset="haste-xl-100ep", guidance_channels=3))
+    facts = latents.drawing_facts(tiny.data, config.SampleSettings(preset="haste-xl-100ep", guidance_channels=3))
     assert facts == {
         "sampler": "sde", "solver_steps": 250, "guidance": 1.825, "guidance_interval": [0.0, 0.6],
         "guidance_channels": 3, "integrator_dtype": "float64", "vae": None,
         "uint8_rule": "clip(127.5 x + 128), truncated",
     }  # fmt: skip
-    assert latents.drawing_facts(tiny.data, config.Sample(sampler="heun", grid="quadratic"))["grid"] == "quadratic"
+    assert (
+        latents.drawing_facts(tiny.data, config.SampleSettings(sampler="heun", grid="quadratic"))["grid"] == "quadratic"
+    )
 
 
 class FakeVae:
@@ -338,12 +340,12 @@ class FakeVae:
 
 
 def test_latents_are_decoded_by_the_vae_and_pixels_are_not(tiny, tmp_path, monkeypatch):
-    data = config.Data(kind="latents", path=str(tmp_path))
+    data = config.DataSettings(kind="latents", path=str(tmp_path))
     asked = []
     monkeypatch.setattr(
         latents, "_cached_vae", lambda name, fingerprint: asked.append((name, fingerprint)) or FakeVae()
     )
-    x, sample = noise(2, 1, 4, 4), config.Sample(vae="folder/vae")
+    x, sample = noise(2, 1, 4, 4), config.SampleSettings(vae="folder/vae")
     assert latents.to_images(x, tiny.data, sample) is x
     assert asked == []
     assert_close(latents.to_images(x, data, sample), x.repeat(1, 3, 2, 2) / 2)
@@ -376,7 +378,7 @@ def test_what_is_as_ever_changes_no_hash_and_no_card(make_study):
      ({"preset": "ddpm-250", "guidance": 2.0, "guidance_high": 0.5}, "dit", 250 + 125)],
 )  # fmt: skip
 def test_passes_are_those_that_drawing_makes(settings, kind, expected, model):
-    sample = config.Sample(batch_size=2, **settings).options
+    sample = config.SampleSettings(batch_size=2, **settings).options
     assert sampling.passes(kind, sample) == expected
     if kind == "sit" and expected < 100:  # drawing counts the same way
         seen = []

@@ -18,7 +18,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY  # isort: skip
 
 
 def settings(**changes):
-    return config.Evaluate(**{"kid_subsets": 4, "kid_subset_size": 30, **changes})
+    return config.EvaluateSettings(**{"kid_subsets": 4, "kid_subset_size": 30, **changes})
 
 
 def gaussian_images(n, seed, mean=128.0, spread=12.0, side=4):
@@ -307,7 +307,7 @@ def test_the_card_changes_with_settings_that_change_a_score_and_no_others(key, s
 
 
 def test_every_sampling_and_scoring_setting_is_in_the_lists_above():
-    sections = {"sample": config.Sample, "evaluate": config.Evaluate}
+    sections = {"sample": config.SampleSettings, "evaluate": config.EvaluateSettings}
     fields = {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
     assert fields <= set(CHANGES_A_SCORE) | set(CHANGES_NOTHING) | ELSEWHERE
 

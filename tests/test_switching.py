@@ -16,10 +16,10 @@ from haste_core.study import config
 from haste_core.study.runs import Run
 
 TRIGGERS = {
-    "fixed": config.Termination(kind="iteration", at=8),
-    "exact": config.Termination(kind="gradient_angle", threshold=0, every=2),
-    "online": config.Termination(kind="online_angle", threshold=0),
-    "never": config.Termination(kind="online_angle", threshold=-0.9),
+    "fixed": config.TerminationSettings(kind="iteration", at=8),
+    "exact": config.TerminationSettings(kind="gradient_angle", threshold=0, every=2),
+    "online": config.TerminationSettings(kind="online_angle", threshold=0),
+    "never": config.TerminationSettings(kind="online_angle", threshold=-0.9),
 }
 # FID at the end by the step of the switch: 8 is best, never (12) is worst.
 TAILS = {"haste_4": (4, 6.0), "haste": (8, 5.0), "holistic": (12, 8.0)}
@@ -105,7 +105,7 @@ def test_a_log_that_begins_late_is_not_taken_for_a_trigger_that_fires_late(study
 def test_readings_count_from_where_a_trigger_looks(runs):
     log(runs[0], [None, 0.1, None, 0.1], "gradient_angle")
     settings = ({"every": 4}, {"every": 2}, {"every": 2, "after": 6})
-    triggers = {str(i): config.Termination(kind="gradient_angle", **given) for i, given in enumerate(settings)}
+    triggers = {str(i): config.TerminationSettings(kind="gradient_angle", **given) for i, given in enumerate(settings)}
     assert list(switching.fired(triggers, runs[:1])["gaps"]) == [0, 2, 0]
 
 

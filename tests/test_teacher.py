@@ -171,7 +171,7 @@ def test_tokens_are_timms_own(randomise, family):
 
 def test_a_block_that_does_not_exist_is_refused_and_hooks_go_when_a_forward_pass_fails():
     teacher = make()
-    with pytest.raises(HasteError, match=r"'3'.*possible: 0, 1, 2"):
+    with pytest.raises(HasteError, match=r"'3'.*expected one of: 0, 1, 2"):
         teacher(pictures(teacher), (1, 3))
     with pytest.raises(RuntimeError, match="boom"), read_qk(teacher.encoder, (0, 1)):
         raise RuntimeError("boom")
@@ -367,7 +367,7 @@ def test_weights_that_execute_code_are_refused_unexecuted(tmp_path, suffix):
         ("vit_small_patch16_18x2_224", VIT, "no attention module"),
         ("naflexvit_base_patch16_gap", NARROW, "no patch_embed"),
         ("vit_tiny_patch16_224", {"no_such_argument": 1}, "no_such_argument"),
-        ("vit_tiny_patch16_224", {"weights": "nowhere/w.pth"}, "nowhere/w.pth.*possible: hub, pretrain, random"),
+        ("vit_tiny_patch16_224", {"weights": "nowhere/w.pth"}, "nowhere/w.pth.*expected hub, pretrain, random"),
         ("vit_base_patch14_dinov2.no_such_tag", {"weights": "hub"}, "no_such_tag"),
         ("vit_no_such_model", {"weights": "hub"}, "no published weights"),
         ("vit_base_patch16_xp_224", {"weights": "hub"}, "no published weights"),

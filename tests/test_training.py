@@ -404,5 +404,5 @@ def test_a_run_leaves_a_plain_generator_its_settings_and_a_preview(output, tiny)
     assert not any("teacher" in name or "encoder" in name for name in tensors)
     written = yaml.safe_load((run.dir / "config.yaml").read_text())
     assert [written.pop(key) for key in ("study", "arm", "seed")] == ["digits", "holistic", 0]
-    assert config.RunConfig.model_validate(written) == run.config
+    assert config.RunSettings.model_validate(written) == run.config
     assert [p.name for p in (run.dir / "samples").iterdir()] == ["step_00000012.png"]

@@ -155,7 +155,7 @@ def moment(run: Run, step: int, teacher: Teacher, own: bool = False) -> Moment |
     return Moment(model.eval().to(device), haste, objective_of(model.kind))
 
 
-def _switched_on(run: Run, projector: bool) -> config.Alignment:
+def _switched_on(run: Run, projector: bool) -> config.AlignmentSettings:
     """The run's alignment with the study's weight, or the paper's, if the arm has none."""
     own, base = run.config.alignment, run.study.alignment
     feature = own.lambda_feature or base.lambda_feature or WEIGHT

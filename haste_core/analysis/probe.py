@@ -124,7 +124,7 @@ def aligned_heads(run: Run, teacher: Teacher) -> list[int]:
     return paired_heads(run.config.alignment.heads, run.config.model.heads, teacher.heads)
 
 
-def token_grid(model: config.Model, x: Tensor) -> Grid:
+def token_grid(model: config.ModelSettings, x: Tensor) -> Grid:
     """Rows and columns of a generator's tokens for inputs x (B, C, S, S)."""
     return x.shape[-2] // model.patch, x.shape[-1] // model.patch
 

@@ -42,7 +42,7 @@ FEWEST = 3
 MEASURES = ("fid", "near_data")
 
 
-def card(study: config.Study) -> dict[str, Any]:
+def card(study: config.StudySettings) -> dict[str, Any]:
     """Settings of the tables on switching beside their runs: triggers, arms that log angles, and columns."""
     return {
         "triggers": {name: trigger.model_dump(mode="json") for name, trigger in study.triggers.items()},
@@ -52,7 +52,7 @@ def card(study: config.Study) -> dict[str, Any]:
     }
 
 
-def families(study: config.Study) -> dict[str, list[str]]:
+def families(study: config.StudySettings) -> dict[str, list[str]]:
     """Arms that differ in their switch alone, by the always-on arm they branch from, itself first."""
     found: dict[str, list[str]] = {}
     for arm in study.arms:
@@ -66,7 +66,7 @@ def families(study: config.Study) -> dict[str, list[str]]:
     return found
 
 
-def always_on(study: config.Study, seeds: Sequence[int] | None = None) -> list[Run]:
+def always_on(study: config.StudySettings, seeds: Sequence[int] | None = None) -> list[Run]:
     """Always-on runs of a study over whose logs triggers are replayed: its main arms, and those others branch from.
 
     Raises:
@@ -79,7 +79,7 @@ def always_on(study: config.Study, seeds: Sequence[int] | None = None) -> list[R
     return [Run(study, arm, seed) for arm in arms for seed in (study.seeds_of(arm) if seeds is None else seeds)]
 
 
-def sweep(study: config.Study, scores: pd.DataFrame) -> pd.DataFrame:
+def sweep(study: config.StudySettings, scores: pd.DataFrame) -> pd.DataFrame:
     """Scores of every family over tau and training steps.
 
     Args:
@@ -121,7 +121,7 @@ def logs(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=LOGGED)
 
 
-def fired(triggers: Mapping[str, config.Termination], runs: Iterable[Run]) -> pd.DataFrame:
+def fired(triggers: Mapping[str, config.TerminationSettings], runs: Iterable[Run]) -> pd.DataFrame:
     """Step at which each trigger would have switched each of these always-on runs off.
 
     Returns:
@@ -143,7 +143,7 @@ def fired(triggers: Mapping[str, config.Termination], runs: Iterable[Run]) -> pd
     return pd.DataFrame(rows, columns=FIRED)
 
 
-def _looks(settings: config.Termination, step: int) -> bool:
+def _looks(settings: config.TerminationSettings, step: int) -> bool:
     # The exact angle is measured every so many steps; everything else is in every line.
     return step > settings.after and (settings.kind != "gradient_angle" or step % settings.every == 0)
 
@@ -207,7 +207,7 @@ def ranking(table: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
 
 def paired(
-    study: config.Study,
+    study: config.StudySettings,
     scores: pd.DataFrame,
     groups: Sequence[str],
     step: int | None = None,
@@ -260,7 +260,7 @@ def effects(rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def late(study: config.Study, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+def late(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Each aligned arm against the run without alignment that differs in nothing else (`Study.baseline`), over steps.
 
     Returns:
@@ -305,7 +305,7 @@ def boundary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plane(study: config.Study, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+def plane(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Arms that differ in the weight of alignment and in its switch, at the last step they share.
 
     Args:

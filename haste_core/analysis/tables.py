@@ -99,7 +99,7 @@ def obtain_whole(
     return pd.read_csv(path)
 
 
-def scores_card(study: config.Study, scores: pd.DataFrame) -> dict[str, Any]:
+def scores_card(study: config.StudySettings, scores: pd.DataFrame) -> dict[str, Any]:
     """Settings of a table made from scores: the hash of the evaluation settings and a digest of the scores.
 
     Scores may be those that came with the project until all runs exist; the digest keeps the two apart.

@@ -248,7 +248,7 @@ def sweep_over_steps(swept: pd.DataFrame, family: str) -> Figure:
     return figure
 
 
-def trigger_logs(logs: pd.DataFrame, triggers: Mapping[str, config.Termination], arm: str) -> Figure:
+def trigger_logs(logs: pd.DataFrame, triggers: Mapping[str, config.TerminationSettings], arm: str) -> Figure:
     """Measurements of triggers in the always-on runs of an arm over training, a panel each, a line per seed.
 
     Dotted: thresholds of the triggers.

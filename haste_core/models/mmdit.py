@@ -131,5 +131,5 @@ class MMDiT(DiffusionTransformer):
         if y.is_floating_point():
             return y
         if self.contexts is None:
-            raise HasteError("this MM-DiT has no table of text tokens; possible: data.contexts, or text tokens as y")
+            raise HasteError("this MM-DiT has no table of text tokens; expected data.contexts, or text tokens as y")
         return self.contexts(y)

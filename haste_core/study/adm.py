@@ -168,7 +168,7 @@ class DinoV2(nn.Module):
         return self.encoder.forward_features(x)[:, 0].float()  # type: ignore[operator]
 
 
-def build_dinov2(evaluate: config.Evaluate) -> tuple[DinoV2, str] | None:
+def build_dinov2(evaluate: config.EvaluateSettings) -> tuple[DinoV2, str] | None:
     """The DINOv2 of a study, on the GPU if there is one, and the hash of its weights; None for `dinov2: none`.
 
     Raises:
@@ -202,7 +202,7 @@ class Networks:
         return f"adm-inception-{self.inception_hash}" + (f"+dinov2-{self.dinov2_hash}" if self.dinov2_hash else "")
 
 
-def build_networks(evaluate: config.Evaluate) -> Networks:
+def build_networks(evaluate: config.EvaluateSettings) -> Networks:
     """The extractors that `evaluate` names.
 
     Raises:
@@ -369,7 +369,9 @@ def _warn(text: str) -> None:
 # The suite
 
 
-def scoring_facts(evaluate: config.Evaluate, data: config.Data | None, extractor: str) -> dict[str, Any]:
+def scoring_facts(
+    evaluate: config.EvaluateSettings, data: config.DataSettings | None, extractor: str
+) -> dict[str, Any]:
     """Everything of the scoring that changes a score, for the card.
 
     Args:
@@ -438,7 +440,9 @@ class AdmScorer:
         HasteError: weights or the reference are missing.
     """
 
-    def __init__(self, evaluate: config.Evaluate, data: config.Data | None = None, progress: bool = True) -> None:
+    def __init__(
+        self, evaluate: config.EvaluateSettings, data: config.DataSettings | None = None, progress: bool = True
+    ) -> None:
         self.evaluate, self.progress = evaluate, progress
         self.networks = build_networks(evaluate)
         self.facts = scoring_facts(evaluate, data, self.networks.name)
@@ -450,7 +454,7 @@ class AdmScorer:
         found = extract(generated, self.networks, self.evaluate.batch_size, None, label)
         return scores_of(found, self.reference, self.evaluate.neighborhood)
 
-    def _open_reference(self, data: config.Data | None) -> Reference:
+    def _open_reference(self, data: config.DataSettings | None) -> Reference:
         """The reference, with features extracted from images where the file holds no statistics of them."""
         if not self.evaluate.reference:
             assert data is not None  # checked in scoring_facts
@@ -488,7 +492,7 @@ class AdmScorer:
 class AdmStudyScorer(AdmScorer):
     """The suite `adm` of a study, with its card and the images that the denoising loss is measured on."""
 
-    def __init__(self, study: config.Study, progress: bool = True) -> None:
+    def __init__(self, study: config.StudySettings, progress: bool = True) -> None:
         super().__init__(study.evaluate, study.data, progress)
         self.study, self.probe = study, probe_of(study)
         self.card = card(study, self.facts | self.probe.facts)

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def study_of(arguments: argparse.Namespace) -> config.Study:
+def study_of(arguments: argparse.Namespace) -> config.StudySettings:
     """The study that a command is about."""
     return config.load(arguments.study, arguments.profile, arguments.overrides)
 
@@ -264,7 +264,7 @@ def plan(arguments: argparse.Namespace) -> None:
         print("\n".join([*notes, "", estimate.plan_text(table, total)]))
 
 
-def _notes(study: config.Study, gpus: int, speed: Speed) -> list[str]:
+def _notes(study: config.StudySettings, gpus: int, speed: Speed) -> list[str]:
     """Lines on what the figures of a plan rest on."""
     from haste_core.study.estimate import PHASES, si
 

@@ -111,7 +111,7 @@ def preset_overrides(name: str | None) -> list[str]:
     """Overrides that set everything a sampler preset decides; what it does not name goes to its default."""
     if name is None:
         return []
-    chosen = config.Sample(preset=name).model_dump()
+    chosen = config.SampleSettings(preset=name).model_dump()
     values = {field: "null" if chosen[field] is None else chosen[field] for field in _PRESET_FIELDS}
     return [f"sample.preset={name}", *(f"sample.{field}={value}" for field, value in values.items())]
 
@@ -198,7 +198,7 @@ def _launch_sample(arguments: argparse.Namespace) -> None:
 def add_score(commands: Any) -> None:
     """Add the command to the command line."""
     text = "score any images by the ADM protocol: FID, sFID, IS, precision, recall, and a distance on DINOv2"
-    defaults = config.Evaluate(suite="adm")
+    defaults = config.EvaluateSettings(suite="adm")
     sub = commands.add_parser("score", help=text, description=text[0].upper() + text[1:] + ".")
     sub.add_argument("samples", type=Path,
                      help="an .npz file with uint8 images arr_0 (n, S, S, 3), or a folder of haste sample")  # fmt: skip
@@ -230,7 +230,7 @@ def score(arguments: argparse.Namespace) -> None:
 
     is_file = arguments.reference.endswith(".npz")
     data = None if is_file else config.load(arguments.reference, arguments.profile, arguments.overrides).data
-    evaluate = config.Evaluate(
+    evaluate = config.EvaluateSettings(
         suite="adm",
         reference=arguments.reference if is_file else None,
         inception=arguments.inception,

@@ -1,7 +1,7 @@
 """Studies: one YAML file resolved to runs, with overrides, profiles and the hashes that name directories.
 
 A study file describes a base (data, teacher, model, train, sample, evaluate) and arms, each a set of overrides on
-that base. `Study.run(arm)` resolves one arm to a `RunConfig`, the complete description of one training run.
+that base. `StudySettings.run(arm)` resolves one arm to a `RunSettings`, the complete description of one training run.
 """
 
 from __future__ import annotations
@@ -17,43 +17,46 @@ from haste_core.errors import HasteError, unknown
 from haste_core.seeding import STREAMS
 from haste_core.study.sections import (
     TRAIN_BOOKKEEPING,
-    Alignment,
-    Analysis,
-    Augment,
-    Claims,
-    Data,
-    Evaluate,
-    Fitting,
-    Model,
+    AlignmentSettings,
+    AnalysisSettings,
+    AugmentSettings,
+    ClaimsSettings,
+    DataSettings,
+    EvaluateSettings,
+    FittingSettings,
+    ModelSettings,
     NonNegative,
-    Sample,
+    SampleSettings,
     Section,
-    Teacher,
-    Termination,
-    Train,
+    TeacherSettings,
+    TerminationSettings,
+    TrainSettings,
 )
 from haste_core.study.validation import digest, merge, section_type, validate
 
 __all__ = [
-    "Alignment", "Analysis", "Augment", "Claims", "Data", "Evaluate", "Fitting", "Model", "RunConfig", "Sample",
-    "Section", "Study", "Teacher", "Termination", "Train", "digest", "load", "merge", "studies",
+    "AlignmentSettings", "AnalysisSettings", "AugmentSettings", "ClaimsSettings",
+    "DataSettings", "EvaluateSettings", "FittingSettings", "ModelSettings",
+    "RunSettings", "SampleSettings", "Section", "StudySettings",
+    "TeacherSettings", "TerminationSettings", "TrainSettings", "digest",
+    "load", "merge", "studies",
 ]  # fmt: skip
 
 STUDIES = Path(__file__).parent / "studies"
 
 
-class RunConfig(Section):
+class RunSettings(Section):
     """Everything that decides one training run, bar its seed."""
 
-    data: Data
-    teacher: Teacher
-    model: Model
-    alignment: Alignment = Alignment()
-    termination: Termination = Termination()
-    train: Train
+    data: DataSettings
+    teacher: TeacherSettings
+    model: ModelSettings
+    alignment: AlignmentSettings = AlignmentSettings()
+    termination: TerminationSettings = TerminationSettings()
+    train: TrainSettings
 
     @model_validator(mode="after")
-    def _check_student_side(self) -> RunConfig:
+    def _check_student_side(self) -> RunSettings:
         if not self.alignment.active:
             return self
         if self.alignment.lambda_feature > 0 and self.alignment.depth > self.model.depth:
@@ -66,15 +69,15 @@ class RunConfig(Section):
                 f"termination.every {self.termination.every} is no multiple of train.log_every {self.train.log_every}"
             )
         if self.termination.block is not None and self.termination.block >= self.model.depth:
-            raise ValueError(f"termination.block {self.termination.block}; possible: 0 to {self.model.depth - 1}")
+            raise ValueError(f"termination.block {self.termination.block}; expected 0 to {self.model.depth - 1}")
         for student, _ in self.alignment.layer_pairs:
             if student >= self.model.depth:
                 raise ValueError(
-                    f"alignment.layer_pairs names student block {student}; possible: 0 to {self.model.depth - 1}"
+                    f"alignment.layer_pairs names student block {student}; expected 0 to {self.model.depth - 1}"
                 )
         for head in self.alignment.heads or []:
             if head >= self.model.heads:
-                raise ValueError(f"alignment.heads names student head {head}; possible: 0 to {self.model.heads - 1}")
+                raise ValueError(f"alignment.heads names student head {head}; expected 0 to {self.model.heads - 1}")
         return self
 
     @property
@@ -110,14 +113,14 @@ class RunConfig(Section):
         return digest([self.lineage, ending])
 
 
-class Arm(RunConfig):
+class ArmSettings(RunSettings):
     """Overrides of an arm: everything that decides its run except the data, its sampler settings, and its seeds."""
 
-    sample: Sample = Sample()
+    sample: SampleSettings = SampleSettings()
     seeds: list[NonNegative] = []
 
 
-class Study(Section):
+class StudySettings(Section):
     """A base, its arms and its seeds, as read from a study file.
 
     title: the question, in a line. note: what a reader of the report must know before the numbers.
@@ -129,28 +132,28 @@ class Study(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     title: str = ""
     note: str = ""
-    data: Data
-    teacher: Teacher
-    model: Model
-    alignment: Alignment = Alignment()
-    train: Train
-    sample: Sample = Sample()
-    evaluate: Evaluate = Evaluate()
-    claims: Claims = Claims()
-    analysis: Analysis = Analysis()
+    data: DataSettings
+    teacher: TeacherSettings
+    model: ModelSettings
+    alignment: AlignmentSettings = AlignmentSettings()
+    train: TrainSettings
+    sample: SampleSettings = SampleSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    claims: ClaimsSettings = ClaimsSettings()
+    analysis: AnalysisSettings = AnalysisSettings()
     arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")], dict[str, Any]]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
     groups: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
-    triggers: dict[str, Termination] = {}
+    triggers: dict[str, TerminationSettings] = {}
     analyses: dict[str, dict[str, Any]] = {}
     profiles: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
-    def _check_groups(self) -> Study:
+    def _check_groups(self) -> StudySettings:
         for name, members in self.groups.items():
             for arm in members:
                 if arm not in self.arms:
-                    raise ValueError(f"groups.{name} names arm {arm!r}; possible: {', '.join(self.arms)}")
+                    raise ValueError(f"groups.{name} names arm {arm!r}; expected one of: {', '.join(self.arms)}")
         return self
 
     @property
@@ -158,7 +161,7 @@ class Study(Section):
         """The arms of the report's own figures and of the claims that are read early."""
         return self.groups.get("main", list(self.arms))
 
-    def run(self, arm: str) -> RunConfig:
+    def run(self, arm: str) -> RunSettings:
         """The complete configuration of one arm.
 
         Raises:
@@ -166,15 +169,15 @@ class Study(Section):
         """
         if arm not in self.arms:
             raise unknown("arm", arm, self.arms)
-        sections = set(RunConfig.model_fields)
+        sections = set(RunSettings.model_fields)
         base = {k: v for k, v in self.model_dump(mode="json").items() if k in sections}
         # All arms learn from the same images, so that their scores can be compared.
-        possible = sorted(set(Arm.model_fields) - {"data"})
+        possible = sorted(set(ArmSettings.model_fields) - {"data"})
         for key in self.arms[arm]:
             if key not in possible:
                 raise unknown(f"section in arm {arm!r}", key, possible)
         own = {key: value for key, value in self.arms[arm].items() if key not in ("sample", "seeds")}
-        return validate(RunConfig, merge(base, own), f"arm {arm!r}")
+        return validate(RunSettings, merge(base, own), f"arm {arm!r}")
 
     def seeds_of(self, arm: str) -> list[int]:
         """The seeds of an arm: the study's, or those of them that the arm names itself.
@@ -190,10 +193,10 @@ class Study(Section):
             raise HasteError(f"arms.{arm}.seeds is {own}; expected a list of some of the study's seeds {self.seeds}")
         return own
 
-    def sample_of(self, arm: str) -> Sample:
+    def sample_of(self, arm: str) -> SampleSettings:
         """Sampler settings of an arm: the study's with the arm's own overrides (a DiT needs `ddpm`)."""
         own = self.arms[arm].get("sample", {})
-        return validate(Sample, merge(self.sample.model_dump(mode="json"), own), f"arm {arm!r}")
+        return validate(SampleSettings, merge(self.sample.model_dump(mode="json"), own), f"arm {arm!r}")
 
     def donor(self, arm: str) -> str | None:
         """The arm from whose checkpoint at the switch this arm can start, or None.
@@ -219,12 +222,12 @@ class Study(Section):
                 return other
         return None
 
-    def teacher_hash(self, teacher: Teacher) -> str:
+    def teacher_hash(self, teacher: TeacherSettings) -> str:
         """Hash of what decides a teacher's weights in this study, not what it is shown."""
         weights = teacher.model_dump(mode="json", exclude={"low_pass", "precision"})
         return digest([STREAMS, self.data.model_dump(mode="json"), weights])
 
-    def teachers(self) -> list[Teacher]:
+    def teachers(self) -> list[TeacherSettings]:
         """The study's own teacher, then those that aligned arms bring."""
         runs = [self.run(arm) for arm in self.arms]
         brought = [run.teacher for run in runs if run.alignment.active and run.teacher != self.teacher]
@@ -235,7 +238,7 @@ class Study(Section):
         if "vanilla" not in self.main or self.run("vanilla").alignment.active:
             raise HasteError(
                 f"gains and step times are read against an arm without alignment named vanilla, main arms are "
-                f"{', '.join(self.main)}; possible: arms.vanilla={{}}, and groups.main with it"
+                f"{', '.join(self.main)}; expected arms.vanilla={{}}, and groups.main with it"
             )
 
     def check_claims(self) -> None:
@@ -259,7 +262,7 @@ class Study(Section):
         """Hash of what decides the weights of the feature extractor that is trained without labels."""
         return self._fitted_hash("autoencoder", self.evaluate.autoencoder)
 
-    def _fitted_hash(self, role: str, fitting: Fitting) -> str:
+    def _fitted_hash(self, role: str, fitting: FittingSettings) -> str:
         return digest(
             [STREAMS, role, self.data.model_dump(mode="json"), fitting.model_dump(), self.evaluate.extractor_width]
         )
@@ -269,7 +272,7 @@ class Study(Section):
         """Hash of everything that moves a score except the weights that are scored."""
         return self.evaluation_hash_of(self.sample)
 
-    def evaluation_hash_of(self, sample: Sample) -> str:
+    def evaluation_hash_of(self, sample: SampleSettings) -> str:
         """`evaluation_hash` where images are drawn by `sample`."""
         return digest([sample.model_dump(), self.evaluate.model_dump(), self.extractor_hash, self.autoencoder_hash])
 
@@ -279,7 +282,7 @@ def studies() -> list[str]:
     return sorted(p.stem for p in STUDIES.glob("*.yaml"))
 
 
-def load(study: str | Path, profile: str | None = None, overrides: Iterable[str] = ()) -> Study:
+def load(study: str | Path, profile: str | None = None, overrides: Iterable[str] = ()) -> StudySettings:
     """A study by name or by the path of a YAML file, after its profile and then the overrides.
 
     Args:
@@ -302,7 +305,7 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
         content = merge(content, profiles[profile])
     for override in overrides:
         content = _apply(content, override)
-    loaded = validate(Study, content, f"study {path.stem!r}")
+    loaded = validate(StudySettings, content, f"study {path.stem!r}")
     for arm in loaded.arms:
         loaded.run(arm)
         loaded.sample_of(arm)
@@ -326,7 +329,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(content[key], dict):
             wrong = {key: content[key]}
         for where, given in wrong.items():
-            raise HasteError(f"study {path.stem!r}: {where} is {given!r}; possible: a dictionary, for instance {{}}")
+            raise HasteError(f"study {path.stem!r}: {where} is {given!r}; expected a dictionary, for instance {{}}")
     return content
 
 
@@ -354,14 +357,14 @@ def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
 
 def _check_key(parts: list[str], content: Mapping[str, Any]) -> None:
     """Name the possible keys before pydantic sees the override, level by level."""
-    section: Any = Study
+    section: Any = StudySettings
     for i, part in enumerate(parts):
         where = ".".join(parts[:i]) or "study"
         if parts[0] == "arms" and i == 1:
             arms = content.get("arms") or {}
             if part not in arms:
                 raise unknown("arm", part, arms)
-            section = Arm
+            section = ArmSettings
             continue
         if section is None:
             return

@@ -36,7 +36,7 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def states(study: config.Study) -> dict[tuple[str, int], Trainer]:
+def states(study: config.StudySettings) -> dict[tuple[str, int], Trainer]:
     """A training state for each main arm and phase; a phase II state really went through its switch.
 
     Arms whose step is the same work in a phase share its state.
@@ -54,7 +54,7 @@ def states(study: config.Study) -> dict[tuple[str, int], Trainer]:
     return found
 
 
-def _state(study: config.Study, run: config.RunConfig, phase: int) -> Trainer:
+def _state(study: config.StudySettings, run: config.RunSettings, phase: int) -> Trainer:
     if not run.alignment.active:
         return create(run, 0, None)
     state = create(run, 0, find_teacher(study, run.teacher), switch_of(run))
@@ -65,7 +65,7 @@ def _state(study: config.Study, run: config.RunConfig, phase: int) -> Trainer:
     return state
 
 
-def measure(study: config.Study, rounds: int = ROUNDS, steps: int = 2) -> list[dict[str, Any]]:
+def measure(study: config.StudySettings, rounds: int = ROUNDS, steps: int = 2) -> list[dict[str, Any]]:
     """Median seconds per training step of every main arm and phase, and the ratio to a vanilla step with its spread.
 
     A state that several arms share is timed once, and each of them has its row. `ratio_low` and `ratio_high` are a 95 %
@@ -79,14 +79,14 @@ def measure(study: config.Study, rounds: int = ROUNDS, steps: int = 2) -> list[d
     return [dict(zip(COLUMNS, (*key, *times[first[id(state)]]), strict=True)) for key, state in running.items()]
 
 
-def write(study: config.Study, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+def write(study: config.StudySettings, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Measure, and write the rows to runs/<study>/step_time.json."""
     rows = measure(study, rounds)
     write_json(study_dir(study) / "step_time.json", rows)
     return rows
 
 
-def watching(study: config.Study, arm: str, rounds: int = 30, steps: int = 3) -> pd.DataFrame:
+def watching(study: config.StudySettings, arm: str, rounds: int = 30, steps: int = 3) -> pd.DataFrame:
     """Time that the online estimate of the gradient angle (`train.watch_angle`) adds to a step of phase I.
 
     Returns:

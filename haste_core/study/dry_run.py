@@ -126,7 +126,7 @@ def _settings(run: Run) -> str:
 # -- networks and their weights ----------------------------------------------------------------------------------------
 
 
-def _networks(settings: config.RunConfig, nets: Networks) -> str:
+def _networks(settings: config.RunSettings, nets: Networks) -> str:
     model, (rows, columns) = settings.model, nets.student.grid
     text = f"{model.preset or model.kind}, {model.depth} blocks of width {model.width}, {rows}x{columns} tokens"
     if nets.teacher is None or nets.haste is None:
@@ -148,14 +148,14 @@ def _networks(settings: config.RunConfig, nets: Networks) -> str:
     )
 
 
-def _sampler(nets: Networks, sample: config.Sample) -> str:
+def _sampler(nets: Networks, sample: config.SampleSettings) -> str:
     sampling.check_sampler(nets.student, sample.options)
     interval = f" for t in [{sample.guidance_low:g}, {sample.guidance_high:g}]"
     guidance = "no guidance" if sample.guidance == 1 else f"guidance {sample.guidance:g}{interval}"
     return f"{sample.sampler}, {sample.solver_steps} steps, {guidance}"
 
 
-def _text_tokens(settings: config.RunConfig) -> Check:
+def _text_tokens(settings: config.RunSettings) -> Check:
     from haste_core.study.data.contexts import Contexts
 
     path = settings.data.contexts
@@ -183,7 +183,7 @@ def _teacher_weights(run: Run) -> Check:
     return timm_weights(name, teacher.model, teacher.weights, "teacher.weights")
 
 
-def _scores(study: config.Study) -> list[Check]:
+def _scores(study: config.StudySettings) -> list[Check]:
     """Checks of what scores need."""
     evaluate = study.evaluate
     if evaluate.suite == "study":
@@ -238,7 +238,7 @@ def timm_weights(name: str, model: str, weights: str, key: str) -> Check:
     return _not_in_hub_cache(name, repository, files[0], f"put it anywhere and --set {key}=PATH")
 
 
-def check_vae(data: config.Data, sample: config.Sample) -> Check:
+def check_vae(data: config.DataSettings, sample: config.SampleSettings) -> Check:
     """Check of the VAE that decodes latents."""
     from haste_core.study.latents import vae_of
 
@@ -310,7 +310,7 @@ def _not_in_hub_cache(name: str, repository: str, file: str, instead: str) -> Ch
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def example_of(study: config.Study) -> tuple[Example, Check]:
+def example_of(study: config.StudySettings) -> tuple[Example, Check]:
     """One example of a study's data, assumed from the settings where the data are missing, and the check of the data.
 
     Raises:
@@ -322,7 +322,7 @@ def example_of(study: config.Study) -> tuple[Example, Check]:
     return example, check
 
 
-def check_data(settings: config.Data, batch_size: int) -> tuple[Check, Example | None]:
+def check_data(settings: config.DataSettings, batch_size: int) -> tuple[Check, Example | None]:
     """Check of the data, and one example of them, assumed from the settings where the data are missing.
 
     Only lists of files, headers and one pair of a prepared folder are read.
@@ -341,7 +341,7 @@ def check_data(settings: config.Data, batch_size: int) -> tuple[Check, Example |
     return check, example
 
 
-def _assumed(settings: config.Data, classes: int | None = None) -> Example | None:
+def _assumed(settings: config.DataSettings, classes: int | None = None) -> Example | None:
     size, classes = settings.image_size, classes or _ASSUMED_CLASSES
     if size is None:
         return None
@@ -350,7 +350,7 @@ def _assumed(settings: config.Data, classes: int | None = None) -> Example | Non
     return Example(size // _PIXELS_PER_LATENT, _LATENT_CHANNELS, classes, size, 3)
 
 
-def _latents(settings: config.Data) -> tuple[Check, Example | None, int | None]:
+def _latents(settings: config.DataSettings) -> tuple[Check, Example | None, int | None]:
     from haste_core.study.data.latents import Folder
 
     if not Path(str(settings.path)).is_dir():
@@ -375,7 +375,7 @@ def _latents(settings: config.Data) -> tuple[Check, Example | None, int | None]:
     return Check("data", "ok", text), Example(side, channels, classes, folder.image_size, 3), training
 
 
-def _images(settings: config.Data) -> tuple[Check, Example | None, int | None]:
+def _images(settings: config.DataSettings) -> tuple[Check, Example | None, int | None]:
     place = Path(str(settings.path))
     if not place.exists():
         return *_hub_images(settings), None
@@ -388,7 +388,7 @@ def _images(settings: config.Data) -> tuple[Check, Example | None, int | None]:
     return Check("data", "ok", text), _assumed(settings, classes), count
 
 
-def _hub_images(settings: config.Data) -> tuple[Check, Example | None]:
+def _hub_images(settings: config.DataSettings) -> tuple[Check, Example | None]:
     from datasets.config import HF_DATASETS_CACHE
 
     name = str(settings.path)
@@ -404,7 +404,7 @@ def _hub_images(settings: config.Data) -> tuple[Check, Example | None]:
     return Check("data", "missing", text), _assumed(settings)
 
 
-def _in_parquet(files: list[Path], settings: config.Data) -> tuple[int, int | None]:
+def _in_parquet(files: list[Path], settings: config.DataSettings) -> tuple[int, int | None]:
     """Rows of the training split and number of classes, from the files' footers."""
     import pyarrow
     import pyarrow.parquet
@@ -422,7 +422,7 @@ def _in_parquet(files: list[Path], settings: config.Data) -> tuple[int, int | No
     return sum(footer.metadata.num_rows for footer in footers), len(named[0]) if named else None
 
 
-def _in_folders(place: Path, settings: config.Data) -> tuple[int, int | None]:
+def _in_folders(place: Path, settings: config.DataSettings) -> tuple[int, int | None]:
     """Pictures of the training split and number of classes, from names alone."""
     root = place / settings.train_split if (place / settings.train_split).is_dir() else place
     classes = [folder for folder in root.iterdir() if folder.is_dir()]

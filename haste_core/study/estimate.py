@@ -92,7 +92,7 @@ class Networks(NamedTuple):
         return len(paired_heads(self.haste.aligned_heads, self.student.heads, self.teacher.heads))
 
 
-def networks_of(run: config.RunConfig, example: Example) -> Networks:
+def networks_of(run: config.RunSettings, example: Example) -> Networks:
     """The networks of a run, without data and without looking for the teacher's weights.
 
     Raises:
@@ -133,7 +133,7 @@ class StepCost(NamedTuple):
 _STEP_COSTS: dict[str, StepCost] = {}
 
 
-def step_cost(run: config.RunConfig, example: Example, phase: int) -> StepCost:
+def step_cost(run: config.RunSettings, example: Example, phase: int) -> StepCost:
     """Cost of one image in a training step of `phase`; arms with the same networks are traced once.
 
     Blocks without alignment all cost the same, so of a deep student only the first ones are traced.
@@ -157,7 +157,7 @@ def step_cost(run: config.RunConfig, example: Example, phase: int) -> StepCost:
     return _STEP_COSTS[key]
 
 
-def trace(run: config.RunConfig, example: Example, phase: int) -> StepCost:
+def trace(run: config.RunSettings, example: Example, phase: int) -> StepCost:
     """Cost of one image, from one step of batch 1 on fake tensors."""
     nets = networks_of(run, example)
     saved: dict[int, Tensor] = {}
@@ -220,7 +220,7 @@ def _copies(nets: Networks, phase: int, precision: str) -> int:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def memory(nets: Networks, found: StepCost, phase: int, train: config.Train, images: int) -> dict[str, int]:
+def memory(nets: Networks, found: StepCost, phase: int, train: config.TrainSettings, images: int) -> dict[str, int]:
     """Bytes on a device at the peak of a step, by what they hold.
 
     Everything is in float32 except autocast's copies of weights. The working memory of one block, the device's own
@@ -246,7 +246,7 @@ def memory(nets: Networks, found: StepCost, phase: int, train: config.Train, ima
     return {name: size for name, size in held.items() if size}
 
 
-def _kept_activations(student: Any, found: StepCost, train: config.Train) -> int:
+def _kept_activations(student: Any, found: StepCost, train: config.TrainSettings) -> int:
     """Bytes of activations per image at the peak: all, or the inputs of blocks and the activations of one block."""
     if not train.activation_checkpointing:
         return found.activations
@@ -307,7 +307,7 @@ class Estimate:
         return {n: p.steps * p.device_flops / speed[n] / 3600 for n, p in self.phases.items()}
 
 
-def estimate(run: config.RunConfig, example: Example, gpus: int = 1, shared: int = 0) -> Estimate:
+def estimate(run: config.RunSettings, example: Example, gpus: int = 1, shared: int = 0) -> Estimate:
     """Estimate of a run's operations, memory and disk space.
 
     Args:
@@ -347,7 +347,7 @@ def estimate(run: config.RunConfig, example: Example, gpus: int = 1, shared: int
     return Estimate(student, projector, parameters(nets.teacher), costs[2].forward, images, gpus, phases)
 
 
-def scoring_flops(run: config.RunConfig, sample: config.Sample, images: int, forward: int) -> int:
+def scoring_flops(run: config.RunSettings, sample: config.SampleSettings, images: int, forward: int) -> int:
     """FLOPs of sampling the images of one score; decoding and features are left out."""
     return images * sampling.passes(run.model.kind, sample.options) * forward
 
@@ -355,7 +355,7 @@ def scoring_flops(run: config.RunConfig, sample: config.Sample, images: int, for
 # -- a study -----------------------------------------------------------------------------------------------------------
 
 
-def shared_steps(study: config.Study, arm: str) -> tuple[str, int]:
+def shared_steps(study: config.StudySettings, arm: str) -> tuple[str, int]:
     """The arm whose checkpoints this one begins with, and the steps that this saves; ("", 0) where it trains alone.
 
     The donor must keep every checkpoint that this arm keeps up to its switch (`haste_core.training`).
@@ -367,7 +367,7 @@ def shared_steps(study: config.Study, arm: str) -> tuple[str, int]:
     return donor, int(min(run.tau, run.train.steps))
 
 
-def plan(study: config.Study, example: Example, speed: Mapping[int, float], gpus: int = 1) -> pd.DataFrame:
+def plan(study: config.StudySettings, example: Example, speed: Mapping[int, float], gpus: int = 1) -> pd.DataFrame:
     """Estimates of every arm of a study in each phase.
 
     Not counted: GPUs that wait for each other, training a teacher or extractor, decoding and scoring, what triggers
@@ -410,7 +410,7 @@ def plan(study: config.Study, example: Example, speed: Mapping[int, float], gpus
     return pd.DataFrame(rows)
 
 
-def sums(study: config.Study, table: pd.DataFrame) -> dict[str, Any]:
+def sums(study: config.StudySettings, table: pd.DataFrame) -> dict[str, Any]:
     """Sums of a plan over arms, phases and seeds.
 
     Returns:
@@ -454,7 +454,7 @@ def given_speed(rate: float, utilisation: float, origin: str) -> Speed:
 
 
 def measured_speed(
-    study: config.Study, example: Example, gpus: int = 1, steps: int = 20, seconds: float = 20.0
+    study: config.StudySettings, example: Example, gpus: int = 1, steps: int = 20, seconds: float = 20.0
 ) -> Speed:
     """FLOP/s of real training steps on this device, on random images.
 
@@ -513,7 +513,7 @@ def measured_speed(
     )
 
 
-def with_depth(run: config.RunConfig, depth: int) -> config.RunConfig:
+def with_depth(run: config.RunSettings, depth: int) -> config.RunSettings:
     """A run with so many blocks, with a random teacher, and with alignment that never ends.
 
     Pairs of layers that are gone move to the last block.
@@ -525,12 +525,12 @@ def with_depth(run: config.RunConfig, depth: int) -> config.RunConfig:
             "model": run.model.model_copy(update={"preset": None, "depth": depth}),
             "alignment": run.alignment.model_copy(update=fewer),
             "teacher": run.teacher.model_copy(update={"weights": "random"}),
-            "termination": config.Termination(),
+            "termination": config.TerminationSettings(),
         }
     )
 
 
-def _unaligned(run: config.RunConfig) -> config.RunConfig:
+def _unaligned(run: config.RunSettings) -> config.RunSettings:
     off = {"lambda_feature": 0.0, "lambda_attention": 0.0}
     return run.model_copy(update={"alignment": run.alignment.model_copy(update=off)})
 
@@ -540,7 +540,7 @@ class _Noise(PixelDataset):
 
     name = "noise"
 
-    def __init__(self, example: Example, augment: config.Augment, count: int) -> None:
+    def __init__(self, example: Example, augment: config.AugmentSettings, count: int) -> None:
         self.image_size, self.channels, self.classes = example.size, example.channels, example.classes
         self.augment, self.y = augment, torch.arange(count) % example.classes
         generator = Generator().manual_seed(0)

@@ -32,12 +32,12 @@ _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
 Scores = dict[str, Any]
 
 
-def metrics_of(study: config.Study) -> tuple[str, ...]:
+def metrics_of(study: config.StudySettings) -> tuple[str, ...]:
     """Names of the scores of the study's suite, without those against held-out images."""
     return adm.METRICS if study.evaluate.suite == "adm" else STUDY_METRICS
 
 
-def columns(study: config.Study) -> tuple[str, ...]:
+def columns(study: config.StudySettings) -> tuple[str, ...]:
     """Columns of the study's table of scores, the keys of `rows`."""
     if study.evaluate.suite == "adm":
         return (*_HEAD, *adm.METRICS, *_TAIL, *SUMMARIES)
@@ -58,12 +58,12 @@ class Scorer(Protocol):
         """Scores of real images: rows of `pair`, `n`, `n_reference` and the scores of `metrics_of`."""
 
 
-def open_scorer(study: config.Study, progress: bool = True) -> Scorer:
+def open_scorer(study: config.StudySettings, progress: bool = True) -> Scorer:
     """The scorer of the study's suite."""
     return adm.AdmStudyScorer(study, progress) if study.evaluate.suite == "adm" else StudyScorer(study)
 
 
-def floor(scorer: Scorer, study: config.Study) -> list[dict[str, Any]]:
+def floor(scorer: Scorer, study: config.StudySettings) -> list[dict[str, Any]]:
     """Scores of real images (`Scorer.floor`), measured once for a card and kept in runs/<study>."""
     path = study_dir(study) / f"floor-{scorer.card['card_id']}.json"
     if not path.is_file():
@@ -83,7 +83,9 @@ def _fingerprint(run: Run, step: int) -> str:
     return run.load(step, prefixes=("none",))[1]["ema_fingerprint"]
 
 
-def evaluation_samples(run: Run, step: int, progress: str | None = None, sample: config.Sample | None = None) -> Tensor:
+def evaluation_samples(
+    run: Run, step: int, progress: str | None = None, sample: config.SampleSettings | None = None
+) -> Tensor:
     """uint8 images (n, C, S, S) of a checkpoint from the study's evaluation noise.
 
     Image i has its own label and seed, the same for every arm, training seed and step.

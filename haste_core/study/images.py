@@ -105,8 +105,8 @@ def _image_header(stream: IO[bytes]) -> tuple[int, int, int, int]:
 class TrainingImages:
     """The training images of a data set in its own order, without augmentation."""
 
-    def __init__(self, data: config.Data) -> None:
-        self.dataset: Dataset = open_dataset(data.model_copy(update={"augment": config.Augment()}))
+    def __init__(self, data: config.DataSettings) -> None:
+        self.dataset: Dataset = open_dataset(data.model_copy(update={"augment": config.AugmentSettings()}))
 
     def __len__(self) -> int:
         return len(self.dataset)

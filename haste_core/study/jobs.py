@@ -28,12 +28,12 @@ from haste_core.study.runs import report_dir, study_dir
 ALIGNED_STEP = 1.5
 
 
-def stamp_hash(run: config.RunConfig) -> str:
+def stamp_hash(run: config.RunSettings) -> str:
     """Part of the name of an arm's stamps: it changes when the run should go further or keep other steps."""
     return config.digest(run.train.kept_steps)
 
 
-def priorities(study: config.Study, donors: Mapping[str, str | None]) -> dict[str, int]:
+def priorities(study: config.StudySettings, donors: Mapping[str, str | None]) -> dict[str, int]:
     """Priority of each arm's job, 3 to 99: proportional to the longest chain of jobs that begins with it.
 
     A chain is an arm, an arm that branches from it, and so on; its length is counted in unaligned steps over all seeds.
@@ -57,7 +57,7 @@ def priorities(study: config.Study, donors: Mapping[str, str | None]) -> dict[st
 
 
 def run_study(
-    study: config.Study,
+    study: config.StudySettings,
     name: str,
     profile: str | None = None,
     overrides: Sequence[str] = (),

@@ -188,14 +188,14 @@ def _pretrained(name: str, **options: Any) -> Any:
     return model
 
 
-def to_images(x: Tensor, data: config.Data, sample: config.Sample) -> Tensor:
+def to_images(x: Tensor, data: config.DataSettings, sample: config.SampleSettings) -> Tensor:
     """Images (n, C, S, S) in [-1, 1] of generated x (n, C', S', S'): x in pixel space, latents decoded by the VAE."""
     if data.kind != "latents":
         return x
     return _cached_vae(*vae_of(data, sample)).decode(x.to(default_device())).to(x.device)
 
 
-def vae_facts(data: config.Data, sample: config.Sample) -> dict[str, Any] | None:
+def vae_facts(data: config.DataSettings, sample: config.SampleSettings) -> dict[str, Any] | None:
     """Name of the decoder and hash of its weights, for cards and manifests; None in pixel space."""
     if data.kind != "latents":
         return None
@@ -203,7 +203,7 @@ def vae_facts(data: config.Data, sample: config.Sample) -> dict[str, Any] | None
     return {"name": vae.name, "weights": vae.fingerprint}
 
 
-def vae_of(data: config.Data, sample: config.Sample) -> tuple[str, str | None]:
+def vae_of(data: config.DataSettings, sample: config.SampleSettings) -> tuple[str, str | None]:
     """Name of the VAE that decodes (`sample.vae`, else the one that made the latents), and its hash where it is known.
 
     Raises:
@@ -579,7 +579,7 @@ def combined(files: Iterable[tuple[str, bytes]]) -> str:
     return sha.hexdigest()
 
 
-def drawing_facts(data: config.Data, sample: config.Sample) -> dict[str, Any]:
+def drawing_facts(data: config.DataSettings, sample: config.SampleSettings) -> dict[str, Any]:
     """Sampler settings that affect the images, for cards and manifests."""
     return {
         "sampler": sample.sampler,

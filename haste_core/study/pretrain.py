@@ -167,7 +167,7 @@ class Goal(NamedTuple):
     measure: Callable[[str], float]
 
 
-def _classification(model: nn.Module, dataset: Dataset, fitting: config.Fitting) -> Goal:
+def _classification(model: nn.Module, dataset: Dataset, fitting: config.FittingSettings) -> Goal:
     """Cross-entropy, measured by accuracy."""
     device = default_device()
 
@@ -178,7 +178,7 @@ def _classification(model: nn.Module, dataset: Dataset, fitting: config.Fitting)
     return Goal("accuracy", "validation accuracy", loss, lambda split: accuracy(model, dataset, split))
 
 
-def _denoising(model: nn.Module, dataset: Dataset, fitting: config.Fitting) -> Goal:
+def _denoising(model: nn.Module, dataset: Dataset, fitting: config.FittingSettings) -> Goal:
     """Mean square error of images restored from Gaussian noise, without labels, measured by explained variance."""
     device = default_device()
 
@@ -192,7 +192,7 @@ def _denoising(model: nn.Module, dataset: Dataset, fitting: config.Fitting) -> G
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, fitting: config.Fitting, what: str, partial: Path | None = None
+    model: nn.Module, dataset: Dataset, fitting: config.FittingSettings, what: str, partial: Path | None = None
 ) -> dict[str, float]:
     """Train `model` on the augmented training split, leaving it in eval mode on the CPU.
 
@@ -292,7 +292,10 @@ class _FitState(NamedTuple):
 
 
 def _trained_once(
-    study: config.Study, path: Path, fitting: config.Fitting, train: Callable[[config.Fitting, Dataset, Path], Trained]
+    study: config.StudySettings,
+    path: Path,
+    fitting: config.FittingSettings,
+    train: Callable[[config.FittingSettings, Dataset, Path], Trained],
 ) -> dict[str, Any]:
     """The state kept beside the weights in `path`, which are trained unless the file exists, by one process at a time.
 
@@ -327,7 +330,7 @@ def _trained_once(
     return checkpoint.load(path, prefixes=("none",))[1]
 
 
-def fitting_data(study: config.Study, fitting: config.Fitting) -> Dataset:
+def fitting_data(study: config.StudySettings, fitting: config.FittingSettings) -> Dataset:
     """The study's data with the augmentation that a network is trained under."""
     return open_dataset(study.data.model_copy(update={"augment": fitting.augment or study.data.augment}))
 
@@ -340,7 +343,7 @@ def _seeded(name: str, seed: int) -> Iterator[None]:
         yield
 
 
-def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -> dict[str, Any]:
+def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings | None = None) -> dict[str, Any]:
     """Pretrain a teacher of the study (by default its own) if it is to be pretrained and does not exist yet.
 
     Returns:
@@ -355,7 +358,7 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
     if wanted.weights == "pretrain":
         path = runs.teacher_path(study, wanted)
 
-        def train(fitting: config.Fitting, dataset: Dataset, partial: Path) -> Trained:
+        def train(fitting: config.FittingSettings, dataset: Dataset, partial: Path) -> Trained:
             return pretrain(wanted.model_copy(update={"fitting": fitting}), dataset, partial)
 
         accuracies = _trained_once(study, path, wanted.fitting, train)["accuracies"]
@@ -374,7 +377,7 @@ def prepare_teacher(study: config.Study, wanted: config.Teacher | None = None) -
     }
 
 
-def pretrain(teacher: config.Teacher, dataset: Dataset, partial: Path | None = None) -> Trained:
+def pretrain(teacher: config.TeacherSettings, dataset: Dataset, partial: Path | None = None) -> Trained:
     """Train a teacher as a classifier.
 
     Args:
@@ -392,7 +395,7 @@ def pretrain(teacher: config.Teacher, dataset: Dataset, partial: Path | None = N
     return {name: value.detach().clone() for name, value in frozen.encoder.state_dict().items()}, accuracies
 
 
-def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = None) -> Teacher:
+def build_teacher(teacher: config.TeacherSettings, state: Mapping[str, Tensor] | None = None) -> Teacher:
     """Frozen teacher of a study.
 
     Args:
@@ -415,7 +418,7 @@ def build_teacher(teacher: config.Teacher, state: Mapping[str, Tensor] | None = 
     )
 
 
-def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> Teacher:
+def find_teacher(study: config.StudySettings, teacher: config.TeacherSettings | None = None) -> Teacher:
     """Frozen teacher of a study, by default its own: pretrained in it, or timm's with hub or local weights."""
     teacher = teacher or study.teacher
     if teacher.weights == "pretrain":
@@ -423,7 +426,7 @@ def find_teacher(study: config.Study, teacher: config.Teacher | None = None) -> 
     return build_teacher(teacher)
 
 
-def load_pretrained(teacher: config.Teacher, path: Path) -> Teacher:
+def load_pretrained(teacher: config.TeacherSettings, path: Path) -> Teacher:
     """The teacher with the weights that `prepare_teacher` left in the safetensors file `path`.
 
     Raises:
@@ -456,7 +459,9 @@ def check_precision(teacher: Teacher, dataset: Dataset, blocks: tuple[int, ...],
         )
 
 
-def build_extractor(study: config.Study, role: str, dataset: Dataset, seed: int | None = None) -> FeatureNetwork:
+def build_extractor(
+    study: config.StudySettings, role: str, dataset: Dataset, seed: int | None = None
+) -> FeatureNetwork:
     """The network of a role ("extractor" or "autoencoder") for the images of `dataset`.
 
     Weights are drawn from `seed`, by default that of the role's settings.
@@ -469,11 +474,11 @@ def build_extractor(study: config.Study, role: str, dataset: Dataset, seed: int 
         return Autoencoder(width, channels, side)
 
 
-def _extractor_path(study: config.Study, role: str) -> Path:
+def _extractor_path(study: config.StudySettings, role: str) -> Path:
     return runs.extractor_path(study) if role == "extractor" else runs.autoencoder_path(study)
 
 
-def prepare_extractors(study: config.Study) -> dict[str, dict[str, Any] | None]:
+def prepare_extractors(study: config.StudySettings) -> dict[str, dict[str, Any] | None]:
     """Train the feature extractors behind the suite `study`, with and without labels, if they do not exist yet.
 
     Returns:
@@ -484,11 +489,11 @@ def prepare_extractors(study: config.Study) -> dict[str, dict[str, Any] | None]:
     return {role: prepare_extractor(study, role) if study.evaluate.suite == "study" else None for role in EXTRACTORS}
 
 
-def prepare_extractor(study: config.Study, role: str) -> dict[str, Any]:
+def prepare_extractor(study: config.StudySettings, role: str) -> dict[str, Any]:
     """Train the feature extractor of a role if it does not exist yet; returns its facts."""
-    wanted: config.Fitting = getattr(study.evaluate, role)
+    wanted: config.FittingSettings = getattr(study.evaluate, role)
 
-    def train(fitting: config.Fitting, dataset: Dataset, partial: Path) -> Trained:
+    def train(fitting: config.FittingSettings, dataset: Dataset, partial: Path) -> Trained:
         network = build_extractor(study, role, dataset, fitting.seed)
         measured = fit(network, dataset, fitting, role, partial)
         return network.state_dict(), measured
@@ -498,7 +503,7 @@ def prepare_extractor(study: config.Study, role: str) -> dict[str, Any]:
     return {"kind": "SmallCNN" if role == "extractor" else "Autoencoder", **common, **state["measured"]}
 
 
-def load_extractor(study: config.Study, role: str) -> tuple[FeatureNetwork, str]:
+def load_extractor(study: config.StudySettings, role: str) -> tuple[FeatureNetwork, str]:
     """The trained network of a role, frozen in eval mode, and its name with the fingerprint of its weights."""
     network = build_extractor(study, role, open_dataset(study.data))
     weights, state = checkpoint.load(_extractor_path(study, role))
@@ -506,7 +511,7 @@ def load_extractor(study: config.Study, role: str) -> tuple[FeatureNetwork, str]
     return network.requires_grad_(False).eval(), f"{EXTRACTORS[role]}-{state['fingerprint']}"
 
 
-def write_facts(study: config.Study, path: Path) -> dict[str, Any]:
+def write_facts(study: config.StudySettings, path: Path) -> dict[str, Any]:
     """Prepare teachers and extractors, and write their facts to the JSON file `path`; returns them."""
     own, *further = [prepare_teacher(study, teacher) for teacher in study.teachers()]
     facts = {"teacher": own, "further_teachers": further, **prepare_extractors(study)}

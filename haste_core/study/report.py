@@ -24,7 +24,7 @@ from haste_core.study.data import open_dataset
 from haste_core.study.judging import MEASURES
 from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.sections import Claims
+from haste_core.study.sections import ClaimsSettings
 
 TEMPLATE = Path(__file__).parent / "report.html"
 FLOOR = "augmented held-in against held-in"  # the pair of floor.csv that FID is compared with
@@ -53,7 +53,7 @@ SUMMARIES = {"near_data": f"near the data ({NEAR})", "structure": HIGH, "denoisi
 class Report:
     """The folder of a study's report, reports/<study>: tables, figures and report.html."""
 
-    study: config.Study
+    study: config.StudySettings
     dir: Path
 
     @property
@@ -133,7 +133,7 @@ class Report:
         return image[..., 0] if image.shape[-1] == 1 else (image + 1) / 2
 
 
-def open_report(study: config.Study, profile: str | None = None) -> Report:
+def open_report(study: config.StudySettings, profile: str | None = None) -> Report:
     """The report of a study, finished or not."""
     return Report(study, runs.report_dir(study, profile))
 
@@ -407,7 +407,7 @@ def write_report(report: Report) -> Path:
 
 
 def answers(
-    fid: pd.DataFrame, denoising: pd.DataFrame | None, settings: Claims, tau: int | None, last: int
+    fid: pd.DataFrame, denoising: pd.DataFrame | None, settings: ClaimsSettings, tau: int | None, last: int
 ) -> list[tuple[str, str]]:
     """Question and answer in numbers: early gain, late cost, and the part of it that the switch gives back.
 
@@ -447,7 +447,7 @@ def answers(
     return found
 
 
-def _early(gains: Mapping[str, np.ndarray], settings: Claims, arm: str) -> list[tuple[str, str]]:
+def _early(gains: Mapping[str, np.ndarray], settings: ClaimsSettings, arm: str) -> list[tuple[str, str]]:
     parts = [f"{name} {change(logs, settings.confidence)}" for name, logs in gains.items() if len(logs)]
     steps = [f"{step:,}" for step in sorted(settings.early)]
     when = f"step {steps[0]}" if len(steps) == 1 else f"mean over steps {', '.join(steps[:-1])} and {steps[-1]}"
@@ -660,7 +660,7 @@ def readme_block(folder: Path) -> str:
     fid = fid[fid["arm"].isin(main)]
     lines = []
     if "claims" in facts:  # tables of earlier versions do not have it
-        found = answers(fid, denoising, Claims(**facts["claims"]), facts["tau"], facts["steps"])
+        found = answers(fid, denoising, ClaimsSettings(**facts["claims"]), facts["tau"], facts["steps"])
         lines = [f"- **{question}** {text}" for question, text in found]
         lines += [""] if found else []
     lines += ["| claim | measure | effect (interval) | verdict |", "|---|---|---|---|"]

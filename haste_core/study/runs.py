@@ -31,33 +31,33 @@ import yaml
 from haste_core import checkpoint
 from haste_core.errors import HasteError
 from haste_core.files import output_root, write_json, write_text
-from haste_core.study.config import RunConfig, Sample, Study, Teacher
+from haste_core.study.config import RunSettings, SampleSettings, StudySettings, TeacherSettings
 
 _PACKAGES = ("torch", "torchvision", "timm", "torch-fidelity", "accelerate", "numpy", "scikit-learn", "snakemake",
              "papermill")  # fmt: skip
 
 
-def study_dir(study: Study) -> Path:
+def study_dir(study: StudySettings) -> Path:
     """runs/<study>."""
     return output_root() / "runs" / study.name
 
 
-def teacher_path(study: Study, teacher: Teacher) -> Path:
+def teacher_path(study: StudySettings, teacher: TeacherSettings) -> Path:
     """The weights of a teacher that the study pretrains."""
     return study_dir(study) / f"teacher-{study.teacher_hash(teacher)}" / "teacher.safetensors"
 
 
-def extractor_path(study: Study) -> Path:
+def extractor_path(study: StudySettings) -> Path:
     """The weights of the feature extractor."""
     return study_dir(study) / f"extractor-{study.extractor_hash}" / "extractor.safetensors"
 
 
-def autoencoder_path(study: Study) -> Path:
+def autoencoder_path(study: StudySettings) -> Path:
     """The weights of the feature extractor that is trained without labels."""
     return study_dir(study) / f"autoencoder-{study.autoencoder_hash}" / "autoencoder.safetensors"
 
 
-def report_dir(study: Study, profile: str | None = None) -> Path:
+def report_dir(study: StudySettings, profile: str | None = None) -> Path:
     """reports/<study>, or reports/<study>-<profile>."""
     return output_root() / "reports" / (f"{study.name}-{profile}" if profile else study.name)
 
@@ -66,7 +66,7 @@ def report_dir(study: Study, profile: str | None = None) -> Path:
 class Run:
     """One arm of a study with one seed, and its directory."""
 
-    study: Study
+    study: StudySettings
     arm: str
     seed: int
 
@@ -76,12 +76,12 @@ class Run:
         self.study.run(self.arm)  # an arm that does not exist is an error here and now
 
     @cached_property
-    def config(self) -> RunConfig:
+    def config(self) -> RunSettings:
         """The arm's resolved configuration."""
         return self.study.run(self.arm)
 
     @cached_property
-    def sample(self) -> Sample:
+    def sample(self) -> SampleSettings:
         """Sampler settings of the arm."""
         return self.study.sample_of(self.arm)
 

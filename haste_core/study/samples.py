@@ -58,7 +58,7 @@ def plan(
     }
 
 
-def drawer(model: DiffusionTransformer, data: config.Data, how: config.Sample) -> Draw:
+def drawer(model: DiffusionTransformer, data: config.DataSettings, how: config.SampleSettings) -> Draw:
     """A function that draws uint8 images (b, C, S, S) from a generator of `data`, decoded where these are latents."""
 
     def draw(labels: Tensor, seeds: range) -> Tensor:

@@ -139,7 +139,7 @@ def frechet(generated: Tensor, real: Tensor) -> float:
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
-def compare(generated: Tensor, real: Tensor, evaluate: config.Evaluate) -> dict[str, float]:
+def compare(generated: Tensor, real: Tensor, evaluate: config.EvaluateSettings) -> dict[str, float]:
     """FID, KID, precision and recall, by torch-fidelity, of features of generated and of real images.
 
     Args:
@@ -214,7 +214,7 @@ class CopyCheck:
 # The card
 
 
-def card(study: config.Study, scoring: dict[str, Any]) -> dict[str, Any]:
+def card(study: config.StudySettings, scoring: dict[str, Any]) -> dict[str, Any]:
     """Everything that changes a score, apart from the weights that are scored; `card_id` is its hash.
 
     Args:
@@ -241,7 +241,7 @@ def card_of(known: dict[str, Any], run: Run) -> dict[str, Any]:
     return content | {"card_id": config.digest(content)}
 
 
-def probe_of(study: config.Study) -> Probe:
+def probe_of(study: config.StudySettings) -> Probe:
     """The images of a study that the denoising loss is measured on."""
     return Probe(open_dataset(study.data), study.evaluate.denoising_images, study.evaluate.seed)
 
@@ -249,7 +249,7 @@ def probe_of(study: config.Study) -> Probe:
 # The suite
 
 
-def scoring_facts(study: config.Study, extractor: str) -> dict[str, Any]:
+def scoring_facts(study: config.StudySettings, extractor: str) -> dict[str, Any]:
     """Facts of the suite's scoring for the card: extractors, settings, and the real images."""
     evaluate = study.evaluate
     held_out = sampling.to_uint8(open_dataset(study.data).images("test", LIMIT)[0])
@@ -289,7 +289,7 @@ class Side(NamedTuple):
 class StudyScorer:
     """Scores of sets of uint8 images: STUDY_METRICS against held-in and held-out images, and a copy check."""
 
-    def __init__(self, study: config.Study) -> None:
+    def __init__(self, study: config.StudySettings) -> None:
         self.study = study
         dataset, training = open_dataset(study.data), TrainingImages(study.data)
         self.real = {

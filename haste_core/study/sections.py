@@ -24,7 +24,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class Augment(Section):
+class AugmentSettings(Section):
     """Random affine map per training image: shift in pixels, rotation in degrees, scale as a fraction.
 
     flip mirrors half of the images left to right.
@@ -41,7 +41,7 @@ class Augment(Section):
         return self.shift > 0 or self.rotation > 0 or self.scale > 0
 
 
-class Data(Section):
+class DataSettings(Section):
     """Source of the images, and the space in which the generator models them.
 
     kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `images`: pixels of any labelled images
@@ -66,10 +66,10 @@ class Data(Section):
     test_fraction: float = Field(0.25, gt=0, lt=1)
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     split_seed: NonNegative = 0
-    augment: Augment = Augment()
+    augment: AugmentSettings = AugmentSettings()
 
     @model_validator(mode="after")
-    def _check_path(self) -> Data:
+    def _check_path(self) -> DataSettings:
         if (self.kind == "digits") == (self.path is not None):
             raise ValueError(f"kind {self.kind!r} with path={self.path}: kinds 'images' and 'latents' need a path")
         if self.kind == "images" and self.image_size is None:
@@ -77,7 +77,7 @@ class Data(Section):
         return self
 
 
-class Fitting(Section):
+class FittingSettings(Section):
     """Training of a small network (teacher or extractor) inside the study.
 
     augment: its own augmentation; the data's when not given. attempts: how many seeds (seed, seed + 1, ...) are tried
@@ -92,10 +92,10 @@ class Fitting(Section):
     seed: NonNegative = 1000
     attempts: Positive = 1
     min_accuracy: Unit = 0.98
-    augment: Augment | None = None
+    augment: AugmentSettings | None = None
 
 
-class Teacher(Section):
+class TeacherSettings(Section):
     """A frozen encoder: any timm vision transformer by name.
 
     weights: `hub` (timm's published weights), `pretrain` (trained in the study's first stage by `fitting`),
@@ -117,10 +117,10 @@ class Teacher(Section):
     # Left out of hashes where it is not given, so that runs made before there was such a setting keep their names.
     precision: Precision | None = Field(None, exclude_if=lambda precision: precision is None)
     low_pass: float | None = Field(None, gt=0, le=1)
-    fitting: Fitting = Fitting()
+    fitting: FittingSettings = FittingSettings()
 
 
-class Model(Section):
+class ModelSettings(Section):
     """The diffusion transformer. `preset` such as "SiT-XL/2" or "DiT-XL/2" fills kind, depth, width, heads and patch.
 
     kind: `sit` predicts the velocity of the linear path, `dit` noise and variance of improved DDPM, `mmdit` the
@@ -143,7 +143,7 @@ class Model(Section):
         return fill(values, MODELS)
 
     @model_validator(mode="after")
-    def _check_heads(self) -> Model:
+    def _check_heads(self) -> ModelSettings:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.width % 4:
@@ -153,7 +153,7 @@ class Model(Section):
         return self
 
 
-class Alignment(Section):
+class AlignmentSettings(Section):
     """Phase I (Eq. 4, arXiv 2505.16792). Both weights zero means a vanilla run.
 
     depth: the block, counted from 1, whose output tokens are aligned. layer_pairs: (student block, teacher block),
@@ -177,19 +177,17 @@ class Alignment(Section):
         return self.lambda_feature > 0 or self.lambda_attention > 0
 
     @model_validator(mode="after")
-    def _check(self) -> Alignment:
+    def _check(self) -> AlignmentSettings:
         if self.lambda_attention > 0 and not self.layer_pairs:
             raise ValueError("lambda_attention > 0 needs layer_pairs, a list of [student block, teacher block]")
         if self.t_low >= self.t_high:
-            raise ValueError(
-                f"t_low {self.t_low} is not below t_high {self.t_high}; possible: 0 <= t_low < t_high <= 1"
-            )
+            raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}; expected 0 <= t_low < t_high <= 1")
         if self.heads is not None and (not self.heads or len(set(self.heads)) < len(self.heads)):
             raise ValueError(f"heads {self.heads} must name at least one head, each once")
         return self
 
 
-class Termination(Section):
+class TerminationSettings(Section):
     """The end of phase I (Eq. 3).
 
     kind: `iteration`: phase II from step `at` on. `never`: always on. `gradient_angle`: the paper's trigger, the exact
@@ -217,7 +215,7 @@ class Termination(Section):
     gain: Unit = 0.02
 
     @model_validator(mode="after")
-    def _check(self) -> Termination:
+    def _check(self) -> TerminationSettings:
         if (self.kind == "iteration") != (self.at is not None):
             raise ValueError(f"kind {self.kind!r} with at={self.at}: `at` (a step) belongs to kind 'iteration' alone")
         if self.kind == "never" and self.fade:
@@ -225,7 +223,7 @@ class Termination(Section):
         return self
 
 
-class Train(Section):
+class TrainSettings(Section):
     """Optimisation (Table 16). Steps are optimizer steps; `keep` lists the steps whose checkpoints stay for good.
 
     batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
@@ -278,15 +276,15 @@ class Train(Section):
         return [s for s in self.keep if s < self.steps] + [self.steps]
 
 
-# What of `Train` changes no number of a run but by rounding: how far it goes, what is written on the way, how many
-# images and whose weights the device holds at a time, and how its kernels are made.
+# Fields of `TrainSettings` that change a run's numbers by rounding at most: its length, what is written, micro-batches,
+# and how kernels are made.
 TRAIN_BOOKKEEPING = {
     "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "compile",
     "prefetch", "activation_checkpointing",
 }  # fmt: skip
 
 
-class Sample(Section):
+class SampleSettings(Section):
     """Sampler settings. `preset` names one of the paper's settings and fills the fields it decides.
 
     grid: of the N solver steps of `euler` and `heun` (others have their own): `uniform`, t_i = i / N, whose last call
@@ -322,7 +320,7 @@ class Sample(Section):
         return Sampler(**self.model_dump(include=set(Sampler.__dataclass_fields__)))
 
 
-class Evaluate(Section):
+class EvaluateSettings(Section):
     """Scoring of images. n images; the i-th is drawn from seed `seed + i` for every arm alike.
 
     suite: `study` scores on features of a classifier that the study trains itself (extractor, extractor_width), and
@@ -343,8 +341,10 @@ class Evaluate(Section):
     kid_subset_size: Positive = 400
     neighborhood: Positive = 3
     extractor_width: Positive = 64
-    extractor: Fitting = Fitting(seed=2000)
-    autoencoder: Fitting = Fitting(steps=600, batch_size=128, lr=2e-3, weight_decay=0.01, seed=3000, min_accuracy=0.5)
+    extractor: FittingSettings = FittingSettings(seed=2000)
+    autoencoder: FittingSettings = FittingSettings(
+        steps=600, batch_size=128, lr=2e-3, weight_decay=0.01, seed=3000, min_accuracy=0.5
+    )
     reference: str | None = None
     inception: str = "hub"
     dinov2: str = "hub"
@@ -353,7 +353,7 @@ class Evaluate(Section):
     batch_size: Positive = 500
 
 
-class Claims(Section):
+class ClaimsSettings(Section):
     """Which arms and steps stand for the paper's settings.
 
     early: the steps over which early gains are averaged; one step may be given as a number. roles: the arm (or trigger)
@@ -370,7 +370,7 @@ class Claims(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
 
 
-class Analysis(Section):
+class AnalysisSettings(Section):
     """Settings of the analyses, the same for every run of a study.
 
     n: held-out images, or as many as there are. timesteps: noise levels t in [0, 1]. seed: of their noise and of every

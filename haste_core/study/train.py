@@ -164,7 +164,7 @@ class _Log:
             raise
 
 
-def exact_angle(run: config.RunConfig, trainer: Trainer) -> dict[str, float]:
+def exact_angle(run: config.RunSettings, trainer: Trainer) -> dict[str, float]:
     """`gradient_angle` at the steps where the run's trigger reads it (Eq. 2, arXiv 2505.16792), else nothing."""
     settings, haste = run.termination, trainer.haste
     if haste is None or settings.kind != "gradient_angle":
@@ -251,7 +251,7 @@ def open_trainer(run: Run, processes: Processes | None = None) -> Trainer:
 
 
 def create(
-    run: config.RunConfig,
+    run: config.RunSettings,
     seed: int,
     teacher: Teacher | None,
     switch: Switch | None = None,
@@ -295,7 +295,7 @@ def create(
 
 
 def build_haste(
-    run: config.RunConfig, student: DiffusionTransformer, teacher: Teacher, seed: int, switch: Switch | None = None
+    run: config.RunSettings, student: DiffusionTransformer, teacher: Teacher, seed: int, switch: Switch | None = None
 ) -> HASTE:
     """Phase I of a run.
 
@@ -323,18 +323,18 @@ def build_haste(
     )
 
 
-def trigger_of(settings: config.Termination) -> Trigger:
+def trigger_of(settings: config.TerminationSettings) -> Trigger:
     """Trigger that settings name."""
     names = {"kind", "at", "after", "threshold", "smoothing", "patience", "window", "gain"}
     return make_trigger(**settings.model_dump(include=names))
 
 
-def switch_of(run: config.RunConfig) -> Switch:
+def switch_of(run: config.RunSettings) -> Switch:
     """Phase of a run before its first step."""
     return Switch(trigger_of(run.termination) if run.alignment.active else None, run.termination.fade)
 
 
-def watches(run: config.RunConfig) -> bool:
+def watches(run: config.RunSettings) -> bool:
     """True when a run takes the online estimate of its gradient angle in phase I."""
     return run.train.watch_angle or run.termination.kind == "online_angle"
 
@@ -354,7 +354,7 @@ def seeds_of(seed: int) -> Seeds:
     return Seeds(*(stream(role, seed) for role in Seeds._fields))
 
 
-def build_generator(run: config.RunConfig, dataset: Dataset, seed: int) -> DiffusionTransformer:
+def build_generator(run: config.RunSettings, dataset: Dataset, seed: int) -> DiffusionTransformer:
     """Generator of a run before the first step, sized for the images of `dataset`.
 
     Raises:
@@ -369,13 +369,13 @@ def build_generator(run: config.RunConfig, dataset: Dataset, seed: int) -> Diffu
         found = "none" if contexts is None else f"{contexts.captions} captions of width {contexts.width}"
         raise HasteError(
             f"an MM-DiT needs text tokens for {dataset.classes} labels of width {model.context_width}, data.contexts "
-            f"has {found}; possible: a file by haste_core.study.data.contexts.write, or another model.context_width"
+            f"has {found}; expected a file by haste_core.study.data.contexts.write, or another model.context_width"
         )
     return student_of(model, dataset.image_size, dataset.channels, dataset.classes, seed, contexts)
 
 
 def student_of(
-    model: config.Model, size: int, channels: int, classes: int, seed: int, contexts: Contexts | None = None
+    model: config.ModelSettings, size: int, channels: int, classes: int, seed: int, contexts: Contexts | None = None
 ) -> DiffusionTransformer:
     """Generator of the given settings.
 

@@ -41,7 +41,7 @@ def validate(kind: type[S], content: Mapping[str, Any], where: str) -> S:
     """`content` as a section of type `kind`.
 
     Raises:
-        HasteError: one line that says where, what was given and what is possible.
+        HasteError: one line that says where, what was given and what is expected.
     """
     try:
         return kind.model_validate(content)

@@ -8,7 +8,7 @@ from haste_core.study.data.base import Batch, Batches, Dataset, Digits
 __all__ = ["Batch", "Batches", "Dataset", "open_dataset"]
 
 
-def open_dataset(data: config.Data) -> Dataset:
+def open_dataset(data: config.DataSettings) -> Dataset:
     """The data set of a study.
 
     Raises:

@@ -129,7 +129,7 @@ class Batches:
         self.generator.set_state(state["generator"])
 
 
-def split_indices(labels: Tensor, data: config.Data, what: str) -> dict[str, Tensor]:
+def split_indices(labels: Tensor, data: config.DataSettings, what: str) -> dict[str, Tensor]:
     """Indices of the "train", "validation" and "test" images of a data set, (n,) each, disjoint and complete.
 
     Args:
@@ -143,7 +143,7 @@ def split_indices(labels: Tensor, data: config.Data, what: str) -> dict[str, Ten
     return {"train": rest[train], "validation": rest[validation], "test": test}
 
 
-def hold_out_validation(labels: Tensor, data: config.Data, what: str) -> tuple[Tensor, Tensor]:
+def hold_out_validation(labels: Tensor, data: config.DataSettings, what: str) -> tuple[Tensor, Tensor]:
     """Indices (n,) of training and of validation images among those with `labels`; as in `split_indices`."""
     where = f"{what}, data.validation_fraction"
     return _hold_out(labels, data.validation_fraction, "validation", data.split_seed, where)
@@ -170,7 +170,11 @@ def _hold_out(labels: Tensor, fraction: float, split: str, seed: int, what: str)
 
 
 def augmented(
-    x: Tensor, augment: config.Augment, generator: Generator, drawn: int | None = None, part: slice = slice(None)
+    x: Tensor,
+    augment: config.AugmentSettings,
+    generator: Generator,
+    drawn: int | None = None,
+    part: slice = slice(None),
 ) -> Tensor:
     """x (B, C, S, S) in [-1, 1], each image mirrored and moved at random as `augment` says.
 
@@ -184,7 +188,11 @@ def augmented(
 
 
 def affine(
-    x: Tensor, augment: config.Augment, generator: Generator, drawn: int | None = None, part: slice = slice(None)
+    x: Tensor,
+    augment: config.AugmentSettings,
+    generator: Generator,
+    drawn: int | None = None,
+    part: slice = slice(None),
 ) -> Tensor:
     """x (B, C, S, S) shifted, rotated and scaled at random, bilinear, the background (-1) filling the border.
 
@@ -229,7 +237,7 @@ def to_signed(pixels: Tensor) -> Tensor:
 class PixelDataset:
     """A data set whose pixels in [-1, 1] are the generator's data; a subclass reads them."""
 
-    augment: config.Augment
+    augment: config.AugmentSettings
 
     def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Pixels (n, C, S, S) in [-1, 1] and labels (n,) of images of a split."""
@@ -261,7 +269,7 @@ class Digits(PixelDataset):
     channels = 1
     classes = 10
 
-    def __init__(self, data: config.Data) -> None:
+    def __init__(self, data: config.DataSettings) -> None:
         self.augment = data.augment
         pixels, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1

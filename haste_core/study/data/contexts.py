@@ -28,11 +28,11 @@ class Contexts:
                 shape = stream.get_slice("contexts").get_shape()
         except (SafetensorError, OSError) as error:
             raise HasteError(
-                f"data.contexts {path}: {' '.join(str(error).split())}; possible: a safetensors file with a tensor "
+                f"data.contexts {path}: {' '.join(str(error).split())}; expected a safetensors file with a tensor "
                 f"`contexts` (captions + 1, tokens, width), written by haste_core.study.data.contexts.write"
             ) from error
         if len(shape) != 3 or shape[0] < 2:
-            raise HasteError(f"data.contexts {path} has shape {tuple(shape)}; possible: (captions + 1, tokens, width)")
+            raise HasteError(f"data.contexts {path} has shape {tuple(shape)}; expected (captions + 1, tokens, width)")
         self.path, self.captions, self.length, self.width = Path(path), shape[0] - 1, shape[1], shape[2]
 
     def __call__(self, indices: Tensor) -> Tensor:

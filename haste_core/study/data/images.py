@@ -41,7 +41,7 @@ class Images(PixelDataset):
 
     channels = 3
 
-    def __init__(self, data: config.Data) -> None:
+    def __init__(self, data: config.DataSettings) -> None:
         self.augment, self.image_size = data.augment, int(data.image_size or 0)
         path = str(data.path)
         self.name = Path(path).name
@@ -150,7 +150,7 @@ def columns_of(rows: Any, path: str) -> tuple[str, str]:
     return pictures[0], "label" if "label" in labels else labels[0]
 
 
-def read_splits(data: config.Data) -> dict[str, Any]:
+def read_splits(data: config.DataSettings) -> dict[str, Any]:
     """Rows of "train", "validation" and "test" as `datasets` reads them.
 
     Validation images are held out of the training split, and so are test images where there is no test split.

@@ -350,7 +350,7 @@ class Latents:
             is not the mirrored or moved latent.
     """
 
-    def __init__(self, data: config.Data) -> None:
+    def __init__(self, data: config.DataSettings) -> None:
         if data.augment.flip or data.augment.moves:
             raise HasteError(
                 "data.augment with data.kind 'latents': the latent of a mirrored or moved image is not the mirrored or "
