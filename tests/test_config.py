@@ -99,7 +99,7 @@ def test_an_unknown_profile_names_the_known_ones(tmp_path):
 
 
 def test_an_unknown_arm_names_the_known_ones(tiny):
-    with pytest.raises(HasteError, match=r"(did you mean 'haste'\?\); expected one of: vanilla, repa"):
+    with pytest.raises(HasteError, match=r"\(did you mean 'haste'\?\); expected one of: vanilla, repa"):
         tiny.run("hast")
     assert "expected one of: vanilla, repa" in refused("digits", overrides=["arms.hast.termination.at=4"])
 

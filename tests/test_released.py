@@ -312,7 +312,7 @@ def test_convention_can_be_said(made):
     assert torch.equal(velocity(double, "auto"), velocity(double, "sit"))
     refused("convention 'sit' with family 'dit'", double.state_dict(), "dit", 3, convention="sit")
     refused("convention 'sit' with family 'mmdit'", made("mmdit").state_dict(), "mmdit", convention="sit")
-    refused("unknown convention 'repa'; expected one of: auto, haste, sit", single.state_dict(), "sit", convention="repa")
+    refused("convention 'repa'; expected one of: auto, haste, sit", single.state_dict(), "sit", convention="repa")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
