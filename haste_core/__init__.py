@@ -4,6 +4,7 @@ The method is here: generators, frozen teacher, alignment losses, `HASTE` for an
 samplers. `haste_core.study` is the study around it.
 """
 
+from haste_core import _torchvision_guard  # noqa: F401  (before timm)
 from haste_core.alignment import attention_loss, feature_loss
 from haste_core.errors import HasteError
 from haste_core.haste import HASTE

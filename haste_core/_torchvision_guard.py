@@ -1,8 +1,7 @@
-"""Makes `import torchvision` succeed where its compiled part does not load (torch's CPU build).
+"""Lets torchvision be imported where its compiled part does not load, as beside torch's CPU build.
 
-Importing this module before the first import of timm, torchvision or torch_fidelity is enough. It does nothing
-where torchvision is healthy, absent or already imported: the two operators whose absence stops the import get a
-schema and no implementation, so calling them still fails loudly.
+`haste_core` imports this before timm. The two operators whose absence stops the import get a schema and no
+implementation, so calling them still fails.
 """
 
 from __future__ import annotations
@@ -13,41 +12,21 @@ from pathlib import Path
 
 import torch
 
-# A Library's definitions vanish with the object, so it lives as long as the module.
-_library: torch.library.Library | None = None
-_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
 
-
-def compiled_part_loads(package: Path) -> bool:
-    """True when the compiled operators in the torchvision folder `package` load into this process."""
-    for library in sorted([*package.glob("_C*.so"), *package.glob("_C*.pyd")]):
+def _missing_operators() -> torch.library.Library | None:
+    spec = importlib.util.find_spec("torchvision")
+    if "torchvision" in sys.modules or spec is None or spec.origin is None:
+        return None
+    for compiled in sorted(Path(spec.origin).parent.glob("_C*")):
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(compiled))
         except (OSError, ImportError):
             continue
-        return True
-    return False
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
-def guard() -> bool:
-    """Define torchvision's missing schemas if its import would stop without them.
-
-    Returns:
-        True when schemas were defined by this call, False when nothing had to be done.
-    """
-    global _library
-    if _library is not None or "torchvision" in sys.modules:
-        return False
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None or compiled_part_loads(Path(spec.origin).parent):
-        return False
-    _library = torch.library.Library("torchvision", "DEF")
-    for schema in _SCHEMAS:
-        _library.define(schema)
-    return True
-
-
-guard()
+_library = _missing_operators()  # the definitions live as long as this object

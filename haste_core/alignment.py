@@ -1,8 +1,8 @@
 """Feature and attention alignment with a frozen teacher as pure functions (Eqs. 1 and 4, Sec. 2.3, arXiv 2505.16792).
 
 Losses are computed in float32 whatever the precision of their inputs. Where student and teacher have different token
-grids, features are compared on the teacher's grid and attention on the student's (Tables 11, 12), bilinear over rows
-and columns. A grid is (rows, columns); its tokens are numbered row by row.
+grids, features are compared on the teacher's grid and attention on the student's (Tables 11, 12), by bilinear
+interpolation. A grid is (rows, columns); its tokens are numbered row by row.
 """
 
 from __future__ import annotations
@@ -23,6 +23,23 @@ Grid = tuple[int, int]
 DENSE_UP_TO, QUERIES_AT_ONCE = 512, 128
 
 
+class AlignmentLosses(NamedTuple):
+    """The weighted sum lambda_R L_REPA + lambda_A L_ATTA with its two unweighted parts (None when not used)."""
+
+    total: Tensor
+    feature: Tensor | None
+    attention: Tensor | None
+
+
+def projector(width: int, hidden: int, teacher_width: int, seed: int) -> nn.Sequential:
+    """g_phi of Eq. 1: a 3-layer MLP with SiLU from student to teacher width, drawn from `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_width)
+        )
+
+
 def feature_loss(projected: Tensor, teacher_tokens: Tensor, weights: Tensor | None = None) -> Tensor:
     """Minus the mean cosine between projected student tokens and teacher tokens, in [-1, 1].
 
@@ -39,39 +56,32 @@ def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
 def attention_loss(student: QK, teacher: QK, weights: Tensor | None = None, chunk: int | None = None) -> Tensor:
     """The cross-entropy H(teacher attention, student attention) in nats, mean over batch, heads and queries.
 
-    Sec. 2.3, arXiv 2505.16792. Each q and k is (B, H, N, d), the widths d of student and teacher may differ; logits
-    are scaled by 1 / sqrt(d). Up to `DENSE_UP_TO` tokens one (B, H, N, N) map of each side is held. With more, queries
-    go `chunk` at a time and their maps are made a second time in the backward pass: the same numbers, and memory that
-    grows with N instead of N^2.
+    Sec. 2.3, arXiv 2505.16792. Each q and k is (B, H, N, d) on the same tokens, the widths d of student and teacher may
+    differ. With more than `DENSE_UP_TO` tokens, queries go `chunk` at a time and their maps are computed again in the
+    backward pass: the same numbers, and memory that grows with N instead of N^2.
 
     Args:
-        student, teacher: q and k on the same tokens.
-        weights: (B,) of the samples, all one by default.
-        chunk: queries held at once; by default all of them up to `DENSE_UP_TO` tokens, else `QUERIES_AT_ONCE`.
+        student, teacher: q and k. weights: (B,) of the samples, all one by default.
+        chunk: queries at once; by default all of them up to `DENSE_UP_TO` tokens, else `QUERIES_AT_ONCE`.
     """
     tokens = student[0].shape[2]
     chunk = chunk or (tokens if tokens <= DENSE_UP_TO else QUERIES_AT_ONCE)
     if chunk >= tokens:
         return attention_cross_entropy(student, attention_probabilities(*teacher), weights)
     (q_s, k_s), (q_t, k_t) = student, teacher
-    queries = zip(q_s.split(chunk, dim=2), q_t.split(chunk, dim=2), strict=True)
+
+    def expected_log(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+        return (attention_probabilities(q_t, k_t) * attention_logits(q_s, k_s).log_softmax(-1)).sum(-1)
+
     rows = [
-        checkpoint(_expected_log, s, k_s, t, k_t, use_reentrant=False, preserve_rng_state=False) for s, t in queries
+        checkpoint(expected_log, s, k_s, t, k_t, use_reentrant=False, preserve_rng_state=False)
+        for s, t in zip(q_s.split(chunk, dim=2), q_t.split(chunk, dim=2), strict=True)
     ]
     return -_mean(torch.cat(rows, dim=2), weights)
 
 
-def _expected_log(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
-    """Of each query (B, H, n), the student's log attention expected under the teacher's."""
-    return (attention_probabilities(q_t, k_t) * attention_logits(q_s, k_s).log_softmax(-1)).sum(-1)
-
-
 def attention_cross_entropy(student: QK, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The cross-entropy H(target, student attention) in nats, mean over batch, heads and queries.
-
-    q and k of the student are (B, H, N, d), the target (B, H, N, N) with rows that sum to one; weights (B,) of the
-    samples, all one by default.
-    """
+    """The same cross-entropy for given maps `target` (B, H, N, N), whose rows sum to one."""
     return -_mean((target * attention_logits(*student).log_softmax(-1)).sum(-1), weights)
 
 
@@ -86,40 +96,22 @@ def attention_probabilities(q: Tensor, k: Tensor) -> Tensor:
     return attention_logits(q, k).softmax(-1)
 
 
-class AlignmentLosses(NamedTuple):
-    """The weighted sum lambda_R L_REPA + lambda_A L_ATTA with its two unweighted parts (None when not used)."""
-
-    total: Tensor
-    feature: Tensor | None
-    attention: Tensor | None
-
-
-def projector(width: int, hidden: int, teacher_width: int, seed: int) -> nn.Sequential:
-    """g_phi: a 3-layer MLP with SiLU from student to teacher width, drawn from `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_width)
-        )
-
-
 def paired_heads(named: Sequence[int] | None, student: int, teacher: int) -> list[int]:
     """Heads to align, student head m with teacher head m: those named, by default all that both have.
 
-    Args:
-        named: indices, or None. student, teacher: number of heads of each.
+    student, teacher: number of heads of each.
 
     Raises:
         HasteError: a named head does not exist on one of the two sides.
     """
-    possible = range(min(student, teacher))
+    both = min(student, teacher)
     for head in named or []:
-        if head not in possible:
+        if not 0 <= head < both:
             raise HasteError(
-                f"alignment.heads names head {head}; expected 0 to {possible[-1]} "
+                f"alignment.heads names head {head}; expected 0 to {both - 1} "
                 f"(student {student} heads, teacher {teacher})"
             )
-    return list(named or possible)
+    return list(named or range(both))
 
 
 def resample_tokens(tokens: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
@@ -141,21 +133,13 @@ def resample_tokens(tokens: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
 
 
 def resample_attention(probabilities: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
-    """Attention probabilities (B, H, N, N) among the tokens of `grid`, among those of `new_grid` (B, H, N', N').
+    """Attention (B, H, N, N) among the tokens of `grid`, resampled to those of `new_grid`, (B, H, N', N') float32.
 
-    Float32: first over the grid of keys, then over the grid of queries, each as in `resample_tokens`; then every row
-    is divided by its sum. Where the grids are equal the probabilities come back as they are.
-
-    Args:
-        probabilities: rows sum to one; in the study the teacher's, so that no gradient is needed.
-        grid, new_grid: (rows, columns), for queries and keys alike.
-
-    Raises:
-        HasteError: `grid` does not have N places.
+    First over keys, then over queries, each as in `resample_tokens`; then every row is divided by its sum.
     """
     if grid == new_grid:
         return probabilities
     rows = probabilities.flatten(0, 1)  # (B H, queries, keys)
     by_key = resample_tokens(rows.transpose(1, 2), grid, new_grid)  # (B H, new keys, queries)
-    carried = resample_tokens(by_key.transpose(1, 2), grid, new_grid)  # (B H, new queries, new keys)
-    return (carried / carried.sum(-1, keepdim=True)).unflatten(0, probabilities.shape[:2])
+    resampled = resample_tokens(by_key.transpose(1, 2), grid, new_grid)  # (B H, new queries, new keys)
+    return (resampled / resampled.sum(-1, keepdim=True)).unflatten(0, probabilities.shape[:2])

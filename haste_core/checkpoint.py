@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, written atomically, read without executing anything, and complete.
 
 `capture` takes everything that resuming to the bit needs off a `Trainer`, `restore` puts it back. Tensors carry dotted
-prefixes (model., ema., optimizer., alignment., data., noise., random.); everything that is not a tensor (step, phase,
-hashes) is JSON in the file's metadata.
+prefixes (model., ema., optimizer., alignment., angle., data., window., noise., random.); step, phase and hashes are
+JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FORMAT = 1
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-like state to `path`, whole or not at all.
+    """Write tensors and a JSON-like state to `path` atomically.
 
     Raises:
-        HasteError: there is no room.
+        HasteError: the disk is full.
     """
-    # safetensors refuses tensors that share memory; a checkpoint owns all of its own.
+    # safetensors refuses tensors that share memory.
     owned = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     with atomic(path) as temporary:
         save_file(owned, temporary, metadata={"state": json.dumps({"format": FORMAT, **state}, sort_keys=True)})
@@ -40,21 +40,18 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
 def load(path: Path, prefixes: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and state of the checkpoint `path`.
 
-    Args:
-        path: the file.
-        prefixes: read only tensors whose name starts with one of these; None reads all.
+    prefixes: read only tensors whose name starts with one of these; None reads all.
 
     Raises:
         HasteError: the file is missing, truncated, damaged or of another format.
     """
     if not path.is_file():
-        others = sorted(p.name for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
+        others = sorted(p.name for p in path.parent.glob("*.safetensors"))
         raise HasteError(f"no checkpoint {path}; expected one of: {', '.join(others) or 'none, train first'}")
     try:
         with safe_open(path, framework="pt") as stream:
             state = json.loads((stream.metadata() or {})["state"])
-            stored = list(stream.keys())
-            names = [n for n in stored if prefixes is None or n.startswith(prefixes)]
+            names = [n for n in list(stream.keys()) if prefixes is None or n.startswith(prefixes)]
             tensors = {name: stream.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise HasteError(
@@ -94,35 +91,35 @@ def optimizer_tensors(optimizer: Any, module: nn.Module) -> dict[str, Tensor]:
 def load_optimizer(optimizer: Any, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give AdamW the state that `optimizer_tensors` took."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    fused = inner.defaults.get("fused")
     for name, parameter in module.named_parameters():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
-        if keys:
+        state = under(tensors, f"{name}.")
+        if state:
             # Only the fused kernel counts its steps on the device.
-            places = {key: parameter.device if key != "step" or fused else "cpu" for key in keys}
-            found = {key: tensors[f"{name}.{key}"] for key in keys}
-            inner.state[parameter] = {key: value.clone().to(places[key]) for key, value in found.items()}
+            places = {"step": parameter.device if inner.defaults.get("fused") else "cpu"}
+            inner.state[parameter] = {k: v.clone().to(places.get(k, parameter.device)) for k, v in state.items()}
 
 
 def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything `restore` needs: tensors by dotted name, and a JSON-like rest.
 
-    The same in all processes after `Trainer.gather`; nothing in it depends on their number.
+    After `Trainer.gather` it is the same in all processes, and does not depend on their number.
     """
     model, haste, optimizer = trainer.generator, trainer.haste, trainer.optimizer
-    tensors: dict[str, Tensor] = {}
-    _put(tensors, "model.", model.state_dict())
-    _put(tensors, "ema.", trainer.ema.state_dict())
-    _put(tensors, "optimizer.", optimizer_tensors(optimizer, model))
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "model.": model.state_dict(),
+        "ema.": trainer.ema.state_dict(),
+        "optimizer.": optimizer_tensors(optimizer, model),
+        "data.": trainer.batches.state_dict(),
+        "window.": trainer.window,
+        "noise.": {"generator": trainer.noise.get_state()},
+        "random.": {"cpu": torch.get_rng_state()},
+    }
     if haste is not None and haste.projector is not None:
-        _put(tensors, "alignment.projector.", haste.projector.state_dict())
-        _put(tensors, "alignment.optimizer.", optimizer_tensors(optimizer, haste.projector))
+        parts["alignment.projector."] = haste.projector.state_dict()
+        parts["alignment.optimizer."] = optimizer_tensors(optimizer, haste.projector)
     if haste is not None and haste.angle is not None:
-        _put(tensors, "angle.", haste.angle.state_dict())
-    _put(tensors, "data.", trainer.batches.state_dict())
-    _put(tensors, "window.", trainer.window)
-    tensors["noise.generator"] = trainer.noise.get_state()
-    tensors["random.cpu"] = torch.get_rng_state()
+        parts["angle."] = haste.angle.state_dict()
+    tensors = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     scaler = trainer.accelerator.scaler
@@ -130,7 +127,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "step": trainer.step,
         "termination": trainer.switch.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "ema_fingerprint": fingerprint(under(tensors, "ema.")),
+        "ema_fingerprint": fingerprint(parts["ema."]),
     }
     return tensors, rest
 
@@ -160,7 +157,3 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], rest: Mapping[str, 
     if rest["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(rest["scaler"])
     trainer.step = rest["step"]
-
-
-def _put(into: dict[str, Tensor], prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    into |= {prefix + name: value for name, value in tensors.items()}

@@ -1,10 +1,19 @@
-"""The default device, and autocast by the name of a precision."""
+"""Device, autocast precision, and torch.compile of a generator block by block.
+
+Blocks of one kind share one graph, so that compiling takes seconds. Blocks whose q and k are read run uncompiled in
+phase I; from the switch on they use the graph of the others. Numbers are those of uncompiled blocks but for rounding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
+
+from haste_core.errors import HasteError
+from haste_core.models import DiffusionTransformer
 
 
 def default_device() -> torch.device:
@@ -13,6 +22,44 @@ def default_device() -> torch.device:
 
 
 def in_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """While open, autocast of "bf16" or "fp16" is on, or off for "no"."""
+    """Context with autocast of "bf16" or "fp16", or without any for "no"."""
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def compile_blocks(model: DiffusionTransformer, leave: Collection[int] = ()) -> None:
+    """Let the blocks of `model` but those in `leave` (from 0) be compiled at their next forward pass, in place.
+
+    Raises:
+        HasteError: torch finds no compiler on this machine.
+    """
+    check_compiler(next(model.buffers()).device)
+    for index, block in enumerate(model.blocks):
+        if index not in leave and not is_compiled(block):
+            # The forward alone: hooks on the block, which read its tokens, stay outside the graph.
+            block.forward = torch.compile(block.forward)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """True after `compile_blocks`."""
+    return "forward" in vars(block)
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Context in which compiled blocks run uncompiled: for several gradients from one graph."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise HasteError where torch.compile lacks what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    if device.type != "cpu" and not has_triton():
+        raise HasteError("compile=true needs Triton on this GPU; install triton, or set compile=false")
+    if device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise HasteError("compile=true needs a C++ compiler; install g++, or set compile=false") from error

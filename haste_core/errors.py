@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and how they are worded."""
+"""Errors that a user can cause."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class HasteError(Exception):
-    """One clear line for the user: what was given and what is expected. The command line exits with status 2."""
+    """One line for the user: what was given, what is expected, what to do. The command line exits with status 2."""
 
 
 class InUse(HasteError):
-    """Another process holds what this one needs."""
+    """Another process holds the lock."""
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived during training; everything up to this step is saved. Exit status 143."""
+    """SIGTERM or SIGINT arrived; everything up to this step is saved. The command line exits with status 143."""
 
 
 def unknown(what: str, given: object, possible: Iterable[object], within: str = "") -> HasteError:
-    """An error that names what was given, the nearest match, and everything that is possible.
-
-    within: the path of the section that `given` is a key of.
-    """
+    """An error that names `given` (a key of the section `within`), its nearest match, and everything possible."""
     names = [str(p) for p in possible]
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -33,10 +30,8 @@ def unknown(what: str, given: object, possible: Iterable[object], within: str = 
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """True when writing failed for want of room: ENOSPC, a quota, or a file-size limit.
-
-    safetensors reports such failures with the operating system's text only, hence the second test.
-    """
+    """True when writing failed for want of room: a full disk, a quota, or a file-size limit."""
     if isinstance(error, OSError):
         return error.errno in _NO_ROOM
+    # safetensors reports such failures by the operating system's text alone.
     return any(f"os error {code}" in str(error) for code in _NO_ROOM)

@@ -1,4 +1,4 @@
-"""Writing without ever leaving half a file, and where things lie."""
+"""Atomic writes, locks, and the folders of a project."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def project_root() -> Path:
-    """The folder with Snakefile and notebooks: found upwards from here, else beside the package."""
+    """The nearest folder with Snakefile and notebooks/: upwards from the current one, else beside the package."""
     here = Path.cwd()
     for folder in [here, *here.parents, Path(__file__).parents[1]]:
         if (folder / "Snakefile").is_file() and (folder / "notebooks").is_dir():
             return folder
-    raise HasteError(f"no project (a folder with Snakefile and notebooks/) at or above {here}")
+    raise HasteError(f"no project (a folder with Snakefile and notebooks/) at or above {here}; run in the project")
 
 
 def output_root() -> Path:
@@ -40,13 +40,13 @@ def output_root() -> Path:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there replaces `path` when the block ends well.
+    """Context with a temporary path, whose file replaces `path` when the block ends without an error.
 
     Raises:
-        HasteError: there is no room; the temporary file is removed and `path` stays as it was.
+        HasteError: the disk is full; `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Machines that share the folder number their processes alike.
+    # Process numbers are unique on one machine only.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -64,8 +64,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(text)
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -91,14 +90,14 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
 
 @contextmanager
 def locked(path: Path, what: str, wait: bool = False, stopping: threading.Event | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; the lock ends with the process, however that ends.
+    """Context that holds an exclusive lock on the file `path`; the lock ends with the process, however that ends.
 
     Args:
         path: the lock file, which stays. what: name of the locked thing in errors.
-        wait: wait until the lock is free instead of raising InUse. stopping: ends the waiting when it is set.
+        wait: wait for the lock, until the event `stopping` is set, instead of raising InUse.
 
     Raises:
-        InUse: another process holds the lock. Interrupted: `stopping` was set while waiting.
+        InUse: another process holds the lock. Interrupted: `stopping` was set.
         HasteError: the file system does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

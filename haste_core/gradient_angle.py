@@ -1,29 +1,39 @@
-"""The angle between the denoising gradient and the alignment gradients at one block, on modules as they are.
+"""The angle between denoising and alignment gradients: the exact cosine (Eq. 2, arXiv 2505.16792), and an estimate.
 
-Needs no checkpoint and no run, so that a trigger can ask it in the middle of phase I; `analysis.gradients` asks it for
-the checkpoints of a run.
+The estimate is read off ordinary phase I steps, without a backward pass of its own.
+
+Both work on modules as they are, without a checkpoint or a run, so that a trigger can ask in the middle of phase I.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from haste_core.compiling import uncompiled
+from haste_core.devices import uncompiled
 from haste_core.errors import HasteError, unknown
-from haste_core.haste import HASTE
 from haste_core.paths import Objective
+from haste_core.taps import QK, Seen
 from haste_core.training import Batch, step_losses
+
+if TYPE_CHECKING:
+    from haste_core.haste import HASTE
 
 LOSSES = ("feature", "attention", "holistic")
 # Groups of images with a gradient each: enough for a bootstrap, few enough for the memory of an XL block.
 CHUNKS = 32
 # Parameters that are widened to float64 at a time.
 COLUMNS = 2**20
+# Noise levels between bins of the online estimate; the first bin is "near data" of Fig. 4, arXiv 2505.16792.
+EDGES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+# -- the exact cosine -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,19 +53,20 @@ class Products:
     alignment: np.ndarray
 
     def rho(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """The cosine of the gradients of all images, in [-1, 1]; NaN where one of them is zero.
+        """The cosine of the gradients of all images, (...,) in [-1, 1]; NaN where one of them is zero.
 
         Eq. 2, arXiv 2505.16792.
 
         Args:
             weights: (..., chunks), how often each chunk counts; by default once. A product of a chunk with itself
                 counts that often, not its square: a chunk drawn twice would otherwise agree with its own copy.
-
-        Returns:
-            (...,) float64.
         """
         w = np.ones(len(self.cross)) if weights is None else np.asarray(weights, dtype=np.float64)
-        return _cosine(*(_total(g, w) for g in (self.cross, self.denoising, self.alignment)))
+
+        def total(gram: np.ndarray) -> np.ndarray:
+            return np.einsum("...i,ij,...j->...", w, gram, w, optimize=True) - (w * w - w) @ np.diagonal(gram)
+
+        return _cosine(total(self.cross), total(self.denoising), total(self.alignment))
 
     @property
     def rho_corrected(self) -> float:
@@ -64,7 +75,7 @@ class Products:
         Not in the paper: noise in the gradients of finitely many images lengthens them and so shrinks every cosine
         towards 0. Noise of different chunks is independent, so their products are unbiased. May leave [-1, 1].
         """
-        return float(_cosine(*(float(g.sum() - np.trace(g)) for g in (self.cross, self.denoising, self.alignment))))
+        return float(_cosine(*(g.sum() - np.trace(g) for g in (self.cross, self.denoising, self.alignment))))
 
     @property
     def norm_ratio(self) -> float:
@@ -73,32 +84,35 @@ class Products:
             return float(np.sqrt(self.alignment.sum() / self.denoising.sum()))
 
     def interval(self, resamples: int, confidence: float, seed: int) -> tuple[float, float]:
-        """The ends of a percentile interval of `rho`, from a bootstrap over chunks seeded by `seed`."""
+        """The ends of a percentile interval of `rho`, from a bootstrap over chunks."""
         chunks = len(self.cross)
         weights = np.random.default_rng(seed).multinomial(chunks, np.full(chunks, 1 / chunks), size=resamples)
         low, high = np.quantile(self.rho(weights), [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
 
 
-def _total(gram: np.ndarray, w: np.ndarray) -> np.ndarray:
-    return np.einsum("...i,ij,...j->...", w, gram, w, optimize=True) - (w * w - w) @ np.diagonal(gram)
-
-
-def _cosine(cross: np.ndarray | float, first: np.ndarray | float, second: np.ndarray | float) -> np.ndarray:
+def _cosine(cross: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     positive = (np.asarray(first) > 0) & (np.asarray(second) > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(positive, np.asarray(cross) / np.sqrt(np.where(positive, first, 1) * second), np.nan)
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
-    """eps shaped like x (B, C, S, S), float32 on the CPU, from `seed` alone: that of `probe.noised`."""
+    """eps shaped like x (B, C, S, S), float32 on the CPU, from `seed` alone."""
     return torch.randn(like.shape, generator=Generator().manual_seed(seed))
 
 
-def reaching(haste: HASTE, block: int) -> tuple[str, ...]:
-    """Which of `LOSSES` have a gradient at the parameters of `block` (from 0), given what the alignment compares.
+def split(batch: Batch, eps: Tensor, chunks: int) -> Iterator[tuple[Batch, Tensor]]:
+    """A batch and its noise in `chunks` parts of (nearly) equal size, at most one per image."""
+    pieces = (part.tensor_split(min(chunks, len(eps))) for part in (batch.x, batch.y, batch.images, eps))
+    for x, y, images, noise_part in zip(*pieces, strict=True):
+        yield Batch(x, y, images), noise_part
 
-    A loss has none where it is off or read below the block; "holistic" needs both parts.
+
+def reaching(haste: HASTE, block: int) -> tuple[str, ...]:
+    """Those of `LOSSES` that have a gradient at the parameters of `block` (from 0); "holistic" needs both parts.
+
+    A loss has none where it is off or read below the block.
     """
     feature = haste.projector is not None and block < haste.depth
     attention = any(block <= student for student, _ in haste.pairs)
@@ -112,27 +126,16 @@ def losses_at(
     """Weighted losses of a phase I step at one noise level: "denoising", and of "feature", "attention" what is on.
 
     Args:
-        model, haste, objective: as in training; labels are those of the batch, none is dropped.
-        batch: on any device. eps: (B, C, S, S). t: the noise level in [0, 1].
-        watch: let the online angle see the pass.
+        model, haste, objective: as in training; no label is dropped.
+        batch, eps: on any device. t: the noise level in [0, 1]. watch: let the online angle see the pass.
     """
     device = next(model.parameters()).device
     batch, eps, u = batch.to(device), eps.to(device), torch.full((len(batch.x),), t, device=device)
     found = step_losses(model, objective, batch, u, eps, batch.y, haste, watch)
-    losses = {"denoising": found.denoising}
     assert found.alignment is not None
-    if found.alignment.feature is not None:
-        losses["feature"] = haste.lambda_feature * found.alignment.feature
-    if found.alignment.attention is not None:
-        losses["attention"] = haste.lambda_attention * found.alignment.attention
-    return losses
-
-
-def split(batch: Batch, eps: Tensor, chunks: int) -> Iterator[tuple[Batch, Tensor]]:
-    """A batch and its noise in `chunks` parts of (nearly) equal size, at most one per image."""
-    pieces = (part.tensor_split(min(chunks, len(eps))) for part in (batch.x, batch.y, batch.images, eps))
-    for x, y, images, noise_part in zip(*pieces, strict=True):
-        yield Batch(x, y, images), noise_part
+    weighted = {"feature": haste.lambda_feature, "attention": haste.lambda_attention}
+    parts = {name: getattr(found.alignment, name) for name in weighted}
+    return {"denoising": found.denoising} | {n: weighted[n] * part for n, part in parts.items() if part is not None}
 
 
 def gradient_cosine(
@@ -174,8 +177,7 @@ def gradient_cosine(
             f"{', '.join(possible) or 'none'} (the feature loss is read after block {haste.depth - 1}, "
             f"attention in blocks {sorted({s for s, _ in haste.pairs})})"
         )
-    alone = [part for part in LOSSES[:2] if part in losses or "holistic" in losses]
-    names = ["denoising", *alone]
+    names = ["denoising", *(part for part in LOSSES[:2] if part in losses or "holistic" in losses)]
     parameters = list(model.blocks[block].parameters())  # type: ignore[index, union-attr]
     size = sum(p.numel() for p in parameters)
     gradients = torch.empty(len(names), min(chunks, len(batch.x)), size, dtype=parameters[0].dtype)
@@ -185,8 +187,11 @@ def gradient_cosine(
             for row, name in zip(gradients[:, i], names, strict=True):
                 row.copy_(_gradient(found[name] * (len(eps) / len(batch.x)), parameters))
     grams = _grams(gradients)
-    return {loss: _products(grams, [names.index(p) for p in (LOSSES[:2] if loss == "holistic" else [loss])])
-            for loss in losses}  # fmt: skip
+    products = {}
+    for kind in losses:
+        parts = [names.index(name) for name in (LOSSES[:2] if kind == "holistic" else [kind])]
+        products[kind] = Products(grams[0, parts].sum(0), grams[0, 0], grams[np.ix_(parts, parts)].sum((0, 1)))
+    return products
 
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
@@ -205,24 +210,146 @@ def _grams(gradients: Tensor) -> np.ndarray:
     return total.reshape(count, chunks, count, chunks).transpose(1, 2).numpy()
 
 
-def _products(grams: np.ndarray, parts: list[int]) -> Products:
-    """Products of the denoising gradient (index 0) with the sum of the gradients `parts`: they add up."""
-    cross = grams[0, parts].sum(0)
-    return Products(cross, grams[0, 0], grams[np.ix_(parts, parts)].sum((0, 1)))
-
-
 def exact(
     model: nn.Module, haste: HASTE, objective: Objective, batch: Batch, timesteps: Sequence[float], block: int
 ) -> float:
     """Mean cosine between denoising and alignment gradients over the losses that are on and over noise levels.
 
-    Eq. 2, Tables 9 and 10, arXiv 2505.16792: on the parameters of one block, on fixed images with fixed noise.
+    Eq. 2, Tables 9 and 10, arXiv 2505.16792: on the parameters of one block (from 0), on fixed images with fixed noise.
+    """
+    losses = [loss for loss in reaching(haste, block) if loss != "holistic"]
+    with uncompiled():  # one graph gives gradients of several losses
+        found = [gradient_cosine(model, haste, objective, batch, t, block, losses) for t in timesteps]
+    return float(np.mean([products.rho() for by_loss in found for products in by_loss.values()]))
+
+
+# -- the online estimate ----------------------------------------------------------------------------------------------
+
+
+class OnlineAngle:
+    """Sums, over training steps, of products between the gradients of alignment and of the rest of the loss.
+
+    Not in the paper, whose check takes a backward pass per loss (Eq. 2). Here the angle is taken at activations instead
+    of parameters: the part of the gradient that comes back through the alignment loss alone is caught on an alias of
+    the tensor, the whole gradient on the tensor itself, and their difference is the rest. Use: compute the alignment
+    losses on `watch(seen, t)` instead of `seen`. No number of the step changes, and only `read` waits for the device.
+
+    Own part: "feature", at the tokens of the aligned depth, the gradient through projector and feature loss;
+    "attention", at q and k of all aligned blocks together, the gradient of the attention loss read there.
+
+    The rest is everything that reaches the same tensor from above it: the denoising loss, and with it other alignment
+    losses read further up. At the tokens of depth d (from 1) these are the attention losses of blocks >= d (from 0). At
+    q and k of block b they are the feature loss where b < d, and the attention losses of blocks > b. Losses read below
+    never are part of it. So the rest is the denoising loss alone for the feature loss where no aligned block lies
+    at or above d (the paper's sizes), and for attention where features are not aligned and one block is.
+
+    The cosine is over all samples, tokens and widths of a bin at once, products of a sample with itself only; heads
+    that are not aligned count in the rest. Under autocast q and k, and so their gradients, have half precision.
+    Samples whose gradient is not finite (a step that loss scaling skips) are not counted.
 
     Args:
-        model, haste, objective: of a run in phase I. batch: images with their true labels.
-        timesteps: noise levels in [0, 1]. block: from 0.
+        device: of the training step.
+        edges: of the bins of noise levels, ascending; values outside fall into the outermost bins.
+        processes: how many train together. Each one's loss is a mean over its own samples, so its gradients are so many
+            times longer; sums are kept in units in which their mean over processes is what one alone would have.
     """
-    which = [loss for loss in reaching(haste, block) if loss != "holistic"]
-    with uncompiled():  # one graph gives gradients of several losses
-        found = [gradient_cosine(model, haste, objective, batch, t, block, which) for t in timesteps]
-    return float(np.mean([products.rho() for by_loss in found for products in by_loss.values()]))
+
+    def __init__(self, device: torch.device | str = "cpu", edges: Sequence[float] = EDGES, processes: int = 1) -> None:
+        self.units = torch.tensor([1 / processes] * 3 + [processes], dtype=torch.float64, device=device)
+        self.edges = torch.tensor(edges, dtype=torch.float32, device=device)
+        # own * rest, own^2, rest^2, samples; a long run adds up more samples than float32 can count.
+        self.sums = torch.zeros(2, len(edges) - 1, 4, dtype=torch.float64, device=device)
+
+    def watch(self, seen: Seen, t: Tensor) -> Seen:
+        """The same values, as aliases for the alignment losses; the backward pass of this step is summed up.
+
+        t: (B,) noise levels in [0, 1].
+        """
+        bins = torch.bucketize(t.to(self.edges), self.edges[1:-1], right=True)
+        member = bins[:, None] == torch.arange(len(self.edges) - 1, device=bins.device)  # (B, bins)
+        tokens = {d: self._alias(h, 0, member, counts=i == 0) for i, (d, h) in enumerate(seen.tokens.items())}
+        qk: dict[int, QK] = {}
+        for i, (block, (q, k)) in enumerate(seen.qk.items()):
+            # A sample counts once, however many tensors it is watched at.
+            qk[block] = self._alias(q, 1, member, counts=i == 0), self._alias(k, 1, member, counts=False)
+        return Seen(tokens, qk)
+
+    def _alias(self, tensor: Tensor, loss: int, member: Tensor, counts: bool) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        own: list[Tensor] = []
+
+        def add(total: Tensor) -> None:
+            if own:  # else no loss read the alias
+                self._add(loss, member, own.pop(), total, counts)
+
+        alias = tensor.view_as(tensor)
+        alias.register_hook(lambda gradient: own.append(gradient))
+        tensor.register_hook(add)
+        return alias
+
+    @torch.no_grad()
+    def _add(self, loss: int, member: Tensor, own: Tensor, total: Tensor, counts: bool) -> None:
+        own, total = own.float().flatten(1), total.float().flatten(1)
+        rest = total - own
+        count = torch.full((len(own),), float(counts), device=own.device)
+        parts = torch.stack([(own * rest).sum(1), own.square().sum(1), rest.square().sum(1), count], dim=1)
+        parts = torch.where(parts.isfinite().all(1, keepdim=True), parts, 0.0).double() * self.units
+        # Not index_add_, whose order of additions a GPU does not fix.
+        self.sums[loss] += (member[:, :, None] * parts[:, None, :]).sum(0)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Sums since the last `reset` as cosines; waits for the device.
+
+        Returns:
+            A row per bin of every loss that was seen: loss; bin, from 0; t_low, t_high; cosine, in [-1, 1], NaN for an
+            empty bin; norm_ratio, length of the own part over that of the rest; count, samples.
+        """
+        edges = [round(edge, 6) for edge in self.edges.tolist()]
+        rows = []
+        for loss, bins in zip(LOSSES[:2], self.sums.cpu().numpy(), strict=True):
+            for i, (product, own, rest, count) in enumerate(bins if bins.any() else ()):
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    cosine, ratio = float(product / np.sqrt(own * rest)), float(np.sqrt(own / rest))
+                facts = {"loss": loss, "bin": i, "t_low": edges[i], "t_high": edges[i + 1], "cosine": cosine}
+                rows.append(facts | {"norm_ratio": ratio, "count": round(float(count))})
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """`online`: cosines by loss and bin (None: empty bin); `online_angle`: their mean. Empty before any sample.
+
+        Resets the sums.
+        """
+        rows = self.read()
+        self.reset()
+        cosines = np.array([row["cosine"] for row in rows])
+        if np.isnan(cosines).all():
+            return {}
+        bins: dict[str, list[float | None]] = {}
+        for row in rows:
+            bins.setdefault(row["loss"], []).append(None if np.isnan(row["cosine"]) else row["cosine"])
+        return {"online": bins, "online_angle": float(np.nanmean(cosines))}
+
+    def reset(self) -> None:
+        """Begin again from nothing."""
+        self.sums.zero_()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move the sums to where `fn` moves tensors; they stay float64."""
+        device = fn(torch.zeros((), device=self.sums.device)).device
+        self.sums, self.units, self.edges = (part.to(device) for part in (self.sums, self.units, self.edges))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Sums and edges of the bins."""
+        return {"sums": self.sums.clone(), "edges": self.edges.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what was saved.
+
+        Raises:
+            HasteError: it was summed up in other bins.
+        """
+        saved = state["edges"].tolist()
+        if saved != self.edges.tolist():
+            raise HasteError(f"online angles were saved in bins {saved}; expected {self.edges.tolist()}")
+        self.sums.copy_(state["sums"])

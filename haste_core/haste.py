@@ -32,10 +32,11 @@ from haste_core.alignment import (
     resample_tokens,
 )
 from haste_core.errors import HasteError, unknown
-from haste_core.online_angle import OnlineAngle
+from haste_core.gradient_angle import OnlineAngle
 from haste_core.taps import QK, Reader, Seen, Taps, tap
 from haste_core.teacher import Teacher
 from haste_core.termination import FixedIteration, Never, Switch, Trigger
+from haste_core.training import add_up, means_of
 
 
 class HASTE(nn.Module):
@@ -91,45 +92,31 @@ class HASTE(nn.Module):
         switch: Switch | None = None,
     ) -> None:
         super().__init__()
-        if stop_at is not None and trigger is not None:
-            raise HasteError(f"stop_at={stop_at} and a trigger were given; expected one of them")
-        ends = trigger or (Never() if stop_at is None else FixedIteration(stop_at))
-        self.switch = switch or Switch(None if teacher is None else ends, fade)
+        self.switch = switch or _switch(teacher is not None, stop_at, trigger, fade)
         self.depth, self.lambda_feature, self.lambda_attention = depth, lambda_feature, lambda_attention
         self.t_low, self.t_high, self.aligned_heads, self.read = t_low, t_high, aligned_heads, read
+        self.grid = grid
         self.pairs = [(int(s), int(t)) for s, t in layer_pairs] if lambda_attention > 0 else []
         self._teacher: list[Teacher] = []  # a list keeps it out of parameters and state dict
         self._gone: list[nn.Parameter] = []  # the projector's after the switch, until an optimizer lets them go
         self.projector: nn.Sequential | None = None
         self.angle: OnlineAngle | None = None
-        self.grid, self.heads = grid, heads
         self.step = 0
         self.window: dict[str, Tensor] = {}  # sums since the last call of `measure`
-        if teacher is not None:
-            self._begin(teacher, width, projector_width, seed, layer_pairs, watch_angle)
-
-    def _begin(
-        self,
-        teacher: Teacher,
-        width: int,
-        hidden: int,
-        seed: int,
-        layer_pairs: Sequence[tuple[int, int]],
-        watch_angle: bool,
-    ) -> None:
-        """Make what exists in phase I only."""
+        if teacher is None:
+            return
+        self._teacher.append(teacher)
         for _, block in layer_pairs:
             if block >= teacher.blocks:
                 raise unknown("teacher block in alignment.layer_pairs", block, range(teacher.blocks))
-        if self.lambda_attention > 0 and not self.pairs:
+        if lambda_attention > 0 and not self.pairs:
             raise HasteError("lambda_attention > 0 without layer_pairs; expected [(student block, teacher block), ...]")
-        self._teacher.append(teacher)
-        if self.heads is not None:
-            paired_heads(self.aligned_heads, self.heads, teacher.heads)
-        if self.grid is not None:
-            self._warn_of_grids(self.grid)
-        if self.lambda_feature > 0:
-            self.projector = projector(width, hidden, teacher.width, seed)
+        if heads is not None:
+            paired_heads(aligned_heads, heads, teacher.heads)
+        if grid is not None:
+            self._warn_of_grids(grid)
+        if lambda_feature > 0:
+            self.projector = projector(width, projector_width, teacher.width, seed)
             for parameter in self.projector.parameters():
                 parameter.register_hook(_mean_over_processes)
         if watch_angle:
@@ -172,10 +159,7 @@ class HASTE(nn.Module):
         Raises:
             HasteError: a block does not exist, or its q and k cannot be found.
         """
-        if self.phase == 2:
-            yield Seen()
-            return
-        with tap(blocks, self.taps, self.read) as seen:
+        with tap(blocks, self.taps if self.phase == 1 else Taps(), self.read) as seen:
             yield seen
 
     def update(self, step: int) -> bool:
@@ -216,7 +200,7 @@ class HASTE(nn.Module):
         if self.phase == 2:
             return torch.zeros((), device=images.device)
         losses = self.losses(seen, images, t)
-        self._add({"feature": losses.feature, "attention": losses.attention})
+        add_up(self.window, {"feature": losses.feature, "attention": losses.attention})
         return self.switch.weight(step) * losses.total
 
     def losses(self, seen: Seen, images: Tensor, t: Tensor | None = None, watch: bool = True) -> AlignmentLosses:
@@ -228,7 +212,7 @@ class HASTE(nn.Module):
         everywhere, watched = (self.t_low, self.t_high) == (0, 1), self.angle is not None and watch
         if t is None and (watched or not everywhere):
             raise HasteError("no noise levels were given; t_low, t_high, watch_angle need haste(seen, images, step, t)")
-        weights = None if everywhere or t is None else self.inside(t)
+        weights = None if everywhere or t is None else ((t >= self.t_low) & (t <= self.t_high)).float()
         if self.angle is not None and watch and t is not None:
             seen = self.angle.watch(seen, t)
         target = self.teacher(images, self.teacher_blocks)
@@ -245,9 +229,38 @@ class HASTE(nn.Module):
             total = total + self.lambda_attention * attention
         return AlignmentLosses(total, feature, attention)
 
-    def inside(self, t: Tensor) -> Tensor:
-        """1 for samples whose noise level t (B,) is aligned, else 0, float32."""
-        return ((t >= self.t_low) & (t <= self.t_high)).float()
+    def _attention_loss(self, student: QK, target: QK, weights: Tensor | None) -> Tensor:
+        heads = paired_heads(self.aligned_heads, student[0].shape[1], target[0].shape[1])
+        # A slice, not an index, where the heads are a prefix: no copy.
+        chosen = slice(len(heads)) if heads == list(range(len(heads))) else heads
+        student, target = ((q[:, chosen], k[:, chosen]) for q, k in (student, target))
+        grid = self._grid(student[0].shape[2])
+        if grid == self.teacher.grid:
+            return attention_loss(student, target, weights)
+        resampled = resample_attention(attention_probabilities(*target), self.teacher.grid, grid)
+        return attention_cross_entropy(student, resampled, weights)
+
+    def _grid(self, tokens: int) -> Grid:
+        """The student's token grid, by default a square one."""
+        if self.grid is None:
+            side = round(tokens**0.5)
+            if side * side != tokens:
+                raise HasteError(f"the student has {tokens} tokens, no square; expected grid=(rows, columns)")
+            self._warn_of_grids((side, side))
+            self.grid = (side, side)
+        return self.grid
+
+    def _warn_of_grids(self, grid: Grid) -> None:
+        # Some encoders are published for large inputs (518 px for DINOv2), which costs time unnoticed.
+        teacher = self.teacher
+        if grid == teacher.grid:
+            return
+        same = [n * (pixels // own) for n, pixels, own in zip(grid, teacher.image_size, teacher.grid, strict=True)]
+        warnings.warn(
+            f"token grids differ: student {grid[0]}x{grid[1]}, teacher {teacher.grid[0]}x{teacher.grid[1]}; features "
+            f"and attention are resampled. For equal grids: teacher.kwargs={{img_size: {same}}}",
+            stacklevel=3,
+        )
 
     def measure(self, **readings: float) -> dict[str, Any]:
         """Measurements since the last call, which the trigger reads: call it every so many steps, in all processes.
@@ -260,16 +273,15 @@ class HASTE(nn.Module):
             "online", cosines by loss and bin of noise levels (None: no sample), and "online_angle", their mean. Of
             several processes these are the first one's.
         """
-        means: dict[str, Any] = {
-            n: float(self.window[n] / self.window[f"count_{n}"]) for n in ("feature", "attention") if n in self.window
-        }
-        line: dict[str, Any] = {"step": self.step + 1, "phase": self.phase, **means, **readings}
+        line: dict[str, Any] = {"step": self.step + 1, "phase": self.phase, **means_of(self.window), **readings}
         if self.angle is not None:
             line |= self.angle.summary()
-            self.angle.reset()
         self.window = {}
-        # Triggers of all processes read the same line, or rounding could part them at the switch.
-        line = _of_first_process(line)
+        if _processes() > 1:
+            # Triggers of all processes read the same line, or rounding could part them at the switch.
+            sent = [line]
+            distributed.broadcast_object_list(sent, src=0)
+            (line,) = sent
         self.switch.observe(line)
         return line
 
@@ -299,63 +311,16 @@ class HASTE(nn.Module):
             self.angle.apply(fn)
         return super()._apply(fn, recurse)
 
-    def _add(self, losses: dict[str, Tensor | None]) -> None:
-        for name, value in losses.items():
-            if value is None:
-                continue
-            for key, amount in ((name, value.detach()), (f"count_{name}", torch.ones_like(value))):
-                self.window[key] = self.window[key] + amount if key in self.window else amount
 
-    def _grid(self, tokens: int) -> Grid:
-        """The student's token grid, by default a square one."""
-        if self.grid is None:
-            side = round(tokens**0.5)
-            if side * side != tokens:
-                raise HasteError(f"the student has {tokens} tokens, no square; expected grid=(rows, columns)")
-            self._warn_of_grids((side, side))
-            self.grid = (side, side)
-        return self.grid
-
-    def _attention_loss(self, student: QK, target: QK, weights: Tensor | None) -> Tensor:
-        heads = paired_heads(self.aligned_heads, student[0].shape[1], target[0].shape[1])
-        student, target = _pick(student, heads), _pick(target, heads)
-        grid = self._grid(student[0].shape[2])
-        if grid == self.teacher.grid:
-            return attention_loss(student, target, weights)
-        resampled = resample_attention(attention_probabilities(*target), self.teacher.grid, grid)
-        return attention_cross_entropy(student, resampled, weights)
-
-    def _warn_of_grids(self, grid: Grid) -> None:
-        # Some encoders are published for large inputs (518 px for DINOv2), which costs time unnoticed.
-        teacher = self.teacher
-        if grid == teacher.grid:
-            return
-        patches = [pixels // tokens for pixels, tokens in zip(teacher.image_size, teacher.grid, strict=True)]
-        same = [tokens * patch for tokens, patch in zip(grid, patches, strict=True)]
-        warnings.warn(
-            f"token grids differ: student {grid[0]}x{grid[1]}, teacher {teacher.grid[0]}x{teacher.grid[1]}; features "
-            f"and attention are resampled. For equal grids: teacher.kwargs={{img_size: {same}}}",
-            stacklevel=3,
-        )
-
-
-def _pick(qk: QK, heads: list[int]) -> QK:
-    # A slice, not an index, where the heads are a prefix: no copy.
-    if heads == list(range(len(heads))):
-        return qk[0][:, : len(heads)], qk[1][:, : len(heads)]
-    return qk[0][:, heads], qk[1][:, heads]
+def _switch(aligned: bool, stop_at: int | None, trigger: Trigger | None, fade: int) -> Switch:
+    if stop_at is not None and trigger is not None:
+        raise HasteError(f"stop_at={stop_at} and a trigger were given; expected one of them")
+    ends = trigger or (Never() if stop_at is None else FixedIteration(stop_at))
+    return Switch(ends if aligned else None, fade)
 
 
 def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _of_first_process(line: dict[str, Any]) -> dict[str, Any]:
-    if _processes() == 1:
-        return line
-    told = [line]
-    distributed.broadcast_object_list(told, src=0)
-    return told[0]
 
 
 def _mean_over_processes(gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,57 +25,44 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def alpha(t: Tensor) -> Tensor:
-    """The weight of the data, 1 - t."""
-    return 1 - t
-
-
-def sigma(t: Tensor) -> Tensor:
-    """The weight of the noise, t."""
-    return t
+# -- the linear path --------------------------------------------------------------------------------------------------
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t on the path, same shape as x."""
+    """x_t = (1 - t) x + t eps."""
     t = expand(t, x)
-    return alpha(t) * x + sigma(t) * eps
+    return (1 - t) * x + t * eps
 
 
 def velocity(x: Tensor, eps: Tensor) -> Tensor:
-    """The regression target d_alpha x + d_sigma eps = eps - x, the same at every t."""
+    """The regression target dx_t/dt = eps - x, the same at every t."""
     return eps - x
 
 
-def data_from_velocity(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The clean image that v and x_t imply: x_t - t v."""
-    return x_t - sigma(expand(t, x_t)) * v
-
-
-def noise_from_velocity(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The noise that v and x_t imply: x_t + (1 - t) v."""
-    return x_t + alpha(expand(t, x_t)) * v
-
-
 def score_from_velocity(v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The score of the marginal at t: -((1 - t) v + x_t) / t. Needs t > 0."""
-    return -noise_from_velocity(v, x_t, t) / sigma(expand(t, x_t))
+    """The score of the marginal at t > 0: -((1 - t) v + x_t) / t, minus the implied noise over t."""
+    t = expand(t, x_t)
+    return -(x_t + (1 - t) * v) / t
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Noise levels shift u / (1 + (shift - 1) u) of uniform draws u (B,) in [0, 1]; u itself for a shift of 1.
+
+    Above 1 high noise becomes more frequent: half of the draws lie above shift / (1 + shift). Sec. 5.3.2,
+    arXiv 2403.03206.
+    """
+    return u if shift == 1 else shift * u / (1 + (shift - 1) * u)
+
+
+# -- improved DDPM ----------------------------------------------------------------------------------------------------
 
 
 class Posterior(NamedTuple):
-    """The Gaussian over x_{t-1} given x_t: mean, variance, log-variance and the clean image behind it, all like x."""
+    """The Gaussian over x_{t-1} given x_t: mean, log-variance and the clean image behind it, all like x."""
 
     mean: Tensor
-    variance: Tensor
     log_variance: Tensor
     clean: Tensor
-
-
-class DDPMLosses(NamedTuple):
-    """Per value, like x: the noise's square error, the variational part in bits, and their sum."""
-
-    mse: Tensor
-    variational: Tensor
-    total: Tensor
 
 
 class DDPMSchedule:
@@ -123,25 +110,26 @@ class DDPMSchedule:
         log_variance = share * largest + (1 - share) * smallest
         x_t_share, eps_share = (1 / self.signal).sqrt(), (1 / self.signal - 1).sqrt()
         clean = self.at(x_t_share, index, x_t) * x_t - self.at(eps_share, index, x_t) * eps
-        return Posterior(self._mean(clean, x_t, index), log_variance.exp(), log_variance, clean)
+        return Posterior(self._mean(clean, x_t, index), log_variance, clean)
 
-    def losses(self, output: Tensor, x: Tensor, eps: Tensor, index: Tensor) -> DDPMLosses:
-        """The hybrid loss: the noise alone drives the mean, the variational bound the variance alone."""
+    def losses(self, output: Tensor, x: Tensor, eps: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise's squared error and the variational bound in bits, per value and like x; the loss is their sum.
+
+        The bound trains the variance alone: its mean is detached.
+        """
         x_t, (predicted, between) = self.noised(x, eps, index), output.chunk(2, dim=1)
-        mse = (predicted - eps).square()
         held = self.posterior(torch.cat([predicted.detach(), between], dim=1), x_t, index)
         true_mean, true_log = self._mean(x, x_t, index), self.at(self.log_variance, index, x).expand_as(x)
         kl = _gaussian_kl(true_mean, true_log, held.mean, held.log_variance)
         likelihood = -_discretised_log_likelihood(x, held.mean, held.log_variance / 2)
-        variational = torch.where(expand(index, x) == 0, likelihood, kl) / math.log(2)
-        return DDPMLosses(mse, variational, mse + variational)
+        return (predicted - eps).square(), torch.where(expand(index, x) == 0, likelihood, kl) / math.log(2)
 
     def _mean(self, clean: Tensor, x_t: Tensor, index: Tensor) -> Tensor:
         return self.at(self.clean_weight, index, x_t) * clean + self.at(self.x_t_weight, index, x_t) * x_t
 
 
 def _gaussian_kl(mean_a: Tensor, log_a: Tensor, mean_b: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) of diagonal Gaussians in nats, per value."""
+    """KL(a || b) of diagonal Gaussians with these log-variances in nats, per value."""
     return 0.5 * (log_b - log_a - 1 + (log_a - log_b).exp() + (mean_a - mean_b).square() * (-log_b).exp())
 
 
@@ -158,62 +146,34 @@ def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Ten
     return inside.clamp_min(1e-12).log()
 
 
-def shifted(u: Tensor, shift: float) -> Tensor:
-    """Noise levels shift u / (1 + (shift - 1) u) of uniform draws u (B,) in [0, 1]; u itself for a shift of 1.
-
-    Above 1 high noise becomes more frequent: half of the draws lie above shift / (1 + shift). Sec. 5.3.2,
-    arXiv 2403.03206.
-    """
-    return u if shift == 1 else shift * u / (1 + (shift - 1) * u)
+# -- the loss of a network --------------------------------------------------------------------------------------------
 
 
-class Objective(Protocol):
-    """A path from data to noise and the loss of a network on it."""
+class Objective:
+    """The path of SiT and MM-DiT and their loss: the velocity (Sec. 2.1, arXiv 2505.16792). t is the noise level."""
 
     def timesteps(self, u: Tensor) -> Tensor:
         """The network's timesteps (B,) for noise levels u (B,) in [0, 1]: 0 data, 1 noise."""
-        ...
+        return u
 
     def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x at timesteps t (B,) from `timesteps`."""
-        ...
+        return interpolate(x, eps, t)
 
     def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The denoising loss per value, float32 and shaped like x."""
-        ...
+        return (output.float() - velocity(x, eps)).square()
 
     def bound(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The integrand over noise levels of the bound on the negative log-likelihood, (B,) float64.
 
-        In nats per image and unit of t.
-        """
-        ...
-
-
-class VelocityObjective:
-    """SiT and MM-DiT: the velocity of the linear path (Sec. 2.1, arXiv 2505.16792). t is the noise level itself."""
-
-    def timesteps(self, u: Tensor) -> Tensor:
-        """u itself, (B,) float in [0, 1]."""
-        return u
-
-    def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t on the linear path."""
-        return interpolate(x, eps, t)
-
-    def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The square error of the velocity."""
-        return (output.float() - velocity(x, eps)).square()
-
-    def bound(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(1 - t) / t times the squared error summed over values: half the fall of log SNR times the noise's error.
-
-        Eq. 17, arXiv 2107.00630, on the linear path, where the noise's error is 1 - t times the velocity's.
+        In nats per image and unit of t: (1 - t) / t times the squared error, half the fall of log SNR times the noise's
+        error, which is 1 - t times the velocity's (Eq. 17, arXiv 2107.00630).
         """
         return self.loss(output, x, eps, t).double().flatten(1).sum(1) * (1 - t.double()) / t.double()
 
 
-class NoiseVarianceObjective:
+class NoiseVarianceObjective(Objective):
     """DiT: improved DDPM with 1000 linear steps (Table 16, arXiv 2505.16792). t is an integer in 0 .. 999."""
 
     def __init__(self) -> None:
@@ -228,17 +188,20 @@ class NoiseVarianceObjective:
         return self.schedule.noised(x, eps, t)
 
     def loss(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The hybrid loss."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.schedule.losses(output.float(), x, eps, t).total
+        """The hybrid loss (Eq. 16, arXiv 2102.09672)."""
+        squared_error, bits = self._losses(output, x, eps, t)
+        return squared_error + bits
 
     def bound(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The variational term of the timestep, summed over values; its 1000 timesteps span one unit of t."""
-        with torch.autocast(x.device.type, enabled=False):
-            bits = self.schedule.losses(output.float(), x, eps, t).variational
+        """The variational term of the timestep in nats; 1000 timesteps span one unit of t."""
+        bits = self._losses(output, x, eps, t)[1]
         return DDPM_STEPS * math.log(2) * bits.double().flatten(1).sum(1)
+
+    def _losses(self, output: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.schedule.losses(output.float(), x, eps, t)
 
 
 def objective_of(kind: str) -> Objective:
     """The objective of a kind of model: "sit", "mmdit" or "dit"."""
-    return NoiseVarianceObjective() if kind == "dit" else VelocityObjective()
+    return NoiseVarianceObjective() if kind == "dit" else Objective()

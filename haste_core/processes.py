@@ -1,7 +1,5 @@
-"""The processes that train one run together: shares of a batch, agreements, and the one that writes files.
-
-A launcher (torchrun, accelerate launch) starts them; a single process is a group of one, in which every method here
-costs nothing.
+"""The processes that train one run together, started by a launcher (torchrun, accelerate launch): a single one is a
+group of one, in which nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -19,15 +17,15 @@ from torch import Tensor, distributed
 from haste_core.errors import HasteError
 
 T = TypeVar("T")
-# How long the others wait for what the main process does alone (a teacher trained, a checkpoint written); if it dies
-# they learn of it at once.
+# Time that the others wait while the main process works alone (trains a teacher, writes a checkpoint). If it dies they
+# learn of it at once.
 PATIENCE = timedelta(hours=6)
 
 
 class Processes:
     """The group that this process trains in: `count` of them, numbered by `index`; number 0 is the main one.
 
-    What is agreed on goes by gloo beside the gradients' own way: it never waits for a GPU.
+    Messages go by gloo beside the gradients' own way, so they never wait for a GPU.
     """
 
     def __init__(self) -> None:
@@ -70,16 +68,16 @@ class Processes:
         """
         if self.count == 1:
             return action()
-        told: list[Any] = [None, None]
+        sent: list[Any] = [None, None]
         if self.is_main:
             try:
-                told[0] = action()
+                sent[0] = action()
             except HasteError as error:
-                told[1] = error
-        distributed.broadcast_object_list(told, src=0, group=self._group)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                sent[1] = error
+        distributed.broadcast_object_list(sent, src=0, group=self._group)
+        if sent[1] is not None:
+            raise sent[1]
+        return sent[0]
 
     def share(self, batch_size: int) -> slice:
         """This process's part of the images of a global batch.
@@ -87,13 +85,11 @@ class Processes:
         Raises:
             HasteError: the images cannot be divided equally.
         """
-        size, rest = divmod(batch_size, self.count)
-        if rest:
-            raise _unequal(batch_size, 1, self.count)
-        return slice(self.index * size, (self.index + 1) * size)
+        (part,) = micro_batches(batch_size, 1, self.count)
+        return slice(self.index * part.stop, (self.index + 1) * part.stop)
 
     def close(self) -> None:
-        """Leave the group; nothing can be agreed on afterwards."""
+        """Leave the group."""
         if self.count > 1:
             PartialState().destroy_process_group()
 
@@ -112,15 +108,11 @@ def micro_batches(batch_size: int, accumulate: int, processes: int) -> list[slic
     if processes < 1:
         raise HasteError(f"{processes} processes; expected 1 or more")
     size, rest = divmod(batch_size, processes * accumulate)
-    if rest:
-        raise _unequal(batch_size, accumulate, processes)
-    return [slice(i * size, (i + 1) * size) for i in range(accumulate)]
-
-
-def _unequal(batch_size: int, accumulate: int, processes: int) -> HasteError:
+    if not rest:
+        return [slice(i * size, (i + 1) * size) for i in range(accumulate)]
     share = batch_size // processes if batch_size % processes == 0 else 0
     counts = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-    return HasteError(
+    raise HasteError(
         f"train.batch_size {batch_size} cannot go through {processes} process(es) in {accumulate} equal micro-batches "
         f"each; expected a multiple of {processes * accumulate} for train.batch_size"
         + (f", or {counts} for train.accumulate" if counts else "")

@@ -1,35 +1,43 @@
 """Checkpoints in the layout that DiT, SiT, REPA and HASTE release, read and written; nothing in a file is executed.
 
 Such a file is a state dict, or a dict with the state dicts `model` and `ema` beside optimizer state, arguments and
-steps. A run's checkpoint of this package is read as well. What the names mean is in `haste_core.released_layout`.
+steps. A run's checkpoint of this package is read as well. DiT and SiT's own release have the same names and shapes, so
+only the caller can tell them apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from haste_core import released_layout
+from haste_core.alignment import projector
 from haste_core.checkpoint import under
 from haste_core.errors import HasteError, unknown
 from haste_core.files import atomic
-from haste_core.models import DiffusionTransformer
-from haste_core.released_layout import Convention, Family
+from haste_core.models import KINDS, SIZES, DiffusionTransformer
+from haste_core.models.layers import TimestepEmbedder, sincos_positions
 
 Source = str | Path | Mapping[str, Any]
 Weights = Literal["ema", "model"]
+Family = Literal["sit", "dit", "mmdit"]
+Convention = Literal["auto", "haste", "sit"]
+CONVENTIONS = ("auto", "haste", "sit")
 READABLE = (".pt", ".pth", ".safetensors")
 WRITABLE = (".pt", ".safetensors")
+_NORM = "blocks.0.attn.q_norm.weight"
+_LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 class Reference(NamedTuple):
@@ -55,25 +63,48 @@ def load_reference(
 
     Args:
         source: a .pt, .pth or .safetensors file, or what it holds.
-        family: "sit", "dit" or "mmdit"; None asks the weights, which cannot tell DiT from SiT's own release.
-        num_heads: needed where neither a q norm nor a published size gives the number of heads.
         weights: "ema" or "model"; by default "ema" where the file has it.
-        convention: "auto", "haste" or "sit". image_size: needed where positions are not stored.
+        family, num_heads, convention, image_size: as for `infer`.
 
     Raises:
-        HasteError: the file cannot be read, wants code to run, holds another family, or does not fit.
+        HasteError: the file cannot be read, would execute code, holds another family, or does not fit.
     """
     tensors, _ = read_weights(source, weights)
-    layout = released_layout.infer(tensors, family, num_heads, convention, image_size)
-    return Reference(
-        released_layout.generator(tensors, layout), released_layout.projectors(tensors, layout.sizes["width"])
-    )
+    layout = infer(tensors, family, num_heads, convention, image_size)
+    return Reference(generator(tensors, layout), projectors(tensors, layout.sizes["width"]))
+
+
+def save_reference(
+    path: str | Path,
+    generator: nn.Module,
+    projectors: nn.Module | Iterable[nn.Module] | None = None,
+    ema: nn.Module | None = None,
+) -> None:
+    """Write a generator in the released layout, atomically.
+
+    Args:
+        path: .pt holds the state dicts `model` and `ema`; .safetensors one plain state dict, of `ema` where given.
+        projectors: one, or several in order; stored with both state dicts, as `projectors.N`.
+        ema: the averaged generator. Without it `generator` is stored under both names, for readers of either.
+
+    Raises:
+        HasteError: another suffix, or no room.
+    """
+    if isinstance(projectors, nn.Module) and not isinstance(projectors, nn.ModuleList):
+        projectors = [projectors]
+    several = enumerate(projectors or ())
+    extra = {f"projectors.{i}.{n}": v for i, one in several for n, v in one.state_dict().items()}
+    model = _plain(generator.state_dict() | extra)
+    _write(Path(path), model, model if ema is None else _plain(ema.state_dict() | extra))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def read_weights(source: Source, weights: Weights | None = None) -> tuple[dict[str, Tensor], str]:
     """A state dict without wrappers' prefixes, and which it is: "ema", "model", or "plain" where a file has just one.
 
-    Tensors keep their type and may be mapped from the file. Raises HasteError as `load_reference` does.
+    Tensors keep their type and may be mapped from the file.
     """
     if weights not in (None, "ema", "model"):
         raise unknown("weights", weights, ("ema", "model"))
@@ -83,31 +114,6 @@ def read_weights(source: Source, weights: Weights | None = None) -> tuple[dict[s
     if which not in sets:
         raise HasteError(f"the checkpoint has no {which!r} weights; expected one of: {', '.join(sets)}")
     return _unwrapped(sets[which]), which
-
-
-def save_reference(
-    path: str | Path,
-    generator: nn.Module,
-    projectors: nn.Module | Iterable[nn.Module] | None = None,
-    ema: nn.Module | None = None,
-) -> None:
-    """Write a generator in the released layout, whole or not at all.
-
-    Args:
-        path: .pt holds the state dicts `model` and `ema`; .safetensors one plain state dict, of `ema` where given.
-        generator: its names are those of the released checkpoints already.
-        projectors: one, or several in order; stored with both state dicts, as `projectors.N`.
-        ema: the averaged generator. Without it `generator` is stored under both names, for readers of either.
-
-    Raises:
-        HasteError: another suffix, or no room.
-    """
-    if isinstance(projectors, nn.Module) and not isinstance(projectors, nn.ModuleList):
-        projectors = [projectors]
-    several = list(projectors) if projectors is not None else []
-    extra = {f"projectors.{i}.{n}": v for i, one in enumerate(several) for n, v in one.state_dict().items()}
-    model = _plain(generator.state_dict() | extra)
-    _write(Path(path), model, model if ema is None else _plain(ema.state_dict() | extra))
 
 
 def export(content: Mapping[str, Any], path: str | Path) -> None:
@@ -132,14 +138,15 @@ def read(path: Path) -> Mapping[str, Any]:
     """Contents of a file, its tensors mapped from it where the format allows, so that unused ones are never read.
 
     Raises:
-        HasteError: the file is missing or damaged, or wants code to run.
+        HasteError: the file is missing or damaged, or would execute code.
     """
     check_suffix(path, READABLE)
     if not path.is_file():
         raise HasteError(f"no checkpoint {path}; expected a file ending in {', '.join(READABLE)}")
-    if path.suffix.lower() == ".safetensors":
-        return _read_safetensors(path)
     try:
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, framework="pt") as stream:
+                return {name: stream.get_tensor(name) for name in list(stream.keys())}
         # Released REPA and HASTE checkpoints keep their command line, a Namespace of plain values.
         with safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -148,14 +155,6 @@ def read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise HasteError(f"checkpoint {path} holds a {type(content).__name__}; expected a dict of weights")
     return content
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as stream:
-            return {name: stream.get_tensor(name) for name in list(stream.keys())}
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> HasteError:
@@ -179,9 +178,9 @@ def _sets(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if any(isinstance(name, str) and name.startswith(("ema.", "model.")) for name in content):
         # A run of this package: one flat dict, the projector beside the generators.
         content = {name: value for name, value in content.items() if isinstance(name, str)}
-        projector = {f"projectors.0.{n}": v for n, v in under(content, "alignment.projector.").items()}
+        extra = {f"projectors.0.{n}": v for n, v in under(content, "alignment.projector.").items()}
         flat = {name: under(content, f"{name}.") for name in ("ema", "model")}
-        return {name: {**found, **projector} for name, found in flat.items() if found}
+        return {name: {**found, **extra} for name, found in flat.items() if found}
     return {"plain": content}
 
 
@@ -217,3 +216,203 @@ def _write(path: Path, model: dict[str, Tensor], ema: dict[str, Tensor]) -> None
             # Through a stream, so that a full disk is an OSError.
             with temporary.open("wb") as stream:
                 torch.save({"model": model, "ema": ema}, stream)
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Contents of a state dict.
+
+    family: the kind of generator. sizes: the arguments that build it. convention: "haste" where t=0 is data, "sit"
+    where t=1 is and the velocity points to it. doubled: half of the last layer's outputs are unused, as in SiT's own.
+    """
+
+    family: Family
+    sizes: dict[str, Any]
+    convention: Literal["haste", "sit"]
+    doubled: bool
+
+
+def infer(
+    tensors: Mapping[str, Tensor],
+    family: Family | None = None,
+    num_heads: int | None = None,
+    convention: Convention = "auto",
+    image_size: int | None = None,
+) -> Layout:
+    """The layout of a plain state dict, from its names and shapes.
+
+    Args:
+        tensors: the state dict.
+        family: what it should be; None asks the weights, which cannot tell DiT from SiT's own release.
+        num_heads: needed where neither a q norm nor a published size gives the number of heads.
+        convention: "auto" takes SiT's own for a SiT with twice as many outputs as channels.
+        image_size: side of the input; needed where `pos_embed` is not stored.
+
+    Raises:
+        HasteError: the weights are of another family, or something above is missing or contradicts them.
+    """
+    if family is not None and family not in KINDS:
+        raise unknown("family", family, KINDS)
+    if convention not in CONVENTIONS:
+        raise unknown("convention", convention, CONVENTIONS)
+    joint = any(name.startswith("joint_blocks.") for name in tensors)
+    width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4)
+    rows, once = _shape(tensors, _LAST[0], 2)[0], channels * patch * patch
+    if rows not in (once, 2 * once):
+        raise HasteError(
+            f"{_LAST[0]} has {rows} rows for {channels} channels and patch {patch}; expected {once} (velocity) or "
+            f"{2 * once} (noise and variance, or SiT's own release)"
+        )
+    found = _family("mmdit" if joint else "sit" if rows == once else "dit", family, convention)
+    depth = _count(tensors, "joint_blocks" if joint else "blocks")
+    sizes: dict[str, Any] = {"channels": channels, "depth": depth, "width": width, "patch": patch}
+    sizes["image_size"] = _image_size(tensors, patch, image_size)
+    sizes["heads"] = _heads(tensors, found, depth, width, num_heads)
+    if joint:
+        sizes |= {"classes": 1, "context_width": _shape(tensors, "context_embedder.weight", 2)[1]}
+    else:
+        classes = _shape(tensors, "y_embedder.embedding_table.weight", 2)[0] - 1
+        hidden = _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0]
+        ratio = hidden / width
+        if int(width * ratio) != hidden:  # the quotient was rounded down
+            ratio = math.nextafter(ratio, math.inf)
+        sizes |= {"classes": classes, "mlp_ratio": ratio, "qk_norm": _NORM in tensors}
+    doubled = found == "sit" and rows != once
+    reversed_time = convention == "sit" or (convention == "auto" and doubled)
+    return Layout(found, sizes, "sit" if reversed_time else "haste", doubled)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
+    if name not in tensors:
+        have = ", ".join(list(tensors)[:3]) or "nothing"
+        raise HasteError(f"these weights have no {name} (they have {have}); expected DiT, SiT, REPA, HASTE or MM-DiT")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims or 0 in shape:
+        raise HasteError(f"{name} has shape {shape}; expected {dims} dimensions, none of them 0")
+    return shape
+
+
+def _family(looks: Family, given: Family | None, convention: Convention) -> Family:
+    sit_like = looks == "dit" and (given == "sit" or convention == "sit")
+    if given is None and looks == "dit" and not sit_like:
+        raise HasteError("two outputs per channel: DiT's, or SiT's own release; expected family 'dit' or 'sit'")
+    if given not in (None, looks) and not sit_like:
+        raise HasteError(f"family {given!r} was asked for, the weights look like family {looks!r}; expected {looks!r}")
+    found = given or ("sit" if sit_like else looks)
+    if convention == "sit" and found != "sit":
+        raise HasteError(f"convention 'sit' with family {found!r}; expected family 'sit', or convention 'auto'")
+    return found
+
+
+def _count(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Number of numbered modules in a list."""
+    matches = (re.match(rf"{name}\.(\d{{1,6}})\.", key) for key in tensors)
+    indices = sorted({int(match[1]) for match in matches if match})
+    if not indices or indices[-1] != len(indices) - 1:
+        numbers = ", ".join(map(str, indices[:3])) or "none"
+        raise HasteError(f"{name} has the numbers {numbers}; expected all from 0 on")
+    return len(indices)
+
+
+def _image_size(tensors: Mapping[str, Tensor], patch: int, given: int | None) -> int:
+    if "pos_embed" not in tensors:
+        if given is None or given < patch or given % patch:
+            raise HasteError(f"these weights have no pos_embed, image_size is {given}; expected multiples of {patch}")
+        return given
+    tokens = _shape(tensors, "pos_embed", 3)[1]
+    side = math.isqrt(tokens) * patch
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise HasteError(f"pos_embed has {tokens} positions; expected a square number")
+    if given not in (None, side):
+        raise HasteError(f"image_size {given} contradicts pos_embed, which is for {side}; expected {side}")
+    return side
+
+
+def _heads(tensors: Mapping[str, Tensor], family: Family, depth: int, width: int, given: int | None) -> int:
+    if given is not None and (given < 1 or width % given):
+        raise HasteError(f"num_heads {given} does not divide width {width}; expected a divisor of {width}")
+    if _NORM in tensors:
+        head_width = _shape(tensors, _NORM, 1)[0]
+        if width % head_width:
+            raise HasteError(f"{_NORM} has {head_width} values; expected a divisor of width {width}")
+        heads = width // head_width
+        if given not in (None, heads):
+            raise HasteError(f"num_heads {given} contradicts {_NORM} with {head_width} values; expected {heads}")
+        return heads
+    published = {sizes[:2]: sizes[2] for sizes in SIZES.values()}
+    found = published.get((depth, width)) if family != "mmdit" else depth if width == 32 * depth else None
+    if given is None and found is None:
+        raise HasteError(
+            f"the number of heads is not in the weights, and depth {depth} with width {width} is no published size; "
+            f"expected num_heads (--heads), a divisor of {width}"
+        )
+    return given or found  # type: ignore[return-value]
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+def generator(tensors: Mapping[str, Tensor], layout: Layout) -> DiffusionTransformer:
+    """A generator in float32 and eval mode with copies of the weights in this package's convention.
+
+    Raises:
+        HasteError: names are missing or unknown, or shapes differ.
+    """
+    with torch.device("meta"):
+        made = KINDS[layout.family](**layout.sizes)
+    weights = {name: value for name, value in tensors.items() if not name.startswith("projectors.")}
+    weights.setdefault("pos_embed", sincos_positions(layout.sizes["width"], made.grid[0])[None])
+    for name in _LAST if layout.doubled else ():
+        if name in weights and weights[name].shape[:1] == (2 * len(made.get_parameter(name)),):
+            # Rows unfold as (row, column, channel): the first half of each patch position stays.
+            weights[name] = weights[name].unflatten(0, (layout.sizes["patch"] ** 2, 2, -1))[:, 0].flatten(0, 1)
+    _load(made, weights, f"these weights of family {layout.family!r}")
+    with torch.random.fork_rng(devices=[]):
+        made.t_embedder.frequencies = TimestepEmbedder(1).frequencies  # no checkpoint stores them
+    if layout.convention == "sit":
+        _reverse_time(made)
+    return made.eval()
+
+
+def projectors(tensors: Mapping[str, Tensor], width: int) -> nn.ModuleList:
+    """The projectors that were stored with a generator of this width, float32 and in eval mode; often none.
+
+    Raises:
+        HasteError: a projector is not three linear layers from this width.
+    """
+    own, made = under(tensors, "projectors."), nn.ModuleList()
+    for i in range(_count(tensors, "projectors") if own else 0):
+        hidden, teacher_width = (_shape(tensors, f"projectors.{i}.{n}.weight", 2)[0] for n in (0, 4))
+        with torch.device("meta"):
+            made.append(projector(width, hidden, teacher_width, seed=0))
+    _load(made, own, "its projectors")
+    return made.eval()
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    # Copies, for tensors of a file that is mapped into memory would change with it.
+    own = {name: value.to("cpu", torch.float32, copy=True).contiguous() for name, value in weights.items()}
+    try:
+        module.load_state_dict(own, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())
+        raise HasteError(
+            f"{what} do not fit: {reason[:400]}; expected the names of the released checkpoints"
+        ) from error
+
+
+@torch.no_grad()
+def _reverse_time(made: DiffusionTransformer) -> None:
+    """Turn v(x, 1 - t) into -v: the last layer changes sign, the time embedding takes up t -> 1 - t.
+
+    cos((1 - t) f) = cos f cos tf + sin f sin tf and sin((1 - t) f) = sin f cos tf - cos f sin tf.
+    """
+    for name in _LAST:
+        made.get_parameter(name).neg_()
+    weight, f = made.get_parameter("t_embedder.mlp.0.weight"), made.t_embedder.frequencies.double()
+    cosines, sines = weight.double().chunk(2, dim=1)
+    of_cosines, of_sines = cosines * f.cos() + sines * f.sin(), cosines * f.sin() - sines * f.cos()
+    weight.copy_(torch.cat([of_cosines, of_sines], dim=1))

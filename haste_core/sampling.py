@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from haste_core.compiling import compile_blocks
-from haste_core.devices import in_precision
+from haste_core.devices import compile_blocks, in_precision
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
 from haste_core.paths import DDPM_STEPS, DDPMSchedule, score_from_velocity
@@ -43,22 +41,12 @@ class Sampler:
 
 # velocity(x, t): x (B, ...) float64, t a number as the network takes it; returns (B, ...) float64.
 Velocity = Callable[[Tensor, float], Tensor]
-
-
-class NoiseSource(Protocol):
-    """The increments of an SDE sampler; replaceable, so that a reference trajectory can be replayed."""
-
-    def __call__(self, step: int, like: Tensor) -> Tensor:
-        """Standard normal noise of solver step `step`, shaped like `like`."""
-        ...
+# noise(step, like): standard normal noise of a solver step, shaped like `like`; a recorded one replays a trajectory.
+NoiseSource = Callable[[int, Tensor], Tensor]
 
 
 class SeededNoise:
-    """Noise with one seed per sample: sample i gets the same draws whatever the batch it is in.
-
-    Args:
-        seeds: one per sample.
-    """
+    """Noise with one seed per sample: sample i gets the same draws whatever the batch it is in."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [Generator().manual_seed(int(seed)) for seed in seeds]
@@ -70,6 +58,9 @@ class SeededNoise:
     def __call__(self, step: int, like: Tensor) -> Tensor:
         """The next increment of every sample."""
         return self.start(like.shape[1:]).to(like)
+
+
+# -- integration ------------------------------------------------------------------------------------------------------
 
 
 def times_of(steps: int, grid: str) -> list[float]:
@@ -119,14 +110,10 @@ def sde(velocity: Velocity, x: Tensor, steps: int, noise: NoiseSource, last: flo
     return x - times[-1] * drift(x, times[-1])
 
 
-def ancestral(
-    network: Callable[[Tensor, float], Tensor], x: Tensor, steps: int, noise: Callable[[int, Tensor], Tensor]
-) -> Tensor:
-    """x taken from noise to data by ancestral sampling on `steps` evenly spread timesteps; float64.
+def ancestral(network: Velocity, x: Tensor, steps: int, noise: NoiseSource) -> Tensor:
+    """Ancestral sampling of improved DDPM on `steps` (at most 1000) evenly spread timesteps.
 
-    Args:
-        network: (x (B, C, ...) float64, timestep) to the output (B, 2C, ...) float64.
-        x: standard normal noise. steps: at most 1000. noise: the increment of solver step i, shaped like x.
+    network: from x (B, C, ...) and a timestep to noise and variance (B, 2C, ...), both float64.
     """
     schedule, x = DDPMSchedule(steps), x.double()
     for i, index in enumerate(reversed(range(steps))):
@@ -134,6 +121,20 @@ def ancestral(
         found = schedule.posterior(network(x, float(schedule.timesteps[index])), x, at)
         x = found.mean if index == 0 else found.mean + (found.log_variance / 2).exp() * noise(i, x).double()
     return x
+
+
+def integrate(output: Velocity, x: Tensor, sample: Sampler, noise: NoiseSource) -> Tensor:
+    """x taken from t=1 to t=0 by the sampler that `sample` names; float64."""
+    if sample.sampler == "ddpm":
+        return ancestral(output, x, sample.solver_steps, noise)
+    if sample.sampler == "euler":
+        return euler(output, x, sample.solver_steps, sample.grid)
+    if sample.sampler == "heun":
+        return heun(output, x, sample.solver_steps, sample.grid)
+    return sde(output, x, sample.solver_steps, noise)
+
+
+# -- guidance ---------------------------------------------------------------------------------------------------------
 
 
 def guided(
@@ -151,7 +152,7 @@ def guided(
     Outside the interval, and with scale 1, the model is called once and unguided.
 
     Args:
-        model: called with (x, t, y). y: (B,) labels, or what stands for them. null_label: the label of "no class".
+        model: called with (x, t, y). y: (B,) labels. null_label: the label of "no class".
         scale, low, high: of guidance; the interval is in noise levels, 0 data, 1 noise.
         channels: how many leading output channels are guided, the others stay conditional; None guides all.
         horizon: the timestep of noise level 1.
@@ -161,14 +162,12 @@ def guided(
 
     def output(x: Tensor, t: float) -> Tensor:
         x_in = x.to(dtype)
-        if scale == 1.0 or not low <= t / horizon <= high:
+        if not is_guided(t / horizon, scale, low, high):
             return model(x_in, x_in.new_full((len(x),), t), y).double()
         both = model(torch.cat([x_in, x_in]), x_in.new_full((2 * len(x),), t), torch.cat([y, null])).double()
         conditional, unconditional = both.chunk(2)
-        if channels is None:
-            return unconditional + scale * (conditional - unconditional)
-        mixed = unconditional[:, :channels] + scale * (conditional - unconditional)[:, :channels]
-        return torch.cat([mixed, conditional[:, channels:]], dim=1)
+        mixed = unconditional + scale * (conditional - unconditional)
+        return mixed if channels is None else torch.cat([mixed[:, :channels], conditional[:, channels:]], dim=1)
 
     return output
 
@@ -178,42 +177,42 @@ def guided_by(model: DiffusionTransformer, y: Tensor, sample: Sampler) -> Veloci
     channels, horizon = sample.guidance_channels, 1.0
     if model.kind == "dit":
         channels, horizon = min(channels or model.channels, model.channels), float(DDPM_STEPS)
-    scale, low, high = sample.guidance, sample.guidance_low, sample.guidance_high
-    return guided(model, y, model.null_label, scale, low, high, channels, horizon)
+    bounds = sample.guidance, sample.guidance_low, sample.guidance_high
+    return guided(model, y, model.null_label, *bounds, channels, horizon)
 
 
-def in_own_precision(output: Velocity, precision: str, device: torch.device) -> Velocity:
-    """The same output with the network in a precision, "no", "bf16" or "fp16"; float64 in and out as before."""
+def is_guided(level: float, scale: float, low: float, high: float) -> bool:
+    """True where guidance of this scale and interval calls the model twice at a noise level."""
+    return scale != 1.0 and low <= level <= high
 
-    def computed(x: Tensor, t: float) -> Tensor:
-        with in_precision(precision, device):
-            return output(x, t)
 
-    return computed
+def passes(kind: str, sample: Sampler) -> int:
+    """Number of network evaluations for one image by a generator of `kind`; guided evaluations count twice."""
+    horizon, outputs = (DDPM_STEPS, 2) if kind == "dit" else (1, 1)
+    guidance, counts = (sample.guidance, sample.guidance_low, sample.guidance_high), []
+
+    def counted(x: Tensor, t: float) -> Tensor:
+        counts.append(2 if is_guided(t / horizon, *guidance) else 1)
+        return x.repeat(1, outputs, 1, 1)
+
+    integrate(counted, torch.zeros(1, 1, 1, 1), sample, SeededNoise([0]))
+    return sum(counts)
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
 
 
 def check_sampler(model: DiffusionTransformer, sample: Sampler) -> None:
-    """Raise HasteError where a sampler does not understand what a kind of model predicts."""
+    """Raise HasteError where a sampler does not fit what a kind of model predicts."""
     noise = model.kind == "dit"
     if noise != (sample.sampler == "ddpm"):
-        possible = "ddpm" if noise else "euler, heun, sde"
         raise HasteError(
             f"sample.sampler {sample.sampler!r} does not go with a model of kind {model.kind!r}, which predicts "
-            f"{'noise and variance' if noise else 'the velocity'}; expected one of: {possible}"
+            f"{'noise and variance' if noise else 'the velocity'}; expected one of: "
+            f"{'ddpm' if noise else 'euler, heun, sde'}"
         )
-    if sample.sampler == "ddpm" and sample.solver_steps > DDPM_STEPS:
+    if noise and sample.solver_steps > DDPM_STEPS:
         raise HasteError(f"sample.solver_steps {sample.solver_steps}; expected for ddpm: 1 to {DDPM_STEPS}")
-
-
-def integrate(output: Velocity, x: Tensor, sample: Sampler, noise: NoiseSource) -> Tensor:
-    """x taken from t=1 to t=0 by the sampler that `sample` names; float64."""
-    if sample.sampler == "ddpm":
-        return ancestral(output, x, sample.solver_steps, noise)
-    if sample.sampler == "euler":
-        return euler(output, x, sample.solver_steps, sample.grid)
-    if sample.sampler == "heun":
-        return heun(output, x, sample.solver_steps, sample.grid)
-    return sde(output, x, sample.solver_steps, noise)
 
 
 @torch.no_grad()
@@ -229,7 +228,6 @@ def draw(
     Args:
         model: a generator in eval mode.
         labels: (n,) int64. seeds: n numbers; sample i depends on labels[i] and seeds[i] alone.
-        sample: sampler, steps, guidance and batch size.
         progress: the progress bar's label; None shows none.
     """
     if len(labels) != len(seeds):
@@ -238,39 +236,16 @@ def draw(
     if sample.compile:
         compile_blocks(model)
     device = next(model.parameters()).device
-    shape = (model.channels, model.image_size, model.image_size)
     drawn = []
     starts = range(0, len(labels), sample.batch_size)
     for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None, mininterval=1.0):
         chosen = slice(start, start + sample.batch_size)
         noise = SeededNoise(seeds[chosen])
-        output = in_own_precision(guided_by(model, labels[chosen].to(device), sample), sample.precision, device)
-        x = noise.start(shape).to(device)
-        drawn.append(integrate(output, x, sample, noise).float().cpu())
+        output = guided_by(model, labels[chosen].to(device), sample)
+        x = noise.start((model.channels, model.image_size, model.image_size)).to(device)
+        with in_precision(sample.precision, device):  # leaves the integrator's float64 alone
+            drawn.append(integrate(output, x, sample, noise).float().cpu())
     return torch.cat(drawn)
-
-
-def passes(kind: str, sample: Sampler) -> int:
-    """Number of network evaluations for one image by a generator of `kind`; guided evaluations count twice."""
-    counter = _Counter(2 if kind == "dit" else 1)
-    horizon = float(DDPM_STEPS) if kind == "dit" else 1.0
-    bounds = sample.guidance, sample.guidance_low, sample.guidance_high
-    output = guided(counter, torch.zeros(1, dtype=torch.int64), 0, *bounds, horizon=horizon)
-    integrate(output, torch.zeros(1, 1, 1, 1), sample, SeededNoise([0]))
-    return counter.count
-
-
-class _Counter(nn.Module):
-    """Says nothing and counts the images it is asked about."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.outputs, self.count = outputs, 0
-        self.register_parameter("dtype", nn.Parameter(torch.zeros(())))
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.count += len(x)
-        return x.repeat(1, self.outputs, 1, 1)
 
 
 def sample_labels(n: int, classes: int, how: str, seed: int) -> Tensor:

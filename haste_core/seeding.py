@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-# Version of the rule below; part of the hashes that name runs, teachers and extractors, so that results drawn from the
-# streams of version 1 (consecutive numbers, which runs, teacher and extractor shared) are never taken for new ones.
+# Version of the rule below, part of the hashes of runs, teachers and extractors.
 STREAMS = 2
 
 

@@ -7,25 +7,33 @@ registers) are cut off, so the student is aligned with attention over patches al
 from __future__ import annotations
 
 import inspect
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub as hub
+import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haste_core import _torchvision_guard  # noqa: F401  (must come before timm)
 from haste_core.devices import in_precision
-from haste_core.encoders import build_encoder
 from haste_core.errors import HasteError, unknown
+from haste_core.seeding import stream
 from haste_core.taps import QK
-
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat  # isort: skip
-from timm.models.eva import EvaAttention  # isort: skip
 
 # Attention modules read here by their layout; another kind, even one derived from these, may do more.
 PLAIN = (Attention, AttentionRope, EvaAttention)
+# Seconds the hub has to answer before it counts as out of reach. Without it the client tries again for a minute.
+HUB_TIMEOUT = 5.0
+LONGEST_CAUSE = 300  # characters of a library's own message that are repeated
 
 
 class TeacherOutput(NamedTuple):
@@ -85,10 +93,10 @@ class Teacher(nn.Module):
             )
         self.image_size: tuple[int, int] = tuple(encoder.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
-        # torch resizes with antialias in these two ways only.
-        own = "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic"
         self.antialias = resize == "antialias"
-        self.resize = own if self.antialias else "bicubic"
+        # torch resizes with antialias in these two ways only.
+        bilinear = self.antialias and cfg["interpolation"] == "bilinear"
+        self.resize = "bilinear" if bilinear else "bicubic"
         self.low_pass, self.precision = low_pass, precision
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
@@ -153,11 +161,7 @@ class Teacher(nn.Module):
         return nullcontext() if self.precision is None else in_precision(self.precision, device)
 
     def cosine_to_float32(self, images: Tensor, blocks: tuple[int, ...], precision: str) -> float:
-        """Least mean cosine, in [-1, 1], between tokens, q and k in a precision and those in float32.
-
-        Args:
-            images: (B, C, S, S) in [-1, 1]. blocks: whose q and k count. precision: as of the teacher.
-        """
+        """Least mean cosine, in [-1, 1], between tokens, q and k of `blocks` in a precision and those in float32."""
         found = []
         own = self.precision
         try:
@@ -174,8 +178,7 @@ def low_passed(images: Tensor, share: float | None) -> Tensor:
     """Images (B, C, H, W) without spatial frequencies above `share` of Nyquist; the images themselves for None.
 
     Fig 5, arXiv 2505.16792, which leaves the filter open; here it is ideal and round: of the 2-D Fourier transform all
-    (fy, fx) in cycles per pixel with sqrt(fy^2 + fx^2) <= share / 2 stay as they are, the others become zero. The mean
-    always stays.
+    (fy, fx) in cycles per pixel with sqrt(fy^2 + fx^2) <= share / 2 stay as they are, the others become zero.
     """
     if share is None:
         return images
@@ -186,9 +189,12 @@ def low_passed(images: Tensor, share: float | None) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(images.float()) * kept, s=(height, width))
 
 
+# -- q and k ----------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def read_qk(encoder: nn.Module, blocks: tuple[int, ...]) -> Iterator[dict[int, QK]]:
-    """While open, forward passes of a timm transformer leave q and k (B, H, patches, d) of `blocks` in the dict.
+    """Context in which forward passes of a timm transformer leave q and k (B, H, patches, d) of `blocks` in the dict.
 
     The values are those the attention kernel sees: after q/k norm and rotary embedding, before 1 / sqrt(d).
     """
@@ -220,9 +226,21 @@ def read_qk(encoder: nn.Module, blocks: tuple[int, ...]) -> Iterator[dict[int, Q
 
 
 def _patch_qk(attn: Any, x: Tensor, rope: Tensor | None, prefix: int) -> QK:
-    # timm rotates every token but the prefix ones.
-    q, k = (part[:, :, prefix:] for part in project_qk(attn, x))
-    if rope is not None:
+    """q and k (B, H, patches, d) of a timm attention module at its input x (B, N, D)."""
+    check_plain_attention(attn)
+    if getattr(attn, "qkv", None) is not None:
+        # Only the rows of q and k are computed; v would be thrown away.
+        rows = attn.qkv.weight.shape[0] // 3 * 2
+        bias = attn.qkv.bias
+        if getattr(attn, "q_bias", None) is not None:
+            separate = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            bias = separate if bias is None else bias + separate
+        qk = F.linear(x, attn.qkv.weight[:rows], None if bias is None else bias[:rows])
+        q, k = qk.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    else:
+        q, k = (p(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
+    q, k = attn.q_norm(q)[:, :, prefix:], attn.k_norm(k)[:, :, prefix:]
+    if rope is not None:  # timm rotates every token but the prefix ones
         half = bool(getattr(attn, "rotate_half", False))
         q, k = (apply_rot_embed_cat(part, rope, half=half).type_as(part) for part in (q, k))
     return q, k
@@ -244,22 +262,133 @@ def check_plain_attention(attn: Any) -> None:
     )
 
 
-def project_qk(attn: Any, x: Tensor) -> QK:
-    """q and k (B, H, N, d) of a timm attention module at its input x (B, N, D), norms applied, without rope.
+# -- encoders and their weights ---------------------------------------------------------------------------------------
+
+
+def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]) -> nn.Module:
+    """timm encoder without head, with hub or local weights loaded, or random ones ("random", "pretrain") from `seed`.
 
     Raises:
-        HasteError: the module's attention is not a plain softmax of q and k.
+        HasteError: the name, an argument or the weights do not exist, or the weights belong to another network.
     """
-    check_plain_attention(attn)
-    if getattr(attn, "qkv", None) is not None:
-        # Only the rows of q and k are computed; v would be thrown away.
-        rows = attn.qkv.weight.shape[0] // 3 * 2
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            separate = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            bias = separate if bias is None else bias + separate
-        qk = F.linear(x, attn.qkv.weight[:rows], None if bias is None else bias[:rows])
-        q, k = qk.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    else:
-        q, k = (p(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
-    return attn.q_norm(q), attn.k_norm(k)
+    options: dict[str, Any] = {"num_classes": 0, **kwargs}
+    unloaded = []
+    try:
+        file = _weights_file(model, weights)
+        if file is not None:
+            unloaded = _unloaded(model, options, file)
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+        elif weights == "hub":
+            options["pretrained"] = True
+        encoder: Any = _create(model, options, stream("teacher weights", seed))
+    except HasteError:
+        raise
+    except Exception as error:  # timm raises RuntimeError, TypeError, OSError and unpickling errors alike
+        names = f"timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
+        raise HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected one of {names}") from error
+    if unloaded:
+        raise HasteError(
+            f"{file} has no weights for {len(unloaded)} of the teacher's tensors ({', '.join(unloaded[:3])}, ...); "
+            f"expected a checkpoint of {model} that fits teacher.kwargs {dict(kwargs)}"
+        )
+    parts = ("blocks", "num_prefix_tokens", "patch_embed", "forward_features")
+    why = next((f"it has no {part}" for part in parts if not hasattr(encoder, part)), None)
+    if why is None and not hasattr(getattr(encoder.blocks[0], "attn", None), "num_heads"):
+        why = "its blocks have no attention module of their own"
+    if why is None and not getattr(encoder.patch_embed, "img_size", None):
+        why = "it has no fixed input size"
+    if why:
+        raise HasteError(
+            f"teacher {model!r} is no vision transformer that can be aligned with: {why}; expected any ViT "
+            "or EVA of timm with a fixed input size and one attention per block"
+        )
+    return encoder
+
+
+def _create(model: str, options: dict[str, Any], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm.create_model(model, **options)
+
+
+def _unloaded(model: str, options: dict[str, Any], file: Path) -> list[str]:
+    """Names of parameters that a checkpoint leaves as they were initialised.
+
+    timm loads checkpoints without insisting on every key and only logs what is missing, so a wrong file would give a
+    random teacher. A checkpoint of the same keys and shapes that holds NaN throughout shows what arrives where,
+    whatever timm renames or resizes on the way.
+    """
+
+    def marked(state: Any) -> Any:
+        if isinstance(state, Mapping):
+            return {name: marked(value) for name, value in state.items()}
+        if isinstance(state, Tensor) and state.is_floating_point():
+            return torch.tensor(float("nan"), dtype=state.dtype).expand(state.shape)
+        return state
+
+    overlay = {"pretrained_cfg_overlay": {"state_dict": marked(load_state_dict(str(file)))}, "pretrained": True}
+    encoder = _create(model, options | overlay, seed=0)
+    return [name for name, parameter in encoder.named_parameters() if not parameter.isnan().any()]
+
+
+def _weights_file(model: str, weights: str) -> Path | None:
+    """Checkpoint that a teacher's `weights` stand for, downloaded where it is published.
+
+    None for random weights, and for names such as "hf-hub:owner/name" that timm itself resolves.
+    """
+    if weights in ("pretrain", "random") or (weights == "hub" and ":" in model):
+        return None
+    if weights != "hub":
+        if not Path(weights).is_file():
+            raise HasteError(
+                f"teacher.weights {weights!r} is no file; expected hub, pretrain, random, or the path of a "
+                "checkpoint (.safetensors, or .pth and .bin that hold tensors alone)"
+            )
+        return Path(weights)
+    cfg = get_pretrained_cfg(model)
+    if cfg is None or not (cfg.hf_hub_id or cfg.url):
+        raise RuntimeError("timm knows no published weights")
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    source = f"{names[0]} of {constants.ENDPOINT}/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+    try:
+        return _from_repository(cfg.hf_hub_id, names) if cfg.hf_hub_id else _from_url(str(cfg.url))
+    except Exception as error:  # the client raises its own errors and those of two HTTP libraries
+        raise HasteError(
+            f"teacher {model!r} (weights: hub): {type(error).__name__}: {_cause(error)}; download {source} elsewhere "
+            f"and give teacher.weights the path of that local checkpoint"
+        ) from error
+
+
+def _from_repository(repository: str, names: list[str]) -> Path:
+    repository, _, revision = repository.partition("@")
+    given: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
+    for name in names:
+        cached = hub.try_to_load_from_cache(**given, filename=name)
+        if isinstance(cached, str):
+            return Path(cached)
+    for name in names:
+        try:
+            # Asked once, because a download that cannot begin is tried again for half a minute per file.
+            hub.get_hf_file_metadata(hub.hf_hub_url(**given, filename=name), timeout=HUB_TIMEOUT)
+        except LocalEntryNotFoundError:
+            raise  # the hub is out of reach
+        except EntryNotFoundError:
+            continue
+        return Path(hub.hf_hub_download(**given, filename=name))
+    raise FileNotFoundError(f"{repository} has none of {', '.join(names)}")
+
+
+def _from_url(url: str) -> Path:
+    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not target.is_file():
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target))
+    return target
+
+
+def _cause(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST_CAUSE else text[:LONGEST_CAUSE] + " ..."

@@ -7,6 +7,7 @@ when it is replayed over the log of a run that never switched (`replay`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -24,11 +25,7 @@ class Trigger(Protocol):
     """Decides the switch."""
 
     def fires(self, step: int, log: Sequence[Line]) -> bool:
-        """True when step `step` (from 0), not taken yet, should no longer be fully aligned.
-
-        Args:
-            step: the next step. log: lines up to here, oldest first.
-        """
+        """True when step `step` (from 0, the next one) should no longer be fully aligned. log: oldest line first."""
         ...
 
 
@@ -40,17 +37,18 @@ class Never:
         return False
 
 
+@dataclass
 class FixedIteration:
     """Alignment ends before step `at`: steps 0 to at - 1 are aligned."""
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    at: int
 
     def fires(self, step: int, log: Sequence[Line]) -> bool:
         """True from step `at` on."""
         return step >= self.at
 
 
+@dataclass
 class Angle:
     """The cosine between alignment and denoising gradients has fallen below a threshold.
 
@@ -64,9 +62,11 @@ class Angle:
         patience: how many readings in a row have to be below.
     """
 
-    def __init__(self, key: str, after: int, threshold: float, smoothing: float, patience: int) -> None:
-        self.key, self.after, self.threshold = key, after, threshold
-        self.smoothing, self.patience = smoothing, patience
+    key: str
+    after: int
+    threshold: float
+    smoothing: float
+    patience: int
 
     def fires(self, step: int, log: Sequence[Line]) -> bool:
         """True when the last `patience` averages are below the threshold."""
@@ -78,6 +78,7 @@ class Angle:
         return below >= self.patience
 
 
+@dataclass
 class Plateau:
     """The alignment loss has stopped falling. Not in the paper: the cheapest trigger there could be.
 
@@ -87,8 +88,9 @@ class Plateau:
         gain: the loss must have fallen by this share of all it fell since the first window, or the trigger fires.
     """
 
-    def __init__(self, after: int, window: int, gain: float) -> None:
-        self.after, self.window, self.gain = after, window, gain
+    after: int
+    window: int
+    gain: float
 
     def fires(self, step: int, log: Sequence[Line]) -> bool:
         """True when the last window's mean loss is hardly below the mean of the window before it."""
@@ -115,11 +117,9 @@ def make_trigger(
     window: int = 4,
     gain: float = 0.02,
 ) -> Trigger:
-    """Trigger by name.
+    """Trigger by name: "never", "iteration", "gradient_angle", "online_angle" or "plateau".
 
-    Args:
-        kind: "never", "iteration", "gradient_angle", "online_angle" or "plateau".
-        at: step of "iteration". The others are arguments of `Angle` and `Plateau`.
+    at: step of "iteration". The others are arguments of `Angle` and `Plateau`.
 
     Raises:
         HasteError: there is no such kind, or "iteration" has no step.
@@ -193,6 +193,6 @@ class Switch:
         return {"phase": self.phase, "fired_at": self.fired_at, "switched_at": self.switched_at, "log": self.log}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the phase that was saved."""
+        """Continue in the saved phase."""
         self.phase, self.switched_at = state["phase"], state["switched_at"]
         self.fired_at, self.log = state["fired_at"], list(state["log"])

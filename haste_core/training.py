@@ -1,4 +1,4 @@
-"""Two-phase training: the loss of a step, the step, and a loop.
+"""Two-phase training: the loss of a step, the step, and measurements.
 
 Phase I minimises L_diff + lambda_R L_REPA + lambda_A L_ATTA, phase II L_diff alone (Eqs. 3, 4, arXiv 2505.16792). A
 phase II step does exactly the work of plain training.
@@ -7,9 +7,11 @@ phase II step does exactly the work of plain training.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -18,14 +20,16 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from haste_core.alignment import AlignmentLosses
-from haste_core.compiling import compile_blocks
+from haste_core.devices import compile_blocks
 from haste_core.errors import HasteError
-from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
 from haste_core.paths import Objective, objective_of, shifted
 from haste_core.processes import Processes, micro_batches
 from haste_core.taps import Seen
 from haste_core.termination import Switch
+
+if TYPE_CHECKING:
+    from haste_core.haste import HASTE
 
 
 class Batch(NamedTuple):
@@ -134,6 +138,19 @@ def step_losses(
     return StepLosses(objective.loss(predicted, batch.x, eps, t).mean(), alignment)
 
 
+def add_up(window: dict[str, Tensor], measured: Mapping[str, Tensor | None]) -> None:
+    """Add measurements, and how many there were, to the sums in `window`, all of them on the device."""
+    for name, value in measured.items():
+        if value is not None:
+            for key, amount in ((name, value.detach()), (f"count_{name}", torch.ones_like(value))):
+                window[key] = window[key] + amount if key in window else amount
+
+
+def means_of(window: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means of what was added up; waits for the device."""
+    return {k: float(window[k] / window[f"count_{k}"]) for k in window if not k.startswith("count_")}
+
+
 @dataclass(frozen=True)
 class Optimization:
     """Settings of the optimisation of a run (Table 16, arXiv 2505.16792).
@@ -165,7 +182,6 @@ class Trainer:
     Args:
         model: the generator at its first step, on the CPU.
         batches: this process's share of each batch.
-        options: of the optimisation.
         noise_seed: of noise levels, noise and dropped labels.
         haste: of phase I; None trains plainly. switch: the phase, by default that of `haste`.
         processes: those that train the run together; by default those that a launcher started.
@@ -229,7 +245,8 @@ class Trainer:
         Random numbers are drawn for the global batch, whatever the number of processes and micro-batches; the losses
         returned are means over this process's share.
         """
-        self._update_phase()
+        if self.haste is not None and self.haste.update(self.step):
+            self.enter_phase_two()
         batch = self.batches.next()
         null, dropout = self.ema.null_label, self.options.label_dropout
         draws = draw_noise(batch, null, dropout, self.noise, self.options.batch_size, self.share)
@@ -243,12 +260,12 @@ class Trainer:
         grad_norm = self.accelerator.clip_grad_norm_(trained, self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._update_ema()
+        with torch.no_grad():  # ema <- decay ema + (1 - decay) model
+            decay = self.options.ema_decay
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
         measured |= {"grad_norm": grad_norm.detach()}
-        for name, value in measured.items():
-            for key, amount in ((name, value), (f"count_{name}", torch.ones_like(value))):
-                self.window[key] = self.window[key] + amount if key in self.window else amount
+        add_up(self.window, measured)
         return measured
 
     def _accumulate(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -258,24 +275,13 @@ class Trainer:
         u = shifted(u, self.options.timestep_shift)
         with self.accelerator.autocast():
             losses = step_losses(self.model, self.objective, batch, u, eps, y, self.haste)
-        loss = losses.total(self.switch.weight(self.step)) if self.haste is not None else losses.denoising
+        loss = losses.total(self.switch.weight(self.step))
         # Every loss is a mean over its images and micro-batches are equally large: their mean is the batch's.
         self.accelerator.backward(loss / len(self.micro_batches))
-        parts = {} if losses.alignment is None else losses.alignment._asdict()
-        aligned = {name: value for name, value in parts.items() if name != "total" and value is not None}
-        measured = {"loss": loss, "denoising": losses.denoising, **aligned}
-        return {name: value.detach() for name, value in measured.items()}
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        """ema <- decay ema + (1 - decay) model, for all parameters at once."""
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - self.options.ema_decay)
-
-    def _update_phase(self) -> None:
-        if self.haste is None:
-            return
-        if self.haste.update(self.step):
-            self.enter_phase_two()
+        measured: dict[str, Tensor | None] = {"loss": loss, "denoising": losses.denoising}
+        if losses.alignment is not None:
+            measured |= {"feature": losses.alignment.feature, "attention": losses.alignment.attention}
+        return {name: value.detach() for name, value in measured.items() if value is not None}
 
     def enter_phase_two(self) -> None:
         """Leave nothing of phase I: teacher, projector and its moments are dropped, images are not read any more."""
@@ -311,25 +317,23 @@ class Trainer:
             HasteError: the loss is not finite.
         """
         self.gather()
-        window = self.window
-        means = {k: float(window[k] / window[f"count_{k}"]) for k in window if not k.startswith("count_")}
+        means = means_of(self.window)
         check_finite(means["loss"], self.step)
         line: dict[str, Any] = {"step": self.step, "images_seen": self.step * self.options.batch_size}
         line |= {"phase": self.switch.phase, **means}
         if self.haste is not None and self.haste.angle is not None:
             line |= self.haste.angle.summary()
-            self.haste.angle.reset()
         line |= readings
         # The trigger reads the main process's line, or rounding could part the processes at the switch.
         line = self.processes.from_main(lambda: line)
         self.switch.observe(line)
-        window.clear()
+        self.window.clear()
         return line
 
 
 def check_finite(loss: float, step: int) -> None:
     """Raise HasteError when a loss is NaN or infinite."""
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not math.isfinite(loss):
         raise HasteError(
             f"the loss is {loss} at or before step {step}; try a lower train.lr, or precision 'no' or 'bf16'; the "
             f"checkpoints before it are intact"
@@ -354,9 +358,3 @@ def make_accelerator(options: Optimization) -> Accelerator:
             raise HasteError("train.precision fp16 needs a GPU; expected here: bf16, no")
         torch.set_num_threads(options.threads)
     return accelerator
-
-
-__all__ = [
-    "Batch", "BatchStream", "Draws", "Optimization", "StepLosses", "Trainer", "check_finite", "draw_noise",
-    "make_accelerator", "step_losses",
-]  # fmt: skip

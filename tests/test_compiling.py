@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from haste_core.compiling import check_compiler, is_compiled
+from haste_core.devices import check_compiler, is_compiled
 from haste_core.errors import HasteError
 from haste_core.study.runs import Run
 from haste_core.study.train import exact_angle, fit, open_trainer

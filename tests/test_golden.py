@@ -163,13 +163,12 @@ def test_dit_with_its_loss_and_posterior_at_the_first_and_later_timesteps(dit):
     assert_close(x_t, golden["posterior.x_t"], **EXACT)
     output = dit(x_t, t, y)
     assert t[0] == 0  # the likelihood; the others are Kullback-Leibler divergences
-    for part, name in zip(schedule.losses(output, x, noise, t), ("mse", "vb", "total"), strict=True):
+    for part, name in zip(schedule.losses(output, x, noise, t), ("mse", "vb"), strict=True):
         assert_close(part.mean((1, 2, 3)), golden[f"loss.{name}"], **EXACT)
     assert_close(objective.loss(output, x, noise, t).mean((1, 2, 3)), golden["loss.total"], **EXACT)
 
     found = schedule.posterior(output, x_t, t)
     assert_close(found.mean, golden["posterior.mean"], **EXACT)
-    assert_close(found.variance, golden["posterior.variance"], **EXACT)
     assert_close(found.log_variance.exp(), golden["posterior.variance"], **EXACT)
     assert_close(found.clean, golden["posterior.pred_x_start"], **EXACT)
 

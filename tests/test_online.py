@@ -9,8 +9,7 @@ import torch
 from haste_core.alignment import attention_probabilities
 from haste_core.analysis import gradients
 from haste_core.errors import HasteError
-from haste_core.gradient_angle import gradient_cosine, losses_at, noise
-from haste_core.online_angle import EDGES, OnlineAngle
+from haste_core.gradient_angle import EDGES, OnlineAngle, gradient_cosine, losses_at, noise
 from haste_core.study.data.base import Digits
 from haste_core.study.runs import Run
 from haste_core.study.train import exact_angle, fit, open_trainer, trigger_of

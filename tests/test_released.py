@@ -18,8 +18,7 @@ from haste_core.alignment import projector
 from haste_core.errors import HasteError
 from haste_core.models import KINDS, MMDiT, SiT
 from haste_core.models.layers import sincos_positions
-from haste_core.released import load_reference, save_reference
-from haste_core.released_layout import infer
+from haste_core.released import infer, load_reference, save_reference
 from haste_core.study.runs import Run
 from haste_core.study.train import fit
 

@@ -19,12 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from haste_core import encoders
+from haste_core import teacher as encoders
 from haste_core.devices import in_precision
-from haste_core.encoders import get_pretrained_cfg
 from haste_core.errors import HasteError
 from haste_core.study.pretrain import build_teacher, check_precision
-from haste_core.teacher import Teacher, check_plain_attention, low_passed, read_qk
+from haste_core.teacher import Teacher, check_plain_attention, get_pretrained_cfg, low_passed, read_qk
 from haste_core.training import Batch
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

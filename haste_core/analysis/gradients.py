@@ -16,10 +16,9 @@ from haste_core import checkpoint
 from haste_core.analysis.probe import BATCH, held_out
 from haste_core.devices import default_device
 from haste_core.errors import unknown
-from haste_core.gradient_angle import CHUNKS, gradient_cosine, losses_at, noise, reaching, split
+from haste_core.gradient_angle import CHUNKS, OnlineAngle, gradient_cosine, losses_at, noise, reaching, split
 from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
-from haste_core.online_angle import OnlineAngle
 from haste_core.paths import Objective, objective_of
 from haste_core.study import config
 from haste_core.study.data import open_dataset

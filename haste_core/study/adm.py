@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 
 from haste_core import _torchvision_guard, checkpoint, sampling  # noqa: F401  (the guard must come before timm)
 from haste_core.devices import default_device
-from haste_core.encoders import build_encoder
 from haste_core.errors import HasteError
 from haste_core.files import atomic, locked, output_root
 from haste_core.study import config, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.images import Images, MemoryImages, NpzImages, TrainingImages, file_hash
 from haste_core.study.scores import LIMIT, Gaussian, Moments, augmented, card, frechet_distance, probe_of
+from haste_core.teacher import build_encoder
 
 from torch_fidelity.feature_extractor_inceptionv3 import (  # isort: skip
     URL_INCEPTION_V3,

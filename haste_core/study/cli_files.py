@@ -19,8 +19,7 @@ from haste_core.study import config
 from haste_core.study.presets import SAMPLERS
 
 if TYPE_CHECKING:
-    from haste_core.released import Reference
-    from haste_core.released_layout import Layout
+    from haste_core.released import Layout, Reference
     from haste_core.study.data.latents import Manifest
     from haste_core.study.images import Images
     from haste_core.study.latents import Job
@@ -393,7 +392,7 @@ def add_convert(commands: Any) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """haste convert: convert, and print one line."""
-    from haste_core import released, released_layout
+    from haste_core import released
 
     source, out = arguments.source, arguments.out
     released.check_suffix(out, released.WRITABLE)
@@ -404,9 +403,9 @@ def convert(arguments: argparse.Namespace) -> None:
     content = released.read(source)
     tensors, which = released.read_weights(content, arguments.weights)
     family, heads = _known(source, arguments)
-    layout = released_layout.infer(tensors, family, heads, arguments.convention, arguments.image_size)
+    layout = released.infer(tensors, family, heads, arguments.convention, arguments.image_size)
     reference = released.Reference(
-        released_layout.generator(tensors, layout), released_layout.projectors(tensors, layout.sizes["width"])
+        released.generator(tensors, layout), released.projectors(tensors, layout.sizes["width"])
     )
     plain = layout.convention == "haste" and not layout.doubled
     if plain and released.is_run(content) and arguments.weights is None and out.suffix.lower() == ".pt":
