@@ -100,9 +100,6 @@ def paired_heads(named: Sequence[int] | None, student: int, teacher: int) -> lis
     """Heads to align, student head m with teacher head m: those named, by default all that both have.
 
     student, teacher: number of heads of each.
-
-    Raises:
-        HasteError: a named head does not exist on one of the two sides.
     """
     both = min(student, teacher)
     for head in named or []:
@@ -118,9 +115,6 @@ def resample_tokens(tokens: Tensor, grid: Grid, new_grid: Grid) -> Tensor:
     """Tokens (B, N, D) of `grid` on `new_grid`, (B, N', D) float32; the tokens themselves where the grids are equal.
 
     Bilinear between token centres (align_corners=False), constant beyond the outermost centres, without antialias.
-
-    Raises:
-        HasteError: `grid` does not have N places.
     """
     if grid == new_grid:
         return tokens

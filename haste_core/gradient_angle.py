@@ -38,14 +38,10 @@ EDGES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products between the gradients of all chunks of images, each (chunks, chunks) float64.
+    """Inner products between the gradients of chunks of images, each (chunks, chunks) float64.
 
-    Every chunk's gradient is its share of the gradient of all images, so a sum over a matrix is the product of the
-    gradients of all images.
-
-    Attributes:
-        cross: of the denoising gradient (rows) with that of the alignment loss (columns).
-        denoising, alignment: of each with itself.
+    cross: of the denoising gradient (rows) with that of the alignment loss (columns). denoising, alignment: of each
+    with itself. The gradients of all chunks add up to that of all images.
     """
 
     cross: np.ndarray
@@ -55,11 +51,8 @@ class Products:
     def rho(self, weights: np.ndarray | None = None) -> np.ndarray:
         """The cosine of the gradients of all images, (...,) in [-1, 1]; NaN where one of them is zero.
 
-        Eq. 2, arXiv 2505.16792.
-
-        Args:
-            weights: (..., chunks), how often each chunk counts; by default once. A product of a chunk with itself
-                counts that often, not its square: a chunk drawn twice would otherwise agree with its own copy.
+        weights: (..., chunks), how often each chunk counts; by default once. A product of a chunk with itself counts
+        that often, not its square: a chunk drawn twice would otherwise agree with its own copy.
         """
         w = np.ones(len(self.cross)) if weights is None else np.asarray(weights, dtype=np.float64)
 
@@ -110,10 +103,7 @@ def split(batch: Batch, eps: Tensor, chunks: int) -> Iterator[tuple[Batch, Tenso
 
 
 def reaching(haste: HASTE, block: int) -> tuple[str, ...]:
-    """Those of `LOSSES` that have a gradient at the parameters of `block` (from 0); "holistic" needs both parts.
-
-    A loss has none where it is off or read below the block.
-    """
+    """Those of `LOSSES` that are on and read at or above `block` (from 0), so that they have a gradient there."""
     feature = haste.projector is not None and block < haste.depth
     attention = any(block <= student for student, _ in haste.pairs)
     found = zip(LOSSES, (feature, attention, feature and attention), strict=True)
@@ -123,12 +113,7 @@ def reaching(haste: HASTE, block: int) -> tuple[str, ...]:
 def losses_at(
     model: nn.Module, haste: HASTE, objective: Objective, batch: Batch, eps: Tensor, t: float, watch: bool = False
 ) -> dict[str, Tensor]:
-    """Weighted losses of a phase I step at one noise level: "denoising", and of "feature", "attention" what is on.
-
-    Args:
-        model, haste, objective: as in training; no label is dropped.
-        batch, eps: on any device. t: the noise level in [0, 1]. watch: let the online angle see the pass.
-    """
+    """Weighted losses of a phase I step at one noise level: "denoising", and of "feature", "attention" what is on."""
     device = next(model.parameters()).device
     batch, eps, u = batch.to(device), eps.to(device), torch.full((len(batch.x),), t, device=device)
     found = step_losses(model, objective, batch, u, eps, batch.y, haste, watch)
@@ -151,10 +136,8 @@ def gradient_cosine(
 ) -> dict[str, Products]:
     """Inner products of the denoising gradient and of each alignment loss's gradient at the parameters of one block.
 
-    Eq. 2, arXiv 2505.16792: `gradient_cosine(...)["feature"].rho()`. Gradients are of the parameters' own precision,
-    products float64. Every loss has its weight of Eq. 4, which moves `norm_ratio` and the holistic sum
-    lambda_R L_REPA + lambda_A L_ATTA and leaves the other cosines alone. Modules are left as they were: no `.grad`, no
-    mode and no global random state changes.
+    Eq. 2, arXiv 2505.16792: `gradient_cosine(...)["feature"].rho()`. Every loss has its weight of Eq. 4; "holistic" is
+    lambda_R L_REPA + lambda_A L_ATTA. No `.grad`, mode or global random state changes.
 
     Args:
         model, haste, objective: those of a run in phase I.
@@ -229,29 +212,21 @@ def exact(
 class OnlineAngle:
     """Sums, over training steps, of products between the gradients of alignment and of the rest of the loss.
 
-    Not in the paper, whose check takes a backward pass per loss (Eq. 2). Here the angle is taken at activations instead
-    of parameters: the part of the gradient that comes back through the alignment loss alone is caught on an alias of
-    the tensor, the whole gradient on the tensor itself, and their difference is the rest. Use: compute the alignment
-    losses on `watch(seen, t)` instead of `seen`. No number of the step changes, and only `read` waits for the device.
+    Not in the paper, whose check takes a backward pass per loss (Eq. 2). Here the angle is taken at activations: the
+    gradient of the alignment loss read at a tensor ("feature": at the tokens of the aligned depth; "attention": at q
+    and k of all aligned blocks together) is caught on an alias of the tensor, the whole gradient on the tensor itself.
+    Their difference, the rest, is the denoising loss with whatever alignment losses are read further up: the denoising
+    loss alone for features where no aligned block lies at or above the depth (the paper's sizes), and for attention
+    where one block and no feature is aligned.
 
-    Own part: "feature", at the tokens of the aligned depth, the gradient through projector and feature loss;
-    "attention", at q and k of all aligned blocks together, the gradient of the attention loss read there.
-
-    The rest is everything that reaches the same tensor from above it: the denoising loss, and with it other alignment
-    losses read further up. At the tokens of depth d (from 1) these are the attention losses of blocks >= d (from 0). At
-    q and k of block b they are the feature loss where b < d, and the attention losses of blocks > b. Losses read below
-    never are part of it. So the rest is the denoising loss alone for the feature loss where no aligned block lies
-    at or above d (the paper's sizes), and for attention where features are not aligned and one block is.
-
-    The cosine is over all samples, tokens and widths of a bin at once, products of a sample with itself only; heads
-    that are not aligned count in the rest. Under autocast q and k, and so their gradients, have half precision.
-    Samples whose gradient is not finite (a step that loss scaling skips) are not counted.
+    The cosine is over all samples, tokens and widths of a bin at once, products of a sample with itself only. Samples
+    whose gradient is not finite (a step that loss scaling skips) are not counted.
 
     Args:
         device: of the training step.
         edges: of the bins of noise levels, ascending; values outside fall into the outermost bins.
-        processes: how many train together. Each one's loss is a mean over its own samples, so its gradients are so many
-            times longer; sums are kept in units in which their mean over processes is what one alone would have.
+        processes: how many train together. Gradients of one process are so many times longer, for its loss is a mean
+            over its own samples; the mean of the sums over processes is that of a single process.
     """
 
     def __init__(self, device: torch.device | str = "cpu", edges: Sequence[float] = EDGES, processes: int = 1) -> None:
@@ -261,7 +236,7 @@ class OnlineAngle:
         self.sums = torch.zeros(2, len(edges) - 1, 4, dtype=torch.float64, device=device)
 
     def watch(self, seen: Seen, t: Tensor) -> Seen:
-        """The same values, as aliases for the alignment losses; the backward pass of this step is summed up.
+        """Aliases of the same values for the alignment losses, so that the backward pass is summed up.
 
         t: (B,) noise levels in [0, 1].
         """

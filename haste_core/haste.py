@@ -43,9 +43,8 @@ class HASTE(nn.Module):
     """Teacher, projector, losses and trigger of phase I (Eqs. 1, 3, 4, arXiv 2505.16792), and the phase itself.
 
     Its parameters are the projector's; the teacher is moved with it (`.to`) and is in no state dict. After the switch
-    teacher, projector and hooks are gone, the loss is exactly zero, and the generator is that of plain training.
-    Gradients of the projector are averaged over the processes of torch.distributed, so the module is used as it is
-    beside a model in DistributedDataParallel.
+    teacher, projector and hooks are gone and the loss is exactly zero. Gradients of the projector are averaged over
+    the processes of torch.distributed: DistributedDataParallel wraps the model alone.
 
     Args:
         teacher: the frozen encoder; None for a module that begins in phase II.
@@ -129,11 +128,7 @@ class HASTE(nn.Module):
 
     @property
     def teacher(self) -> Teacher:
-        """The frozen teacher.
-
-        Raises:
-            HasteError: phase I is over.
-        """
+        """The frozen teacher of phase I."""
         if not self._teacher:
             raise HasteError("there is no teacher in phase II")
         return self._teacher[0]
@@ -153,11 +148,7 @@ class HASTE(nn.Module):
     def tap(self, blocks: Sequence[nn.Module]) -> Iterator[Seen]:
         """Context in which a forward pass through the student leaves what the losses need; no effect in phase II.
 
-        Args:
-            blocks: the transformer blocks of the student, in order; `haste_core.taps.tap` lists the known kinds.
-
-        Raises:
-            HasteError: a block does not exist, or its q and k cannot be found.
+        blocks: the transformer blocks of the student, in order; `haste_core.taps.tap` lists the known kinds.
         """
         with tap(blocks, self.taps if self.phase == 1 else Taps(), self.read) as seen:
             yield seen
@@ -204,11 +195,7 @@ class HASTE(nn.Module):
         return self.switch.weight(step) * losses.total
 
     def losses(self, seen: Seen, images: Tensor, t: Tensor | None = None, watch: bool = True) -> AlignmentLosses:
-        """Alignment losses of a phase I forward pass, unweighted parts and weighted sum.
-
-        Args:
-            seen, images, t: as for `forward`. watch: False leaves the online angle as it is.
-        """
+        """Alignment losses of a phase I forward pass, as in `forward`; watch=False leaves the online angle as it is."""
         everywhere, watched = (self.t_low, self.t_high) == (0, 1), self.angle is not None and watch
         if t is None and (watched or not everywhere):
             raise HasteError("no noise levels were given; t_low, t_high, watch_angle need haste(seen, images, step, t)")
@@ -265,13 +252,10 @@ class HASTE(nn.Module):
     def measure(self, **readings: float) -> dict[str, Any]:
         """Measurements since the last call, which the trigger reads: call it every so many steps, in all processes.
 
-        Args:
-            readings: further measurements, such as gradient_angle.
-
         Returns:
-            "step", "phase"; in phase I "feature" and "attention", means of the unweighted losses; with `watch_angle`
-            "online", cosines by loss and bin of noise levels (None: no sample), and "online_angle", their mean. Of
-            several processes these are the first one's.
+            "step", "phase", `readings`; in phase I "feature" and "attention", means of the unweighted losses; with
+            `watch_angle` "online", cosines by loss and bin of noise levels (None: no sample), and "online_angle", their
+            mean. Of several processes these are the first one's.
         """
         line: dict[str, Any] = {"step": self.step + 1, "phase": self.phase, **means_of(self.window), **readings}
         if self.angle is not None:

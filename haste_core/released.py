@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
@@ -33,7 +33,7 @@ Source = str | Path | Mapping[str, Any]
 Weights = Literal["ema", "model"]
 Family = Literal["sit", "dit", "mmdit"]
 Convention = Literal["auto", "haste", "sit"]
-CONVENTIONS = ("auto", "haste", "sit")
+CONVENTIONS = get_args(Convention)
 READABLE = (".pt", ".pth", ".safetensors")
 WRITABLE = (".pt", ".safetensors")
 _NORM = "blocks.0.attn.q_norm.weight"
@@ -102,12 +102,7 @@ def save_reference(
 
 
 def read_weights(source: Source, weights: Weights | None = None) -> tuple[dict[str, Tensor], str]:
-    """A state dict without wrappers' prefixes, and which it is: "ema", "model", or "plain" where a file has just one.
-
-    Tensors keep their type and may be mapped from the file.
-    """
-    if weights not in (None, "ema", "model"):
-        raise unknown("weights", weights, ("ema", "model"))
+    """A state dict without wrappers' prefixes, and which it is: "ema", "model", or "plain" where there is one."""
     sets = _sets(source if isinstance(source, Mapping) else read(Path(source)))
     first: str = next(iter(sets))
     which = "plain" if first == "plain" else weights or first
@@ -135,11 +130,7 @@ def check_suffix(path: Path, possible: tuple[str, ...]) -> None:
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """Contents of a file, its tensors mapped from it where the format allows, so that unused ones are never read.
-
-    Raises:
-        HasteError: the file is missing or damaged, or would execute code.
-    """
+    """Contents of a file, its tensors mapped from it where the format allows, so that unused ones are never read."""
     check_suffix(path, READABLE)
     if not path.is_file():
         raise HasteError(f"no checkpoint {path}; expected a file ending in {', '.join(READABLE)}")
@@ -254,19 +245,12 @@ def infer(
     Raises:
         HasteError: the weights are of another family, or something above is missing or contradicts them.
     """
-    if family is not None and family not in KINDS:
-        raise unknown("family", family, KINDS)
     if convention not in CONVENTIONS:
         raise unknown("convention", convention, CONVENTIONS)
-    joint = any(name.startswith("joint_blocks.") for name in tensors)
     width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4)
-    rows, once = _shape(tensors, _LAST[0], 2)[0], channels * patch * patch
-    if rows not in (once, 2 * once):
-        raise HasteError(
-            f"{_LAST[0]} has {rows} rows for {channels} channels and patch {patch}; expected {once} (velocity) or "
-            f"{2 * once} (noise and variance, or SiT's own release)"
-        )
-    found = _family("mmdit" if joint else "sit" if rows == once else "dit", family, convention)
+    doubled = _shape(tensors, _LAST[0], 2)[0] == 2 * channels * patch * patch
+    joint = any(name.startswith("joint_blocks.") for name in tensors)
+    found = _family("mmdit" if joint else "dit" if doubled else "sit", family, convention)
     depth = _count(tensors, "joint_blocks" if joint else "blocks")
     sizes: dict[str, Any] = {"channels": channels, "depth": depth, "width": width, "patch": patch}
     sizes["image_size"] = _image_size(tensors, patch, image_size)
@@ -280,7 +264,7 @@ def infer(
         if int(width * ratio) != hidden:  # the quotient was rounded down
             ratio = math.nextafter(ratio, math.inf)
         sizes |= {"classes": classes, "mlp_ratio": ratio, "qk_norm": _NORM in tensors}
-    doubled = found == "sit" and rows != once
+    doubled = found == "sit" and doubled
     reversed_time = convention == "sit" or (convention == "auto" and doubled)
     return Layout(found, sizes, "sit" if reversed_time else "haste", doubled)
 
@@ -296,6 +280,8 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ..
 
 
 def _family(looks: Family, given: Family | None, convention: Convention) -> Family:
+    if given is not None and given not in KINDS:
+        raise unknown("family", given, KINDS)
     sit_like = looks == "dit" and (given == "sit" or convention == "sit")
     if given is None and looks == "dit" and not sit_like:
         raise HasteError("two outputs per channel: DiT's, or SiT's own release; expected family 'dit' or 'sit'")
@@ -308,59 +294,40 @@ def _family(looks: Family, given: Family | None, convention: Convention) -> Fami
 
 
 def _count(tensors: Mapping[str, Tensor], name: str) -> int:
-    """Number of numbered modules in a list."""
-    matches = (re.match(rf"{name}\.(\d{{1,6}})\.", key) for key in tensors)
-    indices = sorted({int(match[1]) for match in matches if match})
-    if not indices or indices[-1] != len(indices) - 1:
-        numbers = ", ".join(map(str, indices[:3])) or "none"
-        raise HasteError(f"{name} has the numbers {numbers}; expected all from 0 on")
-    return len(indices)
+    """Number of modules in a numbered list."""
+    matches = (re.match(rf"{name}\.(\d{{1,3}})\.", key) for key in tensors)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def _image_size(tensors: Mapping[str, Tensor], patch: int, given: int | None) -> int:
-    if "pos_embed" not in tensors:
-        if given is None or given < patch or given % patch:
-            raise HasteError(f"these weights have no pos_embed, image_size is {given}; expected multiples of {patch}")
-        return given
-    tokens = _shape(tensors, "pos_embed", 3)[1]
-    side = math.isqrt(tokens) * patch
-    if math.isqrt(tokens) ** 2 != tokens:
-        raise HasteError(f"pos_embed has {tokens} positions; expected a square number")
-    if given not in (None, side):
-        raise HasteError(f"image_size {given} contradicts pos_embed, which is for {side}; expected {side}")
-    return side
+    if given is None and "pos_embed" in tensors:
+        return math.isqrt(_shape(tensors, "pos_embed", 3)[1]) * patch
+    if given is None or given < patch or given % patch:
+        raise HasteError(f"image_size {given}; expected a multiple of {patch}, or weights with pos_embed")
+    return given
 
 
 def _heads(tensors: Mapping[str, Tensor], family: Family, depth: int, width: int, given: int | None) -> int:
-    if given is not None and (given < 1 or width % given):
-        raise HasteError(f"num_heads {given} does not divide width {width}; expected a divisor of {width}")
     if _NORM in tensors:
-        head_width = _shape(tensors, _NORM, 1)[0]
-        if width % head_width:
-            raise HasteError(f"{_NORM} has {head_width} values; expected a divisor of width {width}")
-        heads = width // head_width
-        if given not in (None, heads):
-            raise HasteError(f"num_heads {given} contradicts {_NORM} with {head_width} values; expected {heads}")
-        return heads
-    published = {sizes[:2]: sizes[2] for sizes in SIZES.values()}
-    found = published.get((depth, width)) if family != "mmdit" else depth if width == 32 * depth else None
-    if given is None and found is None:
+        found = width // _shape(tensors, _NORM, 1)[0]
+    elif family == "mmdit":
+        found = depth if width == 32 * depth else 0
+    else:
+        found = {sizes[:2]: sizes[2] for sizes in SIZES.values()}.get((depth, width), 0)
+    heads = found if given is None else given
+    if heads < 1 or width % heads:
         raise HasteError(
-            f"the number of heads is not in the weights, and depth {depth} with width {width} is no published size; "
-            f"expected num_heads (--heads), a divisor of {width}"
+            f"num_heads {given}, depth {depth} and width {width}; the number of heads is in the weights only with a "
+            f"q norm, and known of published sizes; expected num_heads (--heads), a divisor of {width}"
         )
-    return given or found  # type: ignore[return-value]
+    return heads
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
 
 
 def generator(tensors: Mapping[str, Tensor], layout: Layout) -> DiffusionTransformer:
-    """A generator in float32 and eval mode with copies of the weights in this package's convention.
-
-    Raises:
-        HasteError: names are missing or unknown, or shapes differ.
-    """
+    """A generator in float32 and eval mode with copies of the weights in this package's convention."""
     with torch.device("meta"):
         made = KINDS[layout.family](**layout.sizes)
     weights = {name: value for name, value in tensors.items() if not name.startswith("projectors.")}
@@ -378,11 +345,7 @@ def generator(tensors: Mapping[str, Tensor], layout: Layout) -> DiffusionTransfo
 
 
 def projectors(tensors: Mapping[str, Tensor], width: int) -> nn.ModuleList:
-    """The projectors that were stored with a generator of this width, float32 and in eval mode; often none.
-
-    Raises:
-        HasteError: a projector is not three linear layers from this width.
-    """
+    """The projectors that were stored with a generator of this width, float32 and in eval mode; often none."""
     own, made = under(tensors, "projectors."), nn.ModuleList()
     for i in range(_count(tensors, "projectors") if own else 0):
         hidden, teacher_width = (_shape(tensors, f"projectors.{i}.{n}.weight", 2)[0] for n in (0, 4))
@@ -399,9 +362,7 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
         module.load_state_dict(own, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).partition(":")[2].split())
-        raise HasteError(
-            f"{what} do not fit: {reason[:400]}; expected the names of the released checkpoints"
-        ) from error
+        raise HasteError(f"{what} do not fit: {reason[:400]}; expected those of released checkpoints") from error
 
 
 @torch.no_grad()

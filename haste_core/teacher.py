@@ -266,11 +266,7 @@ def check_plain_attention(attn: Any) -> None:
 
 
 def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]) -> nn.Module:
-    """timm encoder without head, with hub or local weights loaded, or random ones ("random", "pretrain") from `seed`.
-
-    Raises:
-        HasteError: the name, an argument or the weights do not exist, or the weights belong to another network.
-    """
+    """timm encoder without head, with hub or local weights, or random ones ("random", "pretrain") from `seed`."""
     options: dict[str, Any] = {"num_classes": 0, **kwargs}
     unloaded = []
     try:

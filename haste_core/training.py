@@ -35,10 +35,9 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """Examples of one training step.
 
-    x: what the generator models, (B, C, S, S) float32; pixels in [-1, 1], or scaled latents.
-    y: labels (B,) int64. images: the teacher's input, (B, C', S', S') float32 in [-1, 1]; x itself in pixel space, and
-    (0, C', S', S') where latents were asked for without their images. indices: of the training images, (B,) int64, or
-    (0,) for other images.
+    x: pixels in [-1, 1] or scaled latents, (B, C, S, S) float32. y: labels (B,) int64. images: the teacher's input,
+    (B, C', S', S') float32 in [-1, 1], or (0, C', S', S') for latents without their images. indices: of the training
+    images, (B,) int64, or (0,) for other images.
     """
 
     x: Tensor
@@ -124,8 +123,7 @@ def step_losses(
     """Losses of one forward pass (Eqs. 3, 4, arXiv 2505.16792): of a training step, of an exact angle, of a FLOP count.
 
     Args:
-        model: called as model(x_t, t, y); its blocks are those of the unwrapped module.
-        objective: path and denoising loss. batch: clean examples on the model's device.
+        model: called as model(x_t, t, y). batch: clean examples on its device.
         u: noise levels (B,) in [0, 1]. eps: noise like x. y: labels (B,).
         haste: of phase I, or None. watch: let its online angle see the pass.
     """
@@ -240,10 +238,9 @@ class Trainer:
         return self.accelerator.unwrap_model(self.model)
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step of the present phase; returns its losses and gradient norm as scalars on the device.
+        """One optimizer step; returns the losses of this process's share and the gradient norm, on the device.
 
-        Random numbers are drawn for the global batch, whatever the number of processes and micro-batches; the losses
-        returned are means over this process's share.
+        Random numbers are drawn for the global batch, whatever the number of processes and micro-batches.
         """
         if self.haste is not None and self.haste.update(self.step):
             self.enter_phase_two()
@@ -304,10 +301,7 @@ class Trainer:
             self.haste.angle.sums = self.processes.mean({"sums": self.haste.angle.sums})["sums"]
 
     def measure(self, **readings: float) -> dict[str, Any]:
-        """Means of measurements since the last call, over all processes; the trigger sees them too.
-
-        Args:
-            readings: further measurements, such as gradient_angle.
+        """Means of measurements since the last call, over all processes, and `readings`; the trigger sees them too.
 
         Returns:
             "step", "images_seen", "phase", "loss", "denoising", in phase I "feature" and "attention", "grad_norm", and

@@ -23,9 +23,7 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
-    columns = line[None, :, :].expand(grid, grid, -1)
-    rows = line[:, None, :].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=2).reshape(grid * grid, width).float()
+    return torch.cat([line.repeat(grid, 1), line.repeat_interleave(grid, 0)], dim=1).float()
 
 
 class TimestepEmbedder(nn.Module):
@@ -71,11 +69,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention by torch's fused kernel.
-
-    `q_norm` and `k_norm` return q and k (B, H, N, d) as the kernel sees them, before the scale 1 / sqrt(d), with or
-    without a norm: this is where they can be read (`haste_core.taps`).
-    """
+    """Multi-head self-attention by torch's fused kernel; q and k can be read off `q_norm` and `k_norm`."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -87,11 +81,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) to the same shape."""
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -147,17 +139,13 @@ class FinalLayer(nn.Module):
 
 def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:
     """Patches (B, N, patch * patch * channels) back to images (B, channels, S, S)."""
-    B, N, _ = patches.shape
-    grid = int(N**0.5)
-    x = patches.reshape(B, grid, grid, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, grid * patch, grid * patch)
+    grid = int(patches.shape[1] ** 0.5)
+    x = patches.reshape(-1, grid, grid, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, grid * patch, grid * patch)
 
 
 def initialise(model: nn.Module) -> None:
-    """adaLN-Zero: linear layers by Xavier, embeddings by a narrow normal, modulations and the last layer zero.
-
-    At first every block is the identity and the output is zero.
-    """
+    """adaLN-Zero: at first every block is the identity and the output is zero."""
     modules = list(model.modules())
     for linear in (m for m in modules if isinstance(m, nn.Linear)):
         nn.init.xavier_uniform_(linear.weight)
@@ -178,18 +166,15 @@ def initialise(model: nn.Module) -> None:
 class DiffusionTransformer(nn.Module, ABC):
     """A transformer over the patches of a square image, from (x, t, y) to an output of the image's size.
 
-    A generator of its own makes what else it needs: an embedding of y, `blocks`, `final_layer`; and says in `streams`
-    what enters the blocks.
+    Subclasses make an embedding of y, `blocks` and `final_layer`, and return from `streams` the inputs of the blocks.
 
     Args:
-        image_size: side of the square input, a multiple of `patch`.
-        channels: of the input.
+        image_size: side of the input, a multiple of `patch`. channels: of the input.
         classes: number of labels; label `classes` is the null label of classifier-free guidance.
         width, heads, patch: of the tokens, of attention, and side of a patch in pixels.
 
     Attributes:
-        activation_checkpointing: True keeps the inputs of blocks alone for the backward pass, which computes the rest
-            again: less memory, one more forward pass of the blocks.
+        activation_checkpointing: recompute activations of blocks in the backward pass.
     """
 
     kind: str
@@ -199,8 +184,8 @@ class DiffusionTransformer(nn.Module, ABC):
 
     def __init__(self, *, image_size: int, channels: int, classes: int, width: int, heads: int, patch: int) -> None:
         super().__init__()
-        self.patch, self.channels, self.classes, self.heads = patch, channels, classes, heads
-        self.image_size = image_size
+        self.image_size, self.channels, self.classes = image_size, channels, classes
+        self.patch, self.heads = patch, heads
         self.activation_checkpointing = False
         self.x_embedder = PatchEmbed(channels, patch, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -210,8 +195,7 @@ class DiffusionTransformer(nn.Module, ABC):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the token grid."""
-        side = self.image_size // self.patch
-        return side, side
+        return (self.image_size // self.patch,) * 2
 
     @property
     def null_label(self) -> int:

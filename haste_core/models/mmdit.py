@@ -1,7 +1,7 @@
 """MM-DiT: text and image tokens, each with weights of their own, attend to each other in one joint attention.
 
-Sec. 3.2, arXiv 2505.16792 (text to image on MS-COCO); layout of Stable Diffusion 3's blocks. The attention of image
-tokens among themselves is aligned with a teacher, so q and k are those of the image's stream.
+Sec. 3.2, arXiv 2505.16792 (text to image on MS-COCO); layout of Stable Diffusion 3's blocks. Alignment reads q and k of
+the image's stream.
 
 B batch, N image tokens, L text tokens, D width, H heads, d head width.
 """
@@ -21,9 +21,7 @@ from haste_core.models.layers import DiffusionTransformer, FinalLayer, Mlp, init
 class Stream(nn.Module):
     """One side of a joint block, text or image: its adaLN, q, k, v, projection and MLP.
 
-    Args:
-        width, heads: D and H.
-        pre_only: hands q, k and v to the attention and is not updated itself (the text side of the last block).
+    pre_only: returns q, k and v for the attention and is not updated itself (the text side of the last block).
     """
 
     def __init__(self, width: int, heads: int, pre_only: bool = False) -> None:
@@ -80,12 +78,11 @@ class MMDiT(DiffusionTransformer):
     """The velocity network v(x_t, t, text), initialised with adaLN-Zero.
 
     Args:
-        image_size, channels, patch: of the input, as in `SiT`.
+        image_size, channels, patch: as in `DiffusionTransformer`.
         classes: number of captions; index `classes` is the empty caption.
         depth, width, heads: the paper takes width 32 x depth and heads = depth.
         context_width: of the text tokens.
-        contexts: from caption indices (B,) to text tokens (B, L, context_width), so that captions can be named by
-            number like labels.
+        contexts: from caption indices (B,) to text tokens (B, L, context_width).
     """
 
     kind = "mmdit"

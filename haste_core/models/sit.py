@@ -1,7 +1,4 @@
-"""SiT and DiT: plain class-conditional diffusion transformers with adaLN-Zero, from the digits size to XL/2.
-
-They know nothing of teachers or projectors; `haste_core.taps` reads tokens, q and k off them.
-"""
+"""SiT and DiT: plain class-conditional diffusion transformers with adaLN-Zero."""
 
 from __future__ import annotations
 
@@ -11,14 +8,10 @@ from haste_core.models.layers import Block, DiffusionTransformer, FinalLayer, La
 
 
 class SiT(DiffusionTransformer):
-    """The velocity network v(x_t, t, y), initialised with adaLN-Zero: at first every block is the identity.
+    """The velocity network v(x_t, t, y), initialised with adaLN-Zero.
 
-    Args:
-        image_size: side of the square input, a multiple of `patch`.
-        channels: of the input, and of the velocity.
-        classes: number of labels; label `classes` is the null label of classifier-free guidance.
-        depth: number of blocks. width, heads, patch: as in `DiffusionTransformer`.
-        mlp_ratio: hidden width of the MLPs over `width`. qk_norm: LayerNorm on q and k of each head.
+    depth: number of blocks. mlp_ratio: hidden width of the MLPs over `width`. qk_norm: LayerNorm on q and k of each
+    head. The others are those of `DiffusionTransformer`.
     """
 
     kind = "sit"
