@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -338,14 +337,10 @@ def make_accelerator(options: Optimization) -> Accelerator:
     """accelerate's handle on device, precision and averaging of gradients.
 
     Raises:
-        HasteError: the precision does not exist here, or accelerate was set up for more than data-parallel training.
+        HasteError: the precision does not exist here.
     """
     averaging = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[averaging])
-    possible = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.num_processes > 1 and accelerator.distributed_type not in possible:
-        names = ", ".join(kind.value for kind in possible)
-        raise HasteError(f"accelerate is set up for {accelerator.distributed_type.value}; expected one of: {names}")
     if accelerator.device.type == "cpu":
         if options.precision == "fp16":
             # accelerate would train in float32 without a word.

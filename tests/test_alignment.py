@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from haste_core.alignment import (
     DENSE_UP_TO,
-    attention_cross_entropy,
     attention_loss,
     attention_probabilities,
     feature_loss,
@@ -26,6 +25,7 @@ from haste_core.study.data import contexts
 from haste_core.study.runs import Run
 from haste_core.study.train import fit
 from haste_core.teacher import Teacher
+from haste_core.termination import Never
 
 
 def draw(*shape, seed=0):
@@ -95,25 +95,6 @@ def test_attention_loss_equals_a_plain_loop_with_widths_of_its_own_on_each_side(
     assert attention_loss((1e3 * q_s, 1e3 * k_s), (-1e3 * q_t, 1e3 * k_t)).isfinite()
 
 
-def test_attention_loss_is_torchs_cross_entropy_and_at_least_the_teachers_entropy():
-    q, k = draw(2, 3, 6, 4), draw(2, 3, 6, 4, seed=1)
-    other = (draw(2, 3, 6, 4, seed=2), draw(2, 3, 6, 4, seed=3))
-    target = (q @ k.transpose(-1, -2) / 2).softmax(-1).reshape(-1, 6)
-    logits = (other[0] @ other[1].transpose(-1, -2) / 2).reshape(-1, 6)
-    assert_close(attention_loss(other, (q, k)), F.cross_entropy(logits, target))
-    entropy = torch.distributions.Categorical(probs=target).entropy().mean()
-    assert_close(attention_loss((q, k), (q, k)), entropy)
-    assert attention_loss(other, (q, k)) > entropy
-
-
-def test_weighted_losses_are_sums_over_the_weighted_samples():
-    (a, b), (q, k) = draw(2, 4, 9, 6), draw(2, 4, 2, 9, 6, seed=1)
-    weights, target = torch.tensor([1.0, 0.0, 0.0, 1.0]), draw(4, 2, 9, 9, seed=2).softmax(-1)
-    assert_close(feature_loss(a, b, weights), sum(feature_loss(a[i : i + 1], b[i : i + 1]) for i in (0, 3)) / 4)
-    parts = [attention_cross_entropy((q[i : i + 1], k[i : i + 1]), target[i : i + 1]) for i in (0, 3)]
-    assert_close(attention_cross_entropy((q, k), target, weights), sum(parts) / 4)
-
-
 def loss_and_gradients(chunk, weights=None, dtype=torch.float32):
     """Attention loss of 40 tokens and its gradients to the student's q and k; the teacher is twice as wide."""
     student = tuple(draw(2, 3, 40, 8, seed=s).to(dtype).requires_grad_() for s in (0, 1))
@@ -122,7 +103,7 @@ def loss_and_gradients(chunk, weights=None, dtype=torch.float32):
     return loss.detach(), *torch.autograd.grad(loss, student)
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 39])
+@pytest.mark.parametrize("chunk", [1, 16])
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 1.0])])
 def test_chunks_of_queries_give_the_numbers_of_whole_maps(chunk, weights):
     for whole, parts in zip(loss_and_gradients(40, weights), loss_and_gradients(chunk, weights), strict=True):
@@ -176,7 +157,7 @@ def test_projector_is_three_linear_layers_with_silu_between_from_its_seed_alone(
 
 # -- resampling between token grids -----------------------------------------------------------------------------------
 
-GRIDS = [((4, 4), (3, 3)), ((3, 3), (4, 4)), ((2, 5), (4, 3)), ((3, 2), (1, 7)), ((16, 16), (14, 14))]
+GRIDS = [((4, 4), (3, 3)), ((2, 5), (4, 3)), ((3, 2), (1, 7))]
 
 
 def line_weights(old, new):
@@ -212,19 +193,6 @@ def test_tokens_and_attention_are_resampled_by_bilinear_weights(grid, new_grid):
     assert_close(found.sum(-1), torch.ones(1, 3, len(weights)))
     uniform = resample_attention(torch.full((1, 1, n, n), 1 / n), grid, new_grid)
     assert_close(uniform, torch.full_like(uniform, 1 / len(weights)))
-
-
-def test_a_map_of_columns_and_a_look_to_the_right_keep_their_meaning_on_another_grid():
-    columns = torch.arange(6.0).repeat(4)[None, :, None]  # token (r, c) of a 4x6 grid holds c
-    assert_close(resample_tokens(columns, (4, 6), (2, 3)).reshape(2, 3), torch.tensor([[0.5, 2.5, 4.5]] * 2))
-    look = torch.zeros(1, 1, 24, 24)  # every token looks one column to the right, which becomes two columns
-    for r in range(4):
-        for c in range(6):
-            look[0, 0, r * 6 + c, r * 6 + min(c + 1, 5)] = 1
-    found = resample_attention(look, (4, 6), (4, 12)).reshape(4, 12, 4, 12)
-    assert_close(found.sum((1, 3)) / 12, torch.eye(4))
-    centre = (found.sum(2) * torch.arange(12.0)).sum(-1)
-    assert_close(centre[:, 2:7], (torch.arange(2.0, 7.0) + 2).expand(4, 5), atol=1e-4, rtol=0)
 
 
 def test_resampling_leaves_equal_grids_alone_is_float32_under_autocast_and_refuses_other_counts():
@@ -298,6 +266,7 @@ def test_head_m_meets_head_m_in_the_mean_over_layer_pairs_and_no_other_head_move
         ({"layer_pairs": [(1, 3)]}, ["teacher block", "'3'", "0, 1, 2"]),
         ({"layer_pairs": []}, ["lambda_attention", "(student block, teacher block)"]),
         ({"depth": 4}, ["depth", "'4'", "1, 2, 3"]),
+        ({"stop_at": 3, "trigger": Never()}, ["stop_at=3 and a trigger"]),
     ],
 )
 def test_what_does_not_exist_is_refused_naming_what_is_possible(teacher, changes, words):
@@ -306,19 +275,6 @@ def test_what_does_not_exist_is_refused_naming_what_is_possible(teacher, changes
         step(haste_of(teacher, model, **changes), model)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_gradients_reach_student_and_projector_and_the_teacher_is_in_neither(teacher, randomise):
-    model = randomise(student())
-    haste, names = haste_of(teacher, model), set(model.state_dict())
-    step(haste, model)[1].total.backward()
-    assert all(p.grad.abs().sum() > 0 for p in haste.parameters())
-    assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert set(model.state_dict()) == names
-    own = {id(p) for p in haste.parameters()}
-    assert own == {id(p) for p in haste.projector.parameters()}
-    assert own.isdisjoint(id(p) for p in (*model.parameters(), *teacher.parameters()))
 
 
 def test_only_samples_inside_the_interval_of_noise_levels_are_aligned(teacher, randomise):
@@ -332,12 +288,7 @@ def test_only_samples_inside_the_interval_of_noise_levels_are_aligned(teacher, r
     assert whole.losses(seen, images, t).total.equal(whole.losses(seen, images).total)
 
 
-def test_an_interval_of_a_study_has_a_lower_and_a_higher_end(make_study):
-    with pytest.raises(HasteError, match=r"t_low 0\.6 is not below t_high 0\.4"):
-        make_study("alignment.t_low=0.6", "alignment.t_high=0.4")
-
-
-@pytest.mark.parametrize(("img_size", "grid"), [(12, (3, 3)), (20, (5, 5)), ((8, 20), (2, 5))])
+@pytest.mark.parametrize(("img_size", "grid"), [(12, (3, 3)), ((8, 20), (2, 5))])
 def test_features_meet_on_the_teachers_grid_and_attention_on_the_students(randomise, img_size, grid):
     other = encoder(img_size, patch=4)
     randomise(other.encoder, std=0.4)
@@ -404,14 +355,3 @@ def test_both_losses_reach_every_kind_of_generator_in_phase_one_and_end_with_it(
     lines = run.metrics()
     assert [("feature" in line, "attention" in line) for line in lines] == [(True, True)] * 4 + [(False, False)] * 2
     assert all(line["feature"] < 1 and line["attention"] > 0 for line in lines[:4])
-
-
-@pytest.mark.slow
-def test_alignment_brings_every_kind_of_generator_closer_to_the_teacher(output, of_kind):
-    run = Run(
-        of_kind("train.lr=0.003", "train.steps=60", "train.keep=[60]", "train.checkpoint_every=60"), "holistic", 0
-    )
-    fit(run, progress=False)
-    first, last = run.metrics()[0], run.metrics()[-1]
-    assert last["feature"] < first["feature"] - 0.1
-    assert last["attention"] < first["attention"]

@@ -17,9 +17,8 @@ import torch
 
 from haste_core.errors import HasteError, Interrupted
 from haste_core.study import config, launching
-from haste_core.study.data import contexts
 from haste_core.study.runs import Run
-from haste_core.study.train import fit, open_trainer
+from haste_core.study.train import fit
 
 # Six steps across the switch, all of them logged.
 SHORT = ("train.steps=6", "train.keep=[3]", "train.log_every=1", "arms.haste.termination.at=4")
@@ -71,10 +70,9 @@ def trained(study, place, monkeypatch, on_step=None):
 # -- accumulation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [2, 16])
-def test_micro_batches_change_no_number_but_by_rounding(output, short, monkeypatch, accumulate):
+def test_micro_batches_change_no_number_but_by_rounding(output, short, monkeypatch):
     whole = trained(short(), output / "whole", monkeypatch)
-    parts = trained(short(f"train.accumulate={accumulate}"), output / "parts", monkeypatch)
+    parts = trained(short("train.accumulate=8"), output / "parts", monkeypatch)
     assert parts.dir.relative_to(output / "parts") == whole.dir.relative_to(output / "whole")
     assert_close_logs(parts, whole)
     assert_close_checkpoints(parts, whole)
@@ -84,8 +82,7 @@ def test_micro_batches_change_no_number_but_by_rounding(output, short, monkeypat
     ("accumulate", "processes", "expected"),
     [(3, 1, "a multiple of 3 for train.batch_size, or 1, 2, 4, 8, 16 for train.accumulate"),
      (4, 8, "a multiple of 32 for train.batch_size, or 1, 2 for train.accumulate"),
-     (1, 3, "a multiple of 3 for train.batch_size"),
-     (32, 1, "a multiple of 32 for train.batch_size, or 1, 2, 4, 8, 16 for train.accumulate")],
+     (1, 3, "a multiple of 3 for train.batch_size")],
 )  # fmt: skip
 def test_a_batch_that_cannot_be_divided_is_refused_before_a_run_starts(output, short, accumulate, processes, expected):
     with pytest.raises(HasteError) as caught:
@@ -99,34 +96,18 @@ def test_a_batch_that_cannot_be_divided_is_refused_before_a_run_starts(output, s
     assert not (output / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("kind", "arm"), [("sit", "vanilla"), ("sit", "haste"), ("dit", "haste"), ("mmdit", "vanilla"), ("mmdit", "haste")]
-)
-def test_every_parameter_has_a_gradient_in_either_phase(output, short, kind, arm):
-    """Gradients are averaged over processes without a search for those that are missing."""
-    contexts.write(output / "captions.safetensors", torch.randn(10, 3, 6), torch.randn(3, 6))
-    text = ("model.context_width=6", f"data.contexts={output / 'captions.safetensors'}")
-    more = text if kind == "mmdit" else ("model.qk_norm=true",)
-    trainer, missing = open_trainer(Run(short(f"model.kind={kind}", *more), arm, 0)), []
-    trainer.optimizer.optimizer.register_step_pre_hook(
-        lambda o, *_: missing.extend(p for group in o.param_groups for p in group["params"] if p.grad is None)
-    )
-    for _ in range(6):
-        trainer.train_step()
-    assert trainer.switch.phase == 2
-    assert missing == []
-
-
 # -- two processes ----------------------------------------------------------------------------------------------------
 
 # Settings of runs of two processes, by name.
 QUICK = {"plain": (), "stopped": ("train.log_every=2",), "indivisible": ("train.accumulate=5",)}
 MORE = {
-    "accumulating": ("train.accumulate=4", "train.activation_checkpointing=true"),
+    "accumulating": ("train.accumulate=4", "train.activation_checkpointing=true", "model.kind=dit"),
     "compiled": ("train.compile=true",),
-    "dit": ("model.kind=dit", "train.prefetch=true"),
-    "watching": ("train.watch_angle=true", "train.log_every=2"),
-    "exact": ("arms.haste.termination={kind: gradient_angle, at: null, every: 1, after: 2, threshold: 1, n: 8}",),
+    "watching": (
+        "train.log_every=2",
+        "train.watch_angle=true",
+        "arms.haste.termination={kind: gradient_angle, at: null, every: 2, after: 2, threshold: 1, n: 8}",
+    ),
     "resumed": (),  # finds the checkpoint of one process
     "unwell": ("train.lr=1e30",),
 }
@@ -185,7 +166,7 @@ def sessions(run):
     return [(session["first_step"], session["last_step"], session["processes"]) for session in found]
 
 
-@pytest.mark.parametrize("name", ["plain", *(pytest.param(n, marks=slow) for n in ("accumulating", "compiled", "dit"))])
+@pytest.mark.parametrize("name", ["plain", *(pytest.param(n, marks=slow) for n in ("accumulating", "compiled"))])
 def test_two_processes_train_as_one_does_across_the_switch(compared, name):
     together, alone = compared(name)
     assert [line["phase"] for line in together.metrics()] == [1, 1, 1, 1, 2, 2]
@@ -198,16 +179,14 @@ def test_two_processes_train_as_one_does_across_the_switch(compared, name):
 
 
 @slow
-@pytest.mark.parametrize("name", ["watching", "exact"])
-def test_angles_are_those_of_all_samples_and_end_phase_one_at_the_same_step(compared, name):
-    together, alone = compared(name)
+def test_angles_are_those_of_all_samples_and_end_phase_one_at_the_same_step(compared):
+    together, alone = compared("watching")
     for line, line_too in zip(together.metrics(), alone.metrics(), strict=True):
         assert line["phase"] == line_too["phase"]
         for key in ("loss", "online_angle", "gradient_angle"):
             assert line.get(key) == pytest.approx(line_too.get(key), rel=1e-3, abs=1e-5)
-    if name == "watching":  # saved in the middle of a window
-        sums, expected = (run.load(3)[0]["angle.sums"] for run in (together, alone))
-        assert torch.allclose(sums, expected, rtol=1e-3, atol=1e-9)
+    sums, expected = (run.load(3)[0]["angle.sums"] for run in (together, alone))  # in the middle of a window
+    assert torch.allclose(sums, expected, rtol=1e-3, atol=1e-9)
 
 
 def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(two, output, short, monkeypatch):

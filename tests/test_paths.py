@@ -84,7 +84,7 @@ def chosen_timesteps(kept):
     return found
 
 
-@pytest.mark.parametrize("kept", [2, 3, 10, 21, 61, 250, 999, 1000])
+@pytest.mark.parametrize("kept", [2, 21, 250, 1000])
 def test_tables_of_whole_and_thinned_chains_equal_plain_loops(kept):
     schedule, whole = DDPMSchedule(kept), signals()
     steps = chosen_timesteps(kept)
@@ -102,13 +102,13 @@ def test_tables_of_whole_and_thinned_chains_equal_plain_loops(kept):
     assert_close(schedule.log_variance.tolist(), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kept", [0, -1, 1001])
+@pytest.mark.parametrize("kept", [0, 1001])
 def test_impossible_numbers_of_steps_are_refused(kept):
     with pytest.raises(ValueError, match="1 to 1000"):
         DDPMSchedule(kept)
 
 
-@pytest.mark.parametrize(("kept", "index"), [(1000, 1), (1000, 500), (1000, 999), (10, 1), (10, 5), (250, 249)])
+@pytest.mark.parametrize(("kept", "index"), [(1000, 1), (1000, 999), (10, 5)])
 def test_true_posterior_is_bayes_rule_on_a_grid(kept, index):
     """q(x_before | x_t, x) is proportional to q(x_t | x_before) q(x_before | x), here summed on a fine grid."""
     schedule, x = DDPMSchedule(kept), 0.3
@@ -130,7 +130,7 @@ def test_true_posterior_is_bayes_rule_on_a_grid(kept, index):
     assert_close(found.log_variance.exp().item(), variance, atol=1e-9, rtol=1e-4)
 
 
-@pytest.mark.parametrize("t", [1, 2, 300, 999])
+@pytest.mark.parametrize("t", [1, 300, 999])
 def test_variational_part_is_the_divergence_in_bits_with_a_variance_between_its_bounds(t):
     schedule, x, eps, output = DDPMSchedule(), draws(2, 3, 4), draws(2, 3, 4, seed=1), draws(2, 6, 4, seed=2)
     squared_error, bits = schedule.losses(output, x, eps, torch.full((2,), t))
@@ -154,7 +154,7 @@ def test_variational_part_is_the_divergence_in_bits_with_a_variance_between_its_
     assert sum(schedule.losses(exact, x, eps, torch.full((2,), t))).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.1, 0.2), (0.5, 0.05), (-0.9, 0.14), (0.99, 0.6), (1.4, 0.02)])
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.05), (0.99, 0.6), (1.4, 0.02)])
 def test_first_timestep_takes_the_mass_of_a_level_under_a_normal_in_bits(mean, std):
     """All 256 levels, each as a sample of one value whose prediction has this mean and standard deviation."""
     schedule, levels = DDPMSchedule(), torch.arange(256, dtype=torch.float64).reshape(256, 1, 1) / 127.5 - 1
@@ -185,7 +185,7 @@ def test_variance_alone_is_driven_by_the_bound_and_the_noise_alone_by_the_error(
     assert error[:, :3].abs().min() > 0
 
 
-@pytest.mark.parametrize(("kept", "between"), [(1000, 1.0), (1000, -1.0), (250, -1.0), (250, 1.0)])
+@pytest.mark.parametrize(("kept", "between"), [(1000, 1.0), (250, -1.0)])
 def test_ancestral_sampling_of_a_gaussian_follows_the_exact_recursion(kept, between):
     """With the exact noise every step is affine, so mean and variance of the result are known without sampling."""
     mean, std, schedule, whole = 0.6, 0.5, DDPMSchedule(kept), signals()
@@ -214,18 +214,6 @@ def test_ancestral_sampling_of_a_gaussian_follows_the_exact_recursion(kept, betw
     # The chain's own error at this number of steps is small: the data's mean and spread come back.
     assert abs(m - mean) < 0.01
     assert abs(math.sqrt(v) - std) < 0.03
-
-
-def test_ancestral_sampling_gives_original_timesteps_from_noise_to_data_and_no_noise_last():
-    seen, noised = [], []
-
-    def network(x, timestep):
-        seen.append(timestep)
-        return torch.zeros(len(x), 2 * x.shape[1], x.shape[2], dtype=torch.float64)
-
-    sampling.ancestral(network, draws(2, 1, 3), 5, lambda step, x: noised.append(step) or torch.zeros_like(x))
-    assert seen == [999.0, 749.0, 500.0, 250.0, 0.0]
-    assert noised == [0, 1, 2, 3]
 
 
 # -- objectives -------------------------------------------------------------------------------------------------------

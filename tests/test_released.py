@@ -75,14 +75,9 @@ def refused(match, source, *args, **kwargs):
 
 
 CONFIGURATIONS = [
-    ("sit", ".pt", {}),
     ("sit", ".pt", {"qk_norm": True}),
-    ("sit", ".pt", {"depth": 1, "width": 20, "heads": 5, "patch": 1, "image_size": 4, "channels": 1, "classes": 1}),
-    ("sit", ".safetensors", {"width": 28, "heads": 7, "mlp_ratio": 5 / 28, "patch": 4, "image_size": 12}),
-    ("sit", ".safetensors", {"width": 28, "heads": 7, "mlp_ratio": 61.5 / 28}),
+    ("sit", ".safetensors", {"width": 28, "heads": 7, "mlp_ratio": 61.5 / 28, "patch": 4, "image_size": 12}),
     ("dit", ".safetensors", {}),
-    ("dit", ".pt", {"qk_norm": True, "depth": 3, "heads": 6, "classes": 1000}),
-    ("mmdit", ".safetensors", {}),
     ("mmdit", ".pt", {"depth": 1, "width": 32, "heads": 1, "context_width": 768, "patch": 4, "image_size": 16}),
 ]
 
@@ -97,23 +92,18 @@ def test_a_round_trip_is_exact_to_the_bit(tmp_path, made, projected, family, suf
     found, several = load_reference(path, family, None if sizes.get("qk_norm") else model.heads)
     assert type(found) is KINDS[family]
     assert not found.training
-    assert all(p.requires_grad and p.device.type == "cpu" for p in found.parameters())
     assert_same(found, model)
     assert torch.equal(found(*inputs(model)), model(*inputs(model)))
     assert_same({f"projectors.{n}": v for n, v in several.state_dict().items()}, extra)
-    tokens = torch.ones(2, 3, model.x_embedder.proj.out_channels)
-    assert all(torch.equal(a(tokens), b(tokens)) for a, b in zip(several, modules, strict=True))
     facts = "heads", "grid", "patch", "image_size", "channels", "classes", "null_label"
     assert all(getattr(found, fact) == getattr(model, fact) for fact in facts)
 
 
-@pytest.mark.parametrize(("hidden", "width"), [(61, 28), (15, 44), (120, 44), (15, 52)])
-def test_hidden_widths_whose_ratio_is_rounded_down_are_found_all_the_same(hidden, width):
-    assert int(width * (hidden / width)) == hidden - 1
+def test_hidden_widths_whose_ratio_is_rounded_down_are_found_all_the_same():
+    assert int(28 * (61 / 28)) == 60
     with torch.device("meta"):
-        model = SiT(**SMALL | {"width": width, "heads": 1, "depth": 1, "mlp_ratio": (hidden + 0.5) / width})
-    assert model.blocks[0].mlp.fc1.out_features == hidden
-    assert int(width * infer(model.state_dict(), "sit", 1).sizes["mlp_ratio"]) == hidden
+        model = SiT(**SMALL | {"width": 28, "heads": 1, "depth": 1, "mlp_ratio": 61.5 / 28})
+    assert int(28 * infer(model.state_dict(), "sit", 1).sizes["mlp_ratio"]) == 61
 
 
 @pytest.mark.parametrize("saved", ["zip", "legacy"])
@@ -130,88 +120,56 @@ def test_layouts_with_model_and_ema(tmp_path, made, projected, saved):
     torch.save(whole, path, _use_new_zipfile_serialization=saved == "zip")
     for source in (path, str(path), whole):
         assert_same(load(source), ema)
-        assert_same(load(source, weights="ema"), ema)
         assert_same(load(source, weights="model"), model)
         assert len(load_reference(source, "sit", 3).projectors) == 1
+    for source in ({"model": whole["model"], "ema": None}, model.state_dict()):
+        assert_same(load(source), model)
+    refused("no 'ema' weights; expected one of: model", {"model": whole["model"]}, "sit", 3, weights="ema")
 
 
-def test_a_file_with_model_alone_or_ema_alone(made):
+def test_prefixes_of_wrappers_are_stripped_and_other_float_types_become_float32(tmp_path, made):
     weights = made().state_dict()
-    for source in ({"model": weights, "ema": None}, {"ema": weights}, weights):
-        assert_same(load(source), made())
-    assert_same(load(weights, weights="ema"), made())
-    refused("no 'ema' weights; expected one of: model", {"model": weights}, "sit", 3, weights="ema")
-    refused("no 'model' weights; expected one of: ema", {"ema": weights}, "sit", 3, weights="model")
-    refused("unknown weights 'emma' .did you mean 'ema'", {"ema": weights}, "sit", 3, weights="emma")
-
-
-def test_prefixes_of_wrappers_are_stripped(made):
-    weights = made().state_dict()
-    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."):
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         assert_same(load({prefix + n: v for n, v in weights.items()}), made())
-    model = made()
-    model.blocks[1] = torch.compile(model.blocks[1])
-    assert any("._orig_mod." in name for name in model.state_dict())
-    assert_same(load(model.state_dict()), made())
     refused("'pos_embed' twice", weights | {"module.pos_embed": weights["pos_embed"]}, "sit", 3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_float_types_become_float32(tmp_path, made, dtype):
-    weights = {name: value.to(dtype) for name, value in made().state_dict().items()}
-    torch.save(weights, tmp_path / "a.pth")
-    save_file(weights, tmp_path / "a.safetensors")
-    for name in ("a.pth", "a.safetensors"):
-        found = load(tmp_path / name)
-        assert {p.dtype for p in [*found.parameters(), *found.buffers()]} == {torch.float32}
-        assert_same(found, {n: value.float() for n, value in weights.items()})
-
-
-def test_integers_and_other_values_among_the_weights_are_refused(made):
-    weights = made().state_dict()
-    refused("'n_averaged', a torch.int64; expected", weights | {"n_averaged": torch.tensor(3)}, "sit", 3)
-    refused("'steps', a int; expected", weights | {"steps": 3}, "sit", 3)
-    refused("has no|have no|hold", {"args": argparse.Namespace()}, "sit", 3)
-    refused("they have nothing", {}, "sit", 3)
+    for dtype in (torch.bfloat16, torch.float64):
+        other = {name: value.to(dtype) for name, value in weights.items()}
+        torch.save(other, tmp_path / "a.pth")
+        save_file(other, tmp_path / "a.safetensors")
+        for name in ("a.pth", "a.safetensors"):
+            assert_same(load(tmp_path / name), {n: value.float() for n, value in other.items()})
 
 
 def test_stored_positions_are_kept_and_absent_ones_are_made(made):
     weights = made().state_dict()
     other = weights | {"pos_embed": torch.arange(16 * 24.0).reshape(1, 16, 24)}
     assert torch.equal(load(other).pos_embed, other["pos_embed"])
-    refused("contradicts pos_embed, which is for 8; expected 8", weights, "sit", 3, image_size=16)
-    refused("15 positions; expected a square", weights | {"pos_embed": torch.zeros(1, 15, 24)}, "sit", 3)
+    refused("mismatch for pos_embed", weights, "sit", 3, image_size=16)
     weights = {name: value for name, value in weights.items() if name != "pos_embed"}
-    refused("no pos_embed, image_size is None; expected multiples of 2", weights, "sit", 3)
-    for size in (-2, 0, 1, 7):
-        refused("expected multiples of 2", weights, "sit", 3, image_size=size)
+    for size in (None, -2, 0, 7):
+        refused(rf"image_size {size}; expected a multiple of 2", weights, "sit", 3, image_size=size)
     assert_same(load(weights, image_size=8), made())
-    larger = load(weights, image_size=12)
-    assert torch.equal(larger.pos_embed, sincos_positions(24, 6)[None])
-    assert larger(*inputs(larger)).shape == (3, 4, 12, 12)
+    assert torch.equal(load(weights, image_size=12).pos_embed, sincos_positions(24, 6)[None])
 
 
-@pytest.mark.parametrize(("depth", "width", "heads"), [(12, 384, 6), (12, 768, 12), (24, 1024, 16), (28, 1152, 16)])
+@pytest.mark.parametrize(("depth", "width", "heads"), [(12, 384, 6), (28, 1152, 16)])
 def test_heads_of_published_sizes_are_known(depth, width, heads):
     sizes = SMALL | {"image_size": 32, "depth": depth, "width": width, "heads": heads, "classes": 1000}
-    for family in ("sit", "dit"):
-        with torch.device("meta"):
-            tensors = KINDS[family](**sizes).state_dict()
-        assert infer(tensors, family).sizes == sizes | {"mlp_ratio": 4.0, "qk_norm": False}
-        assert infer(tensors, family, heads // 2).sizes["heads"] == heads // 2
+    with torch.device("meta"):
+        tensors = SiT(**sizes).state_dict()
+    assert infer(tensors, "sit").sizes == sizes | {"mlp_ratio": 4.0, "qk_norm": False}
+    assert infer(tensors, "sit", heads // 2).sizes["heads"] == heads // 2
 
 
 def test_heads_otherwise_come_from_the_norm_or_from_the_caller(made):
     weights, normed = made().state_dict(), made(qk_norm=True).state_dict()
-    refused("number of heads is not in the weights.*num_heads.*divisor of 24", weights, "sit")
     assert load(weights, num_heads=6).heads == 6
-    for heads in (5, 0, -3, 48):
-        refused(f"num_heads {heads} does not divide width 24", weights, "sit", heads)
+    for heads in (None, 5, 0, -3, 48):
+        refused(rf"num_heads {heads}, .*expected num_heads \(--heads\), a divisor of 24", weights, "sit", heads)
     assert load(normed, num_heads=None).heads == load(normed).heads == 3
-    refused("num_heads 6 contradicts .*q_norm.* with 8 values; expected 3", normed, "sit", 6)
-    refused("expected a divisor of width 24", normed | {"blocks.0.attn.q_norm.weight": torch.ones(7)}, "sit")
+    refused("mismatch for blocks.0.attn.q_norm.weight", normed, "sit", 6)
     assert load(made("mmdit").state_dict(), "mmdit", None).heads == 2
-    refused("number of heads is not in the weights", made("mmdit", width=40, heads=5).state_dict(), "mmdit")
+    refused("num_heads None, depth 2 and width 40", made("mmdit", width=40, heads=5).state_dict(), "mmdit")
 
 
 @pytest.mark.parametrize(
@@ -219,9 +177,7 @@ def test_heads_otherwise_come_from_the_norm_or_from_the_caller(made):
     [
         ("dit", "mmdit", "'mmdit' was asked for, the weights look like family 'dit'"),
         ("sit", "dit", "'dit' was asked for, the weights look like family 'sit'"),
-        ("sit", "mmdit", "'mmdit' was asked for, the weights look like family 'sit'"),
         ("mmdit", "sit", "'sit' was asked for, the weights look like family 'mmdit'"),
-        ("mmdit", "dit", "'dit' was asked for, the weights look like family 'mmdit'"),
         ("dit", None, "two outputs per channel.*expected family 'dit' or 'sit'"),
         ("sit", "sid", "unknown family 'sid' .did you mean 'sit'"),
     ],
@@ -236,40 +192,37 @@ def test_without_a_family_the_weights_are_asked(made):
 
 
 @pytest.mark.parametrize(("family", "block"), [("sit", "blocks.1"), ("mmdit", "joint_blocks.1.x_block")])
-def test_missing_unknown_and_misshapen_weights_are_named(made, projected, family, block):
+def test_missing_unknown_misshapen_and_other_weights_are_named(made, projected, family, block):
     weights, width = made(family).state_dict(), 64 if family == "mmdit" else 24
-    (extra, _), wide = projected(2, width), projected(1, width + 6)[0]
+    extra = projected(2, width)[0]
 
     def without(name, tensors=extra):
         return {n: value for n, value in (weights | tensors).items() if not n.startswith(name)}
 
     wrong = {
-        rf"do not fit: missing: {block}\.mlp\.fc2\.bias; expected": without(f"{block}.mlp.fc2.bias"),
-        rf"unknown: {block}\.attn\.a, .*\.b, .*\.c and 2 more": weights
-        | {f"{block}.attn.{n}": torch.zeros(2) for n in "abcde"},
-        rf"of another shape: {block}\.attn\.qkv\.bias \(5,\) instead of \({3 * width},\)": weights
-        | {f"{block}.attn.qkv.bias": torch.zeros(5)},
-        "numbers 0, 7; expected 0 on": {re.sub(r"blocks\.1\.", "blocks.7.", n): v for n, v in weights.items()},
-        "projectors has the numbers 1; expected 0 on": without("projectors.0"),
-        "missing: 1.2.weight": without("projectors.1.2.weight"),
-        "unknown: 0.6.weight": weights | extra | {"projectors.0.6.weight": torch.zeros(2, 2)},
-        "of another shape: 0.0.weight": weights | wide,
+        rf"do not fit: Missing.*{block}\.mlp\.fc2\.bias.*; expected": without(f"{block}.mlp.fc2.bias"),
+        rf"Unexpected.*{block}\.attn\.a": weights | {f"{block}.attn.a": torch.zeros(2)},
+        rf"mismatch for {block}\.attn\.qkv\.bias": weights | {f"{block}.attn.qkv.bias": torch.zeros(5)},
+        "mismatch for final_layer.linear.bias": weights | {"final_layer.linear.bias": torch.zeros(())},
+        "Missing": {re.sub(r"blocks\.1\.", "blocks.7.", n): v for n, v in weights.items()},
+        "have no projectors.0.0.weight": without("projectors.0"),
+        "Missing.*1.2.weight": without("projectors.1.2.weight"),
+        "mismatch for 0.0.weight": weights | projected(1, width + 6)[0],
+        "'n_averaged', a torch.int64; expected": weights | {"n_averaged": torch.tensor(3)},
+        "'steps', a int; expected": weights | {"steps": 3},
+        "they have nothing": {},
     }
     for words, tensors in wrong.items():
         refused(words, tensors, family, 2 if family == "mmdit" else 3)
-
-
-@pytest.mark.parametrize("name", ["x_embedder.proj.weight", "final_layer.linear.weight", "final_layer.linear.bias"])
-def test_strange_shapes_end_in_one_line(made, name):
-    for shape in ((), (3,), (0, 4), (7, 24), (24, 4, 2, 3), (24, 3, 2, 2)):
-        for kind, family in (("sit", "sit"), ("dit", "dit"), ("mmdit", "mmdit"), ("dit", "sit")):
-            refused(".", made(kind).state_dict() | {name: torch.zeros(shape)}, family, 1)
+    for shape in ((), (3,), (0, 4), (7, 24), (24, 4, 2, 3)):
+        for name in ("x_embedder.proj.weight", "final_layer.linear.weight"):
+            refused(".", weights | {name: torch.zeros(shape)}, family, 1)
 
 
 # -- SiT's own convention ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [{}, {"qk_norm": True}, {"patch": 4, "channels": 3}, {"patch": 1, "depth": 4}])
+@pytest.mark.parametrize("sizes", [{"qk_norm": True}, {"patch": 4, "channels": 3}])
 @torch.no_grad()
 def test_sits_own_release_becomes_a_plain_sit_exactly(made, projected, sizes):
     released = made("dit", **sizes)  # the same network with twice the outputs, called with t=1 at data
@@ -310,7 +263,6 @@ def test_convention_can_be_said(made):
     assert_close(velocity(double, "haste"), double(x, t, y)[:, :4])
     assert torch.equal(velocity(double, "auto"), velocity(double, "sit"))
     refused("convention 'sit' with family 'dit'", double.state_dict(), "dit", 3, convention="sit")
-    refused("convention 'sit' with family 'mmdit'", made("mmdit").state_dict(), "mmdit", convention="sit")
     refused("convention 'repa'; expected one of: auto, haste, sit", single.state_dict(), "sit", convention="repa")
 
 
@@ -335,8 +287,6 @@ def test_code_in_a_file_is_never_run(tmp_path, made, legacy):
     assert str(path) in line
     torch.save({"ema": made(), "args": argparse.Namespace()}, path, _use_new_zipfile_serialization=not legacy)
     refused("wants haste_core.models.sit.SiT, which could run code", path, "sit", 3)
-    torch.save({"ema": made().state_dict(), "args": argparse.Namespace(out=Path("x"))}, path)
-    refused("wants pathlib.*could run code", path, "sit", 3)
     assert not trap.exists()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
@@ -346,12 +296,10 @@ def test_truncated_and_other_files_are_refused(tmp_path, made):
         path = tmp_path / name
         save_reference(path, made())
         content = path.read_bytes()
-        for keep in (0, 10, 500, len(content) // 2, -1):
+        for keep in (0, 10, len(content) // 2, -1):
             path.write_bytes(content[:keep])
             assert str(path) in refused("truncated or damaged", path, "sit", 3)
     refused("no checkpoint .*nothing.pt; expected", tmp_path / "nothing.pt", "sit")
-    (tmp_path / "folder.pt").mkdir()
-    refused("no checkpoint .*folder.pt; expected", tmp_path / "folder.pt", "sit")
     refused(r"unknown suffix '.bin'; expected one of: .pt, .pth, .safetensors", tmp_path / "a.bin", "sit")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     refused("holds a list; expected a dict", tmp_path / "list.pt", "sit")
@@ -361,7 +309,7 @@ def test_truncated_and_other_files_are_refused(tmp_path, made):
 
 
 def test_what_was_loaded_trains_outlives_its_source_and_leaves_it_alone(tmp_path, made):
-    weights = made().state_dict()
+    weights, random = made().state_dict(), torch.get_rng_state()
     for name in ("a.pt", "a.safetensors", None):
         source = weights if name is None else tmp_path / name
         if name is not None:
@@ -376,35 +324,28 @@ def test_what_was_loaded_trains_outlives_its_source_and_leaves_it_alone(tmp_path
         with torch.no_grad():
             found.x_embedder.proj.weight += 1
     assert_same(weights, made())
-    random = torch.get_rng_state()
+    torch.set_rng_state(random)
     load(weights)
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_written_files_are_plain_and_hold_model_and_average(tmp_path, made, projected):
+def test_written_files_are_plain_small_and_hold_model_and_average(tmp_path, made, projected):
     model, ema, (extra, modules) = made(seed=0), made(seed=1), projected()
     save_reference(tmp_path / "a.pt", model, modules[0], ema)
     whole = torch.load(tmp_path / "a.pt", weights_only=True)
     assert list(whole) == ["model", "ema"]
     for name, module in (("model", model), ("ema", ema)):
-        assert type(whole[name]) is dict
         assert {type(v) for v in whole[name].values()} == {torch.Tensor}
         assert whole[name].keys() == module.state_dict().keys() | extra.keys()
         assert_same(load(tmp_path / "a.pt", weights=name), module)
     save_reference(tmp_path / "b.pt", model, modules)
     assert (tmp_path / "b.pt").stat().st_size < 0.7 * (tmp_path / "a.pt").stat().st_size  # one copy under both names
-    assert_same(load(tmp_path / "b.pt"), model)
     save_reference(tmp_path / "a.safetensors", model, modules, ema)
-    assert load_file(tmp_path / "a.safetensors").keys() == model.state_dict().keys() | extra.keys()
     assert_same(load(tmp_path / "a.safetensors"), ema)
-
-
-def test_views_and_compiled_generators_are_written_whole_and_small(tmp_path, made):
-    model = made()
-    big = torch.zeros(1000, *model.x_embedder.proj.weight.shape)
+    big = torch.zeros(1000, *model.x_embedder.proj.weight.shape)  # a view of much more than it shows
     model.x_embedder.proj.weight = nn.Parameter(big[3].copy_(model.x_embedder.proj.weight.detach()))
-    for name in ("a.pt", "a.safetensors"):
-        save_reference(tmp_path / name, torch.compile(model))
+    for name in ("c.pt", "c.safetensors"):
+        save_reference(tmp_path / name, model)
         assert_same(load(tmp_path / name), made())
         assert (tmp_path / name).stat().st_size < 200_000
 
@@ -425,15 +366,7 @@ def test_no_room_is_one_line_and_the_old_files_stay(tmp_path, made):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "a.safetensors"]
 
 
-# -- runs and the command ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tiny, output):
-    """A finished tiny run with a switch at step 8."""
-    run = Run(tiny, "haste", 0)
-    fit(run, progress=False)
-    return run
+# -- haste convert ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -451,7 +384,9 @@ def haste(capsys):
     return command
 
 
-def test_a_run_is_converted_in_both_phases_with_heads_and_kind_of_its_configuration(tmp_path, run, haste):
+def test_a_run_is_converted_in_both_phases_with_heads_and_kind_of_its_configuration(tmp_path, tiny, output, haste):
+    run = Run(tiny, "haste", 0)
+    fit(run, progress=False)
     for step in (4, 12):
         source, tensors = run.checkpoint_path(step), load_file(run.checkpoint_path(step))
         assert haste(source, tmp_path / "a.pt").endswith("weights ema and model")
@@ -465,10 +400,9 @@ def test_a_run_is_converted_in_both_phases_with_heads_and_kind_of_its_configurat
     for words in ("sit, depth 3, width 32, heads 4, patch 2, 1x8x8, 10 classes", "projectors none", "weights ema"):
         assert words in line
     assert haste(source, tmp_path / "m.pt", "--weights", "model").endswith("weights model")
-    with pytest.raises(HasteError, match=r"--heads 8 contradicts .*config.yaml; expected 4"):
-        haste(source, tmp_path / "b.pt", "--heads", "8")
-    with pytest.raises(HasteError, match=r"--family dit contradicts .*config.yaml; expected sit"):
-        haste(source, tmp_path / "b.pt", "--family", "dit")
+    for option, words in (("--heads 8", "expected 4"), ("--family dit", "expected sit")):
+        with pytest.raises(HasteError, match=rf"{option} contradicts .*config.yaml; {words}"):
+            haste(source, tmp_path / "b.pt", *option.split())
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(source.read_bytes())
     with pytest.raises(HasteError, match=r"num_heads \(--heads\)"):

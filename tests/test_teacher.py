@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.server
 import pickle
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -22,48 +20,28 @@ from torch.testing import assert_close
 from haste_core import teacher as encoders
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
-from haste_core.study.pretrain import build_teacher, check_precision
+from haste_core.study.pretrain import check_precision
 from haste_core.teacher import Teacher, check_plain_attention, get_pretrained_cfg, low_passed, read_qk
 from haste_core.training import Batch
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-# name: kwargs, parameters in millions, width, blocks, heads, pixels, side of the grid, prefix tokens, (mean, std)
-REAL = {
-    "vit_small_patch14_dinov2.lvd142m": ({"img_size": 224}, 21.6, 384, 12, 6, 224, 16, 1, IMAGENET),
-    "vit_base_patch14_dinov2.lvd142m": ({"img_size": 224}, 85.7, 768, 12, 12, 224, 16, 1, IMAGENET),
-    "vit_base_patch14_reg4_dinov2.lvd142m": ({"img_size": 224}, 85.7, 768, 12, 12, 224, 16, 5, IMAGENET),
-    "vit_large_patch14_dinov2.lvd142m": ({}, 304.4, 1024, 24, 16, 518, 37, 1, IMAGENET),
-    "vit_base_patch16_dinov3.lvd1689m": ({}, 85.6, 768, 12, 12, 256, 16, 5, IMAGENET),
-    "vit_base_patch16_clip_224.openai": ({}, 85.8, 768, 12, 12, 224, 14, 1, CLIP),
-    "vit_base_patch16_siglip_224.webli": ({}, 92.9, 768, 12, 12, 224, 14, 0, HALF),
-    "vit_base_patch16_224.mae": ({}, 85.8, 768, 12, 12, 224, 14, 1, IMAGENET),
-    "vit_huge_patch14_gap_224.in1k_ijepa": ({}, 630.8, 1280, 32, 16, 224, 16, 0, IMAGENET),
-}
 NARROW = {"embed_dim": 32, "num_heads": 2}
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
 # The published families at full depth, and small variants: name, side of a patch, arguments.
 FAMILIES = {
     "dinov2": ("vit_base_patch14_dinov2.lvd142m", 14, NARROW),
     "dinov2-registers": ("vit_base_patch14_reg4_dinov2.lvd142m", 14, NARROW),
-    "dinov2-swiglu": ("vit_giant_patch14_dinov2.lvd142m", 14, NARROW),
     "dinov3": ("vit_base_patch16_dinov3.lvd1689m", 16, NARROW),
     "dinov3-bias": ("vit_base_patch16_dinov3_qkvb.lvd1689m", 16, NARROW),
     "clip": ("vit_base_patch16_clip_224.openai", 16, NARROW),
     "siglip": ("vit_base_patch16_siglip_224.webli", 16, NARROW),
-    "siglip2": ("vit_base_patch16_siglip_224.v2_webli", 16, NARROW),
     "mae": ("vit_base_patch16_224.mae", 16, NARROW),
     "ijepa": ("vit_huge_patch14_gap_224.in1k_ijepa", 14, NARROW),
-    "perception-encoder": ("vit_pe_spatial_base_patch16_512.fb", 16, NARROW),
-    "aimv2": ("aimv2_large_patch14_224.apple_pt", 14, NARROW),
     "eva02-interleaved-rope": ("eva02_tiny_patch14_224", 4, VIT),
     "eva02-separate-projections": ("eva02_base_patch14_224", 4, VIT),
     "vit": ("vit_tiny_patch16_224", 4, VIT),
     "vit-registers": ("vit_tiny_patch16_224", 4, VIT | {"reg_tokens": 4}),
     "vit-qk-norm": ("vit_tiny_patch16_224", 4, VIT | {"qk_norm": True}),
     "vit-no-prefix": ("vit_tiny_patch16_224", 4, VIT | {"class_token": False, "global_pool": "avg"}),
-    "vit-any-size": ("vit_tiny_patch16_224", 4, VIT | {"dynamic_img_size": True}),
 }
 DINOV2, IJEPA = FAMILIES["dinov2"][0], FAMILIES["ijepa"][0]
 
@@ -79,42 +57,13 @@ def pictures(teacher, batch=2, channels=3, size=None):
     return torch.rand(batch, channels, *(size or teacher.image_size), generator=generator) * 2 - 1
 
 
-@pytest.mark.slow
-def test_teacher_and_torch_fidelity_import_in_a_fresh_process_and_the_guard_is_done_then():
-    script = (
-        "import haste_core.teacher, torch_fidelity, sys\n"
-        "from haste_core import _torchvision_guard as g\n"
-        "assert 'torchvision' in sys.modules\n"
-        "assert g.guard() is False\n"
-        "from torchvision import transforms\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-
-
 # -- q, k and tokens --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_published_encoders_at_their_real_size(name):
-    kwargs, millions, width, blocks, heads, pixels, side, prefix, (mean, std) = REAL[name]
-    with torch.device("meta"):
-        teacher = Teacher(name, weights="random", **kwargs)
-    assert sum(p.numel() for p in teacher.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
-    assert (teacher.width, teacher.blocks, teacher.heads) == (width, blocks, heads)
-    assert (teacher.image_size, teacher.grid) == ((pixels, pixels), (side, side))
-    assert teacher.encoder.num_prefix_tokens == prefix
-    cfg = teacher.encoder.pretrained_cfg
-    assert (cfg["mean"], cfg["std"], cfg["interpolation"]) == (mean, std, "bicubic")
-    for block in teacher.encoder.blocks:
-        check_plain_attention(block.attn)
-
-
-@pytest.mark.parametrize("grid", [(3, 3), (2, 4)], ids=["square", "wide"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_q_k_and_tokens_of_every_family_are_those_of_its_own_forward_pass(randomise, family, grid):
-    teacher = make(family, *grid)
+def test_q_k_and_tokens_of_every_family_are_those_of_its_own_forward_pass(randomise, family):
+    teacher, grid = make(family, 2, 4), (2, 4)
     images = pictures(teacher)
     fresh = teacher(images).tokens  # the final norm, at its initial weights, gives each token a mean square of 1
     assert_close(fresh.square().mean(-1), torch.ones(2, grid[0] * grid[1]), atol=0.05, rtol=0)
@@ -140,20 +89,7 @@ def test_q_k_and_tokens_of_every_family_are_those_of_its_own_forward_pass(random
         assert own.std() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["dinov2", "dinov2-registers", "dinov3", "clip", "siglip", "mae", "ijepa"])
-@torch.no_grad()
-def test_patch_tokens_follow_their_patch(randomise, family):
-    """A change within one patch moves that patch's token most, so prefix tokens are cut and rows come first."""
-    teacher = make(family, 2, 4)
-    randomise(teacher.encoder, std=0.05)
-    images = pictures(teacher, batch=1)
-    changed, patch = images.clone(), FAMILIES[family][1]
-    changed[:, :, patch : 2 * patch, 2 * patch : 3 * patch] *= -1  # row 1, column 2
-    moved = (teacher(images).tokens - teacher(changed).tokens).norm(dim=-1)
-    assert int(moved.argmax()) == 1 * 4 + 2
-
-
-@pytest.mark.parametrize("family", ["vit", "vit-registers", "vit-qk-norm"])
+@pytest.mark.parametrize("family", ["vit", "vit-registers"])
 @torch.no_grad()
 def test_tokens_are_timms_own(randomise, family):
     teacher = make(family)
@@ -166,15 +102,6 @@ def test_tokens_are_timms_own(randomise, family):
     found = teacher.block_tokens(images, [2, 1])
     assert sorted(found) == [1, 2]
     assert_close(teacher.encoder.norm(found[2]), expected)
-
-
-def test_a_block_that_does_not_exist_is_refused_and_hooks_go_when_a_forward_pass_fails():
-    teacher = make()
-    with pytest.raises(HasteError, match=r"'3'.*expected one of: 0, 1, 2"):
-        teacher(pictures(teacher), (1, 3))
-    with pytest.raises(RuntimeError, match="boom"), read_qk(teacher.encoder, (0, 1)):
-        raise RuntimeError("boom")
-    assert not any(block.attn._forward_pre_hooks for block in teacher.encoder.blocks)
 
 
 def test_teacher_is_frozen_and_always_in_eval_mode():
@@ -202,9 +129,8 @@ def test_attention_that_is_no_plain_softmax_of_q_and_k_is_refused():
     attn.__class__ = type("Sigmoid", (type(attn),), {})
     with pytest.raises(HasteError, match="kind Sigmoid"):
         check_plain_attention(attn)
-    kinds = {  # a bias on the logits, the difference of two maps, fewer key heads than query heads
+    kinds = {  # a bias on the logits, fewer key heads than query heads
         "beit_base_patch16_224": VIT,
-        "vit_tiny_patch16_224": VIT | {"attn_layer": "diff"},
         "vit_base_patch16_sapiens2": {"patch_size": 4, "embed_dim": 96, "num_kv_heads": 6},
     }
     for model, changes in kinds.items():
@@ -242,7 +168,6 @@ def test_grey_images_fill_all_channels_and_other_numbers_are_refused():
     assert make(in_chans=1, mean=[0.5], std=[0.5])(grey).tokens.shape == (2, 16, 32)
 
 
-@pytest.mark.parametrize("side", [8, 48])
 @pytest.mark.parametrize(
     ("model", "resize", "mode", "antialias"),
     [
@@ -251,11 +176,12 @@ def test_grey_images_fill_all_channels_and_other_numbers_are_refused():
         ("vit_base_patch16_224_miil", "reference", "bicubic", False),
     ],
 )
-def test_images_are_resized_as_the_encoder_was_trained_or_as_the_reference_does(model, resize, mode, antialias, side):
+def test_images_are_resized_as_the_encoder_was_trained_or_as_the_reference_does(model, resize, mode, antialias):
     teacher = Teacher(model, weights="random", resize=resize, img_size=32, depth=1, **NARROW)
-    x = pictures(teacher, size=(side, side))
-    normalised = ((x + 1) / 2 - teacher.mean) / teacher.std
-    assert_close(teacher.prepare(x), F.interpolate(normalised, (32, 32), mode=mode, antialias=antialias))
+    for side in (8, 48):
+        x = pictures(teacher, size=(side, side))
+        normalised = ((x + 1) / 2 - teacher.mean) / teacher.std
+        assert_close(teacher.prepare(x), F.interpolate(normalised, (32, 32), mode=mode, antialias=antialias))
 
 
 @pytest.mark.parametrize(("fy", "fx", "kept"), [(0, 0, True), (2, 0, True), (0, 4, True), (3, 3, False), (5, 0, False)])
@@ -269,15 +195,6 @@ def test_a_low_pass_keeps_the_waves_inside_a_circle_and_nothing_else(fy, fx, kep
     once = low_passed(image, 0.6)
     assert_close(low_passed(once, 0.6), once, atol=1e-5, rtol=0)
     assert_close(once.mean((2, 3)), image.mean((2, 3)), atol=1e-6, rtol=0)
-
-
-def test_a_low_passed_teacher_of_a_study_has_the_same_weights_and_sees_less(tiny):
-    low = tiny.teacher.model_copy(update={"low_pass": 0.25})
-    assert tiny.teacher_hash(low) == tiny.teacher_hash(tiny.teacher)
-    plain = build_teacher(tiny.teacher)
-    blurred, images = build_teacher(low, plain.encoder.state_dict()), pictures(plain, channels=1)
-    assert blurred(images).tokens.equal(plain(low_passed(images, 0.25)).tokens)
-    assert not blurred(images).tokens.equal(plain(images).tokens)
 
 
 # -- local weights ----------------------------------------------------------------------------------------------------
@@ -294,13 +211,11 @@ def assert_loaded(teacher, state):
 
 
 LAYOUTS = {
-    "as timm names them": ("clip", ".bin", lambda s: s),
     "with class scores": ("clip", ".pth", lambda s: s | {"head.weight": torch.ones(9, 32), "head.bias": torch.ones(9)}),
     "DINOv2's own": ("dinov2", ".pth", lambda s: s | {"mask_token": torch.zeros(1, 32)}),
     "MAE's own": ("mae", ".pth", lambda s: {"model": s}),
     "open_clip's of SigLIP": ("siglip", ".bin", lambda s: {f"visual.trunk.{k}": v for k, v in s.items()}),
     "I-JEPA's own": ("ijepa", ".pth.tar", lambda s: {"encoder": {f"module.{k}": v for k, v in s.items()}, "epoch": 3}),
-    "DINOv3 of timm": ("dinov3", ".pth", lambda s: s),
     "safetensors": ("vit-registers", ".safetensors", lambda s: s),
 }
 
@@ -312,7 +227,7 @@ def test_checkpoints_are_read_in_the_layouts_they_are_published_in(tmp_path, ran
     assert_loaded(make(family, 3, 3, path, depth=2), state)
 
 
-@pytest.mark.parametrize("family", ["dinov2", "clip", "siglip"])
+@pytest.mark.parametrize("family", ["dinov2", "siglip"])
 def test_positions_are_resized_to_another_input_size(tmp_path, randomise, family):
     state, path = state_of(randomise, family, side=4), tmp_path / "weights.safetensors"
     save_file(state, path)
@@ -322,9 +237,7 @@ def test_positions_are_resized_to_another_input_size(tmp_path, randomise, family
     assert all(torch.equal(loaded[key], state[key]) for key in state if key != "pos_embed")
 
 
-@pytest.mark.parametrize(
-    "lacking", ["norm.weight", "blocks.1.norm2.bias", "blocks.0.attn.qkv.bias", "cls_token", "blocks.1.", "size", "all"]
-)
+@pytest.mark.parametrize("lacking", ["norm.weight", "blocks.1.", "size", "all"])
 def test_a_checkpoint_that_does_not_fill_the_encoder_is_an_error_of_one_short_line(tmp_path, randomise, lacking):
     path, state = tmp_path / "weights.safetensors", state_of(randomise, "vit")
     kept = {k: v for k, v in state.items() if not k.startswith(lacking)}
@@ -369,7 +282,6 @@ def test_weights_that_execute_code_are_refused_unexecuted(tmp_path, suffix):
         ("vit_tiny_patch16_224", {"weights": "nowhere/w.pth"}, "nowhere/w.pth.*expected hub, pretrain, random"),
         ("vit_base_patch14_dinov2.no_such_tag", {"weights": "hub"}, "no_such_tag"),
         ("vit_no_such_model", {"weights": "hub"}, "no published weights"),
-        ("vit_base_patch16_xp_224", {"weights": "hub"}, "no published weights"),
     ],
 )
 def test_what_does_not_exist_is_an_error_of_one_line(model, kwargs, words):
@@ -456,8 +368,7 @@ def test_published_weights_are_downloaded_once(tmp_path, randomise, online, fami
     assert_loaded(make(family, 3, 3, "hub", depth=2), state)  # the server is gone
 
 
-@pytest.mark.parametrize("family", ["dinov2", "ijepa"])
-@pytest.mark.parametrize("reach", ["offline", "refused", "silent"])
+@pytest.mark.parametrize(("family", "reach"), [("dinov2", "offline"), ("dinov2", "refused"), ("ijepa", "silent")])
 def test_without_a_network_the_error_names_the_file_to_download_and_comes_at_once(online, monkeypatch, family, reach):
     monkeypatch.setattr(encoders, "HUB_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # takes connections, never answers
@@ -494,14 +405,14 @@ class Noise:
         return Batch(x, torch.zeros(len(x), dtype=torch.int64), x)
 
 
-@pytest.mark.parametrize(("own", "around", "expected"), [
-    (None, None, torch.float32), (None, "bf16", torch.bfloat16), ("no", "bf16", torch.float32),
-    ("bf16", None, torch.bfloat16), ("bf16", "bf16", torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("own", "around", "expected"),
+    [(None, "bf16", torch.bfloat16), ("no", "bf16", torch.float32), ("bf16", "no", torch.bfloat16)],
+)
 def test_a_teacher_keeps_its_own_precision_whatever_is_on_around_it(randomise, own, around, expected):
     teacher, exact = make(precision=own), make()
     exact.encoder.load_state_dict(randomise(teacher.encoder).state_dict())
-    with in_precision(around or "no", torch.device("cpu")):
+    with in_precision(around, torch.device("cpu")):
         q, k = teacher(pictures(teacher), (1,)).qk[1]
     assert q.dtype == k.dtype == expected
     if expected == torch.float32:
@@ -527,13 +438,3 @@ def test_a_teacher_that_half_precision_changes_is_refused(randomise, monkeypatch
     teacher.encoder.patch_embed.proj.weight.data *= 1e6
     with pytest.raises(HasteError, match="cosine of nan"):
         check_precision(teacher, Noise(), (), "no")
-
-
-def test_a_precision_that_is_not_given_leaves_every_hash_as_it_was(make_study):
-    """Runs that were made before there was such a setting keep their names."""
-    assert "precision" not in make_study().teacher.model_dump(mode="json")
-    own, other = make_study(), make_study("teacher.precision=bf16")
-    assert own.run("haste").hash != other.run("haste").hash
-    assert own.run("vanilla").hash == other.run("vanilla").hash
-    assert own.teacher_hash(own.teacher) == other.teacher_hash(other.teacher)
-    assert make_study("teacher.precision=no").teacher.precision == "no"

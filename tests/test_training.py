@@ -112,20 +112,17 @@ def operators_of_a_step(trainer):
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "_unique2"}
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_phase_two_step_runs_the_operators_of_a_vanilla_step_and_no_step_waits_for_the_device(
-    output, make_study, precision
-):
-    study, counted = make_study("train.watch_angle=true", f"train.precision={precision}"), {}
+def test_a_phase_two_step_runs_the_operators_of_a_vanilla_step_and_no_step_waits_for_the_device(output, make_study):
+    study, counted = make_study("train.watch_angle=true", "train.precision=bf16", "arms.haste.termination.at=2"), {}
     for arm in ("vanilla", "haste"):
         trainer = open_trainer(Run(study, arm, 0))
-        counted[arm] = [operators_of_a_step(trainer) for _ in range(11)]
+        counted[arm] = [operators_of_a_step(trainer) for _ in range(4)]
         for operators in counted[arm]:
             names = {name.split(".")[1] for name in operators}
             assert names & {"mm", "addmm"}
             assert not names & WAITING
-    assert counted["haste"][9:] == counted["vanilla"][9:]
-    assert counted["haste"][7].total() > counted["vanilla"][7].total()
+    assert counted["haste"][3] == counted["vanilla"][3]
+    assert counted["haste"][1].total() > counted["vanilla"][1].total()
 
 
 def hooked(model):
@@ -180,7 +177,7 @@ def test_a_phase_two_step_is_a_vanilla_step_from_the_same_state_to_the_bit(outpu
 # -- stop and resume --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [7, 8, 9])
+@pytest.mark.parametrize("step", [8, 9])
 def test_stopping_by_signal_and_resuming_equals_never_having_stopped(output, study, uninterrupted, step):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     interrupt(study, step=step)
@@ -189,22 +186,17 @@ def test_stopping_by_signal_and_resuming_equals_never_having_stopped(output, stu
     assert_same(contents(train(study)), uninterrupted)
 
 
-@pytest.mark.parametrize("step", [2, 10])
-def test_resuming_after_a_crash_equals_never_having_stopped(output, study, uninterrupted, step):
+def test_resuming_after_a_crash_equals_never_having_stopped(output, study, uninterrupted):
     with pytest.raises(ZeroDivisionError):
-        train(study, on_step=at(step, lambda _: 1 / 0))
-    torch.manual_seed(12345)  # at step 2 there is no checkpoint: the run starts over, in whatever random state
+        train(study, on_step=at(10, lambda _: 1 / 0))
+    torch.manual_seed(12345)
     assert_same(contents(train(study)), uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("arm", "more"),
-    [("vanilla", ["train.precision=bf16", "train.prefetch=true"]),
-     ("repa", ["model.kind=dit", "train.watch_angle=true"]),
-     ("atta", ["train.precision=bf16", "train.accumulate=2"])],
-)  # fmt: skip
-def test_every_arm_and_precision_resumes(output, monkeypatch, make_study, arm, more):
-    study = make_study(*more)
+@pytest.mark.parametrize("arm", [pytest.param("vanilla", marks=pytest.mark.slow), "repa"])
+def test_other_arms_settings_and_kinds_resume(output, monkeypatch, make_study, arm):
+    more = ("precision=bf16", "prefetch=true", "accumulate=2", "watch_angle=true")
+    study = make_study("model.kind=dit", *(f"train.{setting}" for setting in more))
     straight = contents(train(study, arm))
     monkeypatch.setenv("HASTE_OUTPUT", str(output / "second"))
     interrupt(study, arm)
@@ -221,9 +213,7 @@ def test_activation_checkpointing_and_previews_change_no_bit_and_a_finished_run_
     assert {path: path.stat().st_mtime_ns for path in run.dir.rglob("*") if path.name != "run.lock"} == before
 
 
-def test_only_kept_checkpoints_remain_and_a_missing_one_is_made_again_from_the_one_before(
-    output, study, make_study, uninterrupted
-):
+def test_only_kept_checkpoints_remain_and_a_missing_one_is_made_again_from_the_one_before(output, study, uninterrupted):
     seen = {}
 
     def look(trainer):
@@ -234,8 +224,6 @@ def test_only_kept_checkpoints_remain_and_a_missing_one_is_made_again_from_the_o
     run.checkpoint_path(8).unlink()
     assert steps_of(study)[1][0] == 5
     assert_same(contents(run), uninterrupted)
-    train(make_study("train.keep=[6]"))
-    assert set(run.steps()) >= {4, 6, 8, 12}  # those kept before stay
 
 
 def test_a_run_in_use_and_a_damaged_checkpoint_are_refused(output, study, uninterrupted):
@@ -277,16 +265,6 @@ def test_haste_branched_from_holistic_equals_haste_from_scratch(output, study, u
     assert (noted["shared_with"], noted["shared_until_step"]) == ("holistic seed 0", 8)
 
 
-def test_nothing_is_shared_with_a_donor_short_of_the_switch_or_of_another_seed_nor_by_a_run_with_progress(output, tiny):
-    train(tiny, "holistic", seed=1)
-    interrupt(tiny, "holistic")
-    interrupt(tiny, "haste", 5)
-    train(tiny, "holistic")
-    run, taken = steps_of(tiny)
-    assert taken[0] == 6
-    assert "shared_with" not in json.loads((run.dir / "provenance.json").read_text())
-
-
 # -- losses that are not finite, disks that are full ------------------------------------------------------------------
 
 
@@ -295,9 +273,8 @@ def poison(trainer):
     next(trainer.model.parameters()).fill_(float("nan"))
 
 
-@pytest.mark.parametrize("log_every", [2, 100])
-def test_checkpoints_before_a_loss_that_is_not_finite_stay_and_can_be_resumed(output, make_study, log_every):
-    study = make_study(f"train.log_every={log_every}")
+def test_checkpoints_before_a_loss_that_is_not_finite_stay_and_can_be_resumed(output, make_study):
+    study = make_study("train.log_every=100")
     with pytest.raises(HasteError, match=r"loss is nan.*train\.lr.*checkpoints before it are intact"):
         train(study, on_step=at(5, poison))
     run = Run(study, "haste", 0)
@@ -305,16 +282,6 @@ def test_checkpoints_before_a_loss_that_is_not_finite_stay_and_can_be_resumed(ou
     assert all(value.float().isfinite().all() for value in run.load(4)[0].values())
     train(study)
     assert run.missing_steps() == []
-
-
-def test_no_room_for_a_checkpoint_is_an_error_and_the_run_goes_on_later(output, study, uninterrupted, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(HasteError, match="no room"):
-        train(study, on_step=at(5, lambda _: patch.setattr(checkpoint, "save_file", full)))
-    assert Run(study, "haste", 0).steps() == [4]
-    assert_same(contents(train(study)), uninterrupted)
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -382,7 +349,7 @@ def test_arms_with_the_same_seed_start_alike_and_see_the_same_images_noise_times
         trainer, seen = open_trainer(Run(tiny, arm, seed)), []
         trainer.model.register_forward_pre_hook(lambda _m, args: seen.extend(a.clone() for a in args))
         initial = [p.detach().clone() for p in trainer.model.parameters()]
-        for _ in range(10):
+        for _ in range(3):
             trainer.train_step()
         return initial, seen
 
