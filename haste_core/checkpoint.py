@@ -26,11 +26,7 @@ FORMAT = 1
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-like state to `path` atomically.
-
-    Raises:
-        HasteError: the disk is full.
-    """
+    """Write tensors and a JSON-like state to `path` atomically."""
     # safetensors refuses tensors that share memory.
     owned = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     with atomic(path) as temporary:

@@ -28,11 +28,7 @@ def in_precision(precision: str, device: torch.device) -> AbstractContextManager
 
 
 def compile_blocks(model: DiffusionTransformer, leave: Collection[int] = ()) -> None:
-    """Let the blocks of `model` but those in `leave` (from 0) be compiled at their next forward pass, in place.
-
-    Raises:
-        HasteError: torch finds no compiler on this machine.
-    """
+    """Let the blocks of `model` but those in `leave` (from 0) be compiled at their next forward pass, in place."""
     check_compiler(next(model.buffers()).device)
     for index, block in enumerate(model.blocks):
         if index not in leave and not is_compiled(block):

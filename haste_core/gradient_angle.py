@@ -319,11 +319,7 @@ class OnlineAngle:
         return {"sums": self.sums.clone(), "edges": self.edges.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what was saved.
-
-        Raises:
-            HasteError: it was summed up in other bins.
-        """
+        """Continue from what was saved, in the same bins."""
         saved = state["edges"].tolist()
         if saved != self.edges.tolist():
             raise HasteError(f"online angles were saved in bins {saved}; expected {self.edges.tolist()}")

@@ -80,11 +80,7 @@ class Processes:
         return sent[0]
 
     def share(self, batch_size: int) -> slice:
-        """This process's part of the images of a global batch.
-
-        Raises:
-            HasteError: the images cannot be divided equally.
-        """
+        """This process's part of the images of a global batch."""
         (part,) = micro_batches(batch_size, 1, self.count)
         return slice(self.index * part.stop, (self.index + 1) * part.stop)
 

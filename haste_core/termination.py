@@ -26,7 +26,6 @@ class Trigger(Protocol):
 
     def fires(self, step: int, log: Sequence[Line]) -> bool:
         """True when step `step` (from 0, the next one) should no longer be fully aligned. log: oldest line first."""
-        ...
 
 
 class Never:
@@ -56,8 +55,7 @@ class Angle:
     an exponential average over the readings, and a patience, since an online reading is noisy.
 
     Args:
-        key: which logged measurement holds the cosine; lines without it are passed over.
-        after: no reading at or before this step counts.
+        key: name of the logged cosine. after: no reading at or before this step counts.
         threshold: of the cosine. smoothing: weight of the past in the average, in [0, 1).
         patience: how many readings in a row have to be below.
     """
@@ -120,9 +118,6 @@ def make_trigger(
     """Trigger by name: "never", "iteration", "gradient_angle", "online_angle" or "plateau".
 
     at: step of "iteration". The others are arguments of `Angle` and `Plateau`.
-
-    Raises:
-        HasteError: there is no such kind, or "iteration" has no step.
     """
     if kind == "iteration":
         if at is None:

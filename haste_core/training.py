@@ -60,15 +60,12 @@ class BatchStream(Protocol):
 
     def next(self) -> Batch:
         """The next batch, or this process's share of it."""
-        ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to continue with exactly the next batch."""
-        ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved state."""
-        ...
 
 
 class Draws(NamedTuple):
@@ -89,7 +86,7 @@ def draw_noise(
 ) -> Draws:
     """Draws for one step, taken on the CPU so that they are the same on every device.
 
-    drawn: number of images in the global batch, by default those of `batch`; part: this process's share of them.
+    drawn: number of images in the global batch, by default those of `batch`. part: this process's share of them.
     """
     drawn = drawn or len(batch.x)
     t = torch.rand(drawn, generator=generator)[part]
@@ -186,9 +183,6 @@ class Trainer:
     Attributes:
         model, optimizer: as accelerate prepared them. ema: the averaged generator. haste: None in phase II.
         step: number of steps done. window: sums of measurements since the last `measure`.
-
-    Raises:
-        HasteError: options and machine do not fit together.
     """
 
     def __init__(
@@ -334,11 +328,7 @@ def check_finite(loss: float, step: int) -> None:
 
 
 def make_accelerator(options: Optimization) -> Accelerator:
-    """accelerate's handle on device, precision and averaging of gradients.
-
-    Raises:
-        HasteError: the precision does not exist here.
-    """
+    """accelerate's handle on device, precision and averaging of gradients."""
     averaging = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[averaging])
     if accelerator.device.type == "cpu":

@@ -43,7 +43,8 @@ def close(some, others):
         assert_close(torch.stack(list(one.values())), torch.stack(list(other.values())), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("arm", "precision"), [pytest.param("repa", "bf16", marks=pytest.mark.slow), ("haste", "no")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("arm", "precision"), [("repa", "bf16"), ("haste", "no")])
 def test_blocks_share_one_graph_and_the_switch_makes_none(output, make_study, traced, arm, precision):
     trainer = open_trainer(Run(make_study(*SWITCH, COMPILED, f"train.precision={precision}"), arm, 0))
     for step in range(5):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from haste_core.errors import HasteError
 from haste_core.models import SIZES, build
-from haste_core.models.layers import sincos_positions, unpatchify
+from haste_core.models.layers import sincos_positions
 from haste_core.study import config
 from haste_core.study.data import contexts
 from haste_core.study.data.contexts import Contexts
@@ -36,32 +36,6 @@ def small(kind="sit", **changes):
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("width", "grid"), [(8, 3), (48, 16)])
-def test_positions_equal_a_plain_loop(width, grid):
-    quarter = width // 4
-    expected = torch.zeros(grid * grid, width)
-    for row in range(grid):
-        for column in range(grid):
-            for j in range(quarter):
-                frequency = 10000 ** (-2 * j / (width / 2))
-                values = [math.sin(column * frequency), math.cos(column * frequency)]
-                values += [math.sin(row * frequency), math.cos(row * frequency)]
-                for part, value in enumerate(values):
-                    expected[row * grid + column, part * quarter + j] = value
-    assert_close(sincos_positions(width, grid), expected)
-
-
-@pytest.mark.parametrize(("patch", "channels", "side"), [(2, 4, 6), (1, 2, 3)])
-def test_unpatchify_inverts_patching(patch, channels, side):
-    image = torch.arange(2 * channels * side * side).float().reshape(2, channels, side, side)
-    tokens = []
-    for row in range(0, side, patch):
-        for column in range(0, side, patch):
-            piece = image[:, :, row : row + patch, column : column + patch]
-            tokens.append(piece.permute(0, 2, 3, 1).reshape(2, -1))  # (row, column, channel)
-    assert torch.equal(unpatchify(torch.stack(tokens, 1), patch, channels), image)
 
 
 # -- joint blocks of text and image -----------------------------------------------------------------------------------

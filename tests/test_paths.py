@@ -108,28 +108,6 @@ def test_impossible_numbers_of_steps_are_refused(kept):
         DDPMSchedule(kept)
 
 
-@pytest.mark.parametrize(("kept", "index"), [(1000, 1), (1000, 999), (10, 5)])
-def test_true_posterior_is_bayes_rule_on_a_grid(kept, index):
-    """q(x_before | x_t, x) is proportional to q(x_t | x_before) q(x_before | x), here summed on a fine grid."""
-    schedule, x = DDPMSchedule(kept), 0.3
-    signal, before = schedule.signal[index].item(), schedule.signal[index - 1].item()
-    x_t = math.sqrt(signal) * x - 0.7 * math.sqrt(1 - signal)
-    beta, spread = 1 - signal / before, math.sqrt(1 - before)
-    grid = np.linspace(math.sqrt(before) * x - 12 * spread, math.sqrt(before) * x + 12 * spread, 400_001)
-    prior = -((grid - math.sqrt(before) * x) ** 2) / (2 * spread**2)
-    log = prior - (x_t - math.sqrt(1 - beta) * grid) ** 2 / (2 * beta)
-    weight = np.exp(log - log.max())
-    weight /= weight.sum()
-    mean = (weight * grid).sum()
-    variance = (weight * (grid - mean) ** 2).sum()
-    at, eps = torch.tensor([index]), (x_t - math.sqrt(signal) * x) / math.sqrt(1 - signal)
-    output = torch.tensor([[[eps], [-1.0]]], dtype=torch.float64)  # the exact noise, the smaller of both variances
-    found = schedule.posterior(output, torch.full((1, 1, 1), x_t, dtype=torch.float64), at)
-    assert_close(found.clean.item(), x, atol=1e-8, rtol=1e-8)
-    assert_close(found.mean.item(), mean, atol=1e-6, rtol=1e-6)
-    assert_close(found.log_variance.exp().item(), variance, atol=1e-9, rtol=1e-4)
-
-
 @pytest.mark.parametrize("t", [1, 300, 999])
 def test_variational_part_is_the_divergence_in_bits_with_a_variance_between_its_bounds(t):
     schedule, x, eps, output = DDPMSchedule(), draws(2, 3, 4), draws(2, 3, 4, seed=1), draws(2, 6, 4, seed=2)

@@ -19,13 +19,9 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 
 def build(kind: str, seed: int, **sizes: Any) -> DiffusionTransformer:
-    """Generator of a kind in float32 on the CPU, its weights drawn from `seed` alone.
+    """Generator of a kind ("sit", "dit", "mmdit") in float32 on the CPU, its weights drawn from `seed` alone.
 
-    Args:
-        kind: "sit", "dit" or "mmdit". seed: of the weights. sizes: arguments of its class.
-
-    Raises:
-        HasteError: there is no such kind.
+    sizes: arguments of its class.
     """
     if kind not in KINDS:
         raise unknown("kind of generator", kind, KINDS)

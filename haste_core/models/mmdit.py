@@ -120,11 +120,7 @@ class MMDiT(DiffusionTransformer):
         return [text, self.x_embedder(x) + self.pos_embed], self.t_embedder(t)
 
     def text_tokens(self, y: Tensor) -> Tensor:
-        """Text tokens (B, L, context_width) for y: text tokens already, or caption indices (B,) int64 in [0, classes].
-
-        Raises:
-            HasteError: y holds indices and there is no table of contexts.
-        """
+        """Text tokens (B, L, context_width) for y: text tokens already, or caption indices (B,) int64."""
         if y.is_floating_point():
             return y
         if self.contexts is None:
