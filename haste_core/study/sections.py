@@ -232,12 +232,12 @@ class TrainSettings(Section):
     activation_checkpointing: recompute the activations of blocks in the backward pass, for models that do not fit into
     memory otherwise; changes no number but by rounding.
 
-    compile: torch.compile the blocks (`haste_core.compiling`); it too changes no number but by rounding, and pays where
+    compile: torch.compile the blocks (`haste_core.devices`); it too changes no number but by rounding, and pays where
     a run is much longer than the seconds to a minute that compiling takes (`make bench`).
 
     prefetch: a thread reads the next batch while a step runs, for data on disk.
 
-    watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.online_angle`), which changes
+    watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.gradient_angle`), which changes
     no number of the run.
 
     timestep_shift: s maps a uniform t to s t / (1 + (s - 1) t); above 1 high noise is trained on more often. Not in the
