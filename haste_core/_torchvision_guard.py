@@ -1,4 +1,4 @@
-"""Lets torchvision be imported where its compiled part does not load, as beside torch's CPU build.
+"""Placeholders with which torchvision can be imported where its compiled part does not load (torch's CPU build).
 
 `haste_core` imports this before timm. The two operators whose absence stops the import get a schema and no
 implementation, so calling them still fails.

@@ -212,9 +212,7 @@ def assert_loaded(teacher, state):
 
 LAYOUTS = {
     "with class scores": ("clip", ".pth", lambda s: s | {"head.weight": torch.ones(9, 32), "head.bias": torch.ones(9)}),
-    "DINOv2's own": ("dinov2", ".pth", lambda s: s | {"mask_token": torch.zeros(1, 32)}),
     "MAE's own": ("mae", ".pth", lambda s: {"model": s}),
-    "open_clip's of SigLIP": ("siglip", ".bin", lambda s: {f"visual.trunk.{k}": v for k, v in s.items()}),
     "I-JEPA's own": ("ijepa", ".pth.tar", lambda s: {"encoder": {f"module.{k}": v for k, v in s.items()}, "epoch": 3}),
     "safetensors": ("vit-registers", ".safetensors", lambda s: s),
 }
@@ -227,8 +225,8 @@ def test_checkpoints_are_read_in_the_layouts_they_are_published_in(tmp_path, ran
     assert_loaded(make(family, 3, 3, path, depth=2), state)
 
 
-@pytest.mark.parametrize("family", ["dinov2", "siglip"])
-def test_positions_are_resized_to_another_input_size(tmp_path, randomise, family):
+def test_positions_are_resized_to_another_input_size(tmp_path, randomise):
+    family = "dinov2"
     state, path = state_of(randomise, family, side=4), tmp_path / "weights.safetensors"
     save_file(state, path)
     teacher = make(family, 2, 2, path, depth=2)
@@ -262,12 +260,10 @@ class Bomb:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_that_execute_code_are_refused_unexecuted(tmp_path, suffix):
     path, trace = tmp_path / f"evil{suffix}", tmp_path / "executed"
-    path.write_bytes(pickle.dumps({"norm.weight": Bomb(trace)}, protocol=2))
-    with pytest.raises(HasteError):
-        make(weights=path)
-    torch.save({"norm.weight": Bomb(trace)}, path)
-    with pytest.raises(HasteError):
-        make(weights=path)
+    for write in (lambda what, path: path.write_bytes(pickle.dumps(what, protocol=2)), torch.save):
+        write({"norm.weight": Bomb(trace)}, path)
+        with pytest.raises(HasteError):
+            make(weights=path)
     assert not trace.exists()
 
 
@@ -276,7 +272,6 @@ def test_weights_that_execute_code_are_refused_unexecuted(tmp_path, suffix):
     [
         ("vit_no_such_model", {}, "vit_no_such_model"),
         ("resnet18", {}, "no vision transformer.*no blocks"),
-        ("vit_small_patch16_18x2_224", VIT, "no attention module"),
         ("naflexvit_base_patch16_gap", NARROW, "no patch_embed"),
         ("vit_tiny_patch16_224", {"no_such_argument": 1}, "no_such_argument"),
         ("vit_tiny_patch16_224", {"weights": "nowhere/w.pth"}, "nowhere/w.pth.*expected hub, pretrain, random"),
