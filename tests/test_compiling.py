@@ -55,6 +55,7 @@ def test_blocks_share_one_graph_and_the_switch_makes_none(output, make_study, tr
         assert [is_compiled(block) for block in trainer.generator.blocks] == [True, not read, not read]
 
 
+@pytest.mark.slow
 def test_compiled_training_is_training(output, make_study, traced):
     more = [f"train.{s}" for s in ("accumulate=2", "watch_angle=true", "activation_checkpointing=true")]
     plain, one = steps(make_study(*SWITCH, *more), "haste", 2)
