@@ -217,11 +217,7 @@ def check_sampler(model: DiffusionTransformer, sample: Sampler) -> None:
 
 @torch.no_grad()
 def draw(
-    model: DiffusionTransformer,
-    labels: Tensor,
-    seeds: Sequence[int],
-    sample: Sampler,
-    progress: str | None = None,
+    model: DiffusionTransformer, labels: Tensor, seeds: Sequence[int], sample: Sampler, progress: str | None = None
 ) -> Tensor:
     """Samples (n, C, S, S) float32 on the CPU, in the range of the training data.
 
