@@ -98,7 +98,9 @@ def test_scores_of_known_features_are_their_closed_forms(networks, capsys):
     assert list(found) == list(adm.METRICS)
     assert found["fid"] == pytest.approx(frechet_distance(gaussian(made, 16), statistics["pool"]))
     assert found["sfid"] == pytest.approx(frechet_distance(gaussian(made, 4), statistics["spatial"]))
-    assert (found["precision"], found["recall"]) == precision_recall(made.flatten(1).double(), real.flatten(1).double(), 3)
+    assert (found["precision"], found["recall"]) == precision_recall(
+        made.flatten(1).double(), real.flatten(1).double(), 3
+    )
     assert found["is"] == pytest.approx(inception_score(made.flatten(1)[:, :10].float() / 10))
     assert np.isnan(found["fd_dinov2"])  # the reference has none
     assert networks.inception.seen == 150

@@ -102,9 +102,10 @@ def test_a_run_is_scored_once_for_its_settings_even_if_it_is_interrupted(
             raise KeyboardInterrupt
         return original(generated)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(scorer, "score", stop_at_the_second)
-        evaluate_run(run, False, scorer)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_run(run, False, scorer)
     with pytest.raises(HasteError, match="haste evaluate"):
         evaluation.rows(run)
     counted.clear()
