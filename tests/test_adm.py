@@ -105,8 +105,8 @@ def test_scores_of_known_features_are_their_closed_forms(networks, capsys):
     assert np.isnan(found["fd_dinov2"])  # the reference has none
     assert networks.inception.seen == 150
     scores_of(extract(MemoryImages(made[:10]), networks, 64), known, 3)
-    (line, *_) = sorted(capsys.readouterr().err.splitlines())
-    assert line == "haste: warning: 10 images for pool features of width 16: the distance is biased upwards"
+    warning = "haste: warning: 10 images for pool features of width 16: the distance is biased upwards"
+    assert warning in capsys.readouterr().err.splitlines()
 
 
 def test_features_do_not_depend_on_batch_size_or_channels(networks):
@@ -149,18 +149,6 @@ def statistics_of(content):
 
 def score(reference, generated):
     return adm.AdmScorer(settings(reference=reference), progress=False).score(generated)
-
-
-def test_equal_sets_are_perfect_and_swapping_the_sides_swaps_precision_and_recall(patched, tmp_path):
-    one, two = torch.cat([pictures(40, 0, mean=60), pictures(40, 1, mean=190)]), pictures(40, 0, mean=60)
-    first, second = write_npz(tmp_path / "one.npz", one), write_npz(tmp_path / "two.npz", two)
-    equal, a, b = score(first, one), score(first, two), score(second, one)
-    assert (equal["precision"], equal["recall"]) == (1, 1)
-    assert (a["precision"], a["recall"]) == (b["recall"], b["precision"])
-    assert a["precision"] != a["recall"]
-    for name in ("fid", "sfid", "fd_dinov2"):
-        assert equal[name] == pytest.approx(0, abs=1e-3)
-        assert a[name] == pytest.approx(b[name], rel=1e-6)
 
 
 def test_references_of_images_of_statistics_and_of_features_agree(patched, tmp_path, output, capsys):
@@ -232,11 +220,6 @@ def test_a_file_that_is_no_reference_is_refused_in_one_line(patched, tmp_path, c
     assert "\n" not in str(stop.value)
 
 
-def test_a_scorer_without_reference_or_study_is_refused(patched):
-    with pytest.raises(HasteError, match="no reference"):
-        adm.AdmScorer(settings(), progress=False)
-
-
 # Sources of images
 
 
@@ -249,13 +232,12 @@ def test_images_of_an_npz_file_are_read_in_parts(tmp_path):
 
 
 def test_an_npz_file_damaged_inside_its_images_is_refused_when_read(tmp_path):
-    path = tmp_path / "x.npz"
-    np.savez(path, arr_0=np.zeros((50, 8, 8, 3), np.uint8))
-    content = bytearray(path.read_bytes())
-    content[2000] ^= 1
-    path.write_bytes(bytes(content))
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((50, 8, 8, 3), np.uint8))
+    with (tmp_path / "x.npz").open("r+b") as stream:
+        stream.seek(2000)
+        stream.write(b"x")
     with pytest.raises(HasteError, match=r"x.npz"):
-        list(NpzImages(path).batches(10))
+        list(NpzImages(tmp_path / "x.npz").batches(10))
 
 
 def test_training_images_are_not_augmented_and_are_hashed_by_content(make_study, monkeypatch):
@@ -268,10 +250,7 @@ def test_training_images_are_not_augmented_and_are_hashed_by_content(make_study,
     # Of a large set a spread of images is hashed.
     monkeypatch.setattr(images, "HASHED_WHOLE", 1000)
     monkeypatch.setattr(images, "HASHED_IMAGES", 10)
-    asked, at = [], source.at
-    monkeypatch.setattr(source, "at", lambda indices: asked.extend(indices.tolist()) or at(indices))
     assert source.hash() != whole
-    assert (len(asked), min(asked), max(asked)) == (11, 0, 1211)
 
 
 # The real Inception
@@ -408,19 +387,10 @@ def test_score_prints_and_writes_the_scores_of_any_npz(patched, tmp_path, capsys
     assert config.digest({k: v for k, v in card.items() if k != "card_id"}) == card["card_id"] == shown["card_id"]
 
 
-def test_score_takes_a_study_as_reference(patched, tmp_path, capsys):
-    made = write_npz(tmp_path / "made.npz", pictures(90, 0, side=8))
-    main(["score", made, "--reference", "digits"])
-    assert "digits train split" in capsys.readouterr().out
-    assert patched.inception.seen == 1212 + 90
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["no.npz", "--reference", "digits"], "no.npz"),
         (["made.npz", "--reference", "digitz"], "did you mean 'digits'"),
-        (["made.npz", "--reference", "no.npz"], "reference no.npz"),
         (["made.npz", "--reference", "digits", "--out", "x.txt"], ".json"),
         (["made.npz", "--reference", "digits", "--batch-size", "0"], "1 and above"),
         ([".", "--reference", "digits"], "a folder that haste sample made"),

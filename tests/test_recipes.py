@@ -132,7 +132,7 @@ def decoder(tmp_path):
     return tmp_path / "vae"
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ["imagenet256", pytest.param("imagenet512", marks=pytest.mark.slow)])
 def test_the_smoke_profile_trains_through_both_phases_on_a_prepared_folder(name, prepared, decoder, output):
     study = config.load(name, "smoke", [f"data.path={prepared}", f"sample.vae={decoder}"])
     run = Run(study, "haste", 0)

@@ -69,14 +69,11 @@ class Inception(nn.Module):
 
     Spatial features are the output of Mixed_6d.branch1x1 (`mixed_6/conv` in the TensorFlow graph), the first 7 channels
     in NHWC order: 17 x 17 x 7 = 2023 values (Nash et al., arXiv 2103.03841; ADM, arXiv 2105.05233).
-
-    Args:
-        weights: its tensors by name. torch-fidelity unpickles weight files, so it is given a copy made in memory.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        stream = io.BytesIO()
+        stream = io.BytesIO()  # torch-fidelity unpickles weight files, so it is given a copy made in memory
         torch.save(dict(weights), stream)
         stream.seek(0)
         self.network = FeatureExtractorInceptionV3("inception", [POOL, LOGITS], feature_extractor_weights_path=stream)
@@ -95,11 +92,7 @@ class Inception(nn.Module):
 def build_inception(where: str) -> tuple[nn.Module, str]:
     """The Inception network, on the GPU if there is one, and the hash of its weights.
 
-    Args:
-        where: "hub" (torch's cache, or downloaded into it), or the path of the weights as .pth or .safetensors file.
-
-    Raises:
-        HasteError: the weights are missing, are of another network or hold more than tensors.
+    where: "hub" (torch's cache, or downloaded into it), or the path of a .pth or .safetensors file of tensors alone.
     """
     try:
         if where == "hub":
@@ -142,11 +135,7 @@ class DinoV2(nn.Module):
 
 
 def build_dinov2(model: str, weights: str) -> tuple[DinoV2, str]:
-    """The DINOv2 network, on the GPU if there is one, and the hash of its weights.
-
-    Raises:
-        HasteError: its weights are missing, or the network has no class token.
-    """
+    """The DINOv2 network, on the GPU if there is one, and the hash of its weights."""
     try:
         encoder = build_encoder(model, weights, 1000, {"img_size": _DINOV2_SIDE})
     except HasteError as error:
@@ -167,11 +156,7 @@ class Networks(NamedTuple):
 
 
 def build_networks(evaluate: config.EvaluateSettings) -> Networks:
-    """The extractors that `evaluate` names.
-
-    Raises:
-        HasteError: weights are missing.
-    """
+    """The extractors that `evaluate` names, with their weights, which are downloaded or local."""
     inception, inception_hash = build_inception(evaluate.inception)
     name = f"adm-inception-{inception_hash}"
     if evaluate.dinov2 == "none":
@@ -184,11 +169,7 @@ def build_networks(evaluate: config.EvaluateSettings) -> Networks:
 
 
 class Features(NamedTuple):
-    """Features of a set of images.
-
-    moments: pool, spatial and dinov2 statistics of all images; the last is empty without DINOv2. pool: features
-    (m, 2048) of the images that were kept. logits: (m, 1008), without bias, of the same.
-    """
+    """Statistics (pool, spatial, dinov2) of all images; pool (m, 2048) and logits (m, 1008) of the images kept."""
 
     moments: dict[str, Moments]
     pool: Tensor
@@ -202,8 +183,7 @@ def extract(
     """Features of uint8 images of one or three channels and any size, from one pass over them.
 
     Args:
-        images, networks: the images, and the extractors.
-        batch_size: images at a time, on a CPU at most 50.
+        images, networks, batch_size: on a CPU at most 50 images go through the extractors at a time.
         keep: number of images, drawn from a fixed seed, whose pool features and logits are kept; None keeps all.
         progress: the progress bar's label; None shows none.
     """
@@ -294,21 +274,13 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def array_names(path: Path) -> list[str]:
-    """Names of the arrays of an .npz file.
-
-    Raises:
-        HasteError: it is no such file.
-    """
+    """Names of the arrays of an .npz file."""
     with _reading(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def load_reference(path: Path) -> Reference:
-    """Statistics and features of an .npz file; its images, if any, are not read.
-
-    Raises:
-        HasteError: it has neither statistics nor images, or mean and covariance of different widths.
-    """
+    """Statistics and features of an .npz file; its images, if any, are not read."""
     names, statistics = array_names(path), {}
     with _reading(path), np.load(path, allow_pickle=False) as stored:
         if not {"mu", "arr_0"} & set(names):
@@ -333,11 +305,7 @@ def scoring_facts(
 
     Args:
         evaluate: settings; `reference` is the path of an .npz file, or None.
-        data: without a path, the data whose training images are the reference.
-        extractor: name of the networks.
-
-    Raises:
-        HasteError: there is no reference, or it cannot be read.
+        data: without a path, the data whose training images are the reference. extractor: name of the networks.
     """
     if evaluate.reference:
         path = Path(evaluate.reference)
@@ -365,12 +333,11 @@ class AdmScorer:
     """Scores of sets of images against one reference, by the ADM protocol; `facts` describe the scoring for the card.
 
     Args:
-        evaluate: names the reference, the extractors and the sizes.
-        data: its training images are the reference where `evaluate.reference` names none.
+        evaluate: settings. data: its training images are the reference where `evaluate.reference` names none.
         progress: show progress bars.
 
     Raises:
-        HasteError: weights or the reference are missing.
+        HasteError: weights or the reference are missing, damaged or of another kind.
     """
 
     def __init__(

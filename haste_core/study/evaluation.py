@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste_core import sampling
+from haste_core import checkpoint, sampling
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
@@ -63,7 +63,7 @@ def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
     """The EMA generator of a checkpoint in eval mode, on the GPU if there is one, and its fingerprint."""
     tensors, state = run.load(step, prefixes=("ema.",))
     model = build_generator(run.config, open_dataset(run.config.data), seed=0)
-    model.load_state_dict({name.removeprefix("ema."): value for name, value in tensors.items()})
+    model.load_state_dict(checkpoint.under(tensors, "ema."))
     return model.requires_grad_(False).eval().to(default_device()), state["ema_fingerprint"]
 
 
@@ -76,9 +76,8 @@ def evaluation_samples(
 ) -> Tensor:
     """uint8 images (n, C, S, S) of a checkpoint from the study's evaluation noise.
 
-    Image i has its own label and seed, the same for every arm, training seed and step.
-
-    progress: label of the progress bar; None shows none. sample: sampler settings, by default the run's.
+    Image i has its own label and seed, the same for every arm, training seed and step. progress: label of the progress
+    bar; None shows none. sample: sampler settings, by default the run's.
     """
     study, sample = run.study, sample or run.sample
     model, _ = generator_at(run, step)
@@ -101,8 +100,7 @@ def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSe
 def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) -> list[dict[str, Any]]:
     """Score every kept checkpoint of a finished run that is not scored yet.
 
-    Args:
-        run: finished. progress: show bars. scorer: of the run's study, where one is open already.
+    scorer: of the run's study, where one is open already.
 
     Returns:
         One row per step (`rows`). Scores, card and the first images of each step are kept in the run's directory.
@@ -170,11 +168,7 @@ def _samples_path(run: Run, fingerprint: str) -> Path:
 
 
 def find_samples(run: Run, step: int) -> Path:
-    """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint.
-
-    Raises:
-        HasteError: it is not scored under the study's present settings.
-    """
+    """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint."""
     fingerprint = _fingerprint(run, step)
     for arm in (run.arm, *run.study.arms):
         path = _samples_path(Run(run.study, arm, run.seed), fingerprint)
@@ -213,11 +207,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 
 def denoising_rows(run: Run) -> list[dict[str, Any]]:
-    """The denoising loss of an evaluated run by step, split and noise level, rows of DENOISING_COLUMNS.
-
-    Raises:
-        HasteError: the run is not evaluated under the study's present settings.
-    """
+    """The denoising loss of an evaluated run by step, split and noise level, rows of DENOISING_COLUMNS."""
     return [
         {**place, **level, "card": card_id} for place, scores, card_id in _by_step(run) for level in scores["levels"]
     ]

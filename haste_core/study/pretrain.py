@@ -166,14 +166,12 @@ def fit(
     is decided on validation images; test images are measured after it.
 
     Args:
-        model, dataset, fitting: network, data and settings.
         what: the network's role, used for streams, progress bar and errors.
         partial: checkpoint file, written every `SAVE_EVERY` steps and on SIGTERM or SIGINT, from which the next call
             resumes, on the CPU to the bit; removed at the end.
 
     Returns:
-        `train_accuracy`, `validation_accuracy` and `test_accuracy`, or for an autoencoder `train_explained`,
-        `validation_explained` and `test_explained`, in [0, 1].
+        `train_`, `validation_` and `test_accuracy`, or for an autoencoder `train_`, `validation_` and `test_explained`.
 
     Raises:
         HasteError: the measure on validation images stays below `fitting.min_accuracy`.
@@ -267,12 +265,7 @@ def _trained_once(
 ) -> dict[str, Any]:
     """The state kept beside the weights in `path`, which are trained unless the file exists, by one process at a time.
 
-    Args:
-        fitting: settings; seeds from its own upwards are tried until a network is accepted, `fitting.attempts` times.
-        train: training under one seed, with the study's data and the path of its checkpoint file.
-
-    Raises:
-        HasteError: no attempt was accepted; the error of the last one.
+    train: training under one seed, with the study's data and the path of its checkpoint file.
     """
     role = path.stem
     if not path.is_file():
@@ -292,7 +285,10 @@ def _accepted(
     folder: Path,
     train: Callable[[config.FittingSettings, Dataset, Path], Trained],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights of the first accepted network, and its measures with the number of attempts."""
+    """Weights of the first accepted network, and its measures with the number of attempts.
+
+    Seeds are tried from that of `fitting` upwards. Raises the error of the last attempt if none was accepted.
+    """
     for seed in range(fitting.seed, fitting.seed + fitting.attempts):
         try:
             chosen = fitting.model_copy(update={"seed": seed})
@@ -312,11 +308,8 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
     """Pretrain a teacher of the study (by default its own) if it is to be pretrained and does not exist yet.
 
     Returns:
-        Facts about the teacher: model, weights, width, heads, blocks, grid, parameters, and for a pretrained one its
-        `train_accuracy`, `validation_accuracy` and `test_accuracy` in [0, 1], and `attempts`.
-
-    Raises:
-        HasteError: the validation accuracy stays below the required one, or a hub or local teacher cannot be loaded.
+        Facts about the teacher: model, weights, width, heads, blocks, grid, parameters, and for a pretrained one the
+        measures of `fit` and `attempts`.
     """
     wanted = wanted or study.teacher
 
@@ -346,26 +339,12 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
 
 def build_teacher(teacher: config.TeacherSettings, state: Mapping[str, Tensor] | None = None) -> Teacher:
     """Frozen teacher with the given settings; `state` holds weights trained in the study (`weights: pretrain`)."""
-    return Teacher(
-        teacher.model,
-        weights=teacher.weights,
-        state=state,
-        mean=teacher.mean,
-        std=teacher.std,
-        resize=teacher.resize,
-        low_pass=teacher.low_pass,
-        precision=teacher.precision,
-        seed=teacher.fitting.seed,
-        **teacher.kwargs,
-    )
+    settings = teacher.model_dump(include={"weights", "mean", "std", "resize", "low_pass", "precision"})
+    return Teacher(teacher.model, state=state, seed=teacher.fitting.seed, **settings, **teacher.kwargs)
 
 
 def find_teacher(study: config.StudySettings, teacher: config.TeacherSettings | None = None) -> Teacher:
-    """Frozen teacher of a study, by default its own: pretrained in it, or timm's with hub or local weights.
-
-    Raises:
-        HasteError: the teacher is to be pretrained and is not yet.
-    """
+    """Frozen teacher of a study, by default its own: pretrained in it, or timm's with hub or local weights."""
     teacher = teacher or study.teacher
     if teacher.weights != "pretrain":
         return build_teacher(teacher)
@@ -378,9 +357,7 @@ def find_teacher(study: config.StudySettings, teacher: config.TeacherSettings | 
 def check_precision(teacher: Teacher, dataset: Dataset, blocks: tuple[int, ...], precision: str) -> None:
     """Refuse a teacher whose outputs in a precision have a mean cosine similarity to those in float32 below 0.999.
 
-    Args:
-        teacher: on the device it is used on. dataset: source of the images. blocks: blocks whose q and k are used.
-        precision: of the run, used where the teacher has none of its own.
+    blocks: blocks whose q and k are used. precision: of the run, used where the teacher has none of its own.
     """
     precision = teacher.precision or precision
     if precision == "no":
@@ -415,19 +392,14 @@ def _extractor_path(study: config.StudySettings, role: str) -> Path:
 
 
 def prepare_extractors(study: config.StudySettings) -> dict[str, dict[str, Any] | None]:
-    """Train the feature extractors behind the suite `study`, with and without labels, if they do not exist yet.
-
-    Returns:
-        Facts of "extractor" and "autoencoder" (`prepare_extractor`), None in another suite.
-    """
+    """Facts of "extractor" and "autoencoder" (`prepare_extractor`), None in another suite than `study`."""
     return {role: prepare_extractor(study, role) if study.evaluate.suite == "study" else None for role in EXTRACTORS}
 
 
 def prepare_extractor(study: config.StudySettings, role: str) -> dict[str, Any]:
     """Train the feature extractor of a role if it does not exist yet.
 
-    Returns:
-        Its kind, width, seed, fingerprint of the weights, attempts, and the measures of `fit`.
+    Returns its kind, width, seed, fingerprint of the weights, attempts, and the measures of `fit`.
     """
     wanted: config.FittingSettings = getattr(study.evaluate, role)
 

@@ -125,11 +125,8 @@ def precision_recall(
     """Improved precision and recall in [0, 1] of features (n, d) and (m, d), by torch-fidelity.
 
     Kynkaanniemi et al., arXiv 1904.06991: the share of generated features within the distance of a real one to its
-    `neighborhood`-th neighbour, and the share of real ones within that of a generated one. Distances are computed in
-    tables of `batch_size` by n.
-
-    Raises:
-        HasteError: a set has no `neighborhood`-th neighbour.
+    `neighborhood`-th neighbour, and the share of real ones within that of a generated one. Tables of distances have
+    `batch_size` rows.
     """
     if min(len(generated), len(real)) <= neighborhood:
         raise HasteError(
@@ -242,13 +239,6 @@ def scoring_facts(study: config.StudySettings, extractor: str) -> dict[str, Any]
     }
 
 
-def held_in(n: int) -> Tensor:
-    """Indices (m,) int64 of the held-in side among n training images: all, or LIMIT of them from a fixed seed."""
-    if n <= LIMIT:
-        return torch.arange(n)
-    return torch.randperm(n, generator=Generator().manual_seed(0))[:LIMIT].sort().values
-
-
 def augmented(dataset: Dataset, seed: int) -> Tensor:
     """uint8 training images under one draw of the augmentation, at most LIMIT of them."""
     return sampling.to_uint8(Batches(dataset, min(len(dataset), LIMIT), stream("floor", seed)).next().images)
@@ -267,13 +257,13 @@ class StudyScorer:
 
     def __init__(self, study: config.StudySettings) -> None:
         self.study = study
-        dataset, training = open_dataset(study.data), TrainingImages(study.data)
+        dataset, self.training = open_dataset(study.data), TrainingImages(study.data)
+        order = torch.randperm(len(self.training), generator=Generator().manual_seed(0))
         self.real = {
-            "train": training.at(held_in(len(training))),
+            "train": self.training.at(order[:LIMIT].sort().values),
             "test": sampling.to_uint8(dataset.images("test", LIMIT)[0]),
         }
-        self.training = training
-        self.held_out_distances = nearest_distances(self.real["test"][:COPY_CHECKED], training.batches(5000))
+        self.held_out_distances = nearest_distances(self.real["test"][:COPY_CHECKED], self.training.batches(5000))
         self.augmented = augmented(dataset, study.evaluate.seed)
         self.networks, names = zip(*(load_extractor(study, role) for role in EXTRACTORS), strict=True)
         self.sides = {name: self._side(images) for name, images in self.real.items()}

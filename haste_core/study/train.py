@@ -44,9 +44,7 @@ def fit(
     this: all train, the main one writes, and a signal to any stops all.
 
     Args:
-        run: the arm, seed and directory.
-        on_step: called after every step.
-        progress: show a progress bar.
+        run: the arm, seed and directory. on_step: called after every step. progress: show a progress bar.
         processes: those that train together; by default those that a launcher started.
 
     Raises:
@@ -320,11 +318,7 @@ def seeds_of(seed: int) -> Seeds:
 
 
 def build_generator(run: config.RunSettings, dataset: Dataset, seed: int) -> DiffusionTransformer:
-    """Generator of a run before the first step, sized for the images of `dataset`.
-
-    Raises:
-        HasteError: the patch does not divide the image, or an MM-DiT has no text tokens to learn from.
-    """
+    """Generator of a run before the first step, sized for the images of `dataset`."""
     if dataset.image_size % run.model.patch:
         raise HasteError(f"model.patch {run.model.patch} does not divide the image size {dataset.image_size}")
     contexts, model = Contexts(run.data.contexts) if run.data.contexts else None, run.model
