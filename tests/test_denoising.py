@@ -1,4 +1,4 @@
-"""The denoising loss by noise level against numbers derived by hand, and grids of solver steps."""
+"""The denoising loss by noise level against numbers derived by hand, and the order of solvers on uneven grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from haste_core import paths, sampling
 from haste_core.errors import HasteError
 from haste_core.paths import objective_of
 from haste_core.seeding import stream
-from haste_core.study import config, denoising, latents
+from haste_core.study import config, denoising
 from haste_core.study.data import open_dataset
 from haste_core.study.train import student_of
 
@@ -127,20 +127,10 @@ def test_the_bound_of_velocity_is_half_the_rate_of_log_snr_times_the_noises_erro
     assert float(objective.bound(v, x, eps, t)) == pytest.approx(float(0.5 * rate * noise_error), rel=1e-5)
 
 
-# Grids of solver steps
-
-
 @pytest.mark.parametrize(("sampler", "order"), [(sampling.euler, 1), (sampling.heun, 2)])
 def test_solvers_keep_their_order_on_a_quadratic_grid(sampler, order):
     # dx/dt = x from 1 to 0: x(0) = x(1) / e.
     def error(steps):
         return abs(float(sampler(lambda x, t: x, torch.ones(1, 1), steps, "quadratic")) - math.exp(-1))
 
-    assert sampling.times_of(10, "quadratic") == pytest.approx([(i / 10) ** 2 for i in range(10, -1, -1)])
     assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)
-
-
-def test_the_grid_is_on_the_card_of_the_solvers_that_have_one():
-    data = config.DataSettings()
-    assert latents.drawing_facts(data, config.SampleSettings(sampler="heun", grid="quadratic"))["grid"] == "quadratic"
-    assert "grid" not in latents.drawing_facts(data, config.SampleSettings(sampler="sde", grid="quadratic"))

@@ -193,8 +193,8 @@ def adopt_shared_part(run: Run) -> bool:
     if donor_arm is None:
         return False
     donor, tau = Run(run.study, donor_arm, run.seed), int(run.config.tau)
-    wanted = [s for s in {*run.config.train.kept_steps, tau} if s <= tau]
-    if not donor.checkpoint_path(tau).is_file() or not set(wanted) <= set(donor.steps()):
+    wanted = {step for step in (*run.config.train.kept_steps, tau) if step <= tau}
+    if not wanted <= set(donor.steps()):
         return False
     donor.load(tau, prefixes=("noise.",))  # refuses a damaged or foreign checkpoint before anything is linked
     lines = [line for line in donor.metrics() if line["step"] <= tau]
