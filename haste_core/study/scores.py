@@ -81,12 +81,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """
     if a.mean.shape != b.mean.shape or a.covariance.shape != b.covariance.shape:
         raise HasteError(f"features of width {a.mean.shape} and {b.mean.shape}; expected statistics of one extractor")
-    s, t = (np.asarray(x.covariance, dtype=np.float64) for x in (a, b))
+    s, t = a.covariance, b.covariance
     values, vectors = np.linalg.eigh(s)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     inner = root @ t @ root
     cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
-    difference = np.asarray(a.mean, dtype=np.float64) - np.asarray(b.mean, dtype=np.float64)
+    difference = a.mean - b.mean
     return float(difference @ difference + np.trace(s) + np.trace(t) - 2 * cross)
 
 
