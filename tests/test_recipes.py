@@ -78,7 +78,6 @@ def test_every_profile_has_the_papers_arms_and_a_kept_step_for_early_gains(name,
 @pytest.mark.parametrize(("name", "image", "grid"), [("imagenet256", 256, 16), ("imagenet512", 512, 32)])
 def test_the_teachers_token_grid_is_the_students(name, image, grid):
     study = config.load(name)
-    assert study.data.image_size == image
     student, teacher, _ = networks_of(study.run("haste"), Example(image // 8, 4, 1000, image, 3))
     assert student.grid == teacher.grid == (grid, grid)
     assert teacher.image_size == (image * 7 // 8, image * 7 // 8)
@@ -133,7 +132,7 @@ def decoder(tmp_path):
     return tmp_path / "vae"
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ["imagenet256", pytest.param("imagenet512", marks=pytest.mark.slow)])
 def test_the_smoke_profile_trains_through_both_phases_on_a_prepared_folder(name, prepared, decoder, output):
     study = config.load(name, "smoke", [f"data.path={prepared}", f"sample.vae={decoder}"])
     run = Run(study, "haste", 0)

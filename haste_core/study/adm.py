@@ -9,14 +9,13 @@ from __future__ import annotations
 import io
 import sys
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -28,19 +27,25 @@ from haste_core.files import atomic, locked, output_root
 from haste_core.study import config, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.images import Images, MemoryImages, NpzImages, TrainingImages, file_hash
-from haste_core.study.scores import LIMIT, Gaussian, Moments, augmented, card, frechet_distance, probe_of
+from haste_core.study.scores import (
+    LIMIT,
+    Gaussian,
+    Moments,
+    augmented,
+    card,
+    frechet_distance,
+    precision_recall,
+    probe_of,
+)
 from haste_core.teacher import build_encoder
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # isort: skip
+from timm.models import load_state_dict  # isort: skip
 from torch_fidelity.feature_extractor_inceptionv3 import (  # isort: skip
     URL_INCEPTION_V3,
     FeatureExtractorInceptionV3,
 )
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # isort: skip
-from torch_fidelity.metric_prc import (  # isort: skip
-    KEY_METRIC_PRECISION,
-    KEY_METRIC_RECALL,
-    prc_features_to_metric,
-)
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
 POOL, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"
@@ -53,7 +58,6 @@ IS_PART = 5000
 MANIFOLD = 10_000
 # Names of mean and covariance in ADM's own files, and a further pair.
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dinov2": ("mu_dinov2", "sigma_dinov2")}
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DINOV2_SIDE = 224
 
 
@@ -65,14 +69,11 @@ class Inception(nn.Module):
 
     Spatial features are the output of Mixed_6d.branch1x1 (`mixed_6/conv` in the TensorFlow graph), the first 7 channels
     in NHWC order: 17 x 17 x 7 = 2023 values (Nash et al., arXiv 2103.03841; ADM, arXiv 2105.05233).
-
-    Args:
-        weights: its tensors by name. torch-fidelity unpickles weight files, so it is given a copy made in memory.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        stream = io.BytesIO()
+        stream = io.BytesIO()  # torch-fidelity unpickles weight files, so it is given a copy made in memory
         torch.save(dict(weights), stream)
         stream.seek(0)
         self.network = FeatureExtractorInceptionV3("inception", [POOL, LOGITS], feature_extractor_weights_path=stream)
@@ -91,58 +92,23 @@ class Inception(nn.Module):
 def build_inception(where: str) -> tuple[nn.Module, str]:
     """The Inception network, on the GPU if there is one, and the hash of its weights.
 
-    Args:
-        where: "hub", or the path of the weights as a .pth or .safetensors file.
-
-    Raises:
-        HasteError: the weights are missing or are of another network.
+    where: "hub" (torch's cache, or downloaded into it), or the path of a .pth or .safetensors file of tensors alone.
     """
-    weights = read_weights(_hub_weights() if where == "hub" else Path(where))
     try:
+        if where == "hub":
+            weights = torch.hub.load_state_dict_from_url(
+                URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        else:
+            weights = load_state_dict(where)
         network = Inception(weights)
-    except RuntimeError as error:  # names or shapes that do not fit
-        raise _not_inception(where, f": {' '.join(str(error).split())[:160]}") from error
-    return network.to(default_device()), checkpoint.fingerprint(weights)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, read without executing anything.
-
-    Raises:
-        HasteError: the file is missing or holds something else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _not_inception(path, f": {' '.join(str(error).split())[:160]}") from error
-    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise _not_inception(path, " holds no tensors by name")
-    return dict(weights)
-
-
-def _not_inception(where: str | Path, reason: str) -> HasteError:
-    return HasteError(
-        f"evaluate.inception {where}{reason}; expected the path of {INCEPTION_FILE}, from {URL_INCEPTION_V3}"
-    )
-
-
-def _hub_weights() -> Path:
-    """The published Inception weights in torch's cache, downloaded if they are not there yet."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digits = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[1]
-    try:
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=digits, progress=False)
-    except (OSError, RuntimeError) as error:  # no network, no such file, or other bytes than published
+    except Exception as error:  # no network, no such file, other names or shapes; a damaged pickle can raise anything
+        cause = " ".join(f"{type(error).__name__} {error}".split())[:160]
         raise HasteError(
-            f"the Inception weights {INCEPTION_FILE} cannot be downloaded from {URL_INCEPTION_V3} "
-            f"({' '.join(str(error).split())}); fetch the file elsewhere and set evaluate.inception=PATH"
+            f"evaluate.inception {where}: {cause}; download {INCEPTION_FILE} from {URL_INCEPTION_V3} and set "
+            f"evaluate.inception=PATH"
         ) from error
-    return path
+    return network.to(default_device()), checkpoint.fingerprint(weights)
 
 
 class DinoV2(nn.Module):
@@ -154,8 +120,8 @@ class DinoV2(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        for name, values in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).reshape(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -168,59 +134,42 @@ class DinoV2(nn.Module):
         return self.encoder.forward_features(x)[:, 0].float()  # type: ignore[operator]
 
 
-def build_dinov2(evaluate: config.EvaluateSettings) -> tuple[DinoV2, str] | None:
-    """The DINOv2 of a study, on the GPU if there is one, and the hash of its weights; None for `dinov2: none`.
-
-    Raises:
-        HasteError: its weights are missing, or the network has no class token.
-    """
-    if evaluate.dinov2 == "none":
-        return None
+def build_dinov2(model: str, weights: str) -> tuple[DinoV2, str]:
+    """The DINOv2 network, on the GPU if there is one, and the hash of its weights."""
     try:
-        encoder = build_encoder(evaluate.dinov2_model, evaluate.dinov2, 1000, {"img_size": _DINOV2_SIDE})
+        encoder = build_encoder(model, weights, 1000, {"img_size": _DINOV2_SIDE})
     except HasteError as error:
         raise HasteError(
-            f"evaluate.dinov2 {evaluate.dinov2!r}: {error}; or evaluate.dinov2=none leaves that score out"
+            f"evaluate.dinov2 {weights!r}: {error}; or evaluate.dinov2=none leaves that score out"
         ) from error
     if not encoder.num_prefix_tokens:
-        raise HasteError(f"evaluate.dinov2_model {evaluate.dinov2_model!r} has no class token; expected a DINOv2")
+        raise HasteError(f"evaluate.dinov2_model {model!r} has no class token; expected a DINOv2")
     return DinoV2(encoder).to(default_device()), checkpoint.fingerprint(encoder.state_dict())
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The extractors of one evaluation and the hashes of their weights."""
+class Networks(NamedTuple):
+    """The extractors of an evaluation, and their names with the hashes of their weights."""
 
     inception: nn.Module
-    inception_hash: str
     dinov2: nn.Module | None
-    dinov2_hash: str | None
-
-    @property
-    def name(self) -> str:
-        """Both networks in one word, for the card."""
-        return f"adm-inception-{self.inception_hash}" + (f"+dinov2-{self.dinov2_hash}" if self.dinov2_hash else "")
+    name: str
 
 
 def build_networks(evaluate: config.EvaluateSettings) -> Networks:
-    """The extractors that `evaluate` names.
-
-    Raises:
-        HasteError: weights are missing.
-    """
-    return Networks(*build_inception(evaluate.inception), *(build_dinov2(evaluate) or (None, None)))
-
-
-# Features and the numbers made of them
+    """The extractors that `evaluate` names, with their weights, which are downloaded or local."""
+    inception, inception_hash = build_inception(evaluate.inception)
+    name = f"adm-inception-{inception_hash}"
+    if evaluate.dinov2 == "none":
+        return Networks(inception, None, name)
+    dinov2, dinov2_hash = build_dinov2(evaluate.dinov2_model, evaluate.dinov2)
+    return Networks(inception, dinov2, f"{name}+dinov2-{dinov2_hash}")
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of a set of images.
+# Features and scores
 
-    moments: pool, spatial and dinov2 statistics of all images; the last is empty without DINOv2. pool: features
-    (m, 2048) of the images that were kept. logits: (m, 1008), without bias, of the same.
-    """
+
+class Features(NamedTuple):
+    """Statistics (pool, spatial, dinov2) of all images; pool (m, 2048) and logits (m, 1008) of the images kept."""
 
     moments: dict[str, Moments]
     pool: Tensor
@@ -231,11 +180,10 @@ class Features:
 def extract(
     images: Images, networks: Networks, batch_size: int, keep: int | None = None, progress: str | None = None
 ) -> Features:
-    """Features of uint8 images of one or three channels, from one pass over them.
+    """Features of uint8 images of one or three channels and any size, from one pass over them.
 
     Args:
-        images: of any size. networks: the extractors.
-        batch_size: images at a time, on a CPU at most 50.
+        images, networks, batch_size: on a CPU at most 50 images go through the extractors at a time.
         keep: number of images, drawn from a fixed seed, whose pool features and logits are kept; None keeps all.
         progress: the progress bar's label; None shows none.
     """
@@ -265,43 +213,45 @@ def extract(
 def inception_score(logits: Tensor) -> float:
     """exp of the mean KL(p(y|x) || p(y)), taken over parts of 5,000 images in their order and averaged (as ADM does).
 
-    Salimans et al., arXiv 1606.03498. Args: logits (n, classes), without bias. Returns: 1 to the number of classes.
+    Salimans et al., arXiv 1606.03498. Between 1 and the number of classes, from logits (n, classes) without bias.
     """
     parts = [isc_features_to_metric(part, splits=1, shuffle=False) for part in logits.split(IS_PART)]
     return float(np.mean([part[KEY_METRIC_ISC_MEAN] for part in parts]))
 
 
-def precision_recall(generated: Tensor, real: Tensor, neighborhood: int) -> tuple[float, float]:
-    """Improved precision and recall in [0, 1] of features (n, d) and (m, d), in float64.
+def scores_of(found: Features, real: Reference, neighborhood: int) -> dict[str, float]:
+    """The scores of features against a reference: METRICS by name, nan where the reference lacks what one needs."""
+    distances = dict.fromkeys(STATISTICS, float("nan"))
+    for name in found.moments.keys() & real.statistics.keys():
+        n = min(found.moments[name].n, real.n or found.moments[name].n)
+        if n == 0:
+            continue
+        own = found.moments[name].gaussian()
+        if n <= len(own.mean):
+            _warn(f"{n} images for {name} features of width {len(own.mean)}: the distance is biased upwards")
+        distances[name] = frechet_distance(own, real.statistics[name])
+    precision, recall = float("nan"), float("nan")
+    if real.manifold is not None:
+        made, known = (pool.to(default_device()).double() for pool in (found.pool, real.manifold))
+        precision, recall = precision_recall(made, known, neighborhood, batch_size=2500)
+    return {
+        "fid": distances["pool"],
+        "sfid": distances["spatial"],
+        "is": inception_score(found.logits),
+        "precision": precision,
+        "recall": recall,
+        "fd_dinov2": distances["dinov2"],
+    }
 
-    Kynkaanniemi et al., arXiv 1904.06991: the share of generated features within the distance of a real one to its
-    `neighborhood`-th neighbour, and the share of real ones within that of a generated one.
 
-    Raises:
-        HasteError: a set has no `neighborhood`-th neighbour.
-    """
-    if min(len(generated), len(real)) <= neighborhood:
-        raise HasteError(
-            f"precision and recall of {len(generated)} generated and {len(real)} real images; expected more than "
-            f"evaluate.neighborhood ({neighborhood}) of each"
-        )
-    device = default_device()
-    found = prc_features_to_metric(
-        generated.to(device).double(),
-        real.to(device).double(),
-        prc_neighborhood=neighborhood,
-        prc_batch_size=2500,  # a table of 2,500 by n distances at a time
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+def _warn(text: str) -> None:
+    print(f"haste: warning: {text}", file=sys.stderr)
 
 
 # The reference
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """Statistics by name (pool, spatial, dinov2), as far as they are known.
 
     manifold: pool features (m, 2048) for precision and recall. n: number of images behind the statistics, if known.
@@ -312,58 +262,37 @@ class Reference:
     n: int | None
 
 
-def array_names(path: Path) -> list[str]:
-    """Names of the arrays of an .npz file.
-
-    Raises:
-        HasteError: it is no such file.
-    """
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        stored = np.load(path, allow_pickle=False)
+        yield
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _not_a_reference(path, " ".join(str(error).split())) from error
-    if not isinstance(stored, np.lib.npyio.NpzFile):
-        raise _not_a_reference(path, "it holds one array without a name")
-    with stored:
-        return list(stored.files)
+        raise HasteError(
+            f"reference {path}: {' '.join(str(error).split())}; expected an ADM .npz with mu, sigma, mu_s, sigma_s or "
+            f"images arr_0 (n, S, S, 3)"
+        ) from error
 
 
-def _not_a_reference(path: Path, reason: str) -> HasteError:
-    return HasteError(
-        f"reference {path}: {reason}; expected an ADM .npz with mu, sigma, mu_s, sigma_s or images arr_0 (n, S, S, 3)"
-    )
+def array_names(path: Path) -> list[str]:
+    """Names of the arrays of an .npz file."""
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def load_reference(path: Path) -> Reference:
-    """Statistics and features of an .npz file; its images, if any, are not read.
-
-    Raises:
-        HasteError: it has neither statistics nor images, or mean and covariance of different widths.
-    """
-    names = array_names(path)
-    if not {"mu", "arr_0"} & set(names):
-        raise _not_a_reference(path, f"it holds {', '.join(names) or 'nothing'}")
-    statistics = {}
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            for name, (mean, covariance) in STATISTICS.items():
-                if mean in names and covariance in names:
-                    statistics[name] = _gaussian(stored[mean], stored[covariance])
-            manifold = torch.from_numpy(stored["manifold"]) if "manifold" in names else None
-            n = int(stored["n"]) if "n" in names else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _not_a_reference(path, " ".join(str(error).split())) from error
-    return Reference(statistics, manifold, n)
-
-
-def _gaussian(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"a mean of shape {mean.shape} with a covariance of shape {covariance.shape}")
-    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
-
-
-def _warn(text: str) -> None:
-    print(f"haste: warning: {text}", file=sys.stderr)
+    """Statistics and features of an .npz file; its images, if any, are not read."""
+    names, statistics = array_names(path), {}
+    with _reading(path), np.load(path, allow_pickle=False) as stored:
+        if not {"mu", "arr_0"} & set(names):
+            raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
+        for name, (first, second) in STATISTICS.items():
+            if first in names and second in names:
+                mean, covariance = stored[first].astype(np.float64), stored[second].astype(np.float64)
+                if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                    raise ValueError(f"a mean of shape {mean.shape} with a covariance of shape {covariance.shape}")
+                statistics[name] = Gaussian(mean, covariance)
+        manifold = torch.from_numpy(stored["manifold"]) if "manifold" in names else None
+        return Reference(statistics, manifold, int(stored["n"]) if "n" in names else None)
 
 
 # The suite
@@ -376,11 +305,7 @@ def scoring_facts(
 
     Args:
         evaluate: settings; `reference` is the path of an .npz file, or None.
-        data: without a path, the data whose training images are the reference.
-        extractor: name of the networks.
-
-    Raises:
-        HasteError: there is no reference, or it cannot be read.
+        data: without a path, the data whose training images are the reference. extractor: name of the networks.
     """
     if evaluate.reference:
         path = Path(evaluate.reference)
@@ -404,40 +329,15 @@ def scoring_facts(
     }
 
 
-def scores_of(found: Features, real: Reference, neighborhood: int) -> dict[str, float]:
-    """The scores of features against a reference: METRICS by name, nan where the reference lacks what one needs."""
-    distances = dict.fromkeys(STATISTICS, float("nan"))
-    for name in found.moments.keys() & real.statistics.keys():
-        n = min(found.moments[name].n, real.n or found.moments[name].n)
-        if n == 0:
-            continue
-        own = found.moments[name].gaussian()
-        if n <= len(own.mean):
-            _warn(f"{n} images for {name} features of width {len(own.mean)}: the distance is biased upwards")
-        distances[name] = frechet_distance(own, real.statistics[name])
-    precision, recall = float("nan"), float("nan")
-    if real.manifold is not None:
-        precision, recall = precision_recall(found.pool, real.manifold, neighborhood)
-    return {
-        "fid": distances["pool"],
-        "sfid": distances["spatial"],
-        "is": inception_score(found.logits),
-        "precision": precision,
-        "recall": recall,
-        "fd_dinov2": distances["dinov2"],
-    }
-
-
 class AdmScorer:
     """Scores of sets of images against one reference, by the ADM protocol; `facts` describe the scoring for the card.
 
     Args:
-        evaluate: names the reference, the extractors and the sizes.
-        data: its training images are the reference where `evaluate.reference` names none.
+        evaluate: settings. data: its training images are the reference where `evaluate.reference` names none.
         progress: show progress bars.
 
     Raises:
-        HasteError: weights or the reference are missing.
+        HasteError: weights or the reference are missing, damaged or of another kind.
     """
 
     def __init__(
@@ -446,20 +346,23 @@ class AdmScorer:
         self.evaluate, self.progress = evaluate, progress
         self.networks = build_networks(evaluate)
         self.facts = scoring_facts(evaluate, data, self.networks.name)
-        self.reference = self._open_reference(data)
+        self.reference = (
+            self._extracted(TrainingImages(data), MANIFOLD)
+            if data is not None and not evaluate.reference
+            else self._of_file(Path(str(evaluate.reference)))
+        )
 
-    def score(self, generated: Images) -> dict[str, float]:
-        """Every score of METRICS; nan where the reference does not hold what a score needs."""
-        label = "features of images" if self.progress else None
-        found = extract(generated, self.networks, self.evaluate.batch_size, None, label)
-        return scores_of(found, self.reference, self.evaluate.neighborhood)
+    def score(self, generated: Images | Tensor) -> dict[str, float]:
+        """Every score of METRICS for uint8 images; nan where the reference does not hold what a score needs."""
+        images = MemoryImages(generated) if isinstance(generated, Tensor) else generated
+        return scores_of(self._extract(images, "images"), self.reference, self.evaluate.neighborhood)
 
-    def _open_reference(self, data: config.DataSettings | None) -> Reference:
-        """The reference, with features extracted from images where the file holds no statistics of them."""
-        if not self.evaluate.reference:
-            assert data is not None  # checked in scoring_facts
-            return self._extracted(TrainingImages(data), MANIFOLD)
-        path = Path(self.evaluate.reference)
+    def _extract(self, images: Images, what: str, keep: int | None = None) -> Features:
+        label = f"features of {what}" if self.progress else None
+        return extract(images, self.networks, self.evaluate.batch_size, keep, label)
+
+    def _of_file(self, path: Path) -> Reference:
+        """The reference in a file, with features extracted from its images where it holds no statistics of them."""
         stored = load_reference(path)
         if "arr_0" not in array_names(path):
             if stored.manifold is None:
@@ -478,8 +381,7 @@ class AdmScorer:
         path = output_root() / "runs" / "references" / f"{key}.npz"
         with locked(path.with_suffix(".lock"), f"the reference {path.stem}", wait=True):
             if not path.is_file():
-                label = "features of the reference" if self.progress else None
-                found = extract(images, self.networks, self.evaluate.batch_size, keep, label)
+                found = self._extract(images, "the reference", keep)
                 content: dict[str, Any] = {"manifold": found.pool.numpy(), "n": np.array(found.moments["pool"].n)}
                 for name, (mean, covariance) in STATISTICS.items():
                     if found.moments[name].n:
@@ -507,8 +409,7 @@ class AdmStudyScorer(AdmScorer):
             "held-out against held-in": sampling.to_uint8(dataset.images("test", LIMIT)[0]),
             "augmented held-in against held-in": augmented(dataset, self.study.evaluate.seed),
         }
-        n_reference = self.reference.n
         return [
-            {"pair": name, "n": len(real), "n_reference": n_reference, **self.score(MemoryImages(real))}
-            for name, real in pairs.items()
+            {"pair": pair, "n": len(real), "n_reference": self.reference.n, **self.score(real)}
+            for pair, real in pairs.items()
         ]

@@ -1,4 +1,4 @@
-"""Denoising loss by noise level on held-out images: differences of arms without an extractor or a sampler.
+"""Denoising loss by noise level on held-out images: a comparison of arms without an extractor or a sampler.
 
 All generators of a study are measured on the same images, noise draws and levels, so differences are paired.
 """
@@ -6,7 +6,7 @@ All generators of a study are measured on the same images, noise draws and level
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,9 @@ CHUNK = 250
 
 
 class Probe:
-    """The fixed images that denoising is measured on: held-out ones, and a third as many training ones, augmented once.
+    """The fixed images that denoising is measured on: at most `count` held-out ones, and a third as many training ones.
 
-    Args:
-        dataset: of the study. count: maximum number of held-out images.
-        seed: of the noise, and of the choice and augmentation of training images.
+    seed: of the noise, and of the choice and augmentation of training images.
     """
 
     def __init__(self, dataset: Dataset, count: int, seed: int) -> None:
@@ -68,41 +66,43 @@ class Probe:
 
 
 @torch.no_grad()
-def losses(
-    model: DiffusionTransformer, x: Tensor, y: Tensor, draws: int, seed: int, levels: Sequence[float] = LEVELS
-) -> list[dict[str, float]]:
-    """Mean denoising loss and bound of a generator at each noise level, one row per level: `t`, `loss`, `nats`.
+def losses(model: DiffusionTransformer, x: Tensor, y: Tensor, draws: int, seed: int) -> list[dict[str, float]]:
+    """Mean denoising loss and bound of a generator at each of LEVELS, one row per level: `t`, `loss`, `nats`.
 
     Args:
-        model: in eval mode. x, y: inputs (n, C, S, S), images or latents, and their labels.
+        model: in eval mode. x, y: images or latents (n, C, S, S), and their labels.
         draws: noise draws of each image, the same at every level. seed: of the noise.
 
     Raises:
         HasteError: a loss is not finite.
     """
     objective, generator, device = objective_of(model.kind), Generator().manual_seed(seed), default_device()
-    sums = torch.zeros(len(levels), 2, dtype=torch.float64)
+    sums = torch.zeros(len(LEVELS), 2, dtype=torch.float64)
     for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         for eps in torch.randn(draws, *images.shape, generator=generator):
             shown, noise, label = images.to(device), eps.to(device), labels.to(device)
-            for i, level in enumerate(levels):
+            for i, level in enumerate(LEVELS):
                 t = objective.timesteps(torch.full((len(images),), level, device=device))
                 output = model(objective.noised(shown, noise, t), t, label)
                 loss = objective.loss(output, shown, noise, t).double().flatten(1).mean(1)
                 sums[i] += torch.stack([loss.sum(), objective.bound(output, shown, noise, t).sum()]).cpu()
-    means = (sums / (draws * len(x))).tolist()
-    for level, mean in zip(levels, means, strict=True):
-        if not all(math.isfinite(value) for value in mean):
-            raise HasteError(f"the denoising loss at t = {level} is {mean[0]}: the generator's outputs are not finite")
-    return [{"t": level, "loss": loss, "nats": nats} for level, (loss, nats) in zip(levels, means, strict=True)]
+    rows = [
+        {"t": level, "loss": loss, "nats": nats}
+        for level, (loss, nats) in zip(LEVELS, (sums / (draws * len(x))).tolist(), strict=True)
+    ]
+    for row in rows:
+        if not all(map(math.isfinite, row.values())):
+            raise HasteError(
+                f"the denoising loss at t = {row['t']} is {row['loss']}: outputs of the generator are not finite"
+            )
+    return rows
 
 
 def summaries(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The summaries of a generator's held-out rows.
+    """SUMMARIES of a generator's held-out rows.
 
-    Returns:
-        `near_data`, `structure`, `denoising`: mean loss over levels t <= 0.1, t >= 0.3, and all; `nats`: the bound's
-        integral over the measured range of t, in nats an image, by the trapezoidal rule in log t.
+    `near_data`, `structure`, `denoising`: mean loss over levels t <= 0.1, t >= 0.3, and all; `nats`: the bound's
+    integral over the measured range of t, in nats an image, by the trapezoidal rule in log t.
     """
     held_out = sorted((row for row in rows if row["split"] == "held-out"), key=lambda row: row["t"])
     t, loss, nats = (np.array([row[key] for row in held_out]) for key in ("t", "loss", "nats"))
@@ -110,5 +110,5 @@ def summaries(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         "near_data": float(loss[t <= NEAR].mean()),
         "structure": float(loss[t >= STRUCTURE].mean()),
         "denoising": float(loss.mean()),
-        "nats": float(np.trapezoid(nats * t, np.log(t))) if len(t) > 1 else math.nan,
+        "nats": float(np.trapezoid(nats * t, np.log(t))),
     }

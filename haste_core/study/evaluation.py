@@ -5,20 +5,20 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from haste_core import sampling
+from haste_core import checkpoint, sampling
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
 from haste_core.study import adm, config, latents
 from haste_core.study.data import open_dataset
-from haste_core.study.denoising import SUMMARIES, Probe, summaries
+from haste_core.study.denoising import SUMMARIES, summaries
 from haste_core.study.runs import Run, session, study_dir
 from haste_core.study.samples import SampleSet, drawer, plan
 from haste_core.study.scores import STUDY_METRICS, StudyScorer, card_of
@@ -30,6 +30,7 @@ DENOISING_COLUMNS = ("arm", "seed", "step", "t", "split", "loss", "nats", "n", "
 _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
 # A checkpoint's scores by name, and the rows of its denoising loss under "levels".
 Scores = dict[str, Any]
+Scorer = StudyScorer | adm.AdmStudyScorer
 
 
 def metrics_of(study: config.StudySettings) -> tuple[str, ...]:
@@ -45,26 +46,13 @@ def columns(study: config.StudySettings) -> tuple[str, ...]:
     return (*_HEAD, *STUDY_METRICS, *_TAIL, *held_out, "nearest", "copies", *SUMMARIES)
 
 
-class Scorer(Protocol):
-    """Scores of sets of images of one study: the real images, the extractors and the card."""
-
-    card: dict[str, Any]
-    probe: Probe
-
-    def score(self, generated: Any) -> dict[str, float]:
-        """All scores of uint8 images."""
-
-    def floor(self) -> list[dict[str, Any]]:
-        """Scores of real images: rows of `pair`, `n`, `n_reference` and the scores of `metrics_of`."""
-
-
 def open_scorer(study: config.StudySettings, progress: bool = True) -> Scorer:
     """The scorer of the study's suite."""
     return adm.AdmStudyScorer(study, progress) if study.evaluate.suite == "adm" else StudyScorer(study)
 
 
 def floor(scorer: Scorer, study: config.StudySettings) -> list[dict[str, Any]]:
-    """Scores of real images (`Scorer.floor`), measured once for a card and kept in runs/<study>."""
+    """Scores of real images, measured once for a card and kept in runs/<study>; the `floor` of a scorer."""
     path = study_dir(study) / f"floor-{scorer.card['card_id']}.json"
     if not path.is_file():
         write_json(path, scorer.floor())
@@ -75,12 +63,12 @@ def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
     """The EMA generator of a checkpoint in eval mode, on the GPU if there is one, and its fingerprint."""
     tensors, state = run.load(step, prefixes=("ema.",))
     model = build_generator(run.config, open_dataset(run.config.data), seed=0)
-    model.load_state_dict({name.removeprefix("ema."): value for name, value in tensors.items()})
+    model.load_state_dict(checkpoint.under(tensors, "ema."))
     return model.requires_grad_(False).eval().to(default_device()), state["ema_fingerprint"]
 
 
 def _fingerprint(run: Run, step: int) -> str:
-    return run.load(step, prefixes=("none",))[1]["ema_fingerprint"]
+    return run.load(step, prefixes=())[1]["ema_fingerprint"]
 
 
 def evaluation_samples(
@@ -88,11 +76,8 @@ def evaluation_samples(
 ) -> Tensor:
     """uint8 images (n, C, S, S) of a checkpoint from the study's evaluation noise.
 
-    Image i has its own label and seed, the same for every arm, training seed and step.
-
-    Args:
-        run, step: the checkpoint. progress: label of the progress bar; None shows none.
-        sample: sampler settings, by default the run's.
+    Image i has its own label and seed, the same for every arm, training seed and step. progress: label of the progress
+    bar; None shows none. sample: sampler settings, by default the run's.
     """
     study, sample = run.study, sample or run.sample
     model, _ = generator_at(run, step)
@@ -115,13 +100,10 @@ def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSe
 def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) -> list[dict[str, Any]]:
     """Score every kept checkpoint of a finished run that is not scored yet.
 
-    Args:
-        run: finished. progress: show bars.
-        scorer: of the run's study, where one is open already; it holds the features of all real images.
+    scorer: of the run's study, where one is open already.
 
     Returns:
-        One row per step: arm, seed, step, images_seen, the scores, n, and `card`, the card's id. The rows, the card
-        and the first images of each step are kept in the run's directory.
+        One row per step (`rows`). Scores, card and the first images of each step are kept in the run's directory.
 
     Raises:
         HasteError: a checkpoint is missing; the scores made before stay.
@@ -137,15 +119,17 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) 
         scorer = scorer or open_scorer(run.study, progress)
         own = card_of(scorer.card, run)
         known = _known_scores(run, own["card_id"])
+        steps = {str(step): _fingerprint(run, step) for step in run.config.train.kept_steps}
         with session(run.dir, what="evaluation"):
-            for step in run.config.train.kept_steps:
-                fingerprint = _fingerprint(run, step)
+            for step, fingerprint in steps.items():
                 if fingerprint not in known:
                     label = f"{run.arm} seed {run.seed} step {step}" if progress else None
-                    known[fingerprint], images = _drawn_and_scored(run, step, scorer, label)
-                    _save_samples(_samples_path(run, fingerprint), images[:KEPT])
-                    _save_scores(run, own, known)
-        _save_scores(run, own, known)
+                    known[fingerprint], images = _drawn_and_scored(run, int(step), scorer, label)
+                    stream = io.BytesIO()
+                    np.save(stream, images[:KEPT].numpy(), allow_pickle=False)
+                    write_bytes(_samples_path(run, fingerprint), stream.getvalue())
+                    _save_scores(run, own, steps, known)
+        _save_scores(run, own, steps, known)
         return rows(run)
 
 
@@ -153,7 +137,7 @@ def _drawn_and_scored(run: Run, step: int, scorer: Scorer, progress: str | None)
     """The scores of a checkpoint, and its images or the first of them."""
     levels = scorer.probe.measure(generator_at(run, step)[0])
     measured: Scores = {**summaries(levels), "levels": levels}
-    if run.study.evaluate.suite == "adm":
+    if isinstance(scorer, adm.AdmStudyScorer):
         samples = evaluation_set(run, step, progress)
         return scorer.score(samples) | measured, next(samples.batches(KEPT))
     generated = evaluation_samples(run, step, progress)
@@ -172,11 +156,10 @@ def _known_scores(run: Run, card_id: str) -> dict[str, Scores]:
     return found
 
 
-def _save_scores(run: Run, card: dict[str, Any], scores: dict[str, Scores]) -> None:
-    """Keep the scores of this run's own checkpoints with their card."""
-    prints = {step: _fingerprint(run, step) for step in run.config.train.kept_steps}
-    steps = {str(step): fingerprint for step, fingerprint in prints.items() if fingerprint in scores}
-    write_json(run.evaluation_path, {"card": card, "steps": steps, "scores": {f: scores[f] for f in steps.values()}})
+def _save_scores(run: Run, card: dict[str, Any], steps: dict[str, str], scores: dict[str, Scores]) -> None:
+    """Keep the scores of this run's own checkpoints, as far as known, with their card."""
+    done = {step: fingerprint for step, fingerprint in steps.items() if fingerprint in scores}
+    write_json(run.evaluation_path, {"card": card, "steps": done, "scores": {f: scores[f] for f in done.values()}})
 
 
 def _samples_path(run: Run, fingerprint: str) -> Path:
@@ -184,18 +167,8 @@ def _samples_path(run: Run, fingerprint: str) -> Path:
     return run.dir / "samples" / f"evaluation-{run.evaluation_hash}-{fingerprint}.npy"
 
 
-def _save_samples(path: Path, images: Tensor) -> None:
-    stream = io.BytesIO()
-    np.save(stream, images.numpy(), allow_pickle=False)
-    write_bytes(path, stream.getvalue())
-
-
 def find_samples(run: Run, step: int) -> Path:
-    """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint.
-
-    Raises:
-        HasteError: it is not scored under the study's present settings.
-    """
+    """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint."""
     fingerprint = _fingerprint(run, step)
     for arm in (run.arm, *run.study.arms):
         path = _samples_path(Run(run.study, arm, run.seed), fingerprint)
@@ -220,43 +193,36 @@ def is_scored(run: Run) -> bool:
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
-    """The scores of an evaluated run, one row per step.
+    """The scores of an evaluated run, one row per step: arm, seed, step, images_seen, the scores, n, card (its id).
 
     Raises:
         HasteError: the run is not evaluated under the study's present settings.
     """
     return [
-        {
-            "arm": run.arm,
-            "seed": run.seed,
-            "step": step,
-            "images_seen": step * run.config.train.batch_size,
-            **{name: value for name, value in scores.items() if name != "levels"},
-            "n": run.study.evaluate.n,
-            "card": card_id,
-        }
-        for step, scores, card_id in _by_step(run)
+        {**place, "images_seen": place["step"] * run.config.train.batch_size}
+        | {name: value for name, value in scores.items() if name != "levels"}
+        | {"n": run.study.evaluate.n, "card": card_id}
+        for place, scores, card_id in _by_step(run)
     ]
 
 
 def denoising_rows(run: Run) -> list[dict[str, Any]]:
-    """The denoising loss of an evaluated run by step, split and noise level, rows of DENOISING_COLUMNS.
-
-    Raises:
-        HasteError: the run is not evaluated under the study's present settings.
-    """
+    """The denoising loss of an evaluated run by step, split and noise level, rows of DENOISING_COLUMNS."""
     return [
-        {"arm": run.arm, "seed": run.seed, "step": step, **level, "card": card_id}
-        for step, scores, card_id in _by_step(run)
-        for level in scores["levels"]
+        {**place, **level, "card": card_id} for place, scores, card_id in _by_step(run) for level in scores["levels"]
     ]
 
 
-def _by_step(run: Run) -> list[tuple[int, Scores, str]]:
-    """Step, scores and card of every kept step of an evaluated run."""
+def _by_step(run: Run) -> list[tuple[dict[str, Any], Scores, str]]:
+    """Arm, seed and step, scores, and card of every kept step of an evaluated run."""
     if not is_scored(run):
         raise _not_scored(run)
     content = json.loads(run.evaluation_path.read_text())
-    card_id = content["card"]["card_id"]
-    steps = run.config.train.kept_steps
-    return [(step, content["scores"][content["steps"][str(step)]], card_id) for step in steps]
+    return [
+        (
+            {"arm": run.arm, "seed": run.seed, "step": step},
+            content["scores"][content["steps"][str(step)]],
+            content["card"]["card_id"],
+        )
+        for step in run.config.train.kept_steps
+    ]

@@ -5,8 +5,7 @@ Each is trained once, under a lock, and kept by the hash of its settings (`haste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +38,7 @@ Trained = tuple[dict[str, Tensor], dict[str, float]]
 
 
 class FeatureNetwork(nn.Module):
-    """A convolutional encoder of small images with standardised features, on which Frechet distances are computed.
-
-    Input (B, channels, S, S) in [-1, 1] with S a multiple of 4; features (B, width).
-    """
+    """A convolutional encoder of images (B, channels, S, S) in [-1, 1], S a multiple of 4, for Frechet distances."""
 
     def __init__(self, width: int, channels: int, image_size: int) -> None:
         super().__init__()
@@ -125,18 +121,15 @@ class PatchClassifier(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(logits_of: Callable[[Tensor], Tensor], dataset: Dataset, split: str) -> float:
+def accuracy(model: Callable[[Tensor], Tensor], dataset: Dataset, split: str) -> float:
     """The share of a split's images that are classified correctly, in [0, 1]."""
     x, y = dataset.images(split)
-    device = default_device()
-    correct = [
-        (logits_of(a.to(device)).argmax(1).cpu() == b).float() for a, b in zip(x.split(512), y.split(512), strict=True)
-    ]
-    return float(torch.cat(correct).mean())
+    found = torch.cat([model(part.to(default_device())).argmax(1).cpu() for part in x.split(512)])
+    return float((found == y).float().mean())
 
 
 @torch.no_grad()
-def explained(reconstructed: Callable[[Tensor], Tensor], dataset: Dataset, split: str, seed: int) -> float:
+def explained(model: Callable[[Tensor], Tensor], dataset: Dataset, split: str, seed: int) -> float:
     """The share of a split's pixel variance that reconstructions from noised images explain, in [0, 1].
 
     One minus the mean square error over the variance around the mean image, 0 where the error is larger. Noise comes
@@ -144,7 +137,7 @@ def explained(reconstructed: Callable[[Tensor], Tensor], dataset: Dataset, split
     """
     x, _ = dataset.images(split)
     device, generator = default_device(), Generator().manual_seed(stream(f"autoencoder {split} noise", seed))
-    parts = ((part, reconstructed(_noised(part, generator).to(device)).cpu()) for part in x.split(512))
+    parts = ((part, model(_noised(part, generator).to(device)).cpu()) for part in x.split(512))
     error = sum(float((made - part).double().square().sum()) for part, made in parts)
     return max(1 - error / float((x - x.mean(0)).double().square().sum()), 0.0)
 
@@ -154,41 +147,13 @@ def _noised(x: Tensor, generator: Generator) -> Tensor:
     return x + NOISE * torch.randn(x.shape, generator=generator)
 
 
-class Goal(NamedTuple):
-    """The loss and the measure of a network in training.
-
-    loss: of a batch on the CPU, with a generator for its noise. measure: of a split ("train", "validation", "test");
-    `name` is its key in results, `text` its name in errors.
-    """
-
-    name: str
-    text: str
-    loss: Callable[[Batch, Generator], Tensor]
-    measure: Callable[[str], float]
-
-
-def _classification(model: nn.Module, dataset: Dataset, fitting: config.FittingSettings) -> Goal:
-    """Cross-entropy, measured by accuracy."""
+def _loss(model: nn.Module, batch: Batch, noise: Generator, label_smoothing: float) -> Tensor:
+    """Mean square error of an autoencoder on noised images, or cross-entropy of a classifier."""
     device = default_device()
-
-    def loss(batch: Batch, generator: Generator) -> Tensor:
-        batch = batch.to(device)
-        return F.cross_entropy(model(batch.images), batch.y, label_smoothing=fitting.label_smoothing)
-
-    return Goal("accuracy", "validation accuracy", loss, lambda split: accuracy(model, dataset, split))
-
-
-def _denoising(model: nn.Module, dataset: Dataset, fitting: config.FittingSettings) -> Goal:
-    """Mean square error of images restored from Gaussian noise, without labels, measured by explained variance."""
-    device = default_device()
-
-    def loss(batch: Batch, generator: Generator) -> Tensor:
-        noised = _noised(batch.images, generator).to(device)
-        return F.mse_loss(model(noised), batch.images.to(device))
-
-    return Goal(
-        "explained", "explained validation variance", loss, lambda split: explained(model, dataset, split, fitting.seed)
-    )
+    if isinstance(model, Autoencoder):
+        return F.mse_loss(model(_noised(batch.images, noise).to(device)), batch.images.to(device))
+    batch = batch.to(device)
+    return F.cross_entropy(model(batch.images), batch.y, label_smoothing=label_smoothing)
 
 
 def fit(
@@ -197,36 +162,33 @@ def fit(
     """Train `model` on the augmented training split, leaving it in eval mode on the CPU.
 
     An `Autoencoder` learns to remove noise, any other network (images to logits) to classify. AdamW under a one-cycle
-    schedule. Batches and noise come from the streams "<what> order" and "<what> noise" of
-    `fitting.seed`. Acceptance is decided on validation images; test images are measured after it.
+    schedule. Batches and noise come from the streams "<what> order" and "<what> noise" of `fitting.seed`. Acceptance
+    is decided on validation images; test images are measured after it.
 
     Args:
-        model, dataset, fitting: network, data and settings.
         what: the network's role, used for streams, progress bar and errors.
         partial: checkpoint file, written every `SAVE_EVERY` steps and on SIGTERM or SIGINT, from which the next call
             resumes, on the CPU to the bit; removed at the end.
 
     Returns:
-        By split, `train_accuracy`, `validation_accuracy`, `test_accuracy`, or for an autoencoder `train_explained`,
-        `validation_explained`, `test_explained`: shares of pixel variance explained from noised images. In [0, 1].
+        `train_`, `validation_` and `test_accuracy`, or for an autoencoder `train_`, `validation_` and `test_explained`.
 
     Raises:
         HasteError: the measure on validation images stays below `fitting.min_accuracy`.
         Interrupted: a signal arrived; the state is saved if `partial` is given.
     """
-    goal = (_denoising if isinstance(model, Autoencoder) else _classification)(model, dataset, fitting)
     batches = Batches(dataset, min(fitting.batch_size, len(dataset)), stream(f"{what} order", fitting.seed))
     noise = Generator().manual_seed(stream(f"{what} noise", fitting.seed))
     model.to(default_device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=fitting.lr, weight_decay=fitting.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fitting.lr, fitting.steps + 1)
     model.train()
-    fitted = _FitState(model, optimizer, schedule, batches, noise)
-    first = fitted.load(partial) if partial and partial.is_file() else 0
+    state = _FitState(model, optimizer, schedule, batches, noise)
+    first = state.load(partial) if partial and partial.is_file() else 0
     bar = tqdm(range(first, fitting.steps), desc=what, unit="step", mininterval=1.0, initial=first, total=fitting.steps)
     with signals.catch() as stopping:
         for step in bar:
-            loss = goal.loss(batches.next(), noise)
+            loss = _loss(model, batches.next(), noise, fitting.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,20 +197,27 @@ def fit(
             if step % 100 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if partial and ((step + 1) % SAVE_EVERY == 0 or stopping.is_set()):
-                fitted.save(partial, step + 1)
+                state.save(partial, step + 1)
             if stopping.is_set():
                 raise Interrupted(f"{what} stopped at step {step + 1} of {fitting.steps}; run again to resume")
     model.eval()
-    result = {f"{split}_{goal.name}": goal.measure(split) for split in ("train", "validation")}
+    name = "explained" if isinstance(model, Autoencoder) else "accuracy"
+
+    def measure(split: str) -> float:
+        if isinstance(model, Autoencoder):
+            return explained(model, dataset, split, fitting.seed)
+        return accuracy(model, dataset, split)
+
+    result = {f"{split}_{name}": measure(split) for split in ("train", "validation")}
     if partial:
         partial.unlink(missing_ok=True)
-    reached = result[f"validation_{goal.name}"]
+    reached = result[f"validation_{name}"]
     if not reached >= fitting.min_accuracy:
         raise HasteError(
-            f"{what}: {goal.text} {reached:.4f} is below the required {fitting.min_accuracy}; use more steps than "
-            f"{fitting.steps}, a larger model, or a lower fitting.min_accuracy"
+            f"{what}: validation_{name} {reached:.4f} is below the required {fitting.min_accuracy}; use more steps "
+            f"than {fitting.steps}, a larger model, or a lower fitting.min_accuracy"
         )
-    result[f"test_{goal.name}"] = goal.measure("test")
+    result[f"test_{name}"] = measure("test")
     model.cpu()
     return result
 
@@ -258,34 +227,31 @@ class _FitState(NamedTuple):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: Any
+    schedule: torch.optim.lr_scheduler.OneCycleLR
     batches: Batches
     noise: Generator
 
     def save(self, path: Path, step: int) -> None:
-        """Write the state after `step` steps."""
         parts = {
             "model": self.model.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model),
             "data": self.batches.state_dict(),
         }
         tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
-        betas = [group["betas"] for group in self.optimizer.param_groups]
-        state = {"step": step, "schedule": self.schedule.state_dict(), "betas": betas}
-        checkpoint.save(path, tensors | {"noise": self.noise.get_state()}, state)
+        checkpoint.save(path, tensors | {"noise": self.noise.get_state()}, {"step": step})
 
     def load(self, path: Path) -> int:
         """Restore the state in `path`; returns its step."""
         tensors, state = checkpoint.load(path)
+        step = int(state["step"])
         self.model.load_state_dict(checkpoint.under(tensors, "model."))
         checkpoint.load_optimizer(self.optimizer, self.model, checkpoint.under(tensors, "optimizer."))
         self.batches.load_state_dict(checkpoint.under(tensors, "data."))
         self.noise.set_state(tensors["noise"])
-        self.schedule.load_state_dict(state["schedule"])
-        groups = self.optimizer.param_groups
-        for group, rate, betas in zip(groups, self.schedule.get_last_lr(), state["betas"], strict=True):
-            group["lr"], group["betas"] = rate, tuple(betas)
-        return int(state["step"])
+        # The schedule depends on the step alone; a call of `step` gives learning rate and betas to the optimizer.
+        self.schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step + 1})
+        self.schedule.step()
+        return step
 
 
 # The networks of a study
@@ -299,35 +265,38 @@ def _trained_once(
 ) -> dict[str, Any]:
     """The state kept beside the weights in `path`, which are trained unless the file exists, by one process at a time.
 
-    Args:
-        fitting: settings; seeds from its own upwards are tried until a network is accepted, `fitting.attempts` times.
-        train: training under one seed, with the study's data and the path of its checkpoint file.
-
-    Raises:
-        HasteError: no attempt was accepted; the error of the last one.
+    train: training under one seed, with the study's data and the path of its checkpoint file.
     """
     role = path.stem
     if not path.is_file():
         with locked(path.parent / "run.lock", f"the {role}", wait=True):
             if not path.is_file():
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
-                dataset = fitting_data(study, fitting)
                 with runs.session(path.parent, what=role):
-                    for attempt in range(fitting.attempts):
-                        chosen = fitting.model_copy(update={"seed": fitting.seed + attempt})
-                        try:
-                            weights, measured = train(
-                                chosen, dataset, path.parent / f"partial-{chosen.seed}.safetensors"
-                            )
-                            break
-                        except HasteError as error:
-                            failure = error
-                    else:
-                        raise failure
-                    facts: dict[str, Any] = measured | {"attempts": attempt + 1}
+                    weights, facts = _accepted(fitting, fitting_data(study, fitting), path.parent, train)
                     state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}
                     checkpoint.save(path, weights, {"accuracies": facts} if role == "teacher" else state)
-    return checkpoint.load(path, prefixes=("none",))[1]
+    return checkpoint.load(path, prefixes=())[1]
+
+
+def _accepted(
+    fitting: config.FittingSettings,
+    dataset: Dataset,
+    folder: Path,
+    train: Callable[[config.FittingSettings, Dataset, Path], Trained],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of the first accepted network, and its measures with the number of attempts.
+
+    Seeds are tried from that of `fitting` upwards. Raises the error of the last attempt if none was accepted.
+    """
+    for seed in range(fitting.seed, fitting.seed + fitting.attempts):
+        try:
+            chosen = fitting.model_copy(update={"seed": seed})
+            weights, measured = train(chosen, dataset, folder / f"partial-{seed}.safetensors")
+            return weights, measured | {"attempts": seed - fitting.seed + 1}
+        except HasteError as error:
+            failure = error
+    raise failure
 
 
 def fitting_data(study: config.StudySettings, fitting: config.FittingSettings) -> Dataset:
@@ -335,36 +304,27 @@ def fitting_data(study: config.StudySettings, fitting: config.FittingSettings) -
     return open_dataset(study.data.model_copy(update={"augment": fitting.augment or study.data.augment}))
 
 
-@contextmanager
-def _seeded(name: str, seed: int) -> Iterator[None]:
-    """A context in which weights are drawn from a named stream."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(name, seed))
-        yield
-
-
 def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings | None = None) -> dict[str, Any]:
     """Pretrain a teacher of the study (by default its own) if it is to be pretrained and does not exist yet.
 
     Returns:
-        Facts about the teacher: model, weights, width, heads, blocks, grid, parameters, and for a pretrained one its
-        `train_accuracy`, `validation_accuracy` and `test_accuracy` in [0, 1].
-
-    Raises:
-        HasteError: the validation accuracy stays below the required one, or a hub or local teacher cannot be loaded.
+        Facts about the teacher: model, weights, width, heads, blocks, grid, parameters, and for a pretrained one the
+        measures of `fit` and `attempts`.
     """
     wanted = wanted or study.teacher
+
+    def train(fitting: config.FittingSettings, dataset: Dataset, partial: Path) -> Trained:
+        frozen = build_teacher(wanted.model_copy(update={"fitting": fitting}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream("teacher heads", fitting.seed))
+            classifier = PatchClassifier(frozen, dataset.classes)
+        measured = fit(classifier.requires_grad_(True), dataset, fitting, "teacher", partial)
+        return frozen.encoder.state_dict(), measured
+
     accuracies: dict[str, float] = {}
     if wanted.weights == "pretrain":
-        path = runs.teacher_path(study, wanted)
-
-        def train(fitting: config.FittingSettings, dataset: Dataset, partial: Path) -> Trained:
-            return pretrain(wanted.model_copy(update={"fitting": fitting}), dataset, partial)
-
-        accuracies = _trained_once(study, path, wanted.fitting, train)["accuracies"]
-        teacher = load_pretrained(wanted, path)
-    else:
-        teacher = build_teacher(wanted)
+        accuracies = _trained_once(study, runs.teacher_path(study, wanted), wanted.fitting, train)["accuracies"]
+    teacher = find_teacher(study, wanted)
     return {
         "model": wanted.model,
         "weights": wanted.weights,
@@ -377,75 +337,27 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
     }
 
 
-def pretrain(teacher: config.TeacherSettings, dataset: Dataset, partial: Path | None = None) -> Trained:
-    """Train a teacher as a classifier.
-
-    Args:
-        teacher, dataset: its settings, and the data.
-        partial: checkpoint file on the way, as in `fit`.
-
-    Returns:
-        The encoder's weights and its accuracies (`train_accuracy`, `validation_accuracy`, `test_accuracy`, in [0, 1]).
-    """
-    frozen = build_teacher(teacher)
-    with _seeded("teacher heads", teacher.fitting.seed):
-        classifier = PatchClassifier(frozen, dataset.classes)
-    classifier.requires_grad_(True)
-    accuracies = fit(classifier, dataset, teacher.fitting, "teacher", partial)
-    return {name: value.detach().clone() for name, value in frozen.encoder.state_dict().items()}, accuracies
-
-
 def build_teacher(teacher: config.TeacherSettings, state: Mapping[str, Tensor] | None = None) -> Teacher:
-    """Frozen teacher of a study.
-
-    Args:
-        teacher: its settings. state: weights trained in the study (`weights: pretrain`).
-
-    Raises:
-        HasteError: as `Teacher`.
-    """
-    return Teacher(
-        teacher.model,
-        weights=teacher.weights,
-        state=state,
-        mean=teacher.mean,
-        std=teacher.std,
-        resize=teacher.resize,
-        low_pass=teacher.low_pass,
-        precision=teacher.precision,
-        seed=teacher.fitting.seed,
-        **teacher.kwargs,
-    )
+    """Frozen teacher with the given settings; `state` holds weights trained in the study (`weights: pretrain`)."""
+    settings = teacher.model_dump(include={"weights", "mean", "std", "resize", "low_pass", "precision"})
+    return Teacher(teacher.model, state=state, seed=teacher.fitting.seed, **settings, **teacher.kwargs)
 
 
 def find_teacher(study: config.StudySettings, teacher: config.TeacherSettings | None = None) -> Teacher:
     """Frozen teacher of a study, by default its own: pretrained in it, or timm's with hub or local weights."""
     teacher = teacher or study.teacher
-    if teacher.weights == "pretrain":
-        return load_pretrained(teacher, runs.teacher_path(study, teacher))
-    return build_teacher(teacher)
-
-
-def load_pretrained(teacher: config.TeacherSettings, path: Path) -> Teacher:
-    """The teacher with the weights that `prepare_teacher` left in the safetensors file `path`.
-
-    Raises:
-        HasteError: there is no such file.
-    """
+    if teacher.weights != "pretrain":
+        return build_teacher(teacher)
+    path = runs.teacher_path(study, teacher)
     if not path.is_file():
         raise HasteError(f"no teacher weights at {path}; train them by: haste teacher <study>")
     return build_teacher(teacher, load_file(path))
 
 
 def check_precision(teacher: Teacher, dataset: Dataset, blocks: tuple[int, ...], precision: str) -> None:
-    """Check that the mean cosine similarity of the teacher's outputs in a precision to those in float32 is >= 0.999.
+    """Refuse a teacher whose outputs in a precision have a mean cosine similarity to those in float32 below 0.999.
 
-    Args:
-        teacher: on the device it is used on. dataset: source of the images. blocks: blocks whose q and k are used.
-        precision: of the run, used where the teacher has none of its own.
-
-    Raises:
-        HasteError: it is lower.
+    blocks: blocks whose q and k are used. precision: of the run, used where the teacher has none of its own.
     """
     precision = teacher.precision or precision
     if precision == "no":
@@ -468,7 +380,8 @@ def build_extractor(
     """
     channels, side = dataset.images("train", 1)[0].shape[1:3]
     width = study.evaluate.extractor_width
-    with _seeded(f"{role} weights", getattr(study.evaluate, role).seed if seed is None else seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(f"{role} weights", getattr(study.evaluate, role).seed if seed is None else seed))
         if role == "extractor":
             return SmallCNN(dataset.classes, width, channels, side)
         return Autoencoder(width, channels, side)
@@ -479,18 +392,15 @@ def _extractor_path(study: config.StudySettings, role: str) -> Path:
 
 
 def prepare_extractors(study: config.StudySettings) -> dict[str, dict[str, Any] | None]:
-    """Train the feature extractors behind the suite `study`, with and without labels, if they do not exist yet.
-
-    Returns:
-        Facts of "extractor" and "autoencoder", None in another suite: kind, width, seed, fingerprint of the weights,
-        attempts, and measures by split: `train_accuracy`, `validation_accuracy`, `test_accuracy` of the extractor,
-        `train_explained`, `validation_explained`, `test_explained` (shares of pixel variance) of the autoencoder.
-    """
+    """Facts of "extractor" and "autoencoder" (`prepare_extractor`), None in another suite than `study`."""
     return {role: prepare_extractor(study, role) if study.evaluate.suite == "study" else None for role in EXTRACTORS}
 
 
 def prepare_extractor(study: config.StudySettings, role: str) -> dict[str, Any]:
-    """Train the feature extractor of a role if it does not exist yet; returns its facts."""
+    """Train the feature extractor of a role if it does not exist yet.
+
+    Returns its kind, width, seed, fingerprint of the weights, attempts, and the measures of `fit`.
+    """
     wanted: config.FittingSettings = getattr(study.evaluate, role)
 
     def train(fitting: config.FittingSettings, dataset: Dataset, partial: Path) -> Trained:

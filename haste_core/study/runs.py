@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 import yaml
 
 from haste_core import checkpoint
@@ -43,17 +45,17 @@ def study_dir(study: StudySettings) -> Path:
 
 
 def teacher_path(study: StudySettings, teacher: TeacherSettings) -> Path:
-    """The weights of a teacher that the study pretrains."""
+    """Weights of a teacher that the study pretrains."""
     return study_dir(study) / f"teacher-{study.teacher_hash(teacher)}" / "teacher.safetensors"
 
 
 def extractor_path(study: StudySettings) -> Path:
-    """The weights of the feature extractor."""
+    """Weights of the feature extractor trained on labels."""
     return study_dir(study) / f"extractor-{study.extractor_hash}" / "extractor.safetensors"
 
 
 def autoencoder_path(study: StudySettings) -> Path:
-    """The weights of the feature extractor that is trained without labels."""
+    """Weights of the feature extractor trained without labels."""
     return study_dir(study) / f"autoencoder-{study.autoencoder_hash}" / "autoencoder.safetensors"
 
 
@@ -77,7 +79,7 @@ class Run:
 
     @cached_property
     def config(self) -> RunSettings:
-        """The arm's resolved configuration."""
+        """Resolved settings of the arm."""
         return self.study.run(self.arm)
 
     @cached_property
@@ -115,16 +117,20 @@ class Run:
         return sorted(int(match[1]) for match in found if match)
 
     def missing_steps(self) -> list[int]:
-        """Steps the configuration asks for and that have no checkpoint yet; empty when the run is complete."""
+        """Kept steps without a checkpoint; empty when the run is complete."""
         return sorted(set(self.config.train.kept_steps) - set(self.steps()))
 
     def resume_step(self) -> int | None:
-        """The latest checkpoint from which everything missing can still be reached, or None."""
+        """Step of the latest checkpoint from which all missing steps can be reached, or None."""
         limit = min(self.missing_steps(), default=self.config.train.steps)
         return max((s for s in self.steps() if s <= limit), default=None)
 
     def load(self, step: int, prefixes: tuple[str, ...] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tensors and state of the checkpoint at `step`, after checking that it belongs to this run."""
+        """Tensors whose names start with one of `prefixes`, by default all, and state of the checkpoint at `step`.
+
+        Raises:
+            HasteError: there is none, it is damaged, or it belongs to another run.
+        """
         tensors, state = checkpoint.load(self.checkpoint_path(step), prefixes)
         if (state["lineage"], state["seed"]) != (self.config.lineage, self.seed):
             raise HasteError(
@@ -141,16 +147,9 @@ class Run:
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop metrics of steps that will be repeated, and a last line that a crash cut short."""
-        if not self.metrics_path.is_file():
-            return
-        kept = []
-        for line in self.metrics_path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue  # only the line being written when a process died can be partial
-        write_text(self.metrics_path, "".join(kept))
+        lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.is_file() else []
+        whole = [line for line in lines if line.endswith("}\n")]
+        write_text(self.metrics_path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def describe(self) -> None:
         """Write the resolved configuration beside the run."""
@@ -170,11 +169,10 @@ def now() -> str:
 @cache
 def commit() -> str:
     """The commit of the code, with "+changes" when tracked code differs from it, or "unknown" outside git."""
-    where = Path(__file__).parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.ipynb", "*.yaml", "Snakefile")
@@ -186,26 +184,16 @@ def commit() -> str:
 @cache
 def environment() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
 
 
 @cache
 def machine() -> dict[str, Any]:
     """Processor, cores and memory of this machine, and its GPU if it has one."""
-    import torch
-
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    name = models[0] if models else platform.processor() or platform.machine()
+    gib = psutil.virtual_memory().total / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(gib, 1), "gpu": gpu}
 
@@ -214,8 +202,7 @@ def peak_memory_gib() -> float:
     """The largest resident memory this process has had, in GiB."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage counts what the parent held when it started this process
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(lines["VmHWM"].split()[0]) / 2**20
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if platform.system() == "Darwin" else 2**20)
 
@@ -248,5 +235,5 @@ def session(folder: Path, **facts: Any) -> Iterator[dict[str, Any]]:
 
 
 def recorded_seconds(folder: Path) -> float:
-    """Seconds of all sessions recorded in `folder`."""
+    """Sum over all sessions recorded in `folder`."""
     return sum(s["seconds"] for s in provenance(folder).get("sessions", []))

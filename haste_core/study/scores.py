@@ -1,13 +1,13 @@
 """The suite `study`: scores on features of networks that the study trains itself, and the card of every score.
 
-The generated set always comes first, the real one second: precision and recall swap when the sets do. The suite `adm`
-is in `haste_core.study.adm`, scores of a run's checkpoints in `haste_core.study.evaluation`.
+The generated set comes first, the real one second: precision and recall swap when the sets do. The suite `adm` is in
+`haste_core.study.adm`, scores of a run's checkpoints in `haste_core.study.evaluation`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,26 +25,16 @@ from haste_core.study.images import TrainingImages, as_uint8
 from haste_core.study.pretrain import EXTRACTORS, FeatureNetwork, load_extractor
 from haste_core.study.runs import Run
 
-from torch_fidelity.metric_fid import (  # isort: skip
-    KEY_METRIC_FID,
-    fid_features_to_statistics,
-    fid_statistics_to_metric,
-)
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric  # isort: skip
-from torch_fidelity.metric_prc import (  # isort: skip
-    KEY_METRIC_PRECISION,
-    KEY_METRIC_RECALL,
-    prc_features_to_metric,
-)
+from torch_fidelity import metric_fid, metric_kid, metric_prc  # isort: skip
 
 METRICS = ("fid", "kid", "precision", "recall")
 # The scores above on the extractor trained on labels; then a distance on the one trained without, and one on pixels.
 STUDY_METRICS = (*METRICS, "fid_unlabelled", "fd_pixel")
-# Maximum number of real images on each side of a score: precision and recall compare all pairs.
+# Maximum number of real images of a score: precision and recall compare all pairs.
 LIMIT = 10_000
 # Held-out images whose distance to the training images is the scale of the copy check.
 COPY_CHECKED = 1000
-# The side of the patches that pixels are compared in where images are larger.
+# Side of the patches in which pixels of larger images are compared.
 PATCH = 8
 
 
@@ -75,11 +65,7 @@ class Moments:
         self._outer.addmm_(part.T, part)
 
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance (divided by n - 1) of all features added.
-
-        Raises:
-            HasteError: there were fewer than two images.
-        """
+        """Mean and unbiased covariance (divided by n - 1) of all features added."""
         if self.n < 2:
             raise HasteError(f"a covariance of {self.n} images; expected at least 2")
         mean = self._sum / self.n
@@ -92,28 +78,22 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     Heusel et al., arXiv 1706.08500. Both roots come from symmetric eigendecompositions in float64; torch-fidelity
     takes eigenvalues of the unsymmetric product S T: the same number, slower and with imaginary parts by rounding.
-
-    Raises:
-        HasteError: the widths differ.
     """
     if a.mean.shape != b.mean.shape or a.covariance.shape != b.covariance.shape:
         raise HasteError(f"features of width {a.mean.shape} and {b.mean.shape}; expected statistics of one extractor")
-    s, t = (np.asarray(x.covariance, dtype=np.float64) for x in (a, b))
+    s, t = a.covariance, b.covariance
     values, vectors = np.linalg.eigh(s)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     inner = root @ t @ root
     cross = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
-    difference = np.asarray(a.mean, dtype=np.float64) - np.asarray(b.mean, dtype=np.float64)
+    difference = a.mean - b.mean
     return float(difference @ difference + np.trace(s) + np.trace(t) - 2 * cross)
 
 
 def pixel_gaussian(images: Tensor) -> Gaussian:
-    """Mean and covariance of pixels in [-1, 1], or of those of 8x8 patches where images are larger.
+    """Mean and covariance of the pixels of uint8 images (n, C, S, S), scaled to [-1, 1].
 
-    Patches lie side by side from the upper left corner; a margin narrower than a patch is left out.
-
-    Args:
-        images: (n, C, S, S) uint8.
+    Larger images are cut into 8x8 patches from the upper left corner; a margin narrower than a patch is left out.
     """
     moments = Moments()
     for part in images.split(1000):
@@ -135,45 +115,54 @@ def extract_features(images: Tensor, network: FeatureNetwork, batch_size: int) -
 
 def frechet(generated: Tensor, real: Tensor) -> float:
     """The Frechet distance of features (n, width) and (m, width), by torch-fidelity."""
-    statistics = [fid_features_to_statistics(side) for side in (generated, real)]
-    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+    statistics = [metric_fid.fid_features_to_statistics(side) for side in (generated, real)]
+    return float(metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[metric_fid.KEY_METRIC_FID])
+
+
+def precision_recall(
+    generated: Tensor, real: Tensor, neighborhood: int, batch_size: int = 10_000
+) -> tuple[float, float]:
+    """Improved precision and recall in [0, 1] of features (n, d) and (m, d), by torch-fidelity.
+
+    Kynkaanniemi et al., arXiv 1904.06991: the share of generated features within the distance of a real one to its
+    `neighborhood`-th neighbour, and the share of real ones within that of a generated one. Tables of distances have
+    `batch_size` rows.
+    """
+    if min(len(generated), len(real)) <= neighborhood:
+        raise HasteError(
+            f"precision and recall of {len(generated)} generated and {len(real)} real images; expected more than "
+            f"evaluate.neighborhood ({neighborhood}) of each"
+        )
+    found = metric_prc.prc_features_to_metric(
+        generated, real, prc_neighborhood=neighborhood, prc_batch_size=batch_size, save_cpu_ram=True, verbose=False
+    )
+    return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
 
 
 def compare(generated: Tensor, real: Tensor, evaluate: config.EvaluateSettings) -> dict[str, float]:
-    """FID, KID, precision and recall, by torch-fidelity, of features of generated and of real images.
+    """FID, KID, precision and recall of features (n, width) and (m, width) float64, by torch-fidelity.
 
-    Args:
-        generated, real: (n, width), (m, width) float64.
-        evaluate: sizes of KID subsets and of the precision and recall neighbourhood.
-
-    Returns:
-        `fid` and `kid` (both 0 for equal distributions, KID can be slightly negative), `precision` and `recall` in
-        [0, 1].
+    FID and KID are 0 for equal distributions, KID can be slightly negative.
     """
-    subset_size = min(evaluate.kid_subset_size, len(generated), len(real))
-    kid = kid_features_to_metric(
-        generated, real, kid_subsets=evaluate.kid_subsets, kid_subset_size=subset_size, verbose=False
+    kid = metric_kid.kid_features_to_metric(
+        generated,
+        real,
+        kid_subsets=evaluate.kid_subsets,
+        kid_subset_size=min(evaluate.kid_subset_size, len(generated), len(real)),
+        verbose=False,
     )
-    prc = prc_features_to_metric(
-        generated, real, prc_neighborhood=evaluate.neighborhood, save_cpu_ram=True, verbose=False
-    )
-    return {
-        "fid": frechet(generated, real),
-        "kid": float(kid[KEY_METRIC_KID_MEAN]),
-        "precision": float(prc[KEY_METRIC_PRECISION]),
-        "recall": float(prc[KEY_METRIC_RECALL]),
-    }
+    precision, recall = precision_recall(generated, real, evaluate.neighborhood)
+    mean = float(kid[metric_kid.KEY_METRIC_KID_MEAN])
+    return {"fid": frechet(generated, real), "kid": mean, "precision": precision, "recall": recall}
 
 
 # Copies of training images
 
 
 def nearest_distances(images: Tensor, training: Iterable[Tensor]) -> Tensor:
-    """The Euclidean distance (n,) of each uint8 image to its nearest training image, on the scale of [-1, 1] pixels.
+    """The Euclidean distance (n,) of each uint8 image (n, C, S, S) to its nearest training image, pixels in [-1, 1].
 
-    Args:
-        images: (n, C, S, S) uint8.
-        training: batches of uint8 training images.
+    training: batches of uint8 images.
     """
     device = default_device()
     x = images.flatten(1).to(device).float() / 127.5
@@ -186,29 +175,16 @@ def nearest_distances(images: Tensor, training: Iterable[Tensor]) -> Tensor:
     return nearest.cpu()
 
 
-class CopyCheck:
-    """A comparison of distances to the training images: those of generated and those of held-out images.
+def copy_scores(generated: Tensor, held_out: Tensor) -> dict[str, float]:
+    """`nearest` and `copies` of generated images, from `nearest_distances` of theirs and of held-out images.
 
-    Args:
-        held_out: uint8 images that are in no training. training: the training images in batches, once per call.
+    `nearest` is the ratio of medians (below 1: closer to training images than real ones are), `copies` the share of
+    generated images closer than 99 % of held-out images are; real images give 0.01.
     """
-
-    def __init__(self, held_out: Tensor, training: Callable[[], Iterable[Tensor]]) -> None:
-        self.training = training
-        self.real = nearest_distances(held_out, training())
-
-    def __call__(self, generated: Tensor) -> dict[str, float]:
-        """`nearest` and `copies` of uint8 images.
-
-        `nearest` is the median nearest-training-image distance of generated images over that of held-out images
-        (below 1: closer than real ones), `copies` the share of generated images closer than 99 % of held-out images
-        are; real images give 0.01.
-        """
-        made = nearest_distances(generated, self.training())
-        return {
-            "nearest": float(made.median() / self.real.median()),
-            "copies": float((made < self.real.quantile(0.01)).double().mean()),
-        }
+    return {
+        "nearest": float(generated.median() / held_out.median()),
+        "copies": float((generated < held_out.quantile(0.01)).double().mean()),
+    }
 
 
 # The card
@@ -217,9 +193,7 @@ class CopyCheck:
 def card(study: config.StudySettings, scoring: dict[str, Any]) -> dict[str, Any]:
     """Everything that changes a score, apart from the weights that are scored; `card_id` is its hash.
 
-    Args:
-        study: its data, sampling and evaluation.
-        scoring: facts of the suite's scoring and of the denoising images (`Probe.facts`).
+    scoring: facts of the suite's scoring and of the denoising images (`Probe.facts`).
     """
     evaluate = study.evaluate
     content = {
@@ -265,25 +239,17 @@ def scoring_facts(study: config.StudySettings, extractor: str) -> dict[str, Any]
     }
 
 
-def held_in(n: int) -> Tensor:
-    """Indices (m,) int64 of the held-in side among n training images: all, or LIMIT of them from a fixed seed."""
-    if n <= LIMIT:
-        return torch.arange(n)
-    return torch.randperm(n, generator=Generator().manual_seed(0))[:LIMIT].sort().values
-
-
 def augmented(dataset: Dataset, seed: int) -> Tensor:
     """uint8 training images under one draw of the augmentation, at most LIMIT of them."""
     return sampling.to_uint8(Batches(dataset, min(len(dataset), LIMIT), stream("floor", seed)).next().images)
 
 
 class Side(NamedTuple):
-    """Features of a set of images by the extractors of EXTRACTORS, pixel statistics, and the number of images."""
+    """Features of a set of images by the extractors of EXTRACTORS, and pixel statistics."""
 
     labelled: Tensor
     unlabelled: Tensor
     pixels: Gaussian
-    n: int
 
 
 class StudyScorer:
@@ -291,12 +257,13 @@ class StudyScorer:
 
     def __init__(self, study: config.StudySettings) -> None:
         self.study = study
-        dataset, training = open_dataset(study.data), TrainingImages(study.data)
+        dataset, self.training = open_dataset(study.data), TrainingImages(study.data)
+        order = torch.randperm(len(self.training), generator=Generator().manual_seed(0))
         self.real = {
-            "train": training.at(held_in(len(training))),
+            "train": self.training.at(order[:LIMIT].sort().values),
             "test": sampling.to_uint8(dataset.images("test", LIMIT)[0]),
         }
-        self.copies = CopyCheck(self.real["test"][:COPY_CHECKED], lambda: training.batches(5000))
+        self.held_out_distances = nearest_distances(self.real["test"][:COPY_CHECKED], self.training.batches(5000))
         self.augmented = augmented(dataset, study.evaluate.seed)
         self.networks, names = zip(*(load_extractor(study, role) for role in EXTRACTORS), strict=True)
         self.sides = {name: self._side(images) for name, images in self.real.items()}
@@ -306,7 +273,7 @@ class StudyScorer:
     def _side(self, images: Tensor) -> Side:
         batch_size = self.study.evaluate.batch_size
         labelled, unlabelled = (extract_features(images, network, batch_size) for network in self.networks)
-        return Side(labelled, unlabelled, pixel_gaussian(images), len(images))
+        return Side(labelled, unlabelled, pixel_gaussian(images))
 
     def _compare(self, a: Side, b: Side) -> dict[str, float]:
         """The scores of STUDY_METRICS of one side against another."""
@@ -320,7 +287,8 @@ class StudyScorer:
         found = self._side(generated)
         scores = self._compare(found, self.sides["train"])
         held_out = {f"{name}_heldout": value for name, value in self._compare(found, self.sides["test"]).items()}
-        return scores | held_out | self.copies(generated)
+        distances = nearest_distances(generated, self.training.batches(5000))
+        return scores | held_out | copy_scores(distances, self.held_out_distances)
 
     def floor(self) -> list[dict[str, Any]]:
         """Scores of real images against real ones, the values of a perfect generator at these sizes.
@@ -333,4 +301,7 @@ class StudyScorer:
             "augmented held-in against held-in": (moved, train),
             "augmented held-in against held-out": (moved, test),
         }
-        return [{"pair": name, "n": a.n, "n_reference": b.n, **self._compare(a, b)} for name, (a, b) in pairs.items()]
+        return [
+            {"pair": pair, "n": len(a.labelled), "n_reference": len(b.labelled), **self._compare(a, b)}
+            for pair, (a, b) in pairs.items()
+        ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -45,9 +44,7 @@ def fit(
     this: all train, the main one writes, and a signal to any stops all.
 
     Args:
-        run: the arm, seed and directory.
-        on_step: called after every step.
-        progress: show a progress bar.
+        run: the arm, seed and directory. on_step: called after every step. progress: show a progress bar.
         processes: those that train together; by default those that a launcher started.
 
     Raises:
@@ -87,44 +84,37 @@ def prepare(run: Run) -> None:
 
 def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None, progress: bool) -> bool:
     """The loop with its bar, log and record, which the main process keeps; True when a signal ended it."""
-    main = trainer.processes.is_main
-    facts = {"first_step": trainer.step, "processes": trainer.processes.count}
-    session: AbstractContextManager[dict[str, Any]] = runs.session(run.dir, **facts) if main else nullcontext({})
-    with session as record, signals.catch() as stopping:
-        bar = tqdm(
-            total=run.config.train.steps, initial=trainer.step, disable=not (progress and main), unit="step",
-            mininterval=1.0, desc=f"{run.arm} seed {run.seed}",
-        )  # fmt: skip
-        with bar, (run.metrics_path if main else Path(os.devnull)).open("a") as log:
-            stopped = _loop(run, trainer, _Log(log, bar, trainer), stopping, on_step)
-            record["last_step"] = trainer.step
-    return stopped
-
-
-def _loop(
-    run: Run,
-    trainer: Trainer,
-    log: _Log,
-    stopping: threading.Event,
-    on_step: Callable[[Trainer], None] | None,
-) -> bool:
     train, processes = run.config.train, trainer.processes
-    kept = set(train.kept_steps)
-    stopped = processes.any(stopping.is_set())
-    while trainer.step < train.steps and not stopped:
-        trainer.train_step()
-        if trainer.step % train.log_every == 0 or trainer.step == train.steps:
-            log.write(**exact_angle(run.config, trainer))
-        if trainer.step in kept or trainer.step % train.checkpoint_every == 0:
-            save_checkpoint(run, trainer)
-        if trainer.step % train.sample_every == 0 or trainer.step == train.steps:
-            preview(run, trainer)
-        if on_step is not None:
-            on_step(trainer)
-        # All leave after the same step, whichever of them the signal reached.
+    facts = {"first_step": trainer.step, "processes": processes.count}
+    session: AbstractContextManager[dict[str, Any]] = (
+        runs.session(run.dir, **facts) if processes.is_main else nullcontext({})
+    )
+    with (
+        session as record,
+        signals.catch() as stopping,
+        tqdm(
+            total=train.steps, initial=trainer.step, disable=not (progress and processes.is_main), unit="step",
+            mininterval=1.0, desc=f"{run.arm} seed {run.seed}",
+        ) as bar,
+        (run.metrics_path if processes.is_main else Path(os.devnull)).open("a") as stream,
+    ):  # fmt: skip
+        log, kept = _Log(stream, bar, trainer), set(train.kept_steps)
         stopped = processes.any(stopping.is_set())
-    if stopped:
-        save_checkpoint(run, trainer)
+        while trainer.step < train.steps and not stopped:
+            trainer.train_step()
+            if trainer.step % train.log_every == 0 or trainer.step == train.steps:
+                log.write(**exact_angle(run.config, trainer))
+            if trainer.step in kept or trainer.step % train.checkpoint_every == 0:
+                _save_checkpoint(run, trainer)
+            if trainer.step % train.sample_every == 0 or trainer.step == train.steps:
+                processes.from_main(lambda: _preview(run, trainer.step, trainer.ema))
+            if on_step is not None:
+                on_step(trainer)
+            # All leave after the same step, whichever of them the signal reached.
+            stopped = processes.any(stopping.is_set())
+        if stopped:
+            _save_checkpoint(run, trainer)
+        record["last_step"] = trainer.step
     return stopped
 
 
@@ -136,18 +126,13 @@ class _Log:
         self.time, self.step = time.perf_counter(), trainer.step
 
     def write(self, **readings: float) -> None:
-        """Log the means since the last call.
-
-        Raises:
-            HasteError: the loss is not finite, or the disk is full.
-        """
+        """Log the means since the last call, and further readings; refuses a loss that is not finite."""
         trainer = self.trainer
         line = trainer.measure(**readings)
         rate = (trainer.step - self.step) / max(time.perf_counter() - self.time, 1e-9)
         trainer.processes.from_main(lambda: self._append(line | {"steps_per_s": round(rate, 3)}))
-        shown = {
-            k: f"{v:.3f}" for k, v in line.items() if k in ("loss", "denoising", "feature", "attention", "grad_norm")
-        }
+        names = [name for name in ("loss", "denoising", "feature", "attention", "grad_norm") if name in line]
+        shown = {name: f"{line[name]:.3f}" for name in names}
         self.bar.set_postfix(phase=line["phase"], **shown, refresh=False)
         self.bar.update(trainer.step - self.step)
         self.time, self.step = time.perf_counter(), trainer.step
@@ -180,41 +165,36 @@ def exact_angle(run: config.RunSettings, trainer: Trainer) -> dict[str, float]:
     return {"gradient_angle": found}
 
 
-def save_checkpoint(run: Run, trainer: Trainer) -> None:
-    """Write the checkpoint of the present step and remove the temporary ones before it.
-
-    Raises:
-        HasteError: a weight is not finite (nothing is written), or the disk is full.
-    """
+def _save_checkpoint(run: Run, trainer: Trainer) -> None:
+    """Write the checkpoint of the present step, unless a weight is not finite, and remove temporary ones before it."""
     trainer.gather()
     trainer.processes.from_main(lambda: _write_checkpoint(run, trainer))
 
 
 def _write_checkpoint(run: Run, trainer: Trainer) -> None:
     tensors, rest = checkpoint.capture(trainer)
-    broken = [name for name, value in tensors.items() if name.startswith("model.") and not value.isfinite().all()]
-    if broken:
+    if not all(value.isfinite().all() for name, value in tensors.items() if name.startswith("model.")):
         check_finite(float("nan"), trainer.step)
     kept = run.config.train.kept_steps
     rest |= {"seed": run.seed, "lineage": run.config.lineage, "run": run.config.hash}
     checkpoint.save(run.checkpoint_path(trainer.step), tensors, rest | {"temporary": trainer.step not in kept})
     for step in run.steps():
         # Checkpoints say themselves whether they are temporary: `keep` may have been another one before.
-        if step < trainer.step and step not in kept and run.load(step, prefixes=("none",))[1]["temporary"]:
+        if step < trainer.step and step not in kept and run.load(step, prefixes=())[1]["temporary"]:
             run.checkpoint_path(step).unlink(missing_ok=True)
 
 
 def adopt_shared_part(run: Run) -> bool:
     """Take over a donor's checkpoints and metrics up to the switch, if it has them; True when it did.
 
-    Files are hard-linked where possible: they are never changed in place, so two runs can share them.
+    Files are never changed in place, so they are hard-linked where possible.
     """
     donor_arm = run.study.donor(run.arm)
     if donor_arm is None:
         return False
     donor, tau = Run(run.study, donor_arm, run.seed), int(run.config.tau)
-    wanted = [s for s in {*run.config.train.kept_steps, tau} if s <= tau]
-    if not donor.checkpoint_path(tau).is_file() or not set(wanted) <= set(donor.steps()):
+    wanted = {step for step in (*run.config.train.kept_steps, tau) if step <= tau}
+    if not wanted <= set(donor.steps()):
         return False
     donor.load(tau, prefixes=("noise.",))  # refuses a damaged or foreign checkpoint before anything is linked
     lines = [line for line in donor.metrics() if line["step"] <= tau]
@@ -231,22 +211,19 @@ def adopt_shared_part(run: Run) -> bool:
 
 
 def open_trainer(run: Run, processes: Processes | None = None) -> Trainer:
-    """Trainer of a run, at its latest usable checkpoint or before the first step.
-
-    processes: those that train the run together, all of which call this; by default those that a launcher started.
-    """
+    """Trainer of a run, at its latest usable checkpoint or before the first step; all `processes` call this."""
     processes = processes or Processes()
     step = processes.from_main(run.resume_step)
-    loaded = run.load(step) if step is not None else None
+    tensors, state = run.load(step) if step is not None else ({}, {})
     switch = switch_of(run.config)
-    if loaded is not None:
-        switch.load_state_dict(loaded[1]["termination"])
+    if state:
+        switch.load_state_dict(state["termination"])
     switch.update(step or 0)
     # A run that is past its switch never builds a teacher.
     teacher = find_teacher(run.study, run.config.teacher) if switch.phase == 1 else None
     trainer = create(run.config, run.seed, teacher, switch, processes=processes)
-    if loaded is not None:
-        checkpoint.restore(trainer, *loaded)
+    if state:
+        checkpoint.restore(trainer, tensors, state)
     return trainer
 
 
@@ -261,10 +238,8 @@ def create(
     """Trainer of a run before its first step; every initial value comes from `seed`.
 
     Args:
-        run: its settings.
-        seed: of weights, projector, data order and noise, each of which gets a stream of its own.
-        teacher: the frozen encoder; needed in phase I only.
-        switch: the phase to begin in; by default that of step 0.
+        run: its settings. seed: of weights, projector, data order and noise, each with a stream of its own.
+        teacher: the frozen encoder; needed in phase I only. switch: the phase to begin in; by default that of step 0.
         dataset: images to learn from in place of the run's data; for timing.
         processes: those that train the run together; by default those that a launcher started.
 
@@ -297,34 +272,27 @@ def create(
 def build_haste(
     run: config.RunSettings, student: DiffusionTransformer, teacher: Teacher, seed: int, switch: Switch | None = None
 ) -> HASTE:
-    """Phase I of a run.
+    """Phase I of a run with a student; `seed` is that of the projector's weights.
 
-    Args:
-        run: its settings. student: the generator, for its width, heads and grid. teacher: the frozen encoder.
-        seed: of the projector's weights. switch: the phase, by default one that never ends.
+    switch: the phase, by default one that never ends.
     """
     settings = run.alignment
+    names = ("depth", "layer_pairs", "lambda_feature", "lambda_attention", "projector_width", "t_low", "t_high")
     return HASTE(
         teacher,
         width=run.model.width,
         heads=student.heads,
         grid=student.grid,
-        depth=settings.depth,
-        layer_pairs=settings.layer_pairs,
-        lambda_feature=settings.lambda_feature,
-        lambda_attention=settings.lambda_attention,
-        projector_width=settings.projector_width,
-        seed=seed,
         aligned_heads=settings.heads,
-        t_low=settings.t_low,
-        t_high=settings.t_high,
-        watch_angle=watches(run),
+        watch_angle=run.train.watch_angle or run.termination.kind == "online_angle",
+        seed=seed,
         switch=switch,
+        **{name: getattr(settings, name) for name in names},
     )
 
 
 def trigger_of(settings: config.TerminationSettings) -> Trigger:
-    """Trigger that settings name."""
+    """Trigger named by the settings."""
     names = {"kind", "at", "after", "threshold", "smoothing", "patience", "window", "gain"}
     return make_trigger(**settings.model_dump(include=names))
 
@@ -332,11 +300,6 @@ def trigger_of(settings: config.TerminationSettings) -> Trigger:
 def switch_of(run: config.RunSettings) -> Switch:
     """Phase of a run before its first step."""
     return Switch(trigger_of(run.termination) if run.alignment.active else None, run.termination.fade)
-
-
-def watches(run: config.RunSettings) -> bool:
-    """True when a run takes the online estimate of its gradient angle in phase I."""
-    return run.train.watch_angle or run.termination.kind == "online_angle"
 
 
 class Seeds(NamedTuple):
@@ -355,11 +318,7 @@ def seeds_of(seed: int) -> Seeds:
 
 
 def build_generator(run: config.RunSettings, dataset: Dataset, seed: int) -> DiffusionTransformer:
-    """Generator of a run before the first step, sized for the images of `dataset`.
-
-    Raises:
-        HasteError: the patch does not divide the image, or an MM-DiT has no text tokens to learn from.
-    """
+    """Generator of a run before the first step, sized for the images of `dataset`."""
     if dataset.image_size % run.model.patch:
         raise HasteError(f"model.patch {run.model.patch} does not divide the image size {dataset.image_size}")
     contexts, model = Contexts(run.data.contexts) if run.data.contexts else None, run.model
@@ -377,11 +336,9 @@ def build_generator(run: config.RunSettings, dataset: Dataset, seed: int) -> Dif
 def student_of(
     model: config.ModelSettings, size: int, channels: int, classes: int, seed: int, contexts: Contexts | None = None
 ) -> DiffusionTransformer:
-    """Generator of the given settings.
+    """Generator with the given settings for images of `size` pixels or latents; `seed` is that of its weights.
 
-    Args:
-        model: its settings. size, channels, classes: of what is modelled. seed: of its weights.
-        contexts: text tokens by label, for an MM-DiT.
+    contexts: text tokens by label, for an MM-DiT.
     """
     sizes = {"image_size": size, "channels": channels, "classes": classes}
     sizes |= model.model_dump(include={"depth", "width", "heads", "patch"})
@@ -390,20 +347,15 @@ def student_of(
     return build(model.kind, seed, **sizes, mlp_ratio=model.mlp_ratio, qk_norm=model.qk_norm)
 
 
-def preview(run: Run, trainer: Trainer) -> None:
+def _preview(run: Run, step: int, average: DiffusionTransformer) -> None:
     """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time.
 
-    Of latents the first three channels are shown as they are; `haste sample` decodes. All processes call this, the main
-    one draws.
+    Of latents the first three channels are shown as they are; `haste sample` decodes.
     """
-    trainer.processes.from_main(lambda: _draw_preview(run, trainer.step, trainer.ema))
-
-
-def _draw_preview(run: Run, step: int, average: DiffusionTransformer) -> None:
-    classes = average.null_label
-    labels = torch.arange(min(classes, 10)).repeat(4)
+    classes = min(average.null_label, 10)
+    labels = torch.arange(classes).repeat(4)
     quick = sampling.Sampler(sampler="ddpm" if average.kind == "dit" else "heun", solver_steps=10)
     drawn = sampling.draw(average, labels, range(len(labels)), quick)
     if drawn.shape[1] > 3:
         drawn = drawn[:, :3] / 3  # latents, of about unit variance: no decoder beside a run that needs the memory
-    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{step:08d}.png", min(classes, 10))
+    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{step:08d}.png", classes)
