@@ -16,7 +16,7 @@ from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.data import Batches, open_dataset
-from haste_core.study.data.base import affine, center_crop, split_indices, to_signed, to_tensor
+from haste_core.study.data.base import augmented as affine, center_crop, split_indices, to_signed, to_tensor
 from haste_core.training import Batch
 
 SPLITS = ("train", "validation", "test")
@@ -83,8 +83,8 @@ def test_a_fraction_that_leaves_nothing_is_an_error():
 
 def test_augmentation_is_seeded_differs_per_image_and_is_the_identity_at_zero():
     x = digits().images("train")[0]
-    assert_close(affine(x[:50], config.AugmentSettings(), generator()), x[:50], atol=1e-5, rtol=0)
-    first, again, other = (affine(x[:1].expand(8, -1, -1, -1), STRONG, generator(seed)) for seed in (0, 0, 1))
+    assert_close(affine(x[:50], config.AugmentSettings(shift=1e-9), generator(), 50), x[:50], atol=1e-5, rtol=0)
+    first, again, other = (affine(x[:1].expand(8, -1, -1, -1), STRONG, generator(seed), 8) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(rows(first)) == 8
@@ -112,7 +112,7 @@ def test_augmentation_moves_mass_by_what_it_is_asked_for(setting):
     lines = torch.arange(33).float() - 16
     blob = torch.exp(-((lines[None] - 6) ** 2 + lines[:, None] ** 2) / 8)  # six pixels right of the centre
     x = (2 * blob - 1).expand(400, 1, 33, 33)
-    mass = affine(x, config.AugmentSettings(**setting), generator()) + 1
+    mass = affine(x, config.AugmentSettings(**setting), generator(), 400) + 1
     total = mass.sum((1, 2, 3))
     column = (mass * lines).sum((1, 2, 3)) / total
     row = (mass * lines[:, None]).sum((1, 2, 3)) / total
