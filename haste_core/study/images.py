@@ -1,4 +1,4 @@
-"""Sets of uint8 images: sources that are read in batches, hashes of their content, and sheets as PNG files."""
+"""Sets of uint8 images: sources read in batches, hashes of their content, and sheets as PNG files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from haste_core.study import config
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.data.base import parts
 
-# Training sets up to this many bytes are hashed completely, larger ones by this many images.
+# Training sets up to this many bytes are hashed completely, larger ones by this many evenly spread images.
 HASHED_WHOLE = 2**30
 HASHED_IMAGES = 2000
 
@@ -67,39 +67,34 @@ class NpzImages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as stream:
-            self.shape = _image_header(stream)
+        with self._open() as (_, shape):
+            self.shape = shape
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """As for `Images`."""
-        with self._open() as stream:
-            n, *rest = _image_header(stream)
+        with self._open() as (stream, (n, *rest)):
             for part in parts(range(n), size):
                 content = bytearray(stream.read(len(part) * math.prod(rest)))
                 yield torch.frombuffer(content, dtype=torch.uint8).reshape(len(part), *rest).permute(0, 3, 1, 2)
 
     @contextmanager
-    def _open(self) -> Iterator[IO[bytes]]:
+    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
+        """A stream at the first image, and the shape of all."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-                yield stream
+                np.lib.format.read_magic(stream)
+                shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
+                if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+                    raise ValueError(f"arr_0 is {dtype} {shape}")
+                yield stream, shape
         except (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())
+            cause = " ".join(str(error).split())
             raise HasteError(
-                f"{self.path}: {reason}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)"
+                f"{self.path}: {cause}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)"
             ) from error
-
-
-def _image_header(stream: IO[bytes]) -> tuple[int, int, int, int]:
-    """The shape in the header of an .npy stream of images; the stream is left at the first image."""
-    np.lib.format.read_magic(stream)
-    shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
-        raise ValueError(f"arr_0 is {dtype} {shape}")
-    return shape
 
 
 class TrainingImages:
@@ -121,10 +116,7 @@ class TrainingImages:
             yield self.at(indices)
 
     def hash(self) -> str:
-        """The first 16 hexadecimal digits of a SHA-256 over number, shape and pixels of the images.
-
-        Sets beyond 1 GiB of pixels are hashed by their number and 2,000 evenly spread images.
-        """
+        """The first 16 hexadecimal digits of a SHA-256 over number, shape and pixels of the images."""
         n = len(self)
         first = self.at(torch.zeros(1, dtype=torch.int64))
         whole = n * first[0].numel() <= HASHED_WHOLE

@@ -46,7 +46,6 @@ from haste_core.study.data.latents import (
     name_of,
     read_manifest,
 )
-from haste_core.study.validation import validate
 
 if TYPE_CHECKING:
     from haste_core.study.data.images import Split
@@ -231,12 +230,8 @@ class Job:
         """
         gpus = torch.cuda.device_count()
         wanted = ("cuda" if gpus else "cpu") if self.device == "auto" else self.device
-        try:
-            kind = torch.device(wanted).type
-        except RuntimeError as error:
-            raise HasteError(f"--device {wanted}; expected one of: auto, cpu, cuda, cuda:0, ...") from error
-        if kind == "cuda" and not gpus:
-            raise HasteError(f"--device {wanted}: this machine has no GPU; expected cpu")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?" if gpus else "cpu", wanted):
+            raise HasteError(f"--device {wanted} with {gpus} GPUs here; expected one of: auto, cpu, cuda, cuda:0, ...")
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if wanted == "cuda" else wanted
 
 
@@ -255,10 +250,10 @@ class Preparation:
     @cached_property
     def split(self) -> Split:
         """The source's images and labels."""
-        from haste_core.study.data.images import Split, load_splits, pick_split
+        from haste_core.study.data.images import Split, load_splits
 
         job = self.job
-        return Split(pick_split(load_splits(job.source), job.split, job.source), job.size, job.source)
+        return Split(load_splits(job.source, job.split)[job.split], job.size, job.source)
 
     @cached_property
     def vae(self) -> Vae:
@@ -350,7 +345,7 @@ class Preparation:
         write_json(self._record(shard), {"folder": folder, **record})
 
     def finish(self, settings: dict[str, Any]) -> Manifest:
-        """Write dataset.json of both sides and, last of all, the manifest; read the first and the last pair back."""
+        """Write dataset.json of both sides and, last of all, the manifest; read them and the first pair back."""
         records = [json.loads(self._record(shard).read_text()) for shard in range(len(self.shards))]
         sums = torch.zeros(2, self.vae.channels, dtype=torch.float64)
         for record in records:
@@ -365,11 +360,9 @@ class Preparation:
             write_text(self.out / side / "dataset.json", json.dumps({"labels": entries}))
         std = (square - mean.square()).clamp_min(0).sqrt()
         content = {**settings, "latent_mean": mean.tolist(), "latent_std": std.tolist(), "shards": records}
-        manifest = validate(Manifest, content, "manifest")
+        manifest = Manifest.model_validate(content)
         write_json(self.manifest_path, manifest.model_dump(mode="json"))
-        folder, ends = Folder(self.out), torch.tensor([0, count - 1])
-        folder.pixels(ends)
-        folder.posterior(ends)
+        Folder(self.out)
         return manifest
 
 

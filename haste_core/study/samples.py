@@ -40,12 +40,9 @@ Draw = Callable[[Tensor, range], Tensor]
 def plan(
     run: Run, step: int, checkpoint: str, classes: int, n: int, first_seed: int, shard_size: int
 ) -> dict[str, Any]:
-    """The manifest of images of a run: everything that decides their pixels, and where they come from.
+    """The manifest of `n` images of a run: everything that decides their pixels, and their origin.
 
-    Args:
-        run: its study names data and sampler. step, checkpoint: whose weights, and their fingerprint.
-        classes: number of labels. n: number of images. first_seed: image i has seed first_seed + i.
-        shard_size: images in a shard.
+    checkpoint: fingerprint of the weights. classes: number of labels. first_seed: image i has seed first_seed + i.
     """
     return {
         **drawing_facts(run.study.data, run.sample),
@@ -116,26 +113,25 @@ class SampleSet:
             Interrupted: SIGTERM or SIGINT arrived; complete shards are kept, the unfinished one is not.
             HasteError: an existing shard is damaged.
         """
-        mine, missing, labels = range(len(self.shards))[rank::processes], self.missing(), self.labels()
-        size = sum(len(self.shards[i]) for i in mine)
+        mine, paths, labels = range(len(self.shards))[rank::processes], self.paths(), self.labels()
+        size, first_seed = sum(len(self.shards[i]) for i in mine), self.manifest["first_seed"]
         with (
             signals.catch() as stopping,
             tqdm(total=size, desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar,
         ):
             for index in mine:
-                if index not in missing:
+                if paths[index].is_file():
                     bar.update(len(self._shard(index)))
                     continue
                 drawn = []
                 for batch in parts(self.shards[index], batch_size):
                     if stopping.is_set():
-                        raise Interrupted(
-                            f"{self.folder}: {self.drawn()} of {self.n} images are drawn; run again to go on"
-                        )
-                    seeds = range(self.manifest["first_seed"] + batch.start, self.manifest["first_seed"] + batch.stop)
+                        done = f"{self.drawn()} of {self.n} images are drawn"
+                        raise Interrupted(f"{self.folder}: {done}; run again to go on")
+                    seeds = range(first_seed + batch.start, first_seed + batch.stop)
                     drawn.append(draw(labels[batch.start : batch.stop], seeds).permute(0, 2, 3, 1))
                     bar.update(len(batch))
-                with atomic(self.paths()[index]) as temporary, temporary.open("wb") as stream:
+                with atomic(paths[index]) as temporary, temporary.open("wb") as stream:
                     np.save(stream, torch.cat(drawn).contiguous().numpy(), allow_pickle=False)
 
     def _shard(self, index: int) -> np.ndarray:

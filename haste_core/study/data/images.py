@@ -140,8 +140,8 @@ def _divided(data: config.DataSettings) -> dict[str, Any]:
     Validation images are held out of the training split, and so are test images where there is no test split.
     """
     path = str(data.path)
-    found = load_splits(path)
-    train = pick_split(found, data.train_split, path)
+    found = load_splits(path, data.train_split)
+    train = found[data.train_split]
     labels = Split(train, int(data.image_size or 0), path).labels
     if data.test_split in found and data.test_split != data.train_split:
         kept, held_out = hold_out(labels, data, "validation", f"data {path}")
@@ -151,11 +151,11 @@ def _divided(data: config.DataSettings) -> dict[str, Any]:
     return {name: train.select(indices.tolist()) for name, indices in chosen.items()}
 
 
-def load_splits(path: str) -> dict[str, Any]:
+def load_splits(path: str, needed: str) -> dict[str, Any]:
     """Every split of a folder, parquet file or hub name, as `datasets` reads it.
 
     Raises:
-        HasteError: nothing is there, or it cannot be read.
+        HasteError: nothing is there, it cannot be read, or the split `needed` is missing.
     """
     place = Path(path)
     if not place.exists() and not _HUB_NAME.fullmatch(path):
@@ -175,19 +175,11 @@ def load_splits(path: str) -> dict[str, Any]:
     else:
         source = {"path": path}
     try:
-        return dict(datasets.load_dataset(**source))
+        found = dict(datasets.load_dataset(**source))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
         # datasets wraps the cause in "An error occurred while generating the dataset".
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise HasteError(f"data.path {path!r} cannot be read: {cause}; expected {_FORMATS}") from error
-
-
-def pick_split(found: dict[str, Any], name: str, path: str) -> Any:
-    """The rows of one split.
-
-    Raises:
-        HasteError: there is no such split.
-    """
-    if name not in found:
-        raise HasteError(f"data {path} has no split {name!r}; expected one of: {', '.join(found)}")
-    return found[name]
+    if needed not in found:
+        raise HasteError(f"data {path} has no split {needed!r}; expected one of: {', '.join(found)}")
+    return found
