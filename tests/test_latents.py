@@ -171,8 +171,8 @@ def test_lists_may_lie_at_the_top_or_on_one_side(folder):
         return pairs.keys == expected.keys and pairs.labels.equal(expected.labels)
 
     assert found(entries)
-    with pytest.raises(HasteError, match="disagree"):
-        found(entries[:-1])
+    refused("disagree", found, entries[:-1])
+    refused("names within the folder like", found, [["images/../img00000000.png", 0]])
     (folder / "dataset.json").unlink()
     labels_file(folder, "images").unlink()
     assert found()
@@ -210,24 +210,15 @@ LISTS = [
     ([[NAME, True]], r"labels\.0\.1: .* integer, given True"),
     ([["00000/img00000000.png", 1]], "names within the folder like"),
     ([["a/img-mean-std-1.npy", 1]] * 2, "a/img-mean-std-1.npy twice"),
-]
-PLACES = ["../a/", "/etc/", "a/../../", "a\\", "./", "a//"]
+    *[([[f"{place}img-mean-std-1.npy", 0]], "names within the folder like")
+      for place in ("../a/", "/etc/", "a/../../", "a\\", "./", "a//")],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "message"), LISTS)
 def test_other_lists_are_refused_in_one_line(folder, content, message):
     labels_file(folder).write_text(content if isinstance(content, str) else json.dumps({"labels": content}))
     refused(message, read_pairs, folder)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_names_outside_the_folder_are_refused(folder, place):
-    text = json.dumps({"labels": [[f"{place}img-mean-std-1.npy", 0]]})
-    labels_file(folder).write_text(text)
-    refused("names within the folder like", read_pairs, folder)
-    labels_file(folder).unlink()
-    (folder / "dataset.json").write_text(text)
-    refused("names within the folder like", read_pairs, folder)
 
 
 # ---- damage ----
@@ -334,7 +325,6 @@ def test_the_posterior_is_that_of_diffusers(loaded):
     assert (mean.shape, mean.dtype, mean.requires_grad, loaded.model.training) == (
         (5, 4, 8, 8), torch.float32, False, False
     )  # fmt: skip
-    assert_close(loaded.encode(x, 2).mean, mean, atol=1e-5, rtol=1e-5)
     refused("latents of 3 channels .* expected 4", loaded.decode, torch.zeros(1, 3, 8, 8))
 
 

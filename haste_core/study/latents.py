@@ -82,18 +82,14 @@ class Vae:
         return checkpoint.fingerprint(self.model.state_dict())
 
     @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 32) -> Posterior:
+    def encode(self, images: Tensor) -> Posterior:
         """The posterior of images (n, 3, S, S) in [-1, 1]: mean and std (n, C, S / factor, S / factor), unscaled.
 
-        Float32 on the device of `images`, `batch_size` of them at a time; S is a multiple of `factor`.
+        Float32 on the device of `images`; S is a multiple of `factor`.
         """
         with _exact():
-            found = [
-                self.model.encode(part.to(self.model.device, torch.float32), return_dict=False)[0]
-                for part in images.split(batch_size)
-            ]
-        mean, std = (torch.cat([getattr(d, which) for d in found]).to(images.device) for which in ("mean", "std"))
-        return Posterior(mean, std)
+            found = self.model.encode(images.to(self.model.device, torch.float32), return_dict=False)[0]
+        return Posterior(found.mean.to(images.device), found.std.to(images.device))
 
     @torch.no_grad()
     def decode(self, x: Tensor, batch_size: int = 32) -> Tensor:
@@ -329,7 +325,7 @@ class Preparation:
                     raise self.interrupted()
                 if following is not None:
                     ahead = reader.submit(self.split.decode, following)
-                posterior = self.vae.encode(to_signed(pixels), len(batch))
+                posterior = self.vae.encode(to_signed(pixels))
                 sums += moments(posterior, batch)
                 for j, index in enumerate(batch):
                     array = torch.cat([posterior.mean[j], posterior.std[j]]).numpy()
