@@ -89,9 +89,8 @@ def test_augmentation_is_seeded_differs_per_image_and_is_the_identity_at_zero():
     assert len(rows(first)) == 8
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_parts_of_a_batch_make_up_the_whole_and_leave_the_stream_alike(flip):
-    data, indices = digits(augment=STRONG.model_copy(update={"flip": flip})), torch.arange(30)
+def test_parts_of_a_batch_make_up_the_whole_and_leave_the_stream_alike():
+    data, indices = digits(augment=STRONG.model_copy(update={"flip": True})), torch.arange(30)
     streams = [generator() for _ in range(4)]
     whole, *parts = (
         data.batch(indices, stream, part=part)
@@ -153,7 +152,7 @@ def test_batches_are_seeded_passes_over_all_images_without_a_short_last_batch():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("before", [0, 1, 7])
+@pytest.mark.parametrize("before", [0, 7])
 def test_a_stream_goes_on_from_its_state_to_the_bit(before, ahead):
     """1,212 images in batches of 200: six batches a pass, so 7 lies in the second pass."""
     data = digits(augment=STRONG)

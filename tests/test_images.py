@@ -180,15 +180,6 @@ def folder(tmp_path):
     return write_images(tmp_path / "pets" / "test", range(30, 36)).parent
 
 
-def test_batches_and_examples(folder):
-    data = opened(folder)
-    indices = torch.tensor([5, 0, 5])
-    batch = data.batch(indices, torch.Generator())
-    assert all(map(torch.equal, batch[:2], (part[indices] for part in data.images("train"))))
-    assert torch.equal(batch.images, batch.x)
-    assert all(map(torch.equal, data.examples("test", 4)[:2], (part[:4] for part in data.images("test"))))
-
-
 def test_half_of_the_images_are_mirrored_and_the_seed_says_which(folder):
     data, plain = opened(folder, augment={"flip": True}), opened(folder)
     indices = torch.arange(27).repeat(44)
