@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from torch.testing import assert_close
 
 from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
@@ -21,7 +19,6 @@ from haste_core.study.data import Batches, images, open_dataset
 
 SIZE, NAMES = 16, ("ant", "bee", "cat")
 SPLITS = ("train", "validation", "test")
-SHARED = [Path(__file__).parents[up] / "shared" / "data" for up in (2, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -91,49 +88,37 @@ def together(found, *splits):
 
 def test_a_folder_with_train_and_test(tmp_path):
     write_images(tmp_path / "pets" / "train", range(12))
-    write_images(tmp_path / "pets" / "test", range(12, 18))
-    data = opened(tmp_path / "pets")
+    write_images(tmp_path / "pets" / "validation", range(12, 18))
+    data = opened(tmp_path / "pets", test_split="validation")
     assert (data.name, data.channels, data.image_size, data.classes, len(data)) == ("pets", 3, SIZE, 3, 10)
     found = contents(data)
     assert together(found, "train", "validation") == list(range(12))
     assert found["test"] == [12, 15, 13, 16, 14, 17], "files in the order of their folders"
-    assert len(found["validation"]) == 2
-
-
-def test_a_folder_without_a_test_split_is_divided(tmp_path):
-    folder = write_images(tmp_path / "pets", range(36))
-    data = opened(folder)
-    found = contents(data)
-    assert together(found) == list(range(36))
-    assert torch.bincount(torch.tensor(found["test"]) % 3).tolist() == [3, 3, 3]
-    assert torch.bincount(torch.tensor(found["validation"]) % 3).tolist() == [1, 1, 1]
-    assert contents(opened(folder)) == found
-    assert set(contents(opened(folder, split_seed=1))["test"]) != set(found["test"])
-    assert set(contents(opened(folder, split_seed=1))["validation"]) != set(found["validation"])
-    assert len(opened(folder, test_fraction=0.5)) == 16
-    other = contents(opened(folder, validation_fraction=0.5))
-    assert len(other["validation"]) == 14
-    assert other["test"] == found["test"], "the test images do not depend on the validation images"
-
-
-def test_another_name_for_the_test_split(tmp_path):
-    write_images(tmp_path / "pets" / "train", range(12))
-    write_images(tmp_path / "pets" / "validation", range(12, 18))
-    assert sorted(contents(opened(tmp_path / "pets", test_split="validation"))["test"]) == list(range(12, 18))
     assert len(opened(tmp_path / "pets")) == 8, "without a split of that name part of train is held out"
     with pytest.raises(HasteError, match="no split 'training'; expected one of: train, validation"):
         opened(tmp_path / "pets", train_split="training")
 
 
-@pytest.mark.parametrize("column", ["img", "image"])
-def test_a_folder_of_parquet_files(tmp_path, column):
+def test_a_folder_without_a_test_split_is_divided(tmp_path):
+    folder = write_images(tmp_path / "pets", range(36))
+    found = contents(opened(folder))
+    assert together(found) == list(range(36))
+    assert torch.bincount(torch.tensor(found["test"]) % 3).tolist() == [3, 3, 3]
+    assert torch.bincount(torch.tensor(found["validation"]) % 3).tolist() == [1, 1, 1]
+    assert contents(opened(folder)) == found
+    other = contents(opened(folder, split_seed=1))
+    assert all(set(other[split]) != set(found[split]) for split in ("test", "validation"))
+    assert len(opened(folder, test_fraction=0.5)) == 16
+
+
+def test_a_folder_of_parquet_files(tmp_path):
     folder = tmp_path / "pets"
-    write_parquet(folder / "pets-train-00000-of-00002.parquet", range(12), column)
-    write_parquet(folder / "pets-train-00001-of-00002.parquet", range(12, 24), column)
-    write_parquet(folder / "pets-test.parquet", range(24, 30), column)
-    data = opened(folder)
-    assert together(contents(data), "train", "validation") == list(range(24))
-    assert contents(data)["test"] == list(range(24, 30)), "rows keep their order"
+    write_parquet(folder / "pets-train-00000-of-00002.parquet", range(12))
+    write_parquet(folder / "pets-train-00001-of-00002.parquet", range(12, 24))
+    write_parquet(folder / "pets-test.parquet", range(24, 30))
+    found = contents(opened(folder))
+    assert together(found, "train", "validation") == list(range(24))
+    assert found["test"] == list(range(24, 30)), "rows keep their order"
 
 
 def test_parquet_written_by_datasets_itself(tmp_path):
@@ -143,19 +128,6 @@ def test_parquet_written_by_datasets_itself(tmp_path):
     data = opened(tmp_path / "pets.parquet")
     assert together(contents(data)) == list(range(12))
     assert (data.name, data.classes) == ("pets.parquet", 4), "a class without images counts"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not any(folder.is_dir() for folder in SHARED), reason="no shared CIFAR-10 here")
-def test_the_shared_photographs():
-    folder = next(folder for folder in SHARED if folder.is_dir())
-    data = opened(folder, image_size=32)
-    assert (len(data), data.classes, data.channels) == (45_000, 10, 3)
-    x, y = data.images("test", 64)
-    assert x.shape == (64, 3, 32, 32)
-    assert y.unique().numel() > 5
-    assert -1 <= float(x.min()) < -0.9
-    assert 0.9 < float(x.max()) <= 1
 
 
 # ---- pixels ----
@@ -208,18 +180,6 @@ def folder(tmp_path):
     return write_images(tmp_path / "pets" / "test", range(30, 36)).parent
 
 
-def test_batches_and_examples(folder):
-    data = opened(folder)
-    indices = torch.tensor([5, 0, 5])
-    batch = data.batch(indices, torch.Generator())
-    assert torch.equal(batch.x, data.images("train")[0][indices])
-    assert torch.equal(batch.y, data.images("train")[1][indices])
-    assert torch.equal(batch.images, batch.x)
-    example = data.examples("test", 4)
-    assert torch.equal(example.x, data.images("test")[0][:4])
-    assert len(example.y) == 4
-
-
 def test_half_of_the_images_are_mirrored_and_the_seed_says_which(folder):
     data, plain = opened(folder, augment={"flip": True}), opened(folder)
     indices = torch.arange(27).repeat(44)
@@ -227,8 +187,6 @@ def test_half_of_the_images_are_mirrored_and_the_seed_says_which(folder):
     first, again, other = (data.batch(indices, torch.Generator().manual_seed(s)).x for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    part = data.batch(indices, torch.Generator().manual_seed(0), part=slice(500, 700))
-    assert torch.equal(part.x, first[500:700])
     same = (first == original).flatten(1).all(1)
     turned = (first == original.flip(-1)).flatten(1).all(1)
     assert bool((same ^ turned).all()), "every image is there as it is or mirrored left to right"
@@ -252,13 +210,11 @@ def test_decoded_pixels_are_kept_by_size_and_used_again(folder, tmp_path, monkey
     assert opened(folder, image_size=8).images("train")[0].shape == (27, 3, 8, 8)
     monkeypatch.setattr(images.Split, "decode", lambda self, indices: pytest.fail("decoded again"))
     assert contents(opened(folder)) == first
-    for path in kept_files(tmp_path):
-        if path.stem.endswith("-8"):
-            path.write_bytes(b"damaged")
-        else:
-            np.save(path, np.zeros((2, 3, SIZE, SIZE), np.uint8))
-    for size, message in ((8, "is damaged .* delete it"), (SIZE, r"holds something else, \(2, 3, 16, 16\)")):
-        with pytest.raises(HasteError, match=message):
+    damaged, other = [path for path in kept_files(tmp_path) if len(np.load(path, mmap_mode="r")) == 27]
+    damaged.write_bytes(b"damaged")
+    np.save(other, np.zeros((2, 3, SIZE, SIZE), np.uint8))
+    for size in (8, SIZE):
+        with pytest.raises(HasteError, match=r"is truncated or damaged .*; expected 27 images .* delete it"):
             opened(folder, image_size=size).images("train")
 
 
@@ -272,16 +228,14 @@ def test_changed_files_are_decoded_anew(tmp_path):
 
 
 def test_large_data_give_the_same_batches_and_keep_nothing(folder, tmp_path, monkeypatch):
-    small = [batch for stream in [Batches(opened(folder), 7, seed=3)] for batch in [stream.next() for _ in range(9)]]
-    expected = contents(opened(folder))
+    stream = Batches(opened(folder), 7, seed=3)
+    expected = [stream.next() for _ in range(5)]
     for path in kept_files(tmp_path):
         path.unlink()
     monkeypatch.setattr(images, "KEPT_DECODED", 0)
     stream = Batches(opened(folder), 7, seed=3)
-    for batch in small:
-        for one, other in zip(batch, stream.next(), strict=True):
-            assert_close(one, other, atol=0, rtol=0)
-    assert contents(opened(folder)) == expected
+    for batch in expected:
+        assert all(map(torch.equal, batch, stream.next()))
     assert kept_files(tmp_path) == []
 
 
@@ -304,7 +258,6 @@ def labelled(path, *labels):
 
 REFUSED = {
     "missing": (lambda path: path, "does not exist; expected a folder"),
-    "missing below here": (lambda path: "a/b/c", "does not exist; expected a folder"),
     "hub name without network": (lambda path: "nobody/no-such-data", "cannot be read: .*; expected a folder"),
     "text for parquet": (text_file, "cannot be read: Parquet file size is 5 bytes"),
     "empty folder": (lambda path: path.mkdir() or path, "cannot be read"),
@@ -313,8 +266,8 @@ REFUSED = {
     "no images": (lambda path: table(path, text=["a", "b"], label=[0, 1]), "has columns text, label; expected"),
     "no rows": (lambda path: pq.write_table(pq.read_table(labelled(path, 0)).slice(0, 0), path) or path,
                 "cannot be read"),
-    "negative label": (lambda path: labelled(path, 0, -1, 0, 1), "label -1; expected"),
-    "missing label": (lambda path: labelled(path, 0, None, 1), "image 1 has no label"),
+    "negative label": (lambda path: labelled(path, 0, -1, 0, 1), "image 1 has label -1; expected"),
+    "missing label": (lambda path: labelled(path, 0, None, 1), "image 1 has label None; expected"),
     "one image": (lambda path: labelled(path, 0), "data.test_fraction 0.25: 1 image cannot be divided"),
     "two images": (lambda path: labelled(path, 0, 1), "data.validation_fraction 0.1: 1 image cannot be"),
 }  # fmt: skip

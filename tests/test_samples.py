@@ -72,18 +72,15 @@ def test_a_set_is_drawn_in_shards_and_merged(tmp_path, filled):
         assert content["arr_0"][:, 0, 1, channel].tolist() == list(range(7, 30))
     filled.merge(tmp_path / "grey.npz")
     assert stored(tmp_path / "grey.npz")["arr_0"].shape == (23, 4, 4, 1)
+    random = SampleSet(tmp_path / "random", manifest(labels="random"))
+    assert torch.equal(random.labels(), sampling.sample_labels(23, 10, "random", 7))
 
 
-def test_random_labels_are_drawn_from_the_first_seed(tmp_path):
-    samples = SampleSet(tmp_path / "set", manifest(labels="random"))
-    assert torch.equal(samples.labels(), sampling.sample_labels(23, 10, "random", 7))
-
-
-def test_an_interrupted_set_resumes_and_draws_no_shard_twice(tmp_path, samples):
+def test_an_interrupted_set_resumes_and_draws_no_shard_twice(samples):
     asked = []
 
     def stopping(labels, seeds):
-        asked.append(list(seeds))
+        asked.append(seeds[0])
         if len(asked) == 8:  # in the third shard
             os.kill(os.getpid(), signal.SIGTERM)
         return numbers(labels, seeds)
@@ -91,12 +88,9 @@ def test_an_interrupted_set_resumes_and_draws_no_shard_twice(tmp_path, samples):
     with pytest.raises(Interrupted, match="10 of 23 images"):
         samples.fill(stopping, batch_size=2)
     assert samples.missing() == [2, 3, 4]
-    kept = [path.stat().st_mtime_ns for path in samples.paths()[:2]]
-    again = SampleSet(tmp_path / "set", manifest())
-    asked.clear()
-    again.fill(lambda labels, seeds: asked.append(list(seeds)) or numbers(labels, seeds), batch_size=2)
-    assert asked[0] == [17, 18]
-    assert [path.stat().st_mtime_ns for path in samples.paths()[:2]] == kept
+    again = SampleSet(samples.folder, manifest())
+    again.fill(stopping, batch_size=2)
+    assert asked[8:] == [17, 19, 21, 22, 24, 26, 27, 29]
     assert torch.equal(torch.cat(list(again.batches(9))), numbers(samples.labels(), range(7, 30)))
 
 
@@ -111,34 +105,26 @@ def test_processes_take_turns_at_the_shards_and_change_no_byte(tmp_path, filled)
     assert filled.merged.read_bytes() == divided.merged.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"checkpoint": "xyz"}, "checkpoint 'abc', asked is 'xyz'"),
-        ({"solver_steps": 9}, "solver_steps None, asked is 9"),
-    ],
-)
-def test_a_folder_with_another_manifest_is_refused_in_one_line(tmp_path, samples, change, words):
-    assert SampleSet(tmp_path / "set", manifest(**{"from": "another arm with equal weights"})).n == 23
-    with pytest.raises(HasteError) as caught:
-        SampleSet(tmp_path / "set", manifest(**change))
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_of_other_files_is_refused_and_stays(tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    for place, words in ((tmp_path, "mine.txt"), (tmp_path / "mine.txt", "is a file")):
-        with pytest.raises(HasteError, match=words):
-            SampleSet(place, manifest())
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+def test_a_folder_with_another_manifest_or_other_files_is_refused_and_stays(tmp_path, samples):
+    assert SampleSet(samples.folder, manifest(**{"from": "another arm with equal weights"})).n == 23
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.txt").write_text("mine")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "manifest.json").write_text("[1")
-    with pytest.raises(HasteError, match="cannot be read"):
-        SampleSet(tmp_path / "bad", manifest())
+    for place, more, words in (
+        (samples.folder, {"checkpoint": "xyz"}, "checkpoint 'abc', now it is 'xyz'"),
+        (samples.folder, {"solver_steps": 9}, "solver_steps None, now it is 9"),
+        (tmp_path / "mine", {}, "mine.txt is in the way"),
+        (tmp_path / "mine" / "mine.txt", {}, "mine.txt is in the way"),
+        (tmp_path / "bad", {}, "cannot be read"),
+    ):
+        with pytest.raises(HasteError, match=words) as caught:
+            SampleSet(place, manifest(**more))
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("content", [b"", "cut", "pickle", "other"])
+@pytest.mark.parametrize("content", ["cut", "pickle", "other"])
 def test_a_damaged_shard_is_refused_by_name(filled, content):
     path = filled.paths()[1]
     if content == "pickle":
@@ -146,21 +132,18 @@ def test_a_damaged_shard_is_refused_by_name(filled, content):
     elif content == "other":
         np.save(path, np.zeros((4, 4, 4, 1), np.uint8))
     else:
-        path.write_bytes(path.read_bytes()[:-7] if content == "cut" else content)
+        path.write_bytes(path.read_bytes()[:-7])
     for use in (lambda: filled.fill(numbers, 5), lambda: filled.merge(filled.merged)):
-        with pytest.raises(HasteError, match=r"00001.npy is truncated or damaged; delete it"):
+        with pytest.raises(HasteError, match=r"00001.npy is truncated or damaged .*; delete it"):
             use()
     path.unlink()
     filled.fill(numbers, batch_size=5)
     assert filled.missing() == []
 
 
-def test_a_merged_file_is_written_once_shard_by_shard_and_again_when_it_differs(tmp_path, filled, monkeypatch):
-    path, modes, load = tmp_path / "out.npz", set(), np.load
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "load", lambda path, **more: modes.add(more.get("mmap_mode")) or load(path, **more))
-        filled.merge(path)
-    assert modes == {"r"}, "shards are mapped"
+def test_a_merged_file_is_written_once_and_again_when_it_differs(tmp_path, filled):
+    path = tmp_path / "out.npz"
+    filled.merge(path)
     written = path.stat().st_mtime_ns
     filled.merge(path)
     assert path.stat().st_mtime_ns == written
@@ -172,33 +155,20 @@ def test_a_merged_file_is_written_once_shard_by_shard_and_again_when_it_differs(
     assert len(stored(path)["arr_0"]) == 23
 
 
-def test_a_full_disk_leaves_no_half_shard(samples, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", full)
-        with pytest.raises(HasteError, match="no room"):
-            samples.fill(numbers, batch_size=5)
-    assert samples.missing() == [0, 1, 2, 3, 4]
-    assert not list(samples.folder.rglob("*.tmp"))
-
-
 @pytest.mark.parametrize("sampler", ["heun", "sde"])
 def test_batch_and_shard_size_move_at_most_a_rounding(tmp_path, randomise, tiny, sampler):
     # Sums in another order change the last bits of a float, and now and then a level of a pixel.
     model = randomise(SiT(image_size=8, channels=1, classes=10, depth=2, width=32, heads=2, patch=2), std=0.2).eval()
     results = []
-    for batch, shard in ((20, 20), (7, 20), (1, 5)):
-        sample = config.SampleSettings(sampler=sampler, solver_steps=4, batch_size=batch)
-        samples = SampleSet(tmp_path / f"{batch}-{shard}", manifest(n=60, shard_size=shard))
+    for batch, shard in ((20, 20), (7, 5)):
+        sample = config.SampleSettings(sampler=sampler, solver_steps=3, batch_size=batch)
+        samples = SampleSet(tmp_path / f"{batch}-{shard}", manifest(n=40, shard_size=shard))
         samples.fill(drawer(model, tiny.data, sample), batch)
-        results.append(torch.cat(list(samples.batches(60))).int())
+        results.append(torch.cat(list(samples.batches(40))).int())
     assert results[0].float().std() > 10
-    for other in results[1:]:
-        difference = (other - results[0]).abs()
-        assert difference.max() <= 1
-        assert (difference > 0).double().mean() < 0.002
+    difference = (results[1] - results[0]).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).double().mean() < 0.002
 
 
 # ---- locks ----
@@ -233,18 +203,20 @@ def test_a_lock_has_one_holder_whom_the_error_names_and_the_next_waits(tmp_path)
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = (
-        "import sys, pathlib, time\nfrom haste_core.files import locked\n"
-        "with locked(pathlib.Path(sys.argv[1]), 'it'):\n    print('held', flush=True)\n    time.sleep(60)\n"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x.lock")], stdout=subprocess.PIPE)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with files.locked(tmp_path / "x.lock", "it"):
+            os.write(writing, b"held")
+            time.sleep(60)
+        os._exit(0)
     try:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(InUse, match=f"process {holder.pid} on"), files.locked(tmp_path / "x.lock", "it"):
+        assert os.read(reading, 4) == b"held"
+        with pytest.raises(InUse, match=f"process {child} on"), files.locked(tmp_path / "x.lock", "it"):
             pass
     finally:
-        holder.kill()
-        holder.wait()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with files.locked(tmp_path / "x.lock", "it"):
         pass
 
@@ -319,19 +291,6 @@ def test_a_folder_and_files_hold_the_same_images(trained, tmp_path, capsys):
     assert (note["n"], note["shard_size"], note["vae"]) == (25, 6, None)
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_same_file_as_one_and_an_error_is_that_of_the_command(trained, tmp_path, capsys):
-    sizes = ("--n", "25", "--shard-size", "6")
-    assert main(words(tmp_path / "one", *sizes)) == 0
-    capsys.readouterr()
-    assert main(words(tmp_path / "two", *sizes, "--processes", "2")) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'two' / 'samples.npz'}\n"
-    assert (tmp_path / "one" / "samples.npz").read_bytes() == (tmp_path / "two" / "samples.npz").read_bytes()
-    assert main(words(tmp_path / "set", *sizes, "--processes", "2", "--step", "3")) == 2
-    assert "step_00000003" in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.glob(".launch-*"))
-
-
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(trained, tmp_path, capsys):
     assert main(words(tmp_path / "set", "--n", "5")) == 0
     moment = (tmp_path / "set" / "samples.npz").stat().st_mtime_ns
@@ -340,8 +299,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(trained,
     assert (tmp_path / "set" / "samples.npz").stat().st_mtime_ns == moment
     capsys.readouterr()
     for more, said in (
-        (["--n", "6"], "n 5, asked is 6"),
-        (["--n", "5", "--first-seed", "1"], "first_seed 0, asked is 1"),
+        (["--n", "6"], "n 5, now it is 6"),
         (["--n", "5", "--sampler", "sde-250"], "sampler"),
     ):
         assert main(words(tmp_path / "set", *more)) == 2
@@ -367,16 +325,15 @@ def test_unusable_arguments_are_refused(trained, tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_processes_between_batches_and_the_same_command_resumes(trained, tmp_path):
-    asked = words(tmp_path / "set", "--n", "120", "--shard-size", "12", "--processes", "2", "--set")
+def test_two_processes_stop_at_a_signal_and_one_resumes_to_the_same_file(trained, tmp_path):
+    asked = words(tmp_path / "set", "--n", "60", "--shard-size", "6", "--processes", "2", "--set")
     slow = [*asked, "sample.solver_steps=30", "--set", "sample.batch_size=4"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "haste_core.study.cli", *slow],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=os.getcwd(),
-    )  # fmt: skip
+        [sys.executable, "-m", "haste_core.study.cli", *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     shards = tmp_path / "set" / "shards"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not list(shards.glob("[0-9]*.npy")):
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline
@@ -392,4 +349,6 @@ def test_sigterm_stops_all_processes_between_batches_and_the_same_command_resume
     alone = [word for word in slow if word not in ("--processes", "2")]
     assert main(alone) == 0
     assert all(path.stat().st_mtime_ns == moment for path, moment in kept.items())
-    assert stored(tmp_path / "set" / "samples.npz")["arr_0"].shape == (120, 8, 8, 3)
+    assert not list(tmp_path.glob(".launch-*"))
+    assert main([word.replace(str(tmp_path / "set"), str(tmp_path / "one")) for word in alone]) == 0
+    assert (tmp_path / "one" / "samples.npz").read_bytes() == (tmp_path / "set" / "samples.npz").read_bytes()

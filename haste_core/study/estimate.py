@@ -31,7 +31,7 @@ from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
 from haste_core.paths import objective_of
 from haste_core.study import config, cost
-from haste_core.study.data.base import PixelDataset
+from haste_core.study.data.base import Dataset
 from haste_core.study.pretrain import build_teacher
 from haste_core.study.runs import machine
 from haste_core.study.train import build_haste, create, student_of
@@ -535,7 +535,7 @@ def _unaligned(run: config.RunSettings) -> config.RunSettings:
     return run.model_copy(update={"alignment": run.alignment.model_copy(update=off)})
 
 
-class _Noise(PixelDataset):
+class _Noise(Dataset):
     """Random images in memory, with the shape and augmentation of a study's data."""
 
     name = "noise"

@@ -1,11 +1,12 @@
-"""Sets of uint8 images: sources that are read in batches, hashes of their content, and sheets as PNG files."""
+"""Sets of uint8 images: sources read in batches, hashes of their content, and sheets as PNG files."""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import math
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -15,12 +16,13 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from haste_core.errors import HasteError
-from haste_core.files import write_bytes
+from haste_core.files import atomic
 from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.data import Dataset, open_dataset
+from haste_core.study.data.base import parts
 
-# Training sets up to this many bytes are hashed completely, larger ones by this many images.
+# Training sets up to this many bytes are hashed completely, larger ones by this many evenly spread images.
 HASHED_WHOLE = 2**30
 HASHED_IMAGES = 2000
 
@@ -45,7 +47,7 @@ class MemoryImages:
         return len(self.images)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The images, `size` at a time."""
+        """As for `Images`."""
         yield from self.images.split(size)
 
 
@@ -60,46 +62,39 @@ class NpzImages:
     """The uint8 images arr_0 (n, S, S, C) of an .npz file as ADM's tools write it, read in parts.
 
     Raises:
-        HasteError: the file or the array is missing or unreadable.
+        HasteError: the file or the array is missing or unreadable, also while it is read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-                self.shape = _image_header(stream)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise self._unreadable(error) from error
+        with self._open() as (_, shape):
+            self.shape = shape
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The images, `size` at a time."""
-        n, *rest = self.shape
+        """As for `Images`."""
+        with self._open() as (stream, (n, *rest)):
+            for part in parts(range(n), size):
+                content = bytearray(stream.read(len(part) * math.prod(rest)))
+                yield torch.frombuffer(content, dtype=torch.uint8).reshape(len(part), *rest).permute(0, 3, 1, 2)
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[IO[bytes], tuple[int, int, int, int]]]:
+        """A stream at the first image, and the shape of all."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-                _image_header(stream)
-                for start in range(0, n, size):
-                    shape = (min(size, n - start), *rest)
-                    content = bytearray(stream.read(int(np.prod(shape))))
-                    yield torch.frombuffer(content, dtype=torch.uint8).reshape(shape).permute(0, 3, 1, 2)
-        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> HasteError:
-        reason = " ".join(str(error).split())
-        return HasteError(f"{self.path}: {reason}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)")
-
-
-def _image_header(stream: IO[bytes]) -> tuple[int, int, int, int]:
-    """The shape in the header of an .npy stream of images; the stream is left at the first image."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_column, dtype = read(stream)
-    if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
-        raise ValueError(f"arr_0 is {dtype} {shape}")
-    return shape
+                np.lib.format.read_magic(stream)
+                shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
+                if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+                    raise ValueError(f"arr_0 is {dtype} {shape}")
+                yield stream, shape
+        except (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+            cause = " ".join(str(error).split())
+            raise HasteError(
+                f"{self.path}: {cause}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)"
+            ) from error
 
 
 class TrainingImages:
@@ -116,15 +111,12 @@ class TrainingImages:
         return to_uint8(self.dataset.batch(indices, Generator().manual_seed(0)).images)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The images, `size` at a time."""
+        """As for `Images`."""
         for indices in torch.arange(len(self)).split(size):
             yield self.at(indices)
 
     def hash(self) -> str:
-        """The first 16 hexadecimal digits of a SHA-256 over number, shape and pixels of the images.
-
-        Sets beyond 1 GiB of pixels are hashed by their number and 2,000 evenly spread images.
-        """
+        """The first 16 hexadecimal digits of a SHA-256 over number, shape and pixels of the images."""
         n = len(self)
         first = self.at(torch.zeros(1, dtype=torch.int64))
         whole = n * first[0].numel() <= HASHED_WHOLE
@@ -150,13 +142,13 @@ def file_hash(path: Path) -> str:
 
 def save_grid(images: Tensor, path: Path, columns: int, gap: int = 1, scale: int = 4) -> None:
     """Write uint8 images (n, C, S, S) atomically as one PNG with white gaps, enlarged `scale` times."""
-    n, channels, height, width = images.shape
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    n, _, height, width = images.shape
     rows = -(-n // columns)
     sheet = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
-    for i, image in enumerate(images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]):
+    for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image.permute(1, 2, 0)
     enlarged = sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    stream = io.BytesIO()
-    Image.fromarray(enlarged.numpy()).save(stream, format="PNG")
-    write_bytes(path, stream.getvalue())
+    with atomic(path) as temporary:
+        Image.fromarray(enlarged.numpy()).save(temporary, format="PNG")

@@ -12,12 +12,13 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,29 +30,28 @@ from tqdm.auto import tqdm
 
 from haste_core import _torchvision_guard, checkpoint  # noqa: F401  (the guard must come before diffusers)
 from haste_core.devices import default_device
-from haste_core.errors import HasteError, Interrupted, is_disk_full
+from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json, write_text
 from haste_core.study import config, signals
-from haste_core.study.data.base import to_signed
+from haste_core.study.data.base import parts, to_signed
 from haste_core.study.data.latents import (
     IMAGES,
     LATENTS,
     SCALE,
     SHIFT,
+    SIDES,
     Folder,
     Manifest,
     Posterior,
     name_of,
     read_manifest,
 )
-from haste_core.study.validation import validate
 
 if TYPE_CHECKING:
     from haste_core.study.data.images import Split
 
-_SIDES = (IMAGES, LATENTS)
 _PACKAGES = ("torch", "diffusers", "datasets", "numpy", "pillow")  # their versions are in the manifest
-_FILES = "config.json and diffusion_pytorch_model.safetensors"
+_FREE = ("vae.name", "source.path")  # may differ between the calls that make one folder
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -82,48 +82,36 @@ class Vae:
         return checkpoint.fingerprint(self.model.state_dict())
 
     @torch.no_grad()
-    def encode(self, images: Tensor, batch_size: int = 32) -> Posterior:
+    def encode(self, images: Tensor) -> Posterior:
         """The posterior of images (n, 3, S, S) in [-1, 1]: mean and std (n, C, S / factor, S / factor), unscaled.
 
-        Float32 on the device of `images`; `batch_size` images are encoded at a time.
-
-        Raises:
-            HasteError: S is not a multiple of `factor`.
+        Float32 on the device of `images`; S is a multiple of `factor`.
         """
-        if images.shape[-1] % self.factor or images.shape[-2] % self.factor:
-            raise HasteError(
-                f"VAE {self.name} takes images whose sides are multiples of {self.factor}, these are "
-                f"{images.shape[-1]}x{images.shape[-2]}"
-            )
         with _exact():
-            found = [self.model.encode(part.to(self.model.device, torch.float32), return_dict=False)[0]
-                     for part in images.split(batch_size)]  # fmt: skip
-        mean, std = (torch.cat([getattr(d, which) for d in found]).to(images.device) for which in ("mean", "std"))
-        return Posterior(mean, std)
+            found = self.model.encode(images.to(self.model.device, torch.float32), return_dict=False)[0]
+        return Posterior(found.mean.to(images.device), found.std.to(images.device))
 
     @torch.no_grad()
     def decode(self, x: Tensor, batch_size: int = 32) -> Tensor:
-        """Images (n, 3, S factor, S factor) in [-1, 1] of what the generator models, x (n, C, S, S).
-
-        Float32 on the device of `x`; `batch_size` images are decoded at a time.
+        """Images (n, 3, S factor, S factor) in [-1, 1] of generated x (n, C, S, S), `batch_size` of them at a time.
 
         Raises:
             HasteError: x has other channels than the VAE's latents.
         """
         if x.shape[1] != self.channels:
-            raise HasteError(f"VAE {self.name} has latents of {self.channels} channels, these have {x.shape[1]}")
+            raise HasteError(f"latents of {x.shape[1]} channels for VAE {self.name}; expected {self.channels}")
         latents = x.float() / self.scale + self.shift
         with _exact():
-            found = [self.model.decode(part.to(self.model.device), return_dict=False)[0].clamp(-1, 1)
-                     for part in latents.split(batch_size)]  # fmt: skip
+            found = [
+                self.model.decode(part.to(self.model.device), return_dict=False)[0].clamp(-1, 1)
+                for part in latents.split(batch_size)
+            ]
         return torch.cat(found).to(x.device)
 
 
-@contextmanager
-def _exact() -> Iterator[None]:
-    """Convolutions in real float32, by kernels that give the same bits every time (cuDNN's default is TF32)."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+def _exact() -> Any:
+    """A context in which cuDNN takes deterministic kernels and real float32 instead of TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def load_vae(name: str, device: str | torch.device = "cpu", fingerprint: str | None = None) -> Vae:
@@ -138,32 +126,19 @@ def load_vae(name: str, device: str | torch.device = "cpu", fingerprint: str | N
         HasteError: it is missing, damaged, cannot be downloaded, or its weights are not the expected ones.
     """
     folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if not local and not _HUB_NAME.fullmatch(name):
-        raise HasteError(f"VAE {name!r} is no folder; expected a folder with {_FILES}, or a hub name (owner/name)")
-    model = _from_folder(folder) if local else _from_hub(name)
+    if folder.is_dir():
+        model = _pretrained(str(folder), local_files_only=True)
+    elif not _HUB_NAME.fullmatch(name):
+        raise HasteError(f"VAE {name!r} is no folder; expected a folder with a VAE, or a hub name (owner/name)")
+    else:
+        try:
+            model = _pretrained(name, local_files_only=True)
+        except HasteError:  # not in the local cache
+            model = _pretrained(name)
     vae = Vae(model.to(device), name)
     if fingerprint not in (None, vae.fingerprint):
-        raise HasteError(
-            f"VAE {name} has weights {vae.fingerprint}, expected are {fingerprint}; use the VAE that the latents "
-            f"were made with"
-        )
+        raise HasteError(f"VAE {name} has weights {vae.fingerprint}; expected {fingerprint}, those of the latents")
     return vae
-
-
-def _from_folder(folder: Path) -> Any:
-    for needed in _FILES.split(" and "):
-        if not (folder / needed).is_file() and not list(folder.glob(f"{Path(needed).stem}-*.safetensors")):
-            raise HasteError(f"VAE folder {folder} has no {needed}; expected a folder with {_FILES}")
-    return _pretrained(str(folder), local_files_only=True)
-
-
-def _from_hub(name: str) -> Any:
-    """The VAE from the local cache, or downloaded if it is not there."""
-    try:
-        return _pretrained(name, local_files_only=True)
-    except HasteError:
-        return _pretrained(name)
 
 
 def _pretrained(name: str, **options: Any) -> Any:
@@ -176,20 +151,18 @@ def _pretrained(name: str, **options: Any) -> Any:
     except Exception as error:  # diffusers, the hub, safetensors and torch each raise their own
         cause = " ".join(str(error).split())[:300]
         raise HasteError(
-            f"VAE {name!r} cannot be loaded: {cause}; download {_FILES} of a VAE (such as "
-            f"https://huggingface.co/stabilityai/sd-vae-ft-mse/tree/main) into a folder and give its path"
+            f"VAE {name!r} cannot be loaded: {cause}; give a folder with config.json and "
+            f"diffusion_pytorch_model.safetensors of a VAE, such as those of "
+            f"https://huggingface.co/stabilityai/sd-vae-ft-mse/tree/main"
         ) from error
     # diffusers draws missing weights at random and only logs it.
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise HasteError(
-            f"VAE {name!r}: the file has no weights for {len(missing)} tensors of its config.json ({missing[0]}, ...)"
-        )
+    if missing := sorted(report["missing_keys"]):
+        raise HasteError(f"VAE {name!r} lacks the weights of {len(missing)} tensors ({missing[0]}, ...); expected all")
     return model
 
 
 def to_images(x: Tensor, data: config.DataSettings, sample: config.SampleSettings) -> Tensor:
-    """Images (n, C, S, S) in [-1, 1] of generated x (n, C', S', S'): x in pixel space, latents decoded by the VAE."""
+    """Images (n, C, S, S) in [-1, 1] of generated x (n, C', S', S'): x in pixel space, else decoded by the VAE."""
     if data.kind != "latents":
         return x
     return _cached_vae(*vae_of(data, sample)).decode(x.to(default_device())).to(x.device)
@@ -253,21 +226,17 @@ class Job:
         """
         gpus = torch.cuda.device_count()
         wanted = ("cuda" if gpus else "cpu") if self.device == "auto" else self.device
-        try:
-            kind = torch.device(wanted).type
-        except RuntimeError as error:
-            raise HasteError(f"--device {wanted}; expected one of: auto, cpu, cuda, cuda:0, ...") from error
-        if kind == "cuda" and not gpus:
-            raise HasteError(f"--device {wanted}: this machine has no GPU; use cpu")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?" if gpus else "cpu", wanted):
+            raise HasteError(f"--device {wanted} with {gpus} GPUs here; expected one of: auto, cpu, cuda, cuda:0, ...")
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if wanted == "cuda" else wanted
 
 
 class Preparation:
     """The preparation of one folder: source and VAE, each opened at first use, and the state of the shards.
 
-    A shard is a sub-folder of `shard_size` images. It is written to a temporary folder, renamed when it is complete
-    and then recorded in OUT/.work, so an interruption loses at most one shard of each process. Its content depends on
-    the images, the VAE and the settings alone, not on the number of processes or on interruptions.
+    A shard is a sub-folder of `shard_size` images. It counts as complete once its record is in OUT/.work, and is made
+    anew otherwise, so an interruption loses at most one shard of each process. Its content depends on the images, the
+    VAE and the settings alone, not on the number of processes or on interruptions.
     """
 
     def __init__(self, job: Job) -> None:
@@ -277,46 +246,37 @@ class Preparation:
     @cached_property
     def split(self) -> Split:
         """The source's images and labels."""
-        from haste_core.study.data.images import Split, load_splits, pick_split
+        from haste_core.study.data.images import Split, load_splits
 
         job = self.job
-        return Split(pick_split(load_splits(job.source), job.split, job.source), job.size, job.source)
+        return Split(load_splits(job.source, job.split)[job.split], job.size, job.source)
 
     @cached_property
     def vae(self) -> Vae:
         """The VAE on the job's device."""
         return load_vae(self.job.vae, self.job.compute_device())
 
-    @property
-    def count(self) -> int:
-        """Number of images."""
-        return len(self.split.labels)
+    @cached_property
+    def shards(self) -> list[range]:
+        """Numbers of the images in each shard."""
+        return parts(range(len(self.split.labels)), self.job.shard_size)
 
-    @property
-    def shards(self) -> range:
-        """Numbers of the shards."""
-        return range(-(-self.count // self.job.shard_size))
-
-    def members(self, shard: int) -> range:
-        """Numbers of the images in a shard."""
-        return range(shard * self.job.shard_size, min(self.count, (shard + 1) * self.job.shard_size))
-
-    def record_path(self, shard: int) -> Path:
+    def _record(self, shard: int) -> Path:
         """The file that is written last for a shard: number of images, hashes, sums for the statistics."""
         return self.work / f"{shard:05d}.json"
 
     def is_complete(self, shard: int) -> bool:
         """True when a shard is complete on disk."""
-        return self.record_path(shard).is_file() and all((self.out / side / f"{shard:05d}").is_dir() for side in _SIDES)
+        return self._record(shard).is_file() and all((self.out / side / f"{shard:05d}").is_dir() for side in SIDES)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the folder's content, under the manifest's names."""
         vae, job, labels = self.vae, self.job, self.split.labels
         if job.size % vae.factor:
-            raise HasteError(f"--size {job.size}; expected with VAE {job.vae}: a multiple of {vae.factor}")
+            raise HasteError(f"--size {job.size}; expected a multiple of {vae.factor} with VAE {job.vae}")
         side = job.size // vae.factor
         return {
-            "count": self.count,
+            "count": len(labels),
             "image_size": job.size,
             "latent_shape": [vae.channels, side, side],
             "classes": max(self.split.classes, int(labels.max()) + 1),
@@ -327,113 +287,83 @@ class Preparation:
             "versions": {package: version(package) for package in _PACKAGES},
         }
 
-    def begin(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings that the folder was begun with; `settings` in a new one.
-
-        Raises:
-            HasteError: the folder was begun with other settings.
-        """
-        path = self.work / "settings.json"
-        if not path.is_file():
-            write_json(path, settings)
-        begun = json.loads(path.read_text())
-        check_same(self.job.out, begun, settings)
-        return begun
-
-    def encode_shards(self, rank: int, processes: int, stopping: threading.Event, progress: bool) -> None:
-        """Encode the missing shards of process `rank`: rank, rank + processes, ...
+    def encode_shards(self, mine: Sequence[int], stopping: threading.Event, progress: bool) -> None:
+        """Encode those of the shards `mine` that are missing.
 
         Raises:
             Interrupted: `stopping` was set. HasteError: an image cannot be read, or the VAE gives no finite latents.
         """
-        mine = self.shards[rank::processes]
-        with tqdm(
-            total=sum(len(self.members(shard)) for shard in mine), desc="latents", unit="image", disable=not progress,
-            mininterval=1.0,
-        ) as bar:  # fmt: skip
+        total = sum(len(self.shards[shard]) for shard in mine)
+        with tqdm(total=total, desc="latents", unit="image", disable=not progress, mininterval=1.0) as bar:
             for shard in mine:
                 # Records vanish after the manifest has appeared, hence this order.
                 if self.is_complete(shard) or self.manifest_path.is_file():
-                    bar.update(len(self.members(shard)))
+                    bar.update(len(self.shards[shard]))
                 else:
-                    self.encode(shard, stopping, bar)
+                    self._encode(shard, stopping, bar)
 
     def interrupted(self) -> Interrupted:
         """The exception that ends an interrupted preparation."""
-        done = sum(map(self.is_complete, self.shards))
-        return Interrupted(f"{done} of {len(self.shards)} shards of {self.job.out} are complete; run again to go on")
+        done, n = sum(map(self.is_complete, range(len(self.shards)))), len(self.shards)
+        return Interrupted(f"{done} of {n} shards of {self.job.out} are complete; run again to go on")
 
-    def encode(self, shard: int, stopping: threading.Event, bar: Any) -> None:
-        """Write one shard, complete or not at all; raises as `encode_shards`."""
-        folder = f"{shard:05d}"
-        temporary = self.work / f"{folder}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-        try:
-            for side in _SIDES:
-                (temporary / side).mkdir(parents=True)
-            record = self._fill(temporary, self.members(shard), stopping, bar)
-            for side in _SIDES:
-                final = self.out / side / folder
-                final.parent.mkdir(exist_ok=True)
-                if final.exists():  # left by a process that was killed before it recorded the shard
-                    shutil.rmtree(final)
-                (temporary / side).rename(final)
-            write_json(self.record_path(shard), {"folder": folder, **record})
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _fill(self, folder: Path, members: range, stopping: threading.Event, bar: Any) -> dict[str, Any]:
-        """Write a shard's files and return its record; reading ahead, encoding and writing overlap."""
-        parts = [members[i : i + self.job.batch_size] for i in range(0, len(members), self.job.batch_size)]
+    def _encode(self, shard: int, stopping: threading.Event, bar: Any) -> None:
+        """Write a shard's files and then its record; reading ahead, encoding and writing overlap."""
+        members, folder = self.shards[shard], f"{shard:05d}"
+        self._record(shard).unlink(missing_ok=True)
+        for side in SIDES:
+            shutil.rmtree(self.out / side / folder, ignore_errors=True)  # left by a stopped process
+            (self.out / side / folder).mkdir(parents=True)
+        batches = parts(members, self.job.batch_size)
         sums = torch.zeros(2, self.vae.channels, dtype=torch.float64)
-        written: dict[str, list[Future[bytes]]] = {IMAGES: [], LATENTS: []}
+        digests: dict[str, list[Future[bytes]]] = {IMAGES: [], LATENTS: []}
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(4) as writer:
-            ahead = reader.submit(self.split.decode, parts[0])
-            for i, part in enumerate(parts):
+            ahead = reader.submit(self.split.decode, batches[0])
+            for batch, following in zip_longest(batches, batches[1:]):
                 pixels = ahead.result()
                 if stopping.is_set():
                     raise self.interrupted()
-                if i + 1 < len(parts):
-                    ahead = reader.submit(self.split.decode, parts[i + 1])
-                posterior = self.vae.encode(to_signed(pixels), len(part))
-                sums += moments(posterior, part)
-                for j, index in enumerate(part):
+                if following is not None:
+                    ahead = reader.submit(self.split.decode, following)
+                posterior = self.vae.encode(to_signed(pixels))
+                sums += moments(posterior, batch)
+                for j, index in enumerate(batch):
                     array = torch.cat([posterior.mean[j], posterior.std[j]]).numpy()
-                    written[IMAGES].append(writer.submit(_write, folder / IMAGES / _file(IMAGES, index), pixels[j]))
-                    written[LATENTS].append(writer.submit(_write, folder / LATENTS / _file(LATENTS, index), array))
-                bar.update(len(part))
+                    for side, content in ((IMAGES, pixels[j]), (LATENTS, array)):
+                        path = self.out / side / folder / _file(side, index)
+                        digests[side].append(writer.submit(_write, path, content))
+                bar.update(len(batch))
             hashes = {
-                side: combined((_file(side, i), f.result()) for i, f in zip(members, written[side], strict=True))
-                for side in _SIDES
+                side: combined((_file(side, i), f.result()) for i, f in zip(members, digests[side], strict=True))
+                for side in SIDES
             }
-        return {"count": len(members), "images": hashes[IMAGES], "latents": hashes[LATENTS], "sums": sums.tolist()}
+        record = {"count": len(members), "images": hashes[IMAGES], "latents": hashes[LATENTS], "sums": sums.tolist()}
+        write_json(self._record(shard), {"folder": folder, **record})
 
     def finish(self, settings: dict[str, Any]) -> Manifest:
-        """Write dataset.json of both sides and, last of all, the manifest; read the first and the last pair back."""
-        records = [json.loads(self.record_path(shard).read_text()) for shard in self.shards]
+        """Write dataset.json of both sides and, last of all, the manifest; read them and the first pair back."""
+        records = [json.loads(self._record(shard).read_text()) for shard in range(len(self.shards))]
         sums = torch.zeros(2, self.vae.channels, dtype=torch.float64)
         for record in records:
             sums += torch.tensor(record.pop("sums"), dtype=torch.float64)
-        mean, square = sums / (self.count * settings["latent_shape"][1] * settings["latent_shape"][2])
-        labels = self.split.labels.tolist()
-        for side in _SIDES:
+        count, (_, height, width) = settings["count"], settings["latent_shape"]
+        mean, square = sums / (count * height * width)
+        for side in SIDES:
             entries = [
-                [f"{shard:05d}/{_file(side, index)}", labels[index]]
-                for shard in self.shards for index in self.members(shard)
-            ]  # fmt: skip
+                [f"{i // self.job.shard_size:05d}/{_file(side, i)}", label]
+                for i, label in enumerate(self.split.labels.tolist())
+            ]
             write_text(self.out / side / "dataset.json", json.dumps({"labels": entries}))
-        spread = (square - mean.square()).clamp_min(0).sqrt()
-        content = {**settings, "latent_mean": mean.tolist(), "latent_std": spread.tolist(), "shards": records}
-        manifest = validate(Manifest, content, "manifest")
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        content = {**settings, "latent_mean": mean.tolist(), "latent_std": std.tolist(), "shards": records}
+        manifest = Manifest.model_validate(content)
         write_json(self.manifest_path, manifest.model_dump(mode="json"))
-        folder, ends = Folder(self.out), torch.tensor([0, self.count - 1])
-        folder.pixels(ends)
-        folder.posterior(ends)
+        Folder(self.out)
         return manifest
 
 
 def prepare(job: Job, rank: int = 0, processes: int = 1, progress: bool = True) -> Manifest | None:
-    """Encode the missing shards of process `rank` out of `processes`.
+    """Encode the missing shards of process `rank` out of `processes`: rank, rank + processes, ...
 
     Process 0 waits for the shards of the others and writes the manifest. On the CPU every process computes on one
     thread.
@@ -448,45 +378,48 @@ def prepare(job: Job, rank: int = 0, processes: int = 1, progress: bool = True) 
     task = Preparation(job)
     out, work = task.out, task.work
     if out.is_dir() and any(out.iterdir()) and not (work.is_dir() or task.manifest_path.is_file()):
-        raise HasteError(f"{job.out} holds other files; use a new folder, or one that haste latents began")
+        raise HasteError(f"{job.out} holds other files; expected a new folder, or one that haste latents began")
     if job.compute_device() == "cpu":
         torch.set_num_threads(1)
-    settings = task.settings()
-    finished = read_manifest(out)
+    settings, finished = task.settings(), read_manifest(out)
     if finished is not None:
-        check_same(job.out, finished.model_dump(mode="json"), settings)
+        check_same(out, finished.model_dump(mode="json", include=set(settings)), settings, _FREE)
     else:
         # The first process holds the lock for all of them.
         alone = locked(work / "lock", f"the folder {job.out}") if rank == 0 else nullcontext()
         with alone, signals.catch() as stopping:
-            settings = task.begin(settings)
-            task.encode_shards(rank, processes, stopping, progress)
+            path, shards = work / "settings.json", range(len(task.shards))
+            if not path.is_file():
+                write_json(path, settings)
+            begun = json.loads(path.read_text())
+            check_same(out, begun, settings, _FREE)
+            task.encode_shards(shards[rank::processes], stopping, progress)
             if rank == 0:
-                while not all(map(task.is_complete, task.shards)):
+                while not all(map(task.is_complete, shards)):
                     if stopping.wait(0.2):
                         raise task.interrupted()
-                finished = task.finish(settings)
+                finished = task.finish(begun)
     if task.manifest_path.is_file():
         shutil.rmtree(work, ignore_errors=True)
     return finished
 
 
-def check_same(out: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise HasteError if a folder was made with other settings; the names of VAE and source may differ."""
-
-    def flat(settings: dict[str, Any]) -> dict[str, Any]:
-        rows = {key: value for key, value in settings.items() if key in asked}
-        for key in ("vae", "source", "versions"):
-            rows |= {f"{key}.{name}": value for name, value in rows.pop(key).items() if name not in ("name", "path")}
-        return rows
-
-    first, second = flat(there), flat(json.loads(json.dumps(asked)))
-    for key in second:
-        if first.get(key) != second[key]:
+def check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any], free: Sequence[str] = ()) -> None:
+    """Raise HasteError if a folder was begun with other settings; those named in `free` ("vae.name") may differ."""
+    first, second = (_flat(json.loads(json.dumps(settings))) for settings in (there, asked))
+    for key in second | first:
+        if key not in free and first.get(key) != second.get(key):
             raise HasteError(
-                f"{out} was begun with {key} {first.get(key)!r}, now it is {second[key]!r}; use the same as "
+                f"{folder} was begun with {key} {first.get(key)!r}, now it is {second.get(key)!r}; use the same as "
                 f"before, or another folder"
             )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def check(out: str | Path, progress: bool = True) -> Manifest:
@@ -499,7 +432,7 @@ def check(out: str | Path, progress: bool = True) -> Manifest:
     manifest = folder.manifest
     if manifest is None:
         raise HasteError(f"{out} has no manifest.json to check against; expected a folder made by haste latents")
-    wrong: list[str] = []
+    wrong = []
     if labels_hash(folder.pairs.labels) != manifest.source.labels:
         wrong.append("labels")
     if sum(shard.count for shard in manifest.shards) != manifest.count:
@@ -508,8 +441,7 @@ def check(out: str | Path, progress: bool = True) -> Manifest:
     for shard in tqdm(manifest.shards, desc="checking", unit="shard", disable=not progress, mininterval=1.0):
         members = range(start, start + shard.count)
         for side, expected in ((IMAGES, shard.images), (LATENTS, shard.latents)):
-            names = [name_of(side, f"{index:08d}") for index in members]
-            if shard_hash(folder.path / side / shard.folder, names) != expected:
+            if _shard_hash(folder.path / side / shard.folder, [_file(side, i) for i in members]) != expected:
                 wrong.append(f"{side}/{shard.folder}")
         start = members.stop
     if wrong:
@@ -520,9 +452,8 @@ def check(out: str | Path, progress: bool = True) -> Manifest:
     return manifest
 
 
-def shard_hash(folder: Path, names: Iterable[str]) -> str | None:
+def _shard_hash(folder: Path, names: list[str]) -> str | None:
     """The hash over exactly these files of a folder; None where it holds others."""
-    names = list(names)
     if not folder.is_dir() or set(os.listdir(folder)) != set(names):
         return None
     with ThreadPoolExecutor(8) as pool:
@@ -556,13 +487,7 @@ def _write(path: Path, content: Tensor | np.ndarray) -> bytes:
         picture.save(stream, format="PNG", compress_level=1)
     else:
         np.save(stream, content, allow_pickle=False)
-    try:
-        path.write_bytes(stream.getvalue())
-    except OSError as error:
-        if is_disk_full(error):
-            raise HasteError(f"no room to write {path} ({error}); complete shards are intact, free some space and run "
-                             f"again") from error  # fmt: skip
-        raise
+    path.write_bytes(stream.getvalue())
     return hashlib.sha256(stream.getvalue()).digest()
 
 

@@ -28,8 +28,9 @@ from haste_core.models import DiffusionTransformer
 from haste_core.sampling import draw as sample
 from haste_core.sampling import sample_labels, to_uint8
 from haste_core.study import config, signals
+from haste_core.study.data.base import mapped_images, parts
 from haste_core.study.images import NpzImages
-from haste_core.study.latents import drawing_facts, to_images
+from haste_core.study.latents import check_same, drawing_facts, to_images
 from haste_core.study.runs import Run
 
 # A function of labels (b,) and their seeds that returns uint8 images (b, C, S, S).
@@ -39,12 +40,9 @@ Draw = Callable[[Tensor, range], Tensor]
 def plan(
     run: Run, step: int, checkpoint: str, classes: int, n: int, first_seed: int, shard_size: int
 ) -> dict[str, Any]:
-    """The manifest of images of a run: everything that decides their pixels, and where they come from.
+    """The manifest of `n` images of a run: everything that decides their pixels, and their origin.
 
-    Args:
-        run: its study names data and sampler. step, checkpoint: whose weights, and their fingerprint.
-        classes: number of labels. n: number of images. first_seed: image i has seed first_seed + i.
-        shard_size: images in a shard.
+    checkpoint: fingerprint of the weights. classes: number of labels. first_seed: image i has seed first_seed + i.
     """
     return {
         **drawing_facts(run.study.data, run.sample),
@@ -76,27 +74,16 @@ class SampleSet:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = folder, dict(manifest)
-        self.n, self.shard_size = int(manifest["n"]), int(manifest["shard_size"])
-        self._check_folder()
-
-    def _check_folder(self) -> None:
-        path = self.folder / "manifest.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise HasteError(f"{self.folder} is a file; use a new or an empty folder")
+        self.n = int(manifest["n"])
+        self.shards = parts(range(self.n), int(manifest["shard_size"]))
+        path = folder / "manifest.json"
+        others = [folder] if folder.is_file() else [p for p in folder.glob("*") if not p.name.startswith(".")]
+        if others and not path.is_file():  # another process may have begun meanwhile
+            raise HasteError(f"{others[0]} is in the way; expected a new or an empty folder")
         if not path.is_file():
-            others = [p.name for p in self.folder.glob("*") if not p.name.startswith(".")]
-            if others and not path.is_file():  # another process may have begun meanwhile
-                raise HasteError(f"{self.folder} holds other files ({others[0]}); use a new or an empty folder")
             write_json(path, self.manifest)
-        known, asked = read_manifest(self.folder), json.loads(json.dumps(self.manifest))
-        for key in asked | known:
-            if key == "from":  # equal weights may come from several arms
-                continue
-            if known.get(key) != asked.get(key):
-                raise HasteError(
-                    f"{self.folder} holds a set with {key} {known.get(key)!r}, asked is {asked.get(key)!r}; use "
-                    f"another --out, or the same settings"
-                )
+        # Equal weights may come from several arms.
+        check_same(folder, read_manifest(folder), self.manifest, free=("from",))
 
     @property
     def merged(self) -> Path:
@@ -109,7 +96,7 @@ class SampleSet:
 
     def paths(self) -> list[Path]:
         """Every shard, whether it is there or not."""
-        return [self.folder / "shards" / f"{i:05d}.npy" for i in range(-(-self.n // self.shard_size))]
+        return [self.folder / "shards" / f"{i:05d}.npy" for i in range(len(self.shards))]
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there."""
@@ -117,10 +104,7 @@ class SampleSet:
 
     def drawn(self) -> int:
         """Number of images in finished shards."""
-        return self.n - sum(self._size(i) for i in self.missing())
-
-    def _size(self, index: int) -> int:
-        return min(self.shard_size, self.n - index * self.shard_size)
+        return self.n - sum(len(self.shards[i]) for i in self.missing())
 
     def fill(self, draw: Draw, batch_size: int, progress: str | None = None, rank: int = 0, processes: int = 1) -> None:
         """Draw the missing shards of process `rank` out of `processes`.
@@ -129,57 +113,39 @@ class SampleSet:
             Interrupted: SIGTERM or SIGINT arrived; complete shards are kept, the unfinished one is not.
             HasteError: an existing shard is damaged.
         """
-        mine, missing = range(len(self.paths()))[rank::processes], self.missing()
-        for index in mine:
-            if index not in missing:
-                self._shard(index)
-        size = sum(map(self._size, mine))
+        mine, paths, labels = range(len(self.shards))[rank::processes], self.paths(), self.labels()
+        size, first_seed = sum(len(self.shards[i]) for i in mine), self.manifest["first_seed"]
         with (
             signals.catch() as stopping,
             tqdm(total=size, desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar,
         ):
-            bar.update(size - sum(self._size(index) for index in missing if index in mine))
-            for index in missing:
-                if index not in mine:
+            for index in mine:
+                if paths[index].is_file():
+                    bar.update(len(self._shard(index)))
                     continue
-                first = index * self.shard_size
-                labels = self.labels()[first : first + self._size(index)]
-                parts = []
-                for start in range(0, len(labels), batch_size):
+                drawn = []
+                for batch in parts(self.shards[index], batch_size):
                     if stopping.is_set():
-                        raise Interrupted(
-                            f"{self.folder}: {self.drawn()} of {self.n} images are drawn; run again to go on"
-                        )
-                    chosen = labels[start : start + batch_size]
-                    seed = self.manifest["first_seed"] + first + start
-                    parts.append(draw(chosen, range(seed, seed + len(chosen))).permute(0, 2, 3, 1))
-                    bar.update(len(chosen))
-                with atomic(self.paths()[index]) as temporary, temporary.open("wb") as stream:
-                    np.save(stream, torch.cat(parts).contiguous().numpy(), allow_pickle=False)
+                        done = f"{self.drawn()} of {self.n} images are drawn"
+                        raise Interrupted(f"{self.folder}: {done}; run again to go on")
+                    seeds = range(first_seed + batch.start, first_seed + batch.stop)
+                    drawn.append(draw(labels[batch.start : batch.stop], seeds).permute(0, 2, 3, 1))
+                    bar.update(len(batch))
+                with atomic(paths[index]) as temporary, temporary.open("wb") as stream:
+                    np.save(stream, torch.cat(drawn).contiguous().numpy(), allow_pickle=False)
 
     def _shard(self, index: int) -> np.ndarray:
         """The images (k, S, S, C) of a shard, mapped from its file."""
-        path = self.paths()[index]
-        try:
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise self._damaged(path) from error
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != self._size(index):
-            raise self._damaged(path)
-        return images
-
-    def _damaged(self, path: Path) -> HasteError:
-        return HasteError(f"{path} is truncated or damaged; delete it, and the same command draws it again")
+        return mapped_images(self.paths()[index], len(self.shards[index]))
 
     def __len__(self) -> int:
         return self.n
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images in order, uint8 (at most `size`, C, S, S), read from the shards."""
-        for index in range(len(self.paths())):
-            images = self._shard(index)
-            for start in range(0, len(images), size):
-                yield torch.from_numpy(np.array(images[start : start + size])).permute(0, 3, 1, 2)
+        for index in range(len(self.shards)):
+            for part in torch.from_numpy(self._shard(index)).split(size):
+                yield part.clone().permute(0, 3, 1, 2)
 
     def merge(self, path: Path, channels: int | None = None) -> None:
         """Write all shards into one .npz file, a shard at a time: arr_0 uint8 (n, S, S, C) and labels (n,) int64.
@@ -197,7 +163,7 @@ class SampleSet:
                 # ZipInfo's own date makes equal sets equal files.
                 with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as stream:
                     np.lib.format.write_array_header_1_0(stream, header)
-                    for index in range(len(self.paths())):
+                    for index in range(len(self.shards)):
                         images = self._shard(index)
                         stream.write(np.broadcast_to(images, (len(images), *shape[1:])).tobytes())
                 with archive.open(zipfile.ZipInfo("labels.npy"), "w", force_zip64=True) as stream:
@@ -205,12 +171,10 @@ class SampleSet:
 
     def _is_merged(self, path: Path, channels: int | None) -> bool:
         """True when `path` holds so many images and is newer than every shard, which may be deleted by then."""
-        if not path.is_file():
-            return False
         try:
             shape = NpzImages(path).shape
         except HasteError:
-            return False  # something else, which is replaced
+            return False  # missing, or something else, which is replaced
         if shape[0] != self.n or channels not in (None, shape[3]):
             return False
         return all(p.stat().st_mtime_ns <= path.stat().st_mtime_ns for p in self.paths() if p.is_file())
@@ -224,9 +188,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise HasteError(f"{path} cannot be read; expected a folder that haste sample made") from error
-    if not isinstance(content, dict):
-        raise HasteError(f"{path} holds no manifest; expected a folder that haste sample made")
-    return content

@@ -1,10 +1,10 @@
-"""The interface of all data sets, seeded batches, splits, augmentation, cropping; scikit-learn's digits."""
+"""Interface of all data sets, seeded batches, splits, augmentation, cropping; scikit-learn's digits."""
 
 from __future__ import annotations
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,20 +20,34 @@ from haste_core.study import config
 from haste_core.training import Batch
 
 
-class Dataset(Protocol):
+class Dataset:
     """Labelled images in three disjoint splits: "train", "validation" for decisions in a study, "test" for its scores.
 
-    `image_size` and `channels` are those of the generator's data: pixels or latents.
+    `image_size` and `channels` are those of the generator's data: here the images themselves, which a subclass reads.
     """
 
     name: str
     image_size: int
     channels: int
     classes: int
+    augment: config.AugmentSettings
 
     def __len__(self) -> int:
         """Number of training images."""
-        ...
+        raise NotImplementedError
+
+    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images (n, C', S', S') in [-1, 1] and labels (n,) of a split, not augmented."""
+        raise NotImplementedError
+
+    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images (n, C', S', S') in [-1, 1] and labels (n,) of a split, not augmented: all, or the first `count`."""
+        return self._read(split, slice(count))
+
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
+        """The same images, not augmented, as a batch; `with_images` as for `batch`."""
+        x, y = self.images(split, count)
+        return Batch(x, y, x)
 
     def batch(
         self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
@@ -44,18 +58,9 @@ class Dataset(Protocol):
         part: the examples to return; random numbers are drawn for all `indices`, so that processes with different
             parts keep the same stream.
         """
-        ...
-
-    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images of a split without augmentation, (n, C', S', S') in [-1, 1], and labels (n,).
-
-        All of them, or the first `count`.
-        """
-        ...
-
-    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
-        """The same images without augmentation as a batch; `with_images` as for `batch`."""
-        ...
+        x, y = self._read("train", indices[part])
+        x = augmented(x, self.augment, generator, len(indices), part)
+        return Batch(x, y, x)
 
 
 class Batches:
@@ -67,14 +72,9 @@ class Batches:
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        seed: int,
-        with_images: bool = True,
-        part: slice = slice(None),
+        self, dataset: Dataset, batch_size: int, seed: int, with_images: bool = True, part: slice = slice(None),
         ahead: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if batch_size > len(dataset):
             raise HasteError(f"train.batch_size {batch_size} exceeds the {len(dataset)} training images")
         self.dataset, self.batch_size, self.with_images, self.part = dataset, batch_size, with_images, part
@@ -113,11 +113,8 @@ class Batches:
         return self._state() if self._coming is None else self._before
 
     def _state(self) -> dict[str, Tensor]:
-        return {
-            "order": self.order,
-            "position": torch.tensor(self.position),
-            "generator": self.generator.get_state(),
-        }
+        position, generator = torch.tensor(self.position), self.generator.get_state()
+        return {"order": self.order, "position": position, "generator": generator}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Resume from `state`."""
@@ -129,76 +126,59 @@ class Batches:
         self.generator.set_state(state["generator"])
 
 
-def split_indices(labels: Tensor, data: config.DataSettings, what: str) -> dict[str, Tensor]:
-    """Indices of the "train", "validation" and "test" images of a data set, (n,) each, disjoint and complete.
+def split_indices(labels: Tensor, data: config.DataSettings, name: str) -> dict[str, Tensor]:
+    """Indices (n,) of the "train", "validation" and "test" images of a data set, disjoint and complete.
 
     Args:
-        labels: (N,) int64. data: its fractions and split_seed decide. what: name of the data in errors.
+        labels: (N,) int64. data: fractions and split_seed. name: of the data, for errors.
 
     Raises:
         HasteError: there are too few images.
     """
-    rest, test = _hold_out(labels, data.test_fraction, "test", data.split_seed, f"{what}, data.test_fraction")
-    train, validation = hold_out_validation(labels[rest], data, what)
+    rest, test = hold_out(labels, data, "test", name)
+    train, validation = hold_out(labels[rest], data, "validation", name)
     return {"train": rest[train], "validation": rest[validation], "test": test}
 
 
-def hold_out_validation(labels: Tensor, data: config.DataSettings, what: str) -> tuple[Tensor, Tensor]:
-    """Indices (n,) of training and of validation images among those with `labels`; as in `split_indices`."""
-    where = f"{what}, data.validation_fraction"
-    return _hold_out(labels, data.validation_fraction, "validation", data.split_seed, where)
+def hold_out(labels: Tensor, data: config.DataSettings, split: str, name: str) -> tuple[Tensor, Tensor]:
+    """Indices (n,) of the images that are kept and of those held out for `split`; arguments as of `split_indices`.
 
-
-def _hold_out(labels: Tensor, fraction: float, split: str, seed: int, what: str) -> tuple[Tensor, Tensor]:
-    """Indices of kept and held-out images: stratified if every class can be on both sides."""
-    counts = torch.bincount(labels)
-    held = math.ceil(len(labels) * fraction)
-    if not 0 < held < len(labels):
+    Stratified where every class can be on both sides.
+    """
+    fraction = data.test_fraction if split == "test" else data.validation_fraction
+    count, held = len(labels), math.ceil(len(labels) * fraction)
+    if not 0 < held < count:
         raise HasteError(
-            f"{what} {fraction}: {len(labels)} image{'s' * (len(labels) != 1)} cannot be divided into {held} held out "
-            f"and at least one left; expected two images or more on which the fraction leaves some; use more images or "
-            f"a smaller fraction"
+            f"{name}, data.{split}_fraction {fraction}: {count} image{'s' * (count != 1)} cannot be divided into "
+            f"{held} held out and at least one left; use more images or a smaller fraction"
         )
-    divisible = int(counts[counts > 0].min()) > 1 and min(held, len(labels) - held) >= int((counts > 0).sum())
+    sizes = torch.bincount(labels)
+    sizes = sizes[sizes > 0]
+    divisible = int(sizes.min()) > 1 and min(held, count - held) >= len(sizes)
     kept, out = train_test_split(
-        np.arange(len(labels)),
+        np.arange(count),
         test_size=fraction,
-        random_state=stream(f"{split} split", seed) % 2**32,  # the range of scikit-learn's seeds
+        random_state=stream(f"{split} split", data.split_seed) % 2**32,  # the range of scikit-learn's seeds
         stratify=labels.numpy() if divisible else None,
     )
     return torch.from_numpy(kept), torch.from_numpy(out)
 
 
 def augmented(
-    x: Tensor,
-    augment: config.AugmentSettings,
-    generator: Generator,
-    drawn: int | None = None,
-    part: slice = slice(None),
+    x: Tensor, augment: config.AugmentSettings, generator: Generator, drawn: int, part: slice = slice(None)
 ) -> Tensor:
-    """x (B, C, S, S) in [-1, 1], each image mirrored and moved at random as `augment` says.
+    """x (B, C, S, S) in [-1, 1], each image mirrored, shifted, rotated and scaled at random as `augment` says.
 
-    drawn: number of images in the whole batch (default: B). part: the position of x in it.
+    Bilinear, with the background (-1) beyond the border.
+
+    drawn: number of images in the whole batch. part: the position of x in it.
     """
-    drawn = drawn or len(x)
     if augment.flip:
         mirrored = torch.rand(drawn, generator=generator)[part] < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-    return affine(x, augment, generator, drawn, part) if augment.moves else x
-
-
-def affine(
-    x: Tensor,
-    augment: config.AugmentSettings,
-    generator: Generator,
-    drawn: int | None = None,
-    part: slice = slice(None),
-) -> Tensor:
-    """x (B, C, S, S) shifted, rotated and scaled at random, bilinear, the background (-1) filling the border.
-
-    drawn, part: as in `augmented`.
-    """
-    u = torch.rand(drawn or len(x), 4, generator=generator)[part] * 2 - 1
+    if not augment.moves:
+        return x
+    u = torch.rand(drawn, 4, generator=generator)[part] * 2 - 1
     angle = u[:, 0] * augment.rotation * math.pi / 180
     scale = 1 + u[:, 1] * augment.scale
     shift = u[:, 2:] * augment.shift * 2 / x.shape[-1]
@@ -206,6 +186,31 @@ def affine(
     theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
+
+
+def parts(items: range, size: int) -> list[range]:
+    """Consecutive parts of `items`, each of `size`; the last one may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def mapped_images(path: Path, count: int) -> np.ndarray:
+    """The uint8 images (count, ., ., .) of an .npy file, mapped into memory copy-on-write.
+
+    Raises:
+        HasteError: the file is damaged or holds something else.
+    """
+    try:
+        # torch requires writable memory, and the file must not change, hence copy-on-write.
+        images = np.load(path, mmap_mode="c", allow_pickle=False)
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
+            raise ValueError(f"{images.dtype} {images.shape}")
+    except (OSError, ValueError, EOFError) as error:
+        cause = " ".join(str(error).split())
+        raise HasteError(
+            f"{path} is truncated or damaged ({cause}); expected {count} images as uint8; delete it, and the same "
+            f"command makes it again"
+        ) from error
+    return images
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -234,34 +239,7 @@ def to_signed(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-class PixelDataset:
-    """A data set whose pixels in [-1, 1] are the generator's data; a subclass reads them."""
-
-    augment: config.AugmentSettings
-
-    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Pixels (n, C, S, S) in [-1, 1] and labels (n,) of images of a split."""
-        raise NotImplementedError
-
-    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n, C, S, S) and labels (n,) of a split, without augmentation."""
-        return self._read(split, slice(count))
-
-    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
-        """The same images as a batch."""
-        x, y = self.images(split, count)
-        return Batch(x, y, x)
-
-    def batch(
-        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
-    ) -> Batch:
-        """Training examples, augmented at random."""
-        x, y = self._read("train", indices[part])
-        x = augmented(x, self.augment, generator, len(indices), part)
-        return Batch(x, y, x)
-
-
-class Digits(PixelDataset):
+class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits, 8x8 with one channel in [-1, 1], 17 grey levels."""
 
     name = "digits"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from haste_core.errors import HasteError
 from haste_core.files import atomic, output_root
 from haste_core.study import config
 from haste_core.study.data.base import (
-    PixelDataset,
+    Dataset,
     center_crop,
-    hold_out_validation,
+    hold_out,
+    mapped_images,
+    parts,
     split_indices,
     to_signed,
     to_tensor,
@@ -32,8 +34,8 @@ _FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-class Images(PixelDataset):
-    """RGB images of one size in [-1, 1] with labels; flips and affine maps in training as `data.augment` says.
+class Images(Dataset):
+    """RGB images of one size in [-1, 1] with labels; training images are augmented as `data.augment` says.
 
     Raises:
         HasteError: the data cannot be found or read, or hold no images with labels.
@@ -45,8 +47,7 @@ class Images(PixelDataset):
         self.augment, self.image_size = data.augment, int(data.image_size or 0)
         path = str(data.path)
         self.name = Path(path).name
-        rows = read_splits(data)
-        self._splits = {name: Split(part, self.image_size, path) for name, part in rows.items()}
+        self._splits = {name: Split(rows, self.image_size, path) for name, rows in _divided(data).items()}
         labels = torch.cat([split.labels for split in self._splits.values()])
         self.classes = max(int(labels.max()) + 1, *(split.classes for split in self._splits.values()))
 
@@ -62,50 +63,39 @@ class Split:
     """One split: labels in memory, pixels decoded on several threads, and kept if they are few.
 
     Args:
-        rows: as `datasets` reads them. size: side of the squares in pixels. path: how errors name the data.
+        rows: as `datasets` reads them. size: side of the squares in pixels. path: the data's name in errors.
 
     Raises:
-        HasteError: there are no images, no labels, or negative ones.
+        HasteError: there are no images, or not a label for each.
     """
 
     def __init__(self, rows: Any, size: int, path: str) -> None:
-        if len(rows) == 0:
-            raise HasteError(f"data {path}: a split without images; expected {_FORMATS}")
-        self.image_column, label_column = columns_of(rows, path)
+        self.image_column, label_column = _columns(rows, path)
         # Files written without datasets' own metadata hold images as {bytes, path}.
         self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
         labels = rows[label_column][:]
-        if None in labels:
-            raise HasteError(f"data {path}: image {labels.index(None)} has no label; expected 0 and above")
+        wrong = [i for i, label in enumerate(labels) if label is None or label < 0]
+        if not labels or wrong:
+            found = f"image {wrong[0]} has label {labels[wrong[0]]}" if wrong else "a split has no images"
+            raise HasteError(f"data {path}: {found}; expected images, each with a label of 0 or above")
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
         self.classes = len(self.class_names or [])
-        if int(self.labels.min()) < 0:
-            raise HasteError(f"data {path}: label {int(self.labels.min())}; expected 0 and above")
-        self._kept: Tensor | None = None
 
     def pixels(self, chosen: Tensor | slice) -> Tensor:
         """uint8 (B, 3, S, S)."""
         if len(self.labels) * 3 * self.size**2 > KEPT_DECODED:
             return self.decode(torch.arange(len(self.labels))[chosen].tolist())
-        if self._kept is None:
-            self._kept = self._open_kept()
         return self._kept[chosen]
 
-    def _open_kept(self) -> Tensor:
+    @cached_property
+    def _kept(self) -> Tensor:
         """All pixels, mapped from a file that is written at first use and shared by all processes."""
         path = output_root() / "runs" / "decoded" / f"{self.rows._fingerprint}-{self.size}.npy"
         if not path.is_file():
             with atomic(path) as temporary, temporary.open("wb") as stream:
                 np.save(stream, self.decode(range(len(self.labels))).numpy(), allow_pickle=False)
-        try:
-            # Copy-on-write: torch requires writable memory, and the file must not change.
-            kept = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise HasteError(f"{path} is damaged ({error}); delete it, and it is made again") from error
-        if kept.dtype != torch.uint8 or kept.shape != (len(self.labels), 3, self.size, self.size):
-            raise HasteError(f"{path} holds something else, {tuple(kept.shape)}; delete it, and it is made again")
-        return kept
+        return torch.from_numpy(mapped_images(path, len(self.labels)))
 
     def decode(self, indices: Sequence[int]) -> Tensor:
         """uint8 (B, 3, S, S), decoded from the source.
@@ -113,13 +103,13 @@ class Split:
         Raises:
             HasteError: a file is missing or no image.
         """
-        parts = [indices[i : i + 64] for i in range(0, len(indices), 64)]
-        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            return torch.cat(list(pool.map(self._decode, parts)))
+        with ThreadPoolExecutor() as pool:
+            chosen = ([indices[i] for i in part] for part in parts(range(len(indices)), 64))
+            return torch.cat(list(pool.map(self._decode, chosen)))
 
-    def _decode(self, chosen: Sequence[int]) -> Tensor:
+    def _decode(self, chosen: list[int]) -> Tensor:
         try:
-            pictures = self.rows[list(chosen)][self.image_column]
+            pictures = self.rows[chosen][self.image_column]
             return torch.stack([to_tensor(center_crop(picture, self.size)) for picture in pictures])
         except (OSError, ValueError, SyntaxError, AttributeError) as error:  # Pillow raises all of these
             if len(chosen) > 1:  # one by one, to name the one that fails
@@ -128,87 +118,68 @@ class Split:
             raise HasteError(f"data {self.path}: image {chosen[0]} cannot be decoded ({cause})") from error
 
 
-def columns_of(rows: Any, path: str) -> tuple[str, str]:
-    """The names of the image column and of the label column.
-
-    Raises:
-        HasteError: there is no such column.
-    """
-    pictures = [
-        name
-        for name, kind in rows.features.items()
-        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
+def _columns(rows: Any, path: str) -> tuple[str, str]:
+    """The names of the image column and of the label column."""
+    kinds = rows.features.items()
+    images = [
+        n for n, kind in kinds if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
     ]
-    whole = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-    labels = [n for n, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)] or [
-        name for name, kind in rows.features.items() if getattr(kind, "dtype", None) in whole
+    labels = [n for n, kind in kinds if isinstance(kind, datasets.ClassLabel)] or [
+        n for n, kind in kinds if str(getattr(kind, "dtype", "")).startswith(("int", "uint"))
     ]
-    if not pictures or not labels:
+    if not images or not labels:
         raise HasteError(
             f"data {path} has columns {', '.join(rows.features)}; expected one of images and one of integers"
         )
-    return pictures[0], "label" if "label" in labels else labels[0]
+    return images[0], "label" if "label" in labels else labels[0]
 
 
-def read_splits(data: config.DataSettings) -> dict[str, Any]:
+def _divided(data: config.DataSettings) -> dict[str, Any]:
     """Rows of "train", "validation" and "test" as `datasets` reads them.
 
     Validation images are held out of the training split, and so are test images where there is no test split.
-
-    Raises:
-        HasteError: nothing is there, a split is missing, or there are too few images.
     """
     path = str(data.path)
-    found = load_splits(path)
-    train = pick_split(found, data.train_split, path)
+    found = load_splits(path, data.train_split)
+    train = found[data.train_split]
     labels = Split(train, int(data.image_size or 0), path).labels
     if data.test_split in found and data.test_split != data.train_split:
-        kept, held_out = hold_out_validation(labels, data, f"data {path}")
+        kept, held_out = hold_out(labels, data, "validation", f"data {path}")
         own = {"train": train.select(kept.tolist()), "validation": train.select(held_out.tolist())}
         return own | {"test": found[data.test_split]}
     chosen = split_indices(labels, data, f"data {path} without a split {data.test_split!r}")
     return {name: train.select(indices.tolist()) for name, indices in chosen.items()}
 
 
-def load_splits(path: str) -> dict[str, Any]:
+def load_splits(path: str, needed: str) -> dict[str, Any]:
     """Every split of a folder, parquet file or hub name, as `datasets` reads it.
 
     Raises:
-        HasteError: nothing is there, or it cannot be read.
+        HasteError: nothing is there, it cannot be read, or the split `needed` is missing.
     """
-    if not Path(path).exists() and not _HUB_NAME.fullmatch(path):
+    place = Path(path)
+    if not place.exists() and not _HUB_NAME.fullmatch(path):
         raise HasteError(f"data.path {path!r} does not exist; expected {_FORMATS}")
+    source: dict[str, Any]
+    if place.is_file():
+        source = {"path": "parquet", "data_files": {"train": str(place)}}
+    elif files := sorted(place.glob("*.parquet")):
+        splits: dict[str, list[str]] = {}
+        for file in files:
+            # The usual names: train-00000-of-00002.parquet, cifar10-test.parquet.
+            name = next((s for s in ("train", "test", "validation") if s in file.stem), "train")
+            splits.setdefault(name, []).append(str(file))
+        source = {"path": "parquet", "data_files": splits}
+    elif place.is_dir():
+        source = {"path": "imagefolder", "data_dir": str(place), "drop_labels": False}
+    else:
+        source = {"path": path}
     try:
-        return dict(_load(path))
+        found = dict(datasets.load_dataset(**source))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
-        # datasets wraps what went wrong in "An error occurred while generating the dataset".
+        # datasets wraps the cause in "An error occurred while generating the dataset".
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise HasteError(f"data.path {path!r} cannot be read: {cause}; expected {_FORMATS}") from error
-
-
-def pick_split(found: dict[str, Any], name: str, path: str) -> Any:
-    """The rows of one split.
-
-    Raises:
-        HasteError: there is no such split.
-    """
-    if name not in found:
-        raise HasteError(f"data {path} has no split {name!r}; expected one of: {', '.join(found)}")
-    return found[name]
-
-
-def _load(path: str) -> Any:
-    place = Path(path)
-    if place.is_file():
-        return datasets.load_dataset("parquet", data_files={"train": str(place)})
-    if not place.is_dir():
-        return datasets.load_dataset(path)
-    files = sorted(place.glob("*.parquet"))
-    if not files:
-        return datasets.load_dataset("imagefolder", data_dir=str(place), drop_labels=False)
-    # The usual names: train-00000-of-00002.parquet, cifar10-test.parquet.
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        name = next((s for s in ("train", "test", "validation") if s in file.stem), "train")
-        splits.setdefault(name, []).append(str(file))
-    return datasets.load_dataset("parquet", data_files=splits)
+    if needed not in found:
+        raise HasteError(f"data {path} has no split {needed!r}; expected one of: {', '.join(found)}")
+    return found

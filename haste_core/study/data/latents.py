@@ -11,31 +11,29 @@ The pairs come from the dataset.json files alone, so a folder of a million pairs
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 import zlib
-from collections import Counter
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import BaseModel, Field, StrictInt, StrictStr
 from torch import Generator, Tensor
 
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.data.base import Batch, split_indices, to_signed, to_tensor
+from haste_core.study.data.base import Batch, Dataset, split_indices, to_signed, to_tensor
 from haste_core.study.sections import Positive, Section
-from haste_core.study.validation import validate
+from haste_core.study.validation import S, validate
 
 # The latent scale of Stable Diffusion's first VAEs (Rombach et al. 2022, Appendix D.1), for folders without manifest.
 SCALE, SHIFT = 0.18215, 0.0
 IMAGES, LATENTS = "images", "vae-sd"
+SIDES = (IMAGES, LATENTS)
 _OTHER = {IMAGES: LATENTS, LATENTS: IMAGES}
 _AFFIXES = {IMAGES: ("img", ".png"), LATENTS: ("img-mean-std-", ".npy")}  # before and after the number
 # Sub-folders, none of them "." or "..", and the number.
@@ -100,6 +98,12 @@ class Manifest(Section):
     shards: list[Shard]
 
 
+class LabelList(BaseModel):
+    """The content of dataset.json: name and label of each file; None leaves the files unlabelled."""
+
+    labels: list[tuple[StrictStr, Annotated[StrictInt, Field(ge=0)]]] | None
+
+
 def read_manifest(root: Path) -> Manifest | None:
     """The manifest of a prepared folder, None where it has none.
 
@@ -107,35 +111,22 @@ def read_manifest(root: Path) -> Manifest | None:
         HasteError: it is damaged or of another format.
     """
     path = root / "manifest.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise HasteError(f"{path} holds {type(content).__name__}; expected the manifest that haste latents writes")
-    return validate(Manifest, content, str(path))
+    return _read_json(path, Manifest) if path.is_file() else None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        HasteError: it cannot be read.
-    """
+def _read_json(path: Path, kind: type[S]) -> S:
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise HasteError(f"{path} is no valid JSON: {' '.join(str(error).split())}") from error
+    return validate(kind, content, str(path))
 
 
 class Pairs(NamedTuple):
-    """Folder and number of each pair, "00000/00000000" as UTF-8 (n,), in order, and labels (n,) int64."""
+    """Folder and number of each pair ("00000/00000000"), in order, and labels (n,) int64."""
 
-    keys: np.ndarray
+    keys: list[str]
     labels: Tensor
-
-    def name(self, side: str, index: int) -> str:
-        """The file of a pair, relative to images/ or vae-sd/."""
-        return name_of(side, bytes(self.keys[index]).decode())
 
 
 def name_of(side: str, key: str) -> str:
@@ -155,96 +146,77 @@ def read_pairs(root: Path) -> Pairs:
     Raises:
         HasteError: there is no list, a name leads outside, an image or latent has no partner, or labels disagree.
     """
-    listed = {side: _labels_by_key(root, side) for side in (IMAGES, LATENTS)}
-    images, latents = (listed[side] if listed[side] is not None else listed[_OTHER[side]] for side in (IMAGES, LATENTS))
+    listed = {side: _listed(root, side) for side in SIDES}
+    images, latents = (listed[side] if listed[side] is not None else listed[_OTHER[side]] for side in SIDES)
     if images is None or latents is None:
         raise HasteError(f"{root} has no dataset.json; expected one at the top, in {IMAGES}/ or in {LATENTS}/")
-    labels = _matched(root, images, latents)
-    if not labels:
-        raise HasteError(f"{root}: dataset.json names no images")
-    keys = sorted(labels)
-    ordered = np.fromiter((labels[key] for key in keys), np.int64, len(keys))
-    return Pairs(np.array([key.encode() for key in keys]), torch.from_numpy(ordered).clamp_min(0))
-
-
-def _matched(root: Path, images: Mapping[str, int], latents: Mapping[str, int]) -> Mapping[str, int]:
-    """Labels by key, after checking that both sides have the same keys and labels."""
-    if images == latents:
-        return images
-    unlabelled = [set(side.values()) == {UNLABELLED} for side in (images, latents)]
-    shared = set() if any(unlabelled) else images.keys() & latents.keys()
+    shared = images.keys() & latents.keys()
+    differing = {k for k in shared if images[k] != latents[k] and UNLABELLED not in (images[k], latents[k])}
     problems = [
-        f"{len(keys)} {what} ({', '.join(name_of(side, k) for k in sorted(keys)[:3])}{', ...' * (len(keys) > 3)})"
-        for side, keys, what in (
+        f"{len(keys)} {problem} ({', '.join(name_of(side, k) for k in sorted(keys)[:3])}{', ...' * (len(keys) > 3)})"
+        for side, keys, problem in (
             (IMAGES, images.keys() - latents.keys(), "without a latent"),
             (LATENTS, latents.keys() - images.keys(), "without an image"),
-            (IMAGES, {k for k in shared if images[k] != latents[k]}, "with another label than its latent"),
+            (IMAGES, differing, "with another label than its latent"),
         )
         if keys
     ]
     if problems:
         raise HasteError(f"{root}: {'; '.join(problems)}; expected pairs of the same folder, number and label")
-    return latents if unlabelled[0] else images
+    if not images:
+        raise HasteError(f"{root}: dataset.json names no images")
+    keys = sorted(images)
+    # An unlabelled side takes the other's labels, -1 being less than any label.
+    labels = torch.tensor([max(images[key], latents[key], 0) for key in keys])
+    return Pairs(keys, labels)
 
 
-def _labels_by_key(root: Path, side: str) -> dict[str, int] | None:
-    """Labels of one side by folder and number, {"00000/00000000": 12}; None if no list names this side.
-
-    Raises:
-        HasteError: a list cannot be read, or two lists contradict each other.
-    """
-    found = []
-    for path, at_top in ((root / side / "dataset.json", False), (root / "dataset.json", True)):
-        if path.is_file():
-            content = read_json(path)
-            if not isinstance(content, dict) or not isinstance(content.get("labels", 0), list | None):
-                expected = '{"labels": [["00000/img00000000.png", 12], ...]}'
-                raise HasteError(f"{path} is no list of labels; expected {expected}")
-            entries = content["labels"]
-            keyed = _scan(root / side, side) if entries is None else _keyed(entries, side, path, at_top)
-            if keyed or not at_top:
-                found.append(keyed)
+def _listed(root: Path, side: str) -> dict[str, int] | None:
+    """Labels of one side by folder and number, {"00000/00000000": 12}; None where no list names this side."""
+    beside, at_top = root / side / "dataset.json", root / "dataset.json"
+    found = [_keyed(beside, side, at_top=False)] if beside.is_file() else []
+    if at_top.is_file() and (keyed := _keyed(at_top, side, at_top=True)):
+        found.append(keyed)
     found = [keyed for keyed in found if set(keyed.values()) != {UNLABELLED}] or found
     if len(found) == 2 and found[0] != found[1]:
-        raise HasteError(f"{root / side / 'dataset.json'} and {root / 'dataset.json'} disagree; remove the wrong one")
+        raise HasteError(f"{beside} and {at_top} disagree; remove the wrong one")
     return found[0] if found else None
 
 
-def _keyed(entries: list[Any], side: str, path: Path, at_top: bool) -> dict[str, int]:
-    """Labels by folder and number of [["00000/img00000000.png", 12], ...].
+def _keyed(path: Path, side: str, at_top: bool) -> dict[str, int]:
+    """Labels of one side by folder and number, in one list.
 
     A list at the top may name both sides, with or without "images/" and "vae-sd/".
     """
-    keys, labels = [], []
-    for entry in entries:
-        # bool is a subclass of int, and no label.
-        if not isinstance(entry, list) or [type(part) for part in entry] != [str, int] or entry[1] < 0:
-            raise HasteError(f"{path} has the entry {str(entry)[:80]}; expected a name and a label of 0 or above")
-        name, label = entry
+    entries = _read_json(path, LabelList).labels
+    if entries is None:
+        return _unlabelled(path.parent / side if at_top else path.parent, side)
+    found: dict[str, int] = {}
+    for name, label in entries:
         if at_top and _PATTERNS[_OTHER[side]].fullmatch(name):
             continue
         match = _PATTERNS[side].fullmatch(name.removeprefix(f"{side}/") if at_top else name)
         if match is None:
-            shown = " or ".join(name_of(side, "00000/00000000") for side in _AFFIXES)
+            shown = " or ".join(name_of(side, "00000/00000000") for side in SIDES)
             raise HasteError(f"{path} names {name[:80]!r}; expected names within the folder like {shown}")
-        keys.append(match[1] + match[2])
-        labels.append(label)
-    found = dict(zip(keys, labels, strict=True))
-    if len(found) < len(keys):
-        raise HasteError(f"{path} names {name_of(side, Counter(keys).most_common(1)[0][0])} twice; expected each once")
+        key = match[1] + match[2]
+        if key in found:
+            raise HasteError(f"{path} names {name_of(side, key)} twice; expected each once")
+        found[key] = label
     return found
 
 
-def _scan(folder: Path, side: str) -> dict[str, int]:
-    """Every file of one side, unlabelled; reads directories, never a file."""
-    if not folder.is_dir():
-        raise HasteError(f"{folder} is no folder; dataset.json has no labels and leaves its files unnamed")
-    names = (Path(place, name).relative_to(folder).as_posix() for place, _, files in os.walk(folder) for name in files)
-    return {m[1] + m[2]: UNLABELLED for name in names if (m := _PATTERNS[side].fullmatch(name))}
+def _unlabelled(folder: Path, side: str) -> dict[str, int]:
+    """Every file of one side by folder and number; reads directories, never a file."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return {match[1] + match[2]: UNLABELLED for name in names if (match := _PATTERNS[side].fullmatch(name))}
 
 
 class Folder:
     """The pairs of a prepared folder; opening it reads the lists of names and one pair.
+
+    Attributes:
+        image_size: side of the images in pixels. latent_shape: (C, h, w).
 
     Raises:
         HasteError: there is no such folder, or its lists contradict each other.
@@ -253,97 +225,77 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise HasteError(f"data.path {str(path)!r} is no folder; expected one made by haste latents, or by REPA's "
-                             f"preparation (images/, vae-sd/, dataset.json)")  # fmt: skip
-        self.manifest: Manifest | None = read_manifest(self.path)
-        self.pairs: Pairs = read_pairs(self.path)
-        if self.manifest is not None and self.manifest.count != len(self.pairs.labels):
             raise HasteError(
-                f"{path}: manifest.json counts {self.manifest.count} images, dataset.json names "
-                f"{len(self.pairs.labels)}; expected the whole folder as haste latents left it"
+                f"data.path {str(path)!r} is no folder; expected one made by haste latents, or by REPA's preparation "
+                f"(images/, vae-sd/, dataset.json)"
             )
-        self.image_size = self._open_image(0).width
-        self.latent_shape = self._first_shape()
-        if self.manifest is not None and (self.image_size, self.latent_shape) != (
-            self.manifest.image_size, self.manifest.latent_shape
-        ):  # fmt: skip
-            raise HasteError(
-                f"{path}: manifest.json says images of {self.manifest.image_size} and latents "
-                f"{self.manifest.latent_shape}, the files have {self.image_size} and {self.latent_shape}"
-            )
+        self.manifest, self.pairs = read_manifest(self.path), read_pairs(self.path)
+        # Without a manifest the first pair says both.
+        self.image_size = 0
+        self._array_shape: tuple[int, ...] | None = None
+        if self.manifest is not None:
+            if self.manifest.count != len(self.pairs.labels):
+                raise HasteError(
+                    f"{path}: manifest.json counts {self.manifest.count} images, dataset.json names "
+                    f"{len(self.pairs.labels)}; expected the whole folder as haste latents left it"
+                )
+            channels, *sides = self.manifest.latent_shape
+            self.image_size, self._array_shape = self.manifest.image_size, (2 * channels, *sides)
+        self.image_size = self._read(IMAGES, 0).shape[-1]
+        self._array_shape = tuple(self._read(LATENTS, 0).shape)
+        self.latent_shape = (self._array_shape[0] // 2, *self._array_shape[1:])
 
     def pixels(self, indices: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S)."""
-        return torch.stack(self._threaded(self._image, indices))
+        return self._stacked(IMAGES, indices)
 
     def posterior(self, indices: Tensor) -> Posterior:
         """Mean and standard deviation of the latents, float32 (B, C, h, w) each, unscaled."""
-        mean, std = torch.stack(self._threaded(self._latent, indices)).chunk(2, dim=1)
-        return Posterior(mean, std)
+        return Posterior(*self._stacked(LATENTS, indices).chunk(2, dim=1))
 
-    def _threaded(self, read: Callable[[int], Tensor], indices: Tensor) -> list[Tensor]:
-        with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            return list(pool.map(read, indices.tolist()))
+    def _stacked(self, side: str, indices: Tensor) -> Tensor:
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(lambda index: self._read(side, index), indices.tolist())))
 
-    def _image(self, index: int) -> Tensor:
-        picture = self._open_image(index)
-        if picture.size != (self.image_size, self.image_size):
-            raise HasteError(
-                f"{self.pairs.name(IMAGES, index)} is {picture.width}x{picture.height}; expected "
-                f"{self.image_size}x{self.image_size} like the first"
-            )
-        return to_tensor(picture)
-
-    def _open_image(self, index: int) -> Image.Image:
-        path = self.path / IMAGES / self.pairs.name(IMAGES, index)
+    def _read(self, side: str, index: int) -> Tensor:
+        """An image or a latent of one pair."""
+        path = self.path / side / name_of(side, self.pairs.keys[index])
         try:
-            with Image.open(path) as picture:
-                found = picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, struct.error, zlib.error) as error:  # Pillow raises all of these
-            raise _unreadable(path, error) from error
-        if found.width != found.height:
-            raise HasteError(f"{path} is {found.width}x{found.height}; expected a square image")
-        return found
+            return self._image(path) if side == IMAGES else self._latent(path)
+        # Pillow and numpy raise all of these.
+        except (OSError, ValueError, EOFError, SyntaxError, struct.error, zlib.error) as error:
+            cause = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+            expected = f"a square image of {self.image_size or 'S'} pixels a side"
+            if side == LATENTS:
+                expected = f"one float32 array {self._array_shape or '(2C, S, S)'}, mean then standard deviation"
+            raise HasteError(f"{path} cannot be read: {cause}; expected {expected}") from error
 
-    def _latent(self, index: int) -> Tensor:
-        array = self._array(index)
-        if array.shape != (2 * self.latent_shape[0], *self.latent_shape[1:]):
-            raise HasteError(f"{self.pairs.name(LATENTS, index)} has shape {array.shape}; expected one shape for all")
+    def _image(self, path: Path) -> Tensor:
+        with Image.open(path) as picture:
+            pixels = to_tensor(picture.convert("RGB"))
+        _, height, width = pixels.shape
+        if height != width or width != (self.image_size or width):
+            raise ValueError(f"it is {width}x{height}")
+        return pixels
+
+    def _latent(self, path: Path) -> Tensor:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
+        shape = array.shape
+        fits = len(shape) == 3 and shape[0] % 2 == 0 and shape[1] == shape[2] and self._array_shape in (None, shape)
+        if array.dtype != np.float32 or not fits:
+            raise ValueError(f"it is {array.dtype} {shape}")
         return torch.from_numpy(array)
 
-    def _array(self, index: int) -> np.ndarray:
-        path = self.path / LATENTS / self.pairs.name(LATENTS, index)
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise _unreadable(path, error) from error
-        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-            raise HasteError(f"{path} holds {getattr(array, 'dtype', 'an archive')}; expected one array of float32")
-        return array
 
-    def _first_shape(self) -> tuple[int, int, int]:
-        shape = self._array(0).shape
-        if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
-            raise HasteError(
-                f"{self.path / LATENTS / self.pairs.name(LATENTS, 0)} has shape {shape}; expected (2C, S, S), mean "
-                f"then standard deviation"
-            )
-        return shape[0] // 2, shape[1], shape[2]
-
-
-def _unreadable(path: Path, error: Exception) -> HasteError:
-    cause = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-    return HasteError(f"{path} cannot be read: {cause}; expected the file that dataset.json names")
-
-
-class Latents:
+class Latents(Dataset):
     """Latents x = scale (mean + std noise - shift) for the generator, with their images for the teacher.
 
-    `image_size` and `channels` are those of the latents. Examples that are not training batches take the posterior's
-    mean.
+    Training batches draw from the posterior, other examples take its mean.
 
     Attributes:
-        scale, shift: of the latents. pixel_size: side of the images. manifest: None where the folder has none.
+        pixel_size: side of the images. manifest: None where the folder has none.
 
     Raises:
         HasteError: the folder cannot be used, or augmentation is asked for: the latent of a mirrored or moved image
@@ -361,8 +313,8 @@ class Latents:
         self.pixel_size, self.manifest = self.folder.image_size, self.folder.manifest
         if data.image_size not in (None, self.pixel_size):
             raise HasteError(
-                f"data.image_size {data.image_size}, the images in {data.path} have {self.pixel_size}; expected "
-                f"{self.pixel_size}, or none"
+                f"data.image_size {data.image_size}; expected {self.pixel_size}, the size of the images in "
+                f"{data.path}, or none"
             )
         self.channels, self.image_size, _ = self.folder.latent_shape
         self.scale, self.shift = SCALE, SHIFT
@@ -376,30 +328,24 @@ class Latents:
     def __len__(self) -> int:
         return len(self._splits["train"])
 
-    def images(self, split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, S, S) and labels (n,) of a split."""
-        chosen = self._splits[split][:count]
+    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        chosen = self._splits[split][chosen]
         return to_signed(self.folder.pixels(chosen)), self.labels[chosen]
 
     def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
-        """The posterior means, scaled, with the same images."""
+        """As for `Dataset`, x being the means of the posteriors."""
         chosen = self._splits[split][:count]
-        mean = self.folder.posterior(chosen).mean
-        return Batch(self.scaled(mean), self.labels[chosen], self._images(chosen, with_images))
+        return self._batch(self.folder.posterior(chosen).mean, chosen, with_images)
 
     def batch(
         self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
     ) -> Batch:
-        """Training examples, the latents drawn from their posteriors."""
+        """As for `Dataset`, x being drawn from the posteriors."""
         chosen = self._splits["train"][indices[part]]
         mean, std = self.folder.posterior(chosen)
         drawn = mean + std * torch.randn(len(indices), *mean.shape[1:], generator=generator)[part]
-        return Batch(self.scaled(drawn), self.labels[chosen], self._images(chosen, with_images))
+        return self._batch(drawn, chosen, with_images)
 
-    def _images(self, chosen: Tensor, wanted: bool) -> Tensor:
-        """Images of these pairs, or none of them, (0, 3, S', S')."""
-        return to_signed(self.folder.pixels(chosen)) if wanted else torch.empty(0, 3, *[self.pixel_size] * 2)
-
-    def scaled(self, latents: Tensor) -> Tensor:
-        """Latents scaled for the generator, from latents as the VAE returns them."""
-        return (latents - self.shift) * self.scale
+    def _batch(self, latents: Tensor, chosen: Tensor, with_images: bool) -> Batch:
+        images = self.folder.pixels(chosen) if with_images else torch.empty(0, 3, *[self.pixel_size] * 2)
+        return Batch((latents - self.shift) * self.scale, self.labels[chosen], to_signed(images))
