@@ -44,7 +44,7 @@ from haste_core.study.data.latents import (
     name_of,
     read_manifest,
 )
-from haste_core.study.validation import validate
+from haste_core.study.sections import validate
 
 if TYPE_CHECKING:
     from haste_core.study.data.images import Split
