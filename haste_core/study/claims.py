@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import pandas as pd
 
 from haste_core.errors import HasteError
@@ -86,14 +87,15 @@ def fall_of_angle(evidence: Evidence, seed: int) -> float:
 
 def last_angle(evidence: Evidence, seed: int) -> float:
     """rho of REPA's loss nearest the data at the last measured step."""
-    return float(_angles(evidence, seed).iloc[-1, 0])
+    return float(_angles(evidence, seed).iloc[:, 0].iloc[-1])
 
 
 def mid_over_low(evidence: Evidence, seed: int) -> float:
     """rho of REPA's loss at the noise level nearest 0.5 minus its mean at levels up to 0.1, mean over steps."""
     rho = _angles(evidence, seed)
-    middle = min(rho.columns, key=lambda t: abs(t - 0.5))
-    return float(rho[middle].mean() - rho.loc[:, rho.columns <= 0.1].stack().mean())
+    levels = rho.columns.to_numpy(float)
+    middle = int(np.abs(levels - 0.5).argmin())
+    return float(rho.iloc[:, middle].mean() - np.nanmean(rho.loc[:, levels <= 0.1]))
 
 
 def _effect(evidence: Evidence, seed: int, arm: str, side: str, measure: str) -> float:

@@ -1,20 +1,8 @@
-"""The rules by which a claim gets its verdict, from scores and analysis tables.
+"""The rules by which a claim gets its verdict, from scores and analysis tables: docs/how_claims_are_judged.md.
 
 A claim has one or more contrasts. A contrast is computed per seed: a difference of the logarithm of a score (arms of
 one seed share data order, noise and initial weights, so differences are paired) or a number from an analysis table. It
-is summarised by its mean and a Student-t interval over seeds. A claim is
-
-    equivalent                 if at least one contrast has its interval inside the margin around zero (5 % for FID,
-                               1 % for the denoising loss), and every other holds;
-    supported                  if every contrast's interval lies inside the claim's region (intersection-union);
-    contradicted               if a contrast's interval, at a confidence divided among the contrasts (Bonferroni),
-                               lies outside the region and not inside the margin;
-    smaller than the paper's   if the sign is open and the paper's effect lies outside the interval;
-    not decided                otherwise, and always with fewer than two seeds;
-    not tested                 if an arm or table is missing, or the event that the claim is about did not happen.
-
-Each claim also has a p value (one-sided, the largest of its contrasts) and its corrections over all claims of the
-table: Holm (family-wise error) and Benjamini-Hochberg (false discovery rate).
+is summarised by its mean and a Student-t interval over seeds. `verdict` compares intervals with the claim's region.
 """
 
 from __future__ import annotations
@@ -176,7 +164,13 @@ def verdict(
     margin: float | None = None,
     size: float | None = None,
 ) -> str:
-    """The verdict by the rules in the module's docstring.
+    """The first of these that is true; with fewer than two seeds always "not decided".
+
+    equivalent: a contrast has its interval inside the margin around zero, and every other inside margin or region.
+    supported: every contrast's interval lies inside the region (intersection-union).
+    contradicted: a contrast's interval, at a confidence divided among the contrasts (Bonferroni), lies outside the
+        region and not inside the margin.
+    smaller than the paper's: the sign is open, and the paper's effect lies outside the interval.
 
     Args:
         values: one per seed, for each contrast. region: open interval. margin: of equivalence, None for none.

@@ -24,7 +24,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A part of a study; unknown keys and wrong types are errors, values never change after loading."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
