@@ -333,34 +333,34 @@ def write_report(report: Report) -> Path:
         content = (report.dir / "figures" / f"{name}.png").read_bytes()
         return "data:image/png;base64," + base64.b64encode(content).decode()
 
-    html = (
-        _environment(autoescape=True)
-        .from_string(TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            study=study,
-            tau=report.tau,
-            facts=json.loads((report.tables / "provenance.json").read_text()),
-            card=json.loads((report.tables / "cards" / f"{one_card(fid)}.json").read_text()),
-            answers=answers(fid, report.denoising(), study.claims, report.tau, study.train.steps),
-            sentences=sentences(report),
-            verdicts=report_text.verdicts(judged),
-            lacking=lacking(judged),
-            rules=claims.RULES,
-            sensitivity=report_text.sensitivity_cells(report.table("sensitivity")),
-            scores=[(step, report_text.score_cells(fid, step)) for step in steps],
-            denoising=report_text.denoising_cells(fid, steps, study.claims.confidence),
-            floor_images=int(floor.set_index("pair")["n"][FLOOR]),
-            floor=[
-                {"pair": row["pair"], "n": row["n"], "n reference": row["n_reference"]} | report_text.scores_of(row)
-                for row in floor.to_dict("records")
-            ],
-            grid=report_text.grid_cells(report.table("grid")) if report.has_current("grid") else [],
-            times=report_text.time_cells(report.table("step_time")),
-            attention=report.table("attention"),
-            analyses=analyses,
-            drawn=drawn,
-            picture=picture,
-        )
+    template = jinja2.Template(
+        TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    html = template.render(
+        study=study,
+        tau=report.tau,
+        facts=json.loads((report.tables / "provenance.json").read_text()),
+        card=json.loads((report.tables / "cards" / f"{one_card(fid)}.json").read_text()),
+        answers=answers(fid, report.denoising(), study.claims, report.tau, study.train.steps),
+        sentences=sentences(report),
+        verdicts=report_text.verdicts(judged),
+        lacking=lacking(judged),
+        rules=claims.RULES,
+        sensitivity=report_text.sensitivity_cells(report.table("sensitivity")),
+        scores=[(step, report_text.score_cells(fid, step)) for step in steps],
+        denoising=report_text.denoising_cells(fid, steps, study.claims.confidence),
+        floor_images=int(floor.set_index("pair")["n"][FLOOR]),
+        floor=[
+            {"pair": row["pair"], "n": row["n"], "n reference": row["n_reference"]} | report_text.scores_of(row)
+            for row in floor.to_dict("records")
+        ],
+        grid=report_text.grid_cells(report.table("grid")) if report.has_current("grid") else [],
+        times=report_text.time_cells(report.table("step_time")),
+        attention=report.table("attention"),
+        analyses=analyses,
+        drawn=drawn,
+        picture=picture,
     )
     path = report.dir / "report.html"
     write_text(path, html)
