@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from haste_core.analysis.statistics import interval, one_card
 from haste_core.errors import HasteError
-from haste_core.study import config
 from haste_core.study.claims import CLAIMS, TABLES, speed_up
 from haste_core.study.judging import (
     COLUMNS,
@@ -20,10 +20,8 @@ from haste_core.study.judging import (
     SENSITIVITY,
     Evidence,
     holm,
-    interval,
     judge,
     judge_all,
-    one_card,
     p_value,
     sensitivity,
     verdict,
@@ -87,14 +85,6 @@ def test_these_are_the_claims_of_the_paper():
     assert sorted(set(numbers)) == list(range(1, 21))
     assert numbers == sorted(numbers)
     assert len(BY_ID) == len(CLAIMS)
-
-
-@pytest.mark.parametrize("number", ["C2", "C3", "C10", "C11", "C19"])
-def test_late_claims_are_judged_on_fid_and_near_the_data(number):
-    assert (BY_ID[number].measure, BY_ID[number + "d"].measure) == ("fid", "near_data")
-    assert BY_ID[number].arms == BY_ID[number + "d"].arms
-    assert BY_ID[number + "d"].margin == 0.01
-    assert BY_ID[number].margin == 0.05
 
 
 @pytest.mark.parametrize("claim", ON_SCORES)
@@ -169,13 +159,7 @@ def test_several_contrasts_are_contradicted_at_a_divided_level():
     assert verdict(values[-1:], (0.0, math.inf), 0.95) == "contradicted"
 
 
-def test_early_gains_are_means_over_the_early_steps():
-    found = scores(repa=(10, 5), vanilla=(20, 5))
-    row = judge(BY_ID["C1"], evidence(found, early=(EARLY, LAST)), 0.95)
-    assert row["effect"] == pytest.approx(math.log(2) / 2)
-
-
-@pytest.mark.parametrize(("repa", "atta"), [(40, 40), (25, 26), (20, 10), (18, 8)])
+@pytest.mark.parametrize(("repa", "atta"), [(25, 26), (20, 10), (18, 8)])
 def test_c7_does_not_hold_if_repa_does_not_help_or_helps_far_less(repa, atta):
     # Two equal losses are no gain: "speeds up about as much as REPA" needs a REPA that speeds up.
     row = judged("C7", scores(vanilla=(20, 5), repa=(repa, 5), atta=(atta, 5), spread=0.002))
@@ -192,6 +176,8 @@ def test_effects_are_what_they_say():
     assert "holistic minus haste" in rows["C11"]["unit"]
     assert rows["T14p"]["effect"] == pytest.approx(math.log(4 / 8))
     assert 1 < rows[f"C18@{LAST}"]["effect"] < 3
+    early = judge(BY_ID["C1"], evidence(found, early=(EARLY, LAST)), 0.95)
+    assert early["effect"] == pytest.approx((math.log(20 / 10) + math.log(8 / 6)) / 2)
 
 
 def test_differences_are_paired_by_seed():
@@ -202,22 +188,17 @@ def test_differences_are_paired_by_seed():
     assert (row["low"], row["high"]) == pytest.approx((math.log(2), math.log(2)))
 
 
-def test_only_seeds_that_every_arm_has_are_counted():
-    found = scores(**supporting(BY_ID["C1"]), spread=0.02)
-    assert judged("C1", found[(found["arm"] != "repa") | (found["seed"] < 2)])["seeds"] == 2
-
-
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-@pytest.mark.parametrize("values", [[0.1, 0.5], [1.0, 2.0, 4.0, 4.5], [-3.0, 0.0, 0.2]])
-def test_interval_is_scipys_student_t_interval(values, confidence):
-    mean, low, high = interval(values, confidence)
-    expected = stats.t.interval(confidence, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+@pytest.mark.parametrize("values", [[0.1, 0.5], [-3.0, 0.0, 0.2, 0.4]])
+def test_interval_is_scipys_student_t_interval(values):
+    mean, low, high = interval(values, 0.8)
     assert mean == pytest.approx(np.mean(values))
-    assert (low, high) == pytest.approx(expected)
+    assert (low, high) == pytest.approx(stats.t.interval(0.8, len(values) - 1, loc=mean, scale=stats.sem(values)))
 
 
 def test_judging_uses_the_studys_confidence():
     found = scores(**supporting(BY_ID["C1"]), spread=0.3)
+    # Only seeds that every arm has are counted.
+    assert judged("C1", found[(found["arm"] != "repa") | (found["seed"] < 2)])["seeds"] == 2
     wide, narrow = (judged("C1", found, confidence) for confidence in (0.99, 0.5))
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
 
@@ -229,10 +210,8 @@ def test_judging_uses_the_studys_confidence():
         ([-0.1, -0.11], (0, math.inf), "contradicted"),
         ([-0.1, 0.1], (0, math.inf), "not decided"),
         ([1.0, 1.01], (0.5, 1.5), "supported"),
-        ([1.7, 1.71], (0.5, 1.5), "contradicted"),
         ([0.3, 0.31], (0.5, 1.5), "contradicted"),
         ([1.4, 1.5], (0.5, 1.5), "not decided"),
-        ([0.1], (0, math.inf), "not decided"),
         ([math.nan, 0.1], (0, math.inf), "not decided"),
     ],
 )
@@ -243,17 +222,14 @@ def test_verdict(values, region, expected):
 # p values
 
 
-@pytest.mark.parametrize("values", [[0.1, 0.5, 0.2], [1.0, 2.0, 4.0, 4.5], [-3.0, 0.0, 0.2]])
+@pytest.mark.parametrize("values", [[0.1, 0.5, 0.2], [-3.0, 0.0, 0.2]])
 def test_p_is_scipys_one_sided_t_test(values):
     assert p_value(values, (0, math.inf)) == pytest.approx(stats.ttest_1samp(values, 0, alternative="greater").pvalue)
     assert p_value(values, (-math.inf, 0)) == pytest.approx(stats.ttest_1samp(values, 0, alternative="less").pvalue)
     two_sided = [stats.ttest_1samp(values, b, alternative=a).pvalue for b, a in ((-1, "greater"), (1, "less"))]
     assert p_value(values, (-1, 1)) == pytest.approx(max(two_sided))
-
-
-def test_p_without_spread_is_decided_by_the_sign():
-    assert p_value([0.1, 0.1], (0, math.inf)) == 0
-    assert p_value([-0.1, -0.1], (0, math.inf)) == 1
+    # Without spread the sign decides.
+    assert (p_value([0.1, 0.1], (0, math.inf)), p_value([-0.1, -0.1], (0, math.inf))) == (0, 1)
     assert math.isnan(p_value([0.1], (0, math.inf)))
 
 
@@ -263,7 +239,7 @@ def test_holms_correction_by_hand():
     assert holm([]) == []
 
 
-def test_all_claims_of_a_table_are_corrected_together():
+def test_all_claims_of_a_table_are_corrected_together_and_have_its_columns():
     found = scores(**{arm: (20 - i, 9 - i) for i, arm in enumerate(ARMS)}, spread=0.1)
     rows = judge_all(CLAIMS, evidence(found), 0.95)
     known = [row for row in rows if math.isfinite(row["p"])]
@@ -272,6 +248,9 @@ def test_all_claims_of_a_table_are_corrected_together():
     assert [row["p_holm"] for row in known] == pytest.approx(holm(p))
     assert [row["p_bh"] for row in known] == pytest.approx(stats.false_discovery_control(p))
     assert all(math.isnan(row["p_holm"]) for row in rows if row not in known)
+    for judgement in (rows, judge_all(CLAIMS, evidence(scores()), 0.95)):
+        assert {row["id"].split("@")[0] for row in judgement} == {i.rstrip("@") for i in BY_ID}
+        assert all(set(row) == set(COLUMNS) for row in judgement)
 
 
 # Speed-up
@@ -328,33 +307,14 @@ def test_the_speed_up_is_told_for_every_horizon():
     assert {row["id"]: row["effect"] for row in rows} == pytest.approx({"C18@400": 4, "C18@1600": 1})
 
 
-# Tables
-
-
-def rows(arms=("vanilla", "repa"), card="a"):
-    lines = [
-        {"arm": arm, "seed": seed, "step": step, "fid": 1.0 + step, "card": card}
-        for arm in arms
-        for seed in (0, 1)
-        for step in (EARLY, LAST)
-    ]
-    return pd.DataFrame(lines)
-
-
 def test_scores_with_different_cards_are_not_compared():
     # A DiT is drawn by a sampler of its own: it may stand in the table, and in no claim beside the others.
-    mixed = evidence(pd.concat([rows(), rows(("haste",), card="b")]))
+    alone = scores(seeds=2, vanilla=(2, 1), repa=(1, 1))
+    mixed = evidence(pd.concat([alone, scores(seeds=2, haste=(1, 1)).assign(card="b")]))
     assert judge(BY_ID["C1"], mixed, 0.95)["seeds"] == 2
     with pytest.raises(ValueError, match=r"different cards.*a, b"):
         judge(BY_ID["C18@"], mixed, 0.95)
-    assert one_card(rows()) == "a"
-
-
-def test_every_row_has_the_tables_columns():
-    for found in (scores(**{arm: (20 - i, 5) for i, arm in enumerate(ARMS)}, spread=0.1), scores()):
-        judgement = judge_all(CLAIMS, evidence(found), 0.95)
-        assert {row["id"].split("@")[0] for row in judgement} == {i.rstrip("@") for i in BY_ID}
-        assert all(set(row) == set(COLUMNS) for row in judgement)
+    assert one_card(alone) == "a"
 
 
 def test_sensitivity_reads_claims_on_fid_on_other_features_and_single_steps():
@@ -368,13 +328,6 @@ def test_sensitivity_reads_claims_on_fid_on_other_features_and_single_steps():
     assert set(table["id"]) >= {"C1", "C7", "C10", "C11"}
 
 
-def test_a_study_whose_early_steps_are_not_kept_is_refused_before_it_runs(tiny_overrides):
-    study = config.load("digits", overrides=[*tiny_overrides, "claims.early=[8, 7]"])
-    with pytest.raises(HasteError, match=r"claims.early names step 7.*vanilla"):
-        study.check_claims()
-    assert config.load("digits", overrides=[*tiny_overrides, "claims.early=8"]).claims.early == [8]
-
-
 def test_arms_may_have_other_names_in_a_study():
     found = scores(repa=(10, 6), repa_1600=(10, 5), spread=0.02)
     row = judge(BY_ID["C2"], evidence(found, {"repa_midway": "repa_1600"}), 0.95)
@@ -385,25 +338,18 @@ def test_arms_may_have_other_names_in_a_study():
     assert "captions" in judged("C16", found)["rule"]
 
 
-def test_ablations_are_read_at_the_last_step_all_arms_have():
+def test_arms_of_different_length_are_read_at_their_last_common_step_or_not_at_all():
     found = scores(**supporting(BY_ID["C13a"]))
     found = found[(found["arm"] != "haste_layers_fewer") | (found["step"] < LAST)]
     found.loc[(found["arm"] == "haste") & (found["step"] == EARLY), "fid"] = 4.0
     assert judged("C13a", found)["effect"] == pytest.approx(math.log(8 / 4))
-
-
-def test_an_arm_that_ended_earlier_is_not_read_at_the_last_step():
     found = scores(**supporting(BY_ID["C10"]))
     row = judged("C10", found[(found["arm"] != "repa") | (found["step"] < LAST)])
     assert (row["verdict"], row["seeds"]) == ("not tested", 0)
     assert f"no score of repa at step {LAST}" in row["rule"]
-
-
-def test_arms_without_a_common_step_are_an_error_that_names_them():
     found = scores(**supporting(BY_ID["C17"]))
-    found = found[(found["arm"] == "dit_haste") == (found["step"] == LAST)]
     with pytest.raises(HasteError, match="dit_vanilla, dit_haste share no scored step"):
-        judged("C17", found)
+        judged("C17", found[(found["arm"] == "dit_haste") == (found["step"] == LAST)])
 
 
 # Claims on tables of analyses
@@ -477,16 +423,14 @@ def test_a_claim_on_a_table(claim, tables, expected, effect):
 
 
 @pytest.mark.parametrize("claim", [claim.id for claim in CLAIMS if claim.table])
-def test_a_claim_without_its_table_is_not_tested(claim):
-    assert BY_ID[claim].table in TABLES
+def test_a_claim_without_its_table_or_its_arms_is_not_tested(claim):
+    table = BY_ID[claim].table
+    assert table in TABLES
     row = judge(BY_ID[claim], evidence(scores(**{arm: (2, 1) for arm in ARMS})), 0.95)
     assert (row["verdict"], row["seeds"]) == ("not tested", 0)
-    assert f"table missing: {BY_ID[claim].table}" in row["rule"]
-
-
-def test_a_table_without_the_arm_decides_nothing():
-    table = angles(0.1, -0.1).assign(arm="holistic")
-    assert "arms missing: repa" in judge(BY_ID["C5"], evidence(scores(), gradient_conflict=table), 0.95)["rule"]
+    assert f"table missing: {table}" in row["rule"]
+    others = {table: pd.DataFrame({"arm": ["other"], "seed": [0]})}
+    assert f"arms missing: {BY_ID[claim].arms[0]}" in judge(BY_ID[claim], evidence(scores(), **others), 0.95)["rule"]
 
 
 def test_a_trigger_that_never_fired_is_not_tested():

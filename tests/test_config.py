@@ -6,7 +6,7 @@ import yaml
 from haste_core.errors import HasteError
 from haste_core.study import config
 from haste_core.study.claims import CLAIMS
-from haste_core.study.config import STUDIES, AlignmentSettings, RunSettings
+from haste_core.study.config import STUDIES, RunSettings
 from haste_core.study.runs import Run
 
 
@@ -79,14 +79,9 @@ def test_kept_steps_are_sorted_unique_and_end_with_the_last(make_study):
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_study_names_the_known_ones():
+def test_an_unknown_study_names_the_known_ones(tmp_path):
     message = refused("digit")
-    assert "unknown study 'digit'" in message
-    assert "did you mean 'digits'" in message
-    assert ".yaml" in message
-
-
-def test_a_missing_file_is_refused(tmp_path):
+    assert all(word in message for word in ("unknown study 'digit'", "did you mean 'digits'", ".yaml")), message
     assert "none.yaml" in refused(tmp_path / "none.yaml")
 
 
@@ -109,36 +104,25 @@ def test_an_unknown_arm_names_the_known_ones(tiny):
     [
         ("train.stpes=4", ["stpes", "did you mean 'steps'", "batch_size"]),
         ("trian.steps=4", ["trian", "did you mean 'train'", "evaluate"]),
-        ("data.augment.shfit=1", ["shfit", "did you mean 'shift'", "rotation"]),
-        ("arms.haste.terminaton.at=4", ["terminaton", "did you mean 'termination'"]),
         ("arms.haste.termination.att=4", ["att", "kind"]),
-        ("train.steps.more=4", ["train.steps.more", "value"]),
+        ("train.steps.more=4", ["train.steps", "integer"]),
+        ("triggers.mine={kind: plateau, windw: 3}", ["triggers.mine", "windw", "did you mean 'window'"]),
         ("train.steps", ["key=value"]),
-        ("=4", ["key=value"]),
         ("train.keep=[4", ["YAML"]),
         ("train.steps=many", ["train.steps", "integer", "'many'"]),
-        ("train.steps=1.5", ["train.steps", "integer"]),
         ("train.steps=0", ["train.steps", "greater than 0"]),
-        ("train.lr=-1", ["train.lr", "greater than 0"]),
         ("train.precision=fp8", ["train.precision", "'no', 'fp16' or 'bf16'"]),
         ("train=4", ["train"]),
-        ("train.label_dropout=1.5", ["label_dropout", "less than or equal to 1"]),
-        ("train.keep=4", ["train.keep", "list"]),
         ("model.preset=SiT-XXL/2", ["SiT-XXL/2", "did you mean 'SiT-XL/2'", "SiT-B/2"]),
         ("model.heads=5", ["width 64", "heads 5"]),
         ("alignment.depth=7", ["alignment.depth 7", "6 blocks"]),
         ("alignment.layer_pairs=[[6, 1]]", ["student block 6", "0 to 5"]),
         ("alignment.heads=[4]", ["student head 4", "0 to 3"]),
         ("alignment.heads=[1, 1]", ["heads", "once"]),
-        ("alignment.layer_pairs=[]", ["layer_pairs"]),
         ("arms.haste.termination.kind=never", ["at=", "iteration"]),
-        ("arms.haste=4", ["haste"]),
-        ("seeds=[]", ["seeds"]),
-        ("sample.sampler=dpm", ["sampler", "euler"]),
-        ("name=a/b", ["name"]),
     ],
 )
-def test_a_bad_override_is_refused_naming_what_is_possible(override, words):
+def test_a_bad_override_is_refused_naming_what_is_expected(override, words):
     message = refused("digits", overrides=[override])
     assert all(word in message for word in words), message
 
@@ -151,27 +135,22 @@ def test_an_arm_cannot_change_what_is_no_part_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "key"), [(["train"], "stpes"), (["data", "augment"], "shfit"), (["teacher", "fitting"], "step")]
+    ("section", "key", "known"),
+    [
+        ("train", "stpes", "batch_size"),
+        ("data.augment", "shfit", "rotation"),
+        ("teacher.fitting.augment", "x", "shift"),
+    ],
 )
-def test_an_unknown_key_in_a_file_names_the_known_ones(tmp_path, section, key):
+def test_an_unknown_key_in_a_file_names_the_known_ones(tmp_path, section, key, known):
     def change(content):
-        for part in section:
+        for part in section.split("."):
             content = content[part]
         content[key] = 1
 
     message = refused(written(tmp_path, change))
-    assert ".".join([*section, key]) in message
-    assert {"train": "batch_size", "augment": "rotation", "fitting": "label_smoothing"}[section[-1]] in message
-
-
-def test_an_unknown_key_in_a_file_brings_the_nearest_match(tmp_path):
-    message = refused(written(tmp_path, lambda content: content["train"].update(stpes=1)))
-    assert "did you mean 'steps'" in message
-
-
-def test_an_unknown_key_in_an_optional_section_of_a_file_is_refused_too(tmp_path):
-    path = written(tmp_path, lambda content: content["teacher"]["fitting"]["augment"].update(shfit=1))
-    assert "shfit" in refused(path)
+    assert f"{section}: unknown key {key!r}" in message
+    assert known in message
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just text", ""], ids=repr)
@@ -188,22 +167,20 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     ("override", "value"),
     [
         ("train.lr=1e-3", 0.001),
-        ("train.lr=2.5E-4", 0.00025),
-        ("train.steps=77", 77),
         ("train.keep=[3, 1]", [1, 3]),
         ("train.betas=[0.8, 0.95]", (0.8, 0.95)),
-        ("data.augment.shift=0.5", 0.5),
         ("model.qk_norm=true", True),
         ("train.precision=no", "no"),
         ("teacher.weights=some/path.pth", "some/path.pth"),
         ("teacher.kwargs.embed_dim=48", 48),
         ("teacher.mean=null", None),
         ("teacher.fitting.augment.rotation=30", 30.0),
-        ("seeds=[4, 5]", [4, 5]),
         ("title=a = b", "a = b"),
+        ("claims.roles.repa_midway=repa", "repa"),
+        ("groups.late=[repa]", ["repa"]),
     ],
 )
-def test_overrides_are_read_as_yaml_and_numbers_as_everybody_writes_them(override, value):
+def test_overrides_are_read_as_yaml_and_numbers_without_a_dot_too(override, value):
     found = config.load("digits", overrides=[override])
     for part in override.split("=")[0].split("."):
         found = found[part] if isinstance(found, dict) else getattr(found, part)
@@ -219,15 +196,11 @@ def test_an_override_leaves_everything_else_alone():
     assert after == before
 
 
-def test_an_override_of_an_arm_changes_that_arm_alone(tiny, make_study):
-    changed = make_study("arms.haste.termination.at=4")
+def test_an_override_of_an_arm_changes_that_arm_alone_and_later_ones_win(tiny, make_study):
+    changed = make_study("arms.haste.termination.at=5", "arms.haste.termination.at=4")
     assert changed.run("haste").tau == 4
     assert changed.run("haste").hash != tiny.run("haste").hash
     assert changed.run("holistic").hash == tiny.run("holistic").hash
-
-
-def test_later_overrides_win():
-    assert config.load("digits", overrides=["train.steps=5", "train.steps=6"]).train.steps == 6
 
 
 def test_sections_cannot_be_changed_after_loading(tiny):
@@ -238,66 +211,35 @@ def test_sections_cannot_be_changed_after_loading(tiny):
 # -- hashes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "train.steps=24",
-        "train.keep=[4]",
-        "train.log_every=7",
-        "train.checkpoint_every=5",
-        "train.sample_every=9",
-        "sample.solver_steps=99",
-        "evaluate.n=10",
-        "claims.early=4",
-        "title=other",
-        "seeds=[3]",
-    ],
-)
-@pytest.mark.parametrize("arm", ["vanilla", "haste"])
-def test_bookkeeping_does_not_change_the_hash(tiny, make_study, arm, override):
-    assert make_study(override).run(arm).hash == tiny.run(arm).hash
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "train.lr=0.5",
-        "train.batch_size=8",
-        "train.betas=[0.5, 0.9]",
-        "train.weight_decay=0.1",
-        "train.clip_norm=2",
-        "train.ema_decay=0.5",
-        "train.label_dropout=0.5",
-        "train.precision=bf16",
-        "model.depth=4",
-        "model.qk_norm=true",
-        "data.split_seed=1",
-        "data.augment.shift=0.3",
-    ],
-)
-@pytest.mark.parametrize("arm", ["vanilla", "haste"])
-def test_what_changes_numbers_changes_hash_and_lineage(tiny, make_study, arm, override):
-    before, after = tiny.run(arm), make_study(override).run(arm)
-    assert after.hash != before.hash
-    assert after.lineage != before.lineage
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["alignment.depth=1", "alignment.heads=[0]", "alignment.projector_width=8", "alignment.layer_pairs=[[0, 0]]",
-     "teacher.kwargs.depth=5", "teacher.weights=hub", "teacher.resize=reference", "teacher.fitting.seed=1"],
+BOOKKEEPING = (
+    "train.steps=24", "train.keep=[4]", "train.log_every=7", "train.checkpoint_every=5", "train.sample_every=9",
+    "sample.solver_steps=99", "evaluate.n=10", "claims.early=4", "title=other", "seeds=[3]",
 )  # fmt: skip
-def test_alignment_settings_change_aligned_arms_and_leave_vanilla_alone(tiny, make_study, override):
-    changed = make_study(override)
-    assert changed.run("haste").hash != tiny.run("haste").hash
-    assert changed.run("haste").lineage != tiny.run("haste").lineage
-    assert changed.run("vanilla").hash == tiny.run("vanilla").hash
+EVERY_ARM = (
+    "train.lr=0.5", "train.batch_size=8", "train.betas=[0.5, 0.9]", "train.weight_decay=0.1", "train.clip_norm=2",
+    "train.ema_decay=0.5", "train.label_dropout=0.5", "train.precision=bf16", "model.depth=4", "model.qk_norm=true",
+    "data.split_seed=1", "data.augment.shift=0.3",
+)  # fmt: skip
+ALIGNED_ARMS = (
+    "alignment.depth=1", "alignment.heads=[0]", "alignment.projector_width=8", "alignment.layer_pairs=[[0, 0]]",
+    "teacher.kwargs.depth=5", "teacher.weights=hub", "teacher.resize=reference", "teacher.fitting.seed=1",
+    "arms.haste.alignment.lambda_feature=0.7", "arms.haste.alignment.lambda_attention=0.7",
+)  # fmt: skip
 
 
-def test_loss_weights_change_the_hash(tiny, make_study):
-    for weight in ("lambda_feature", "lambda_attention"):
-        changed = make_study(f"arms.haste.alignment.{weight}=0.7").run("haste")
-        assert changed.hash != tiny.run("haste").hash
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [(BOOKKEEPING, set()), (EVERY_ARM, {"vanilla", "haste"}), (ALIGNED_ARMS, {"haste"})],
+    ids=["bookkeeping", "every arm", "aligned arms"],
+)
+def test_hash_and_lineage_change_with_settings_that_change_numbers(tiny, make_study, overrides, changed):
+    for override in overrides:
+        study = make_study(override)
+        for name in ("hash", "lineage"):
+            found = {
+                arm for arm in ("vanilla", "haste") if getattr(study.run(arm), name) != getattr(tiny.run(arm), name)
+            }
+            assert found == changed, (override, name)
 
 
 def test_the_same_settings_give_the_same_hash_however_they_are_written(tiny, make_study):
@@ -306,25 +248,16 @@ def test_the_same_settings_give_the_same_hash_however_they_are_written(tiny, mak
     assert RunSettings.model_validate(run.model_dump(mode="json")).hash == run.hash
 
 
-def test_lineage_is_shared_by_holistic_and_haste_and_by_no_other_arm(tiny):
-    lineages = {arm: tiny.run(arm).lineage for arm in ("vanilla", "repa", "atta", "holistic", "haste")}
+def test_haste_shares_its_lineage_with_holistic_and_starts_from_it(tiny, make_study):
+    arms = ("vanilla", "repa", "atta", "holistic", "haste")
+    lineages = {arm: tiny.run(arm).lineage for arm in arms}
     assert lineages["holistic"] == lineages["haste"]
     assert len(set(lineages.values())) == 4
-    hashes = {tiny.run(arm).hash for arm in lineages}
-    assert len(hashes) == 5
-
-
-def test_haste_can_start_from_holistic_and_nobody_else_from_anybody(tiny):
-    donors = {arm: tiny.donor(arm) for arm in ("vanilla", "repa", "atta", "holistic", "haste")}
-    assert donors == {"vanilla": None, "repa": None, "atta": None, "holistic": None, "haste": "holistic"}
-
-
-def test_an_arm_is_no_donor_when_it_keeps_no_checkpoint_at_the_switch(make_study):
+    assert len({tiny.run(arm).hash for arm in arms}) == 5
+    assert {arm: tiny.donor(arm) for arm in arms} == dict.fromkeys(arms) | {"haste": "holistic"}
+    # No donor without a checkpoint at the switch, or with another first part.
     assert make_study("train.keep=[4]").donor("haste") is None
     assert make_study("train.keep=[4]", "train.steps=8").donor("haste") == "holistic"
-
-
-def test_an_arm_is_no_donor_when_its_first_part_differs(make_study):
     assert make_study("arms.holistic.train.lr=0.5").donor("haste") is None
     assert make_study("arms.holistic.alignment.lambda_feature=1").donor("haste") is None
 
@@ -382,13 +315,6 @@ def test_hashes_name_the_version_of_the_random_streams(make_study, monkeypatch):
     assert all(a != b for a, b in zip(now, hashes(), strict=True))
 
 
-def test_alignment_is_active_when_either_weight_is():
-    pairs = [(0, 0)]
-    assert not AlignmentSettings(layer_pairs=pairs).active
-    assert AlignmentSettings(lambda_feature=0.1).active
-    assert AlignmentSettings(lambda_attention=0.1, layer_pairs=pairs).active
-
-
 # Groups, roles, baselines
 
 
@@ -400,17 +326,6 @@ def test_groups_name_arms_that_there_are(make_study):
         make_study("groups={late: [rapa]}")
     with pytest.raises(HasteError, match="at least 1"):
         make_study("groups={late: []}")
-
-
-def test_groups_triggers_roles_and_analyses_change_no_run(make_study):
-    plain = make_study()
-    more = make_study(
-        "groups={main: [vanilla]}", "analyses={06_capacity: {}}", "claims.roles={repa_midway: repa}",
-        "triggers={mine: {kind: plateau}}",
-    )  # fmt: skip
-    assert [more.run(a).hash for a in more.arms] == [plain.run(a).hash for a in plain.arms]
-    assert more.evaluation_hash == plain.evaluation_hash
-    assert more.triggers["mine"].kind == "plateau"
 
 
 def test_only_main_arms_must_keep_the_early_step(make_study):
@@ -474,9 +389,7 @@ def test_an_arm_may_have_some_of_the_studys_seeds(make_study):
     for wrong in ("[3]", "[]", "2"):
         with pytest.raises(HasteError, match=r"arms\.repa\.seeds"):
             make_study("seeds=[0, 1, 2]", f"arms.repa.seeds={wrong}")
-
-
-def test_an_arm_branches_from_one_that_has_all_its_seeds(make_study):
+    # An arm branches from one that has all its seeds.
     more = ("seeds=[0, 1]", "train.keep=[4, 8]")
     assert make_study(*more, "arms.haste.seeds=[1]").donor("haste") == "holistic"
     assert make_study(*more, "arms.holistic.seeds=[1]").donor("haste") is None

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import pytest
 from PIL import Image
 
 from haste_core import figures
+from haste_core.analysis.statistics import interval
 from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
-from haste_core.study import claims, config, cost, evaluation, judging, pretrain, report
+from haste_core.study import claims, config, cost, evaluation, judging, pretrain, report, report_text
 from haste_core.study.runs import Run, study_dir
 from haste_core.study.sections import ClaimsSettings
 from haste_core.study.train import fit
@@ -120,6 +120,7 @@ PROVENANCE = {
     "machine": {"cores": 2, "cpu": "A processor"},
     "teacher": {"test_accuracy": 0.9867},
     "extractor": {"test_accuracy": 0.9933},
+    "main": list(ARMS),
     "commits": ["0123456789ab"],
     "study_hash": "abcdef0123",
     "claims": {"early": [250, 1000]},
@@ -142,23 +143,11 @@ def hero(fid, denoising=None, samples=None):
     return figures.summary(fid, pd.DataFrame(denoising_rows()) if denoising is None else denoising, given, 1000, [250])
 
 
-def one_run():
-    return pd.DataFrame(denoising_rows(seeds=(0,), arms=("haste",)))
-
-
 DRAW = {
     "summary": lambda: hero(pd.DataFrame(fid_rows())),
-    "summary without samples": lambda: hero(pd.DataFrame(fid_rows()), samples={}),
-    "summary without denoising": lambda: figures.summary(pd.DataFrame(fid_rows()), None, {}, None, [250]),
-    "denoising": lambda: figures.denoising_over_training(pd.DataFrame(denoising_rows()), 1000),
-    "denoising levels": lambda: figures.denoising_levels(one_run()),
-    "fid": lambda: figures.fid_against_steps(pd.DataFrame(fid_rows()), 1000, 1.2),
+    "denoising levels": lambda: figures.denoising_levels(pd.DataFrame(denoising_rows(seeds=(0,), arms=("haste",)))),
     "fid without switch and floor": lambda: figures.fid_against_steps(pd.DataFrame(fid_rows()), None),
-    "gain": lambda: figures.gain_over_vanilla(pd.DataFrame(fid_rows()), 1000),
-    "samples": lambda: figures.sample_sheet(sample_images()),
     "attention": lambda: figures.attention_maps(pd.DataFrame(attention_rows()), np.eye(8)),
-    "curves": lambda: figures.training_curves(pd.DataFrame(metric_rows()), 1000),
-    "step_time": lambda: figures.step_cost(pd.DataFrame(time_rows())),
     "claims": lambda: figures.claims_forest(pd.DataFrame(claim_rows()[:4])),
     "image rows": lambda: figures.image_rows({"a": sample_images()["repa", 250], "b": sample_images()["atta", 250]}),
 }
@@ -170,22 +159,13 @@ DRAW = {
 @pytest.mark.parametrize("name", DRAW)
 def test_a_figure_is_saved_as_png_and_svg_with_the_same_bytes_every_time(name, tmp_path):
     for folder in ("one", "redrawn"):
-        figure = DRAW[name]()
-        figures.save(figure, tmp_path / folder, "a")
-        figures.save(figure, tmp_path / folder, "again")
+        figures.save(DRAW[name](), tmp_path / folder, "a")
     for kind in ("png", "svg"):
-        one, *others = (tmp_path / place for place in (f"one/a.{kind}", f"one/again.{kind}", f"redrawn/a.{kind}"))
-        assert {path.read_bytes() for path in others} == {one.read_bytes()}
+        assert (tmp_path / "one" / f"a.{kind}").read_bytes() == (tmp_path / "redrawn" / f"a.{kind}").read_bytes(), kind
     with Image.open(tmp_path / "one" / "a.png") as image:
         assert image.format == "PNG"
         assert min(image.size) > 50
     assert "<svg" in (tmp_path / "one" / "a.svg").read_text()
-
-
-def test_drawing_registers_no_figure_with_pyplot():
-    # Figures outside pyplot cannot pile up, and need no display.
-    code = "import sys, haste_core.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_scores_with_different_cards_do_not_share_an_axis():
@@ -220,12 +200,10 @@ def test_gain_is_above_zero_where_alignment_helps():
     assert axis.get_ylabel().startswith("log FID")
 
 
-@pytest.mark.parametrize(
-    "arms", [("vanilla",), ("haste",), ("vanilla", "haste"), ("vanilla", "repa", "atta"), ("repa", "holistic", "haste")]
-)
+@pytest.mark.parametrize("arms", [("vanilla",), ("vanilla", "haste"), ("repa", "holistic", "haste")])
 def test_the_first_picture_draws_any_set_of_arms(arms):
     fid, rows = pd.DataFrame(fid_rows()), pd.DataFrame(denoising_rows(seeds=(0,)))
-    samples = {key: images for key, images in sample_images().items() if key[0] in arms}
+    samples = {key: images for key, images in sample_images().items() if key[0] in arms and len(arms) > 1}
     figure = hero(fid[fid["arm"].isin(arms)], rows[rows["arm"].isin(arms)], samples)
     titles = " ".join(axis.get_title() for axis in figure.axes)
     assert ("early: step 250" in titles) == ("vanilla" in arms and len(arms) > 1)
@@ -255,7 +233,7 @@ def test_steps_in_detail_are_before_at_and_after_the_switch():
 
 
 def test_every_verdict_has_a_meaning_and_every_arm_a_look_of_its_own():
-    assert list(report.VERDICTS) == list(figures.VERDICT_COLOUR)
+    assert list(report_text.VERDICTS) == list(figures.VERDICT_COLOUR)
     assert len(set(figures.VERDICT_COLOUR.values())) == 6
     arms = [*ARMS, "mine", "yours"]
     assert len({figures.style(arm, arms)["color"] for arm in arms}) == len(arms)
@@ -265,11 +243,15 @@ def test_every_verdict_has_a_meaning_and_every_arm_a_look_of_its_own():
 # Tables
 
 
+def header(path):
+    return tuple(path.read_text().splitlines()[0].split(","))
+
+
 @pytest.fixture(scope="module")
 def finished(new_output, tiny_overrides):
-    """Report of a finished study of two arms and two seeds, from training to report.html."""
+    """Report of a finished study of two arms, from training to tables."""
     with new_output():
-        study = config.load("digits", overrides=[*tiny_overrides, "seeds=[0, 1]", "train.keep=[8]"])
+        study = config.load("digits", overrides=[*tiny_overrides, "train.keep=[8]"])
         study = study.model_copy(update={"arms": {arm: study.arms[arm] for arm in ("vanilla", "haste")}})
         pretrain.write_facts(study, study_dir(study) / "prepared.json")
         result = report.open_report(study)
@@ -277,71 +259,41 @@ def finished(new_output, tiny_overrides):
             fit(run, progress=False)
             evaluation.evaluate_run(run, progress=False)
         cost.write(study, rounds=2)
+        (result.tables / "cards").mkdir(parents=True)
+        (result.tables / "cards" / "0123456789.json").write_text("{}")
         report.write_tables(result)
-        report.write_report(result)
         yield result
 
 
-def header(path):
-    return tuple(path.read_text().splitlines()[0].split(","))
-
-
-def test_a_finished_study_has_every_table_and_figure(finished):
-    tables = finished.tables
-    for name in ("sensitivity", "floor", "attention", "metrics"):
-        assert (tables / f"{name}.csv").is_file()
+def test_tables_hold_the_scores_and_samples_of_the_runs(finished):
+    tables, fid = finished.tables, finished.table("fid")
     assert header(tables / "fid.csv") == FID_COLUMNS
-    assert FID_COLUMNS[:8] == ("arm", "seed", "step", "images_seen", "fid", "kid", "precision", "recall")
     assert header(tables / "denoising.csv") == evaluation.DENOISING_COLUMNS
     assert header(tables / "step_time.csv") == cost.COLUMNS
     assert header(tables / "claims.csv") == judging.COLUMNS
-    drawn = {p.name for p in (finished.dir / "figures").iterdir()}
-    assert drawn == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
-
-
-def test_tables_hold_the_scores_and_samples_of_the_runs(finished):
-    fid = finished.table("fid")
     assert list(zip(fid["arm"], fid["seed"], fid["step"], strict=True)) == [
-        (arm, seed, step) for arm in ("vanilla", "haste") for seed in (0, 1) for step in (8, 12)
+        (arm, 0, step) for arm in ("vanilla", "haste") for step in (8, 12)
     ]
     assert fid.notna().all().all()
-    rows = evaluation.rows(Run(finished.study, "haste", 1))
-    assert list(fid.query("arm == 'haste' and seed == 1")["fid"]) == pytest.approx([r["fid"] for r in rows], rel=1e-5)
+    rows = evaluation.rows(Run(finished.study, "haste", 0))
+    assert list(fid.query("arm == 'haste'")["fid"]) == pytest.approx([r["fid"] for r in rows], rel=1e-5)
     images = evaluation.evaluation_samples(Run(finished.study, "vanilla", 0), 12)
     assert np.array_equal(finished.samples()["vanilla", 12], images[:10].numpy())
+    # Cards of other scores are removed.
+    assert [path.stem for path in (tables / "cards").iterdir()] == [fid["card"][0]]
 
 
-def test_tables_keep_the_cards_of_their_scores_alone(finished):
-    cards = finished.dir / "tables" / "cards"
-    current = sorted(path.name for path in cards.iterdir())
-    assert current == [f"{finished.table('fid')['card'][0]}.json"]
-    (cards / "0123456789.json").write_text("{}")
-    report.write_tables(finished)
-    report.write_report(finished)  # other tests look at the same report
-    assert sorted(path.name for path in cards.iterdir()) == current
-
-
-def test_plain_training_by_itself_has_a_report_too(finished, tmp_path):
-    study = finished.study.model_copy(update={"arms": {"vanilla": {}}, "groups": {}})
-    alone = report.Report(study, tmp_path / "alone")
-    shutil.copytree(finished.tables, alone.tables)
-    for name in ("fid", "denoising", "step_time", "metrics"):
-        rows = alone.main(alone.table(name))
-        write_table(alone.tables / f"{name}.csv", rows.to_dict("records"), tuple(rows))
-    found = judging.judge_all(claims.CLAIMS, report.evidence(alone, alone.table("fid")), 0.95)
-    write_table(alone.tables / "claims.csv", found, judging.COLUMNS)
-    (alone.tables / "sensitivity.csv").unlink()
-    html = report.write_report(alone).read_text()
-    drawn = {path.stem for path in (alone.dir / "figures").glob("*.png")}
-    assert drawn == set(FIGURES) - {"denoising", "gain", "claims"}
-    assert html.count("<img") == len(drawn)
-    assert '<span id="claim-C1">C1 (arms missing: repa)</span>' in html
-
-
-def test_writing_the_report_again_changes_no_byte(finished):
-    before = {p: p.read_bytes() for p in finished.dir.rglob("*") if p.is_file()}
-    report.write_report(finished)
-    assert {p: p.read_bytes() for p in finished.dir.rglob("*") if p.is_file()} == before
+def test_the_report_of_a_finished_study_shows_the_numbers_of_its_tables(finished):
+    html = report.write_report(finished).read_text()
+    assert_opens_offline(html)
+    drawn = {p.name for p in (finished.dir / "figures").iterdir()}
+    assert drawn == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+    fid = finished.table("fid")
+    for arm in ("vanilla", "haste"):
+        mean = fid.query(f"arm == '{arm}' and step == 12")["fid"].mean()
+        assert f"{mean:.2f}" in html
+    assert fid["card"][0] in html
+    assert config.digest(finished.study.model_dump(mode="json")) in html
 
 
 def test_without_runs_the_tables_that_came_with_the_project_are_used(finished, output, tiny):
@@ -350,16 +302,6 @@ def test_without_runs_the_tables_that_came_with_the_project_are_used(finished, o
         report.refresh(report.open_report(tiny))
     with pytest.raises(HasteError, match="haste study digits"):
         report.open_report(tiny).table("fid")
-
-
-def test_sentences_name_every_claim_and_every_arm(finished):
-    sentences = report.sentences(finished)
-    judged = finished.table("claims")
-    told = " ".join(sentences)
-    assert all(re.search(rf"\b{re.escape(identity)}\b", told) for identity in judged["id"])
-    assert "C1 (arms missing: repa)" in told
-    assert "C4a (table missing: gradient_conflict)" in told
-    assert sentences[-1].startswith("haste: FID against vanilla's at step 12 ")
 
 
 # The three answers
@@ -386,7 +328,7 @@ def test_the_answers_give_sign_size_interval_and_share():
     found = asked()
     assert list(found) == [HELP, COST, BACK]
     logs = [np.mean([np.log((10 * 250 / s + seed) / (40 * 250 / s + seed)) for s in EARLY.early]) for seed in (0, 1)]
-    mean, low, high = (100 * np.expm1(value) for value in judging.interval(logs, 0.95))
+    mean, low, high = (100 * np.expm1(value) for value in interval(logs, 0.95))
     assert f"FID {-mean:.1f} % lower (95 % interval {low:+.1f} to {high:+.1f} %, 2 seeds)" in found[HELP]
     assert "mean over steps 250 and 1,000" in found[HELP]
     assert f"at t ≥ 0.3 {percent(-0.1 + 0.001)} lower" in found[HELP]
@@ -397,17 +339,13 @@ def test_the_answers_give_sign_size_interval_and_share():
     assert f"That is {100 * 0.02 / 0.061:.0f} % of the cost near the data." in found[BACK]
 
 
-def test_a_cost_that_is_not_decided_has_no_share():
+def test_a_share_of_the_cost_is_given_where_cost_and_return_are_decided():
     found = asked(denoising=denoising_rows(noise=0.1))
     assert "near the data (t ≤ 0.1) not decided" in found[COST]
     assert "The cost near the data is itself not decided" in found[BACK]
     assert "That is" not in found[BACK]
-
-
-def test_a_switch_that_ends_worse_gives_nothing_back():
-    worse = {"haste": 0.05}
     rows = [
-        row | {"loss": row["loss"] * np.exp(worse.get(row["arm"], 0) * (row["step"] == 3000))}
+        row | {"loss": row["loss"] * np.exp(0.05 * (row["arm"] == "haste" and row["step"] == 3000))}
         for row in denoising_rows()
     ]
     assert "% lower (95 %" in asked(denoising=rows)[BACK]
@@ -428,7 +366,6 @@ def test_one_seed_has_no_interval():
         (("vanilla", "holistic"), [HELP, COST]),
         (("vanilla", "repa", "haste"), [HELP, COST]),
         (("vanilla", "haste"), []),
-        (("vanilla",), []),
         (("holistic", "haste"), []),
     ],
 )
@@ -436,12 +373,6 @@ def test_a_question_without_its_arms_is_left_out(arms, questions):
     assert list(asked(arms_of(fid_rows(), *arms), arms_of(denoising_rows(), *arms))) == questions
     if "repa" in arms:
         assert asked(arms_of(fid_rows(), *arms), arms_of(denoising_rows(), *arms))[HELP].startswith("repa against")
-
-
-def test_without_denoising_losses_fid_alone_is_told():
-    found = report.answers(pd.DataFrame(fid_rows()), None, EARLY, 1000, 3000)
-    assert [question for question, _ in found] == [HELP]
-    assert "loss" not in found[0][1]
 
 
 def test_roles_name_the_arms_that_are_asked_about():
@@ -453,6 +384,18 @@ def test_roles_name_the_arms_that_are_asked_about():
 
 
 # The report on synthetic tables
+
+
+def write_fast(result, patch):
+    """The HTML of a report whose pictures are drawn and not saved."""
+
+    def save(figure, folder, name):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.png").write_bytes(b"a picture")
+
+    patch.setattr(report.figures, "save", save)
+    patch.setattr(report.Report, "test_image", lambda _: np.eye(8))
+    return report.write_report(result).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +412,7 @@ def synthetic(tmp_path_factory):
         write_table(folder / "tables" / f"{name}.csv", rows + other, columns)
     table = pd.DataFrame(claim_rows())
     there = report.measured(table)
-    verdicts = [v for v in report.VERDICTS if v != "not tested"]
+    verdicts = [v for v in report_text.VERDICTS if v != "not tested"]
     table.loc[there, "verdict"] = [verdicts[i % len(verdicts)] for i in range(there.sum())]
     write_table(folder / "tables" / "claims.csv", table.to_dict("records"), judging.COLUMNS)
     facts = PROVENANCE | {"machine": {"cores": 2, "cpu": "x", "memory_gib": 1, "gpu": None}, "environment": {}}
@@ -482,11 +425,13 @@ def synthetic(tmp_path_factory):
     write_table(folder / "tables" / "attention.csv", attention_rows(), tuple(attention_rows()[0]))
     floor = {"pair": "augmented held-in against held-in", "n": 10, "n_reference": 10, "fid": 0.2}
     write_table(folder / "tables" / "floor.csv", [floor], tuple(floor))
+    found = judging.Evidence(pd.DataFrame(fid_rows()), [250, 1000], 3000)
+    sensitive = judging.sensitivity(claims.CLAIMS, found, 0.95)
+    write_table(folder / "tables" / "sensitivity.csv", sensitive, judging.SENSITIVITY)
     np.savez(folder / "tables" / "samples.npz", **{f"{arm}@{step}": v for (arm, step), v in sample_images().items()})
     result = report.Report(study, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report.Report, "test_image", lambda _: np.eye(8))
-        return result, report.write_report(result).read_text()
+        return result, write_fast(result, patch)
 
 
 def test_the_report_begins_with_answers_hero_and_linked_verdicts(synthetic):
@@ -502,7 +447,9 @@ def test_the_report_begins_with_answers_hero_and_linked_verdicts(synthetic):
         assert f'style="--c: {figures.VERDICT_COLOUR[verdict]}" href="#claim-{identity}"' in html
         assert html.count(f'id="claim-{identity}"') == 1
     headings = re.findall(r'<h3 class="verdict"[^>]*>([^<]*)</h3>', html)
-    assert [h.replace("&#39;", "'") for h in headings] == [v for v in report.VERDICTS if v in set(shown["verdict"])]
+    assert [h.replace("&#39;", "'") for h in headings] == [
+        v for v in report_text.VERDICTS if v in set(shown["verdict"])
+    ]
     assert "trained on the labels of the same training images" in html
     assert "FD, pixels" in html
     assert "All summaries: difference to vanilla" in html
@@ -544,28 +491,33 @@ def assert_opens_offline(html):
     for style in page.styles:
         assert "@import" not in style
         assert all(url.strip("'\" ").startswith("data:") for url in re.findall(r"url\(([^)]*)", style))
-    assert page.tags.count("img") >= len(FIGURES) - 1
+    assert page.tags.count("img") >= len(FIGURES) - 3
 
 
-def test_the_report_loads_nothing_and_shows_the_numbers_of_its_tables(finished):
-    html = (finished.dir / "report.html").read_text()
+def test_sentences_name_every_claim_and_every_arm(synthetic):
+    sentences = report.sentences(synthetic[0])
+    told = " ".join(sentences)
+    assert all(re.search(rf"\b{re.escape(identity)}\b", told) for identity in synthetic[0].table("claims")["id"])
+    assert "C4a (table missing: gradient_conflict)" in told
+    assert sentences[-1].startswith("haste: FID against vanilla's at step 3,000 ")
+
+
+def test_plain_training_by_itself_has_a_report_too_and_titles_cannot_become_markup(synthetic, tmp_path, monkeypatch):
+    whole = synthetic[0]
+    study = whole.study.model_copy(update={"arms": {"vanilla": {}}, "groups": {}, "title": "<script>alert(1)</script>"})
+    alone = report.Report(study, tmp_path)
+    shutil.copytree(whole.tables, alone.tables)
+    for name in ("fid", "denoising", "step_time", "metrics"):
+        rows = alone.main(alone.table(name))
+        write_table(alone.tables / f"{name}.csv", rows.to_dict("records"), tuple(rows))
+    found = judging.judge_all(claims.CLAIMS, judging.Evidence(alone.table("fid"), [250], 3000), 0.95)
+    write_table(alone.tables / "claims.csv", found, judging.COLUMNS)
+    html = write_fast(alone, monkeypatch)
     assert_opens_offline(html)
-    fid = finished.table("fid")
-    for arm in ("vanilla", "haste"):
-        mean = fid.query(f"arm == '{arm}' and step == 12")["fid"].mean()
-        assert f"{mean:.2f}" in html
-    assert fid["card"][0] in html
-    assert config.digest(finished.study.model_dump(mode="json")) in html
-
-
-def test_text_from_a_study_file_cannot_become_markup(finished, tmp_path, monkeypatch):
-    study = finished.study.model_copy(update={"title": "<script>alert(1)</script>"})
-    copied = report.Report(study, tmp_path)
-    for folder in ("tables", "figures"):
-        (tmp_path / folder).symlink_to(finished.dir / folder)
-    monkeypatch.setattr(report, "draw_figures", lambda _: dict.fromkeys(FIGURES))
-    monkeypatch.setattr(report.figures, "save", lambda *_: None)
-    assert_opens_offline(report.write_report(copied).read_text())
+    drawn = {path.stem for path in (alone.dir / "figures").glob("*.png")}
+    assert drawn == set(FIGURES) - {"denoising", "gain", "claims"}
+    assert html.count("<img") == len(drawn)
+    assert '<span id="claim-C1">C1 (arms missing: repa)</span>' in html
 
 
 # The committed report
@@ -632,10 +584,3 @@ def test_the_readme_block_shows_answers_verdicts_and_times(tmp_path):
     # A resumed study has no time from nothing.
     write_json(tmp_path / "provenance.json", PROVENANCE | {"invocation": PROVENANCE["invocation"] | {"resumed": True}})
     assert "From nothing" not in report.readme_block(tmp_path)
-    # Tables from before the denoising loss and other measures.
-    (tmp_path / "denoising.csv").unlink()
-    write_json(tmp_path / "provenance.json", {k: v for k, v in PROVENANCE.items() if k not in ("claims", "tau")})
-    old = ("measure", "p", "p_holm", "p_bh")
-    rows = [{k: v for k, v in row.items() if k not in old} for row in claim_rows()]
-    write_table(tmp_path / "claims.csv", rows, tuple(name for name in judging.COLUMNS if name not in old))
-    assert report.readme_block(tmp_path).startswith("| claim | measure |")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from haste_core.analysis.statistics import Curves, curves_of, interval, one_card
 from haste_core.errors import HasteError, unknown
 from haste_core.sampling import passes, times_of
 from haste_core.study import config
 from haste_core.study.evaluation import Scorer, evaluation_samples
-from haste_core.study.judging import Curves, curves_of, interval, one_card
 from haste_core.study.runs import Run
 from haste_core.study.train import trigger_of
 from haste_core.termination import Line, alignment_loss, replay

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from haste_core.analysis.statistics import one_card
 from haste_core.figures.style import (
     DARK,
     VERDICT_COLOUR,
@@ -22,7 +23,6 @@ from haste_core.figures.style import (
     style,
     without_ticks,
 )
-from haste_core.study.judging import one_card
 
 NEAR_DATA, STRUCTURE = 0.1, 0.3  # noise levels up to the first, and from the second on
 # A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.

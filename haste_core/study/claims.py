@@ -11,12 +11,13 @@ Rules and random streams were changed together after the earlier runs, which are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pandas as pd
 
-from haste_core.study.judging import MEASURES, Claim, Contrast, Evidence
+from haste_core.errors import HasteError
+from haste_core.study.judging import MEASURES, Claim, Contrasts, Evidence
 
 # Set by the commit that follows the one it names.
 RULES = "d23e73d88298"
@@ -29,13 +30,20 @@ OTHERS = ("vanilla", "repa", "atta", "holistic")
 STRONGER = ("haste_attention_1", "haste_attention_1.5", "haste_attention_3")
 SUFFIX = {"fid": "", "near_data": "d", "structure": "s", "precision": "p", "recall": "r"}
 BOTH = ("fid", "near_data")
+STEP = {"early": "mean of the early steps", "last": "last step", "common": "last common step"}
 
 
 def difference(evidence: Evidence, seed: int, worse: str, better: str, when: str) -> float:
     """The measure of `worse` minus `better`: mean of the "early" steps, at the "last" or at the last "common" step."""
     if when == "early":
         return evidence.early_value(worse, seed) - evidence.early_value(better, seed)
-    step = evidence.last if when == "last" else evidence.common_step((worse, better), seed)
+    step = evidence.last
+    if when == "common":
+        common = evidence.steps(worse, seed) & evidence.steps(better, seed)
+        if not common:
+            arms = f"{evidence.name(worse)}, {evidence.name(better)}"
+            raise HasteError(f"arms {arms} share no scored step for seed {seed}; give them the same train.keep")
+        step = max(common)
     return evidence.value(worse, seed, step) - evidence.value(better, seed, step)
 
 
@@ -55,42 +63,39 @@ def speed_up(evidence: Evidence, seed: int, arm: str = "haste") -> float:
     goal = evidence.value("vanilla", seed, evidence.last)
     steps = sorted(step for step in evidence.steps(arm, seed) if step <= evidence.last)
     values = [evidence.value(arm, seed, step) for step in steps]
-    for i, (step, value) in enumerate(zip(steps, values, strict=True)):
-        if value <= goal:
-            if i == 0:
-                return math.nan
-            share = (values[i - 1] - goal) / (values[i - 1] - value)
-            reached = math.log(steps[i - 1]) + share * (math.log(step) - math.log(steps[i - 1]))
-            return evidence.last / math.exp(reached)
-    return 1.0
+    i = next((i for i, value in enumerate(values) if value <= goal), None)
+    if i is None:
+        return 1.0
+    if i == 0:
+        return math.nan
+    share = (values[i - 1] - goal) / (values[i - 1] - values[i])
+    reached = math.log(steps[i - 1]) + share * (math.log(steps[i]) - math.log(steps[i - 1]))
+    return evidence.last / math.exp(reached)
 
 
 def _angles(evidence: Evidence, seed: int) -> pd.DataFrame:
-    return evidence.rows("gradient_conflict", seed, arm=evidence.name("repa"), loss="feature")
-
-
-def _angle_near_data(evidence: Evidence, seed: int) -> pd.Series:
-    """rho of REPA's loss by step, at the lowest noise level."""
-    rows = _angles(evidence, seed)
-    return rows[rows["t"] == rows["t"].min()].set_index("step")["rho"].sort_index()
+    """rho of REPA's loss by step (rows) and noise level (columns)."""
+    rows = evidence.rows("gradient_conflict", seed, arm=evidence.name("repa"), loss="feature")
+    return rows.pivot_table(index="step", columns="t", values="rho")
 
 
 def fall_of_angle(evidence: Evidence, seed: int) -> float:
     """rho of REPA's loss nearest the data: at the first measured step minus at the last."""
-    near = _angle_near_data(evidence, seed)
+    near = _angles(evidence, seed).iloc[:, 0]
     return float(near.iloc[0] - near.iloc[-1])
 
 
 def last_angle(evidence: Evidence, seed: int) -> float:
     """rho of REPA's loss nearest the data at the last measured step."""
-    return float(_angle_near_data(evidence, seed).iloc[-1])
+    return float(_angles(evidence, seed).iloc[:, 0].iloc[-1])
 
 
 def mid_over_low(evidence: Evidence, seed: int) -> float:
     """rho of REPA's loss at the noise level nearest 0.5 minus its mean at levels up to 0.1, mean over steps."""
-    rows = _angles(evidence, seed)
-    middle = rows["t"].iloc[(rows["t"] - 0.5).abs().argsort().iloc[0]]
-    return float(rows.loc[rows["t"] == middle, "rho"].mean() - rows.loc[rows["t"] <= 0.1, "rho"].mean())
+    rho = _angles(evidence, seed)
+    levels = rho.columns.to_numpy(float)
+    middle = int(np.abs(levels - 0.5).argmin())
+    return float(rho.iloc[:, middle].mean() - np.nanmean(rho.loc[:, levels <= 0.1]))
 
 
 def _effect(evidence: Evidence, seed: int, arm: str, side: str, measure: str) -> float:
@@ -105,9 +110,10 @@ def share_of_attention(evidence: Evidence, seed: int) -> float:
     By the Jensen-Shannon divergence at the last step, mean over layer pairs, heads and noise levels. NaN if attention
     alignment itself does not move attention towards the teacher's.
     """
-    apart = {arm: _effect(evidence, seed, arm, "attention", "jensen_shannon") for arm in ("vanilla", "repa", "atta")}
-    whole = apart["vanilla"] - apart["atta"]
-    return (apart["vanilla"] - apart["repa"]) / whole if whole > 0 else math.nan
+    vanilla, repa, atta = (
+        _effect(evidence, seed, arm, "attention", "jensen_shannon") for arm in ("vanilla", "repa", "atta")
+    )
+    return (vanilla - repa) / (vanilla - atta) if vanilla > atta else math.nan
 
 
 def pull_on_features(evidence: Evidence, seed: int) -> float:
@@ -123,7 +129,7 @@ def never_fired(evidence: Evidence, family: str) -> str:
     return "" if rows["tau"].notna().any() else f"the trigger {name!r} fired for no seed"
 
 
-def against_switches(evidence: Evidence, family: str, allowed: float) -> tuple[Contrast, ...]:
+def against_switches(evidence: Evidence, family: str, allowed: float) -> Contrasts:
     """Contrasts of the trigger's switch with every other of the family's sweep, above 0 where the trigger is good.
 
     With staying on: log FID at the end of staying on minus that at the trigger's switch. With each switch of the
@@ -142,13 +148,10 @@ def against_switches(evidence: Evidence, family: str, allowed: float) -> tuple[C
         at_tau, at_trigger = (math.log(r["fid"].iloc[0]) if len(r) else math.nan for r in (rows, near))
         return at_tau + more - at_trigger
 
-    return (
-        Contrast("against staying on", partial(against, tau=never, more=0.0)),
-        *(
-            Contrast(f"against switching at {tau}", partial(against, tau=tau, more=allowed))
-            for tau in sorted(set(swept["tau"]) - {never})
-        ),
-    )
+    return {"against staying on": partial(against, tau=never, more=0.0)} | {
+        f"against switching at {tau}": partial(against, tau=tau, more=allowed)
+        for tau in sorted(set(swept["tau"]) - {never})
+    }
 
 
 def compared(
@@ -166,25 +169,17 @@ def compared(
 
     when: see `difference`. size: the paper's effect, on the first measure.
     """
-    contrasts = tuple(
-        Contrast(f"{arm} minus {better}", partial(difference, worse=arm, better=better, when=when)) for arm in worse
-    )
-    step = {"early": "mean of the early steps", "last": "last step", "common": "last common step"}[when]
+    contrasts = {f"{arm} minus {better}": partial(difference, worse=arm, better=better, when=when) for arm in worse}
     names = worse[0] if len(worse) == 1 else "each of " + ", ".join(worse)
     return [
         Claim(
             id + SUFFIX[measure], text, paper, (*worse, better),
-            f"{MEASURES[measure].name}, {names} minus {better}, {step}",
+            f"{MEASURES[measure].name}, {names} minus {better}, {STEP[when]}",
             ABOVE_ZERO if len(worse) == 1 else EVERY, POSITIVE, contrasts, size if measure == measures[0] else None,
-            measure, early=when == "early", last=when == "last", needs=needs,
+            measure, when=when, needs=needs,
         )
         for measure in measures
     ]  # fmt: skip
-
-
-def one(statistic: Callable[[Evidence, int], float]) -> tuple[Contrast]:
-    """The contrasts of a claim on one number per seed."""
-    return (Contrast("", statistic),)
 
 
 def trigger(id: str, family: str, weights: str) -> Claim:
@@ -198,7 +193,7 @@ def trigger(id: str, family: str, weights: str) -> Claim:
         "better than staying on and within 5 % of every switch: supported if every interval is above 0, contradicted "
         "if one is below; not tested where the trigger fires for no seed",
         POSITIVE, partial(against_switches, family=family, allowed=0.05),
-        table="termination_nearest", happened=partial(never_fired, family=family),
+        table="termination_nearest", untested=partial(never_fired, family=family),
     )  # fmt: skip
 
 
@@ -231,18 +226,18 @@ CLAIMS = (
         ("repa",), "rho, first minus last step, feature loss, lowest t",
         ABOVE_ZERO + "; weak evidence of harm, since the two gradients are opposed exactly wherever the summed loss is "
         "stationary",
-        POSITIVE, one(fall_of_angle), size=0.22, table="gradient_conflict",
+        POSITIVE, {"": fall_of_angle}, size=0.22, table="gradient_conflict",
     ),
     Claim(
         "C4b", "and ends below zero", "Table 7: -.21 at t = 0.02 after 4M iterations",
         ("repa",), "rho, last step, feature loss, lowest t",
         "supported if the interval is below 0, contradicted if above",
-        (-math.inf, 0.0), one(last_angle), table="gradient_conflict",
+        (-math.inf, 0.0), {"": last_angle}, table="gradient_conflict",
     ),
     Claim(
         "C5", "the gradient angle is higher at mid noise than near the data", "Fig 4, Table 8",
         ("repa",), "rho at t = 0.5 minus rho at t up to 0.1, feature loss, mean over steps",
-        ABOVE_ZERO, POSITIVE, one(mid_over_low), table="gradient_conflict",
+        ABOVE_ZERO, POSITIVE, {"": mid_over_low}, table="gradient_conflict",
     ),
     Claim(
         "C6", "a teacher that sees only low-pass images gives the same early gain",
@@ -250,7 +245,7 @@ CLAIMS = (
         "gain with the low-pass teacher over gain of REPA, both in log FID, mean of the early steps",
         "the same is 0.75 to 1.33 times: supported if the interval is inside, contradicted if wholly outside; not "
         "decided where REPA itself gains nothing for some seed",
-        (0.75, 4 / 3), one(partial(share_of_gain, arm="repa_low_pass")), early=True,
+        (0.75, 4 / 3), {"": partial(share_of_gain, arm="repa_low_pass")}, when="early",
     ),
     Claim(
         "C7", "attention alignment alone speeds up about as much as REPA",
@@ -259,20 +254,20 @@ CLAIMS = (
         "gain of attention alignment over gain of REPA, both in log FID, mean of the early steps",
         "about as much is 0.5 to 1.5 times: supported if the interval is inside, contradicted if wholly outside; not "
         "decided where REPA itself gains nothing for some seed",
-        (0.5, 1.5), one(partial(share_of_gain, arm="atta")), early=True,
+        (0.5, 1.5), {"": partial(share_of_gain, arm="atta")}, when="early",
     ),
     Claim(
         "C8a", "REPA alone moves attention incompletely", "Fig 6, curves without baselines",
         ("vanilla", "repa", "atta"),
         "share of attention alignment's approach to the teacher's maps that REPA alone makes, last step",
         "incompletely is 0 to 0.5: supported if the interval is inside, contradicted if wholly outside",
-        (0.0, 0.5), one(share_of_attention), table="cross_effects",
+        (0.0, 0.5), {"": share_of_attention}, table="cross_effects",
     ),
     Claim(
         "C8b", "attention alignment alone pulls features too", "Fig 6, curves without baselines",
         ("vanilla", "atta"),
         "R2 of the teacher's tokens from the student's, attention alignment minus vanilla, last step",
-        ABOVE_ZERO, POSITIVE, one(pull_on_features), table="cross_effects",
+        ABOVE_ZERO, POSITIVE, {"": pull_on_features}, table="cross_effects",
     ),
     *compared(
         "C9", "both together beat either, early",
@@ -332,7 +327,7 @@ CLAIMS = (
         ("vanilla", "haste"), "vanilla's steps over HASTE's to the FID that vanilla has at this step",
         "far fewer is at least 2 times: supported if the interval is above 2, contradicted if below; the factor "
         "describes the horizon",
-        (2.0, math.inf), one(speed_up), log_scale=True,
+        (2.0, math.inf), {"": speed_up}, log_scale=True,
     ),
     *compared(
         "C19", "switching too late is worse at the end than the right tau",

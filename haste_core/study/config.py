@@ -6,12 +6,14 @@ that base. `StudySettings.run(arm)` resolves one arm to a `RunSettings`, the com
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from haste_core.errors import HasteError, unknown
 from haste_core.seeding import STREAMS
@@ -31,18 +33,31 @@ from haste_core.study.sections import (
     TeacherSettings,
     TerminationSettings,
     TrainSettings,
+    validate,
 )
-from haste_core.study.validation import digest, merge, section_type, validate
 
 __all__ = [
-    "AlignmentSettings", "AnalysisSettings", "AugmentSettings", "ClaimsSettings",
-    "DataSettings", "EvaluateSettings", "FittingSettings", "ModelSettings",
-    "RunSettings", "SampleSettings", "Section", "StudySettings",
-    "TeacherSettings", "TerminationSettings", "TrainSettings", "digest",
-    "load", "merge", "studies",
+    "AlignmentSettings", "AnalysisSettings", "AugmentSettings", "ClaimsSettings", "DataSettings", "EvaluateSettings",
+    "FittingSettings", "ModelSettings", "RunSettings", "SampleSettings", "StudySettings", "TeacherSettings",
+    "TerminationSettings", "TrainSettings", "digest", "load", "studies",
 ]  # fmt: skip
 
 STUDIES = Path(__file__).parent / "studies"
+
+
+def digest(content: Any) -> str:
+    """The first 10 hexadecimal digits of the SHA-256 of `content` as canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, section by section; neither argument changes."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merge(result[key], value) if both else value
+    return result
 
 
 class RunSettings(Section):
@@ -57,27 +72,25 @@ class RunSettings(Section):
 
     @model_validator(mode="after")
     def _check_student_side(self) -> RunSettings:
-        if not self.alignment.active:
+        alignment, termination = self.alignment, self.termination
+        if not alignment.active:
             return self
-        if self.alignment.lambda_feature > 0 and self.alignment.depth > self.model.depth:
+        if alignment.lambda_feature > 0 and alignment.depth > self.model.depth:
             raise ValueError(
-                f"alignment.depth {self.alignment.depth} does not exist: the student has {self.model.depth} blocks, "
-                f"counted from 1"
+                f"alignment.depth {alignment.depth}, but the student has {self.model.depth} blocks, counted from 1"
             )
-        if self.termination.kind == "gradient_angle" and self.termination.every % self.train.log_every:
+        if termination.kind == "gradient_angle" and termination.every % self.train.log_every:
             raise ValueError(
-                f"termination.every {self.termination.every} is no multiple of train.log_every {self.train.log_every}"
+                f"termination.every {termination.every} is no multiple of train.log_every {self.train.log_every}"
             )
-        if self.termination.block is not None and self.termination.block >= self.model.depth:
-            raise ValueError(f"termination.block {self.termination.block}; expected 0 to {self.model.depth - 1}")
-        for student, _ in self.alignment.layer_pairs:
-            if student >= self.model.depth:
-                raise ValueError(
-                    f"alignment.layer_pairs names student block {student}; expected 0 to {self.model.depth - 1}"
-                )
-        for head in self.alignment.heads or []:
-            if head >= self.model.heads:
-                raise ValueError(f"alignment.heads names student head {head}; expected 0 to {self.model.heads - 1}")
+        student_blocks = [student for student, _ in alignment.layer_pairs]
+        for name, given, count in (
+            ("termination.block names block", [termination.block or 0], self.model.depth),
+            ("alignment.layer_pairs names student block", student_blocks, self.model.depth),
+            ("alignment.heads names student head", alignment.heads or [], self.model.heads),
+        ):
+            if max(given, default=0) >= count:
+                raise ValueError(f"{name} {max(given)}; expected 0 to {count - 1}")
         return self
 
     @property
@@ -90,21 +103,23 @@ class RunSettings(Section):
             return 0
         return float("inf") if self.termination.at is None else self.termination.at
 
+    def _content(self, *more: str) -> dict[str, Any]:
+        """Settings of data, model, optimisation and the sections `more`, without bookkeeping, as plain values."""
+        return self.model_dump(mode="json", include={"data", "model", *more}) | {
+            "train": self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)
+        }
+
     @property
     def unaligned(self) -> str:
         """Hash of what decides the run apart from its alignment."""
-        content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
-        return digest([STREAMS, content, self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)])
+        content = self._content()
+        train = content.pop("train")
+        return digest([STREAMS, content, train])
 
     @property
     def lineage(self) -> str:
         """Hash of what decides the run up to the switch: equal for runs that share their first part."""
-        content = self.model_dump(mode="json", exclude={"termination", "train", "teacher", "alignment"})
-        content["train"] = self.train.model_dump(mode="json", exclude=TRAIN_BOOKKEEPING)
-        if self.alignment.active:
-            content["teacher"] = self.teacher.model_dump(mode="json")
-            content["alignment"] = self.alignment.model_dump(mode="json")
-        return digest([STREAMS, content])
+        return digest([STREAMS, self._content(*(("teacher", "alignment") if self.alignment.active else ()))])
 
     @property
     def hash(self) -> str:
@@ -113,19 +128,13 @@ class RunSettings(Section):
         return digest([self.lineage, ending])
 
 
-class ArmSettings(RunSettings):
-    """Overrides of an arm: everything that decides its run except the data, its sampler settings, and its seeds."""
-
-    sample: SampleSettings = SampleSettings()
-    seeds: list[NonNegative] = []
-
-
 class StudySettings(Section):
     """A base, its arms and its seeds, as read from a study file.
 
-    title: the question, in a line. note: what a reader of the report must know before the numbers.
+    arms: overrides of the base by arm: sections of `RunSettings` except `data`, `sample`, and `seeds`, some of the
+    study's. title: the question, in a line. note: what a reader of the report must know before the numbers.
     groups: lists of arms that belong to one question, by name; `main` are those of the report's own figures, by
-    default all. triggers: what notebook 07 replays over the logs of always-on runs, by name.
+    default all. triggers: rules that notebook 07 replays over the logs of always-on runs, by name.
     analyses: notebooks that the study runs before its report, with their parameters. None of these changes a run.
     """
 
@@ -169,15 +178,14 @@ class StudySettings(Section):
         """
         if arm not in self.arms:
             raise unknown("arm", arm, self.arms)
-        sections = set(RunSettings.model_fields)
-        base = {k: v for k, v in self.model_dump(mode="json").items() if k in sections}
+        base = self.model_dump(mode="json", include=set(RunSettings.model_fields))
         # All arms learn from the same images, so that their scores can be compared.
-        possible = sorted(set(ArmSettings.model_fields) - {"data"})
+        known = sorted({*RunSettings.model_fields, "sample", "seeds"} - {"data"})
         for key in self.arms[arm]:
-            if key not in possible:
-                raise unknown(f"section in arm {arm!r}", key, possible)
+            if key not in known:
+                raise unknown(f"section in arm {arm!r}", key, known)
         own = {key: value for key, value in self.arms[arm].items() if key not in ("sample", "seeds")}
-        return validate(RunSettings, merge(base, own), f"arm {arm!r}")
+        return validate(RunSettings, _merge(base, own), f"arm {arm!r}")
 
     def seeds_of(self, arm: str) -> list[int]:
         """The seeds of an arm: the study's, or those of them that the arm names itself.
@@ -185,18 +193,15 @@ class StudySettings(Section):
         Raises:
             HasteError: it names one that the study does not have.
         """
-        own = self.arms[arm].get("seeds")
-        if own is None:
-            return self.seeds
-        wrong = [seed for seed in own if seed not in self.seeds] if isinstance(own, list) else [own]
-        if wrong or not own:
+        own = self.arms[arm].get("seeds", self.seeds)
+        if not isinstance(own, list) or not own or not all(seed in self.seeds for seed in own):
             raise HasteError(f"arms.{arm}.seeds is {own}; expected a list of some of the study's seeds {self.seeds}")
         return own
 
     def sample_of(self, arm: str) -> SampleSettings:
         """Sampler settings of an arm: the study's with the arm's own overrides (a DiT needs `ddpm`)."""
         own = self.arms[arm].get("sample", {})
-        return validate(SampleSettings, merge(self.sample.model_dump(mode="json"), own), f"arm {arm!r}")
+        return validate(SampleSettings, _merge(self.sample.model_dump(mode="json"), own), f"arm {arm!r}")
 
     def donor(self, arm: str) -> str | None:
         """The arm from whose checkpoint at the switch this arm can start, or None.
@@ -206,9 +211,8 @@ class StudySettings(Section):
         own = self.run(arm)
         for other in self.arms:
             candidate = self.run(other)
-            shares = other != arm and candidate.lineage == own.lineage and candidate.tau > own.tau
-            shares = shares and set(self.seeds_of(arm)) <= set(self.seeds_of(other))
-            if shares and own.tau in candidate.train.kept_steps:
+            shares = candidate.lineage == own.lineage and set(self.seeds_of(arm)) <= set(self.seeds_of(other))
+            if shares and candidate.tau > own.tau and own.tau in candidate.train.kept_steps:
                 return other
         return None
 
@@ -217,8 +221,8 @@ class StudySettings(Section):
         own = self.run(arm)
         for other in self.arms:
             candidate = self.run(other)
-            same = candidate.unaligned == own.unaligned
-            if not candidate.alignment.active and same and self.sample_of(other) == self.sample_of(arm):
+            same = candidate.unaligned == own.unaligned and self.sample_of(other) == self.sample_of(arm)
+            if same and not candidate.alignment.active:
                 return other
         return None
 
@@ -229,9 +233,11 @@ class StudySettings(Section):
 
     def teachers(self) -> list[TeacherSettings]:
         """The study's own teacher, then those that aligned arms bring."""
-        runs = [self.run(arm) for arm in self.arms]
-        brought = [run.teacher for run in runs if run.alignment.active and run.teacher != self.teacher]
-        return [self.teacher, *(t for i, t in enumerate(brought) if t not in brought[:i])]
+        found = [self.teacher]
+        for run in map(self.run, self.arms):
+            if run.alignment.active and run.teacher not in found:
+                found.append(run.teacher)
+        return found
 
     def check_baseline(self) -> None:
         """Raise HasteError where no main arm is plain training, against which gains and step times are read."""
@@ -263,9 +269,8 @@ class StudySettings(Section):
         return self._fitted_hash("autoencoder", self.evaluate.autoencoder)
 
     def _fitted_hash(self, role: str, fitting: FittingSettings) -> str:
-        return digest(
-            [STREAMS, role, self.data.model_dump(mode="json"), fitting.model_dump(), self.evaluate.extractor_width]
-        )
+        data = self.data.model_dump(mode="json")
+        return digest([STREAMS, role, data, fitting.model_dump(), self.evaluate.extractor_width])
 
     @property
     def evaluation_hash(self) -> str:
@@ -295,14 +300,14 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
         HasteError: the study, profile, key or type does not exist or does not fit.
     """
     path = Path(study) if str(study).endswith((".yaml", ".yml")) else STUDIES / f"{study}.yaml"
-    if not path.is_file() or not (path.parent != STUDIES or path.stem in studies()):
+    if not path.is_file() or (path.parent == STUDIES and path.stem not in studies()):
         raise unknown("study", study, [*studies(), "or the path of a .yaml file"])
     content = _read(path)
     if profile:
-        profiles = content.get("profiles") or {}
+        profiles = content.get("profiles", {})
         if profile not in profiles:
             raise unknown(f"profile of study {content.get('name')!r}", profile, profiles)
-        content = merge(content, profiles[profile])
+        content = _merge(content, profiles[profile])
     for override in overrides:
         content = _apply(content, override)
     loaded = validate(StudySettings, content, f"study {path.stem!r}")
@@ -313,8 +318,14 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
     return loaded
 
 
+class _Overridden(BaseModel):
+    """The parts of a study file that profiles and overrides read before the whole is validated."""
+
+    arms: dict[str, dict[str, Any]] = {}
+    profiles: dict[str, dict[str, Any]] = {}
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """A study file as plain mappings."""
     try:
         content = yaml.safe_load(path.read_text())
     except UnicodeDecodeError as error:
@@ -323,13 +334,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise HasteError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise HasteError(f"{path} holds {type(content).__name__}; a study is a mapping of sections")
-    for key in {"profiles", "arms"} & set(content):
-        entries = content[key] if isinstance(content[key], dict) else {}
-        wrong = {f"{key}.{name}": entry for name, entry in entries.items() if not isinstance(entry, dict)}
-        if not isinstance(content[key], dict):
-            wrong = {key: content[key]}
-        for where, given in wrong.items():
-            raise HasteError(f"study {path.stem!r}: {where} is {given!r}; expected a dictionary, for instance {{}}")
+    validate(_Overridden, content, f"study {path.stem!r}")
     return content
 
 
@@ -341,37 +346,15 @@ def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise HasteError(f"override {override!r}: the value is not valid YAML") from error
-    # YAML 1.1 reads 1e-3 (no dot) as text; a number is what everybody means.
+    # YAML 1.1 reads 1e-3 (no dot) as text; it is meant as a number.
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             pass
     parts = key.split(".")
-    _check_key(parts, content)
-    nested: Any = value
+    if parts[0] == "arms" and len(parts) > 1 and parts[1] not in content.get("arms", {}):
+        raise unknown("arm", parts[1], content.get("arms", {}))
     for part in reversed(parts):
-        nested = {part: nested}
-    return merge(content, nested)
-
-
-def _check_key(parts: list[str], content: Mapping[str, Any]) -> None:
-    """Name the possible keys before pydantic sees the override, level by level."""
-    section: Any = StudySettings
-    for i, part in enumerate(parts):
-        where = ".".join(parts[:i]) or "study"
-        if parts[0] == "arms" and i == 1:
-            arms = content.get("arms") or {}
-            if part not in arms:
-                raise unknown("arm", part, arms)
-            section = ArmSettings
-            continue
-        if section is None:
-            return
-        if part not in section.model_fields:
-            raise unknown(f"override key in {where}", part, section.model_fields)
-        below = section_type(section.model_fields[part].annotation)
-        is_section = below is not None
-        if not is_section and i + 1 < len(parts) and parts[i : i + 1] != ["arms"] and part != "kwargs":
-            raise HasteError(f"override key {'.'.join(parts)!r}: {part!r} is a value, it has no keys below it")
-        section = below
+        value = {part: value}
+    return _merge(content, value)

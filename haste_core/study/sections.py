@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from haste_core.errors import HasteError, unknown
 from haste_core.sampling import Sampler
 from haste_core.study.presets import MODELS, SAMPLERS, fill
 
+S = TypeVar("S", bound=BaseModel)
 Precision = Annotated[
     Literal["no", "fp16", "bf16"],
     BeforeValidator(lambda given: "no" if given is False else given),  # YAML reads a bare no as false
@@ -21,14 +24,38 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A part of a study; unknown keys and wrong types are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, given: Any) -> Any:
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in cls.model_fields:
+                raise ValueError(str(unknown("key", key, cls.model_fields)))
+        return given
+
+
+def validate(kind: type[S], content: Mapping[str, Any], where: str) -> S:
+    """`content` as a section of type `kind`.
+
+    Raises:
+        HasteError: one line that says where, what was given and what is expected.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = "".join(f"{part}." for part in first["loc"])[:-1]
+        message = first["msg"].removeprefix("Value error, ")
+        if path and not isinstance(first["input"], (dict, BaseModel)):
+            message += f", given {first['input']!r}"
+        if error.error_count() > 1:
+            message += f" (and {error.error_count() - 1} more)"
+        raise HasteError(f"{where}: {path + ': ' if path else ''}{message}") from error
 
 
 class AugmentSettings(Section):
-    """Random affine map per training image: shift in pixels, rotation in degrees, scale as a fraction.
-
-    flip mirrors half of the images left to right.
-    """
+    """Random affine map of each training image: shift in pixels, rotation in degrees, scale as a fraction; flip."""
 
     shift: float = Field(0.0, ge=0)
     rotation: float = Field(0.0, ge=0, le=180)
@@ -37,7 +64,7 @@ class AugmentSettings(Section):
 
     @property
     def moves(self) -> bool:
-        """True when the affine part does anything."""
+        """True if the affine part changes images."""
         return self.shift > 0 or self.rotation > 0 or self.scale > 0
 
 
@@ -49,12 +76,9 @@ class DataSettings(Section):
     (images/, vae-sd/, dataset.json). path: for `images` a folder (one sub-folder a class), a parquet file or a folder
     of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are cropped and resized
     (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set; without a test split,
-    test_fraction of the images is held out. split_seed: of the images that are held out. contexts: a safetensors file
-    with the text tokens of every label, for `model.kind: mmdit`.
-
-    validation_fraction: the share of the images left for training after the test images are held out that is held out
-    for decisions during a study: triggers that look at held-out images, acceptance of a teacher or an extractor. Test
-    images are used by scores and analyses alone.
+    test_fraction of the images is held out for scores and analyses, chosen by split_seed. validation_fraction: share
+    of the rest that is held out for decisions during a study (triggers, acceptance of a teacher or an extractor).
+    contexts: a safetensors file with the text tokens of every label, for `model.kind: mmdit`.
     """
 
     kind: Literal["digits", "images", "latents"] = "digits"
@@ -219,29 +243,22 @@ class TerminationSettings(Section):
         if (self.kind == "iteration") != (self.at is not None):
             raise ValueError(f"kind {self.kind!r} with at={self.at}: `at` (a step) belongs to kind 'iteration' alone")
         if self.kind == "never" and self.fade:
-            raise ValueError(f"kind 'never' with fade={self.fade}: what never ends does not fade")
+            raise ValueError(f"kind 'never' with fade={self.fade}; expected fade 0, or a kind that ends phase I")
         return self
 
 
 class TrainSettings(Section):
     """Optimisation (Table 16). Steps are optimizer steps; `keep` lists the steps whose checkpoints stay for good.
 
-    batch_size: images of one optimizer step, over all processes. accumulate: micro-batches that each process takes its
-    share of them in; it divides the memory and changes no number but by rounding, as the number of processes does.
+    batch_size: images of one optimizer step, over all processes. timestep_shift: s maps a uniform t to
+    s t / (1 + (s - 1) t); above 1 high noise is trained on more often (arXiv 2403.03206, Sec. 5.3.2), a control that
+    the paper does not have.
 
-    activation_checkpointing: recompute the activations of blocks in the backward pass, for models that do not fit into
-    memory otherwise; changes no number but by rounding.
-
-    compile: torch.compile the blocks (`haste_core.devices`); it too changes no number but by rounding, and pays where
-    a run is much longer than the seconds to a minute that compiling takes (`make bench`).
-
-    prefetch: a thread reads the next batch while a step runs, for data on disk.
-
-    watch_angle: log the online estimate of the gradient angle in phase I (`haste_core.gradient_angle`), which changes
-    no number of the run.
-
-    timestep_shift: s maps a uniform t to s t / (1 + (s - 1) t); above 1 high noise is trained on more often. Not in the
-    paper: the control for what alignment at high noise buys (the map of arXiv 2403.03206, Sec. 5.3.2).
+    The following change the numbers of a run by rounding at most. accumulate: number of gradient-accumulation steps
+    per process. activation_checkpointing: recompute the activations of blocks in the backward pass, to save memory.
+    compile: torch.compile the blocks, for runs much longer than compiling takes (`make bench`). prefetch: a thread
+    reads the next batch while a step runs, for data on disk. watch_angle: log the online estimate of the gradient
+    angle in phase I (`haste_core.gradient_angle`).
     """
 
     steps: Positive
@@ -276,8 +293,7 @@ class TrainSettings(Section):
         return [s for s in self.keep if s < self.steps] + [self.steps]
 
 
-# Fields of `TrainSettings` that change a run's numbers by rounding at most: its length, what is written, micro-batches,
-# and how kernels are made.
+# Fields of `TrainSettings` that change a run's numbers by rounding at most, which hashes leave out.
 TRAIN_BOOKKEEPING = {
     "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "compile",
     "prefetch", "activation_checkpointing",
@@ -290,9 +306,9 @@ class SampleSettings(Section):
     grid: of the N solver steps of `euler` and `heun` (others have their own): `uniform`, t_i = i / N, whose last call
     of the network is at 1 / N; or `quadratic`, t_i = (i / N)^2, whose last call is at 1 / N^2.
     Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
-    guidance_channels: how many leading channels are guided, all by default; 3 repeats DiT's released numbers. vae:
-    decoder of latents, by hub name or folder; the one the latents were made with by default. precision: of the network
-    (`no`: float32); the integrator is float64 all the same. compile: torch.compile its blocks, for many images.
+    guidance_channels: number of leading channels that are guided, all by default; 3 repeats DiT's released numbers.
+    vae: decoder of latents, by hub name or folder; by default the one the latents were made with. precision: of the
+    network (`no`: float32); the integrator is always float64. compile: torch.compile its blocks, for many images.
     """
 
     preset: str | None = None
@@ -328,9 +344,8 @@ class EvaluateSettings(Section):
     share of the validation images' pixel variance that it has to explain, label_smoothing has no effect there); `adm`
     gives FID, sFID, IS, precision and recall by the ADM convention on Inception, and a Frechet distance on DINOv2.
     reference: an ADM .npz of reference statistics or images; the training images by default. inception, dinov2:
-    local weights; `hub` downloads them, and dinov2 `none` leaves that score out.
-
-    denoising_images: how many held-out images, at most, the denoising loss by noise level is measured on.
+    local weights; `hub` downloads them, and dinov2 `none` leaves that score out. denoising_images: largest number of
+    held-out images that the denoising loss by noise level is measured on.
     """
 
     suite: Literal["study", "adm"] = "study"
@@ -356,9 +371,8 @@ class EvaluateSettings(Section):
 class ClaimsSettings(Section):
     """Which arms and steps stand for the paper's settings.
 
-    early: the steps over which early gains are averaged; one step may be given as a number. roles: the arm (or trigger)
-    of the study by the name that a claim of `haste_core.study.claims` uses, where it has another, such as
-    `repa_midway: repa_800`.
+    early: the steps over which early gains are averaged; one step may be given as a number. roles: arms (or triggers)
+    of the study by the name that a claim of `haste_core.study.claims` uses, if they differ: `repa_midway: repa_800`.
     """
 
     early: Annotated[
@@ -373,9 +387,9 @@ class ClaimsSettings(Section):
 class AnalysisSettings(Section):
     """Settings of the analyses, the same for every run of a study.
 
-    n: held-out images, or as many as there are. timesteps: noise levels t in [0, 1]. seed: of their noise and of every
-    resampling. resamples: of a bootstrap interval. block: whose parameters gradients are compared on, from 0; by
-    default the last one below the aligned depth (block 8 of the paper's XL/2, block 5 of its B/2, from 1).
+    n: number of held-out images, or all if there are fewer. timesteps: noise levels t in [0, 1]. seed: of their noise
+    and of every resampling. resamples: of a bootstrap interval. block: the block, from 0, on whose parameters gradients
+    are compared; by default the last one below the aligned depth (the paper's block 8 of XL/2, 5 of B/2, from 1).
     """
 
     n: Positive = 256

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from haste_core.study.judging import interval
+from haste_core.analysis.statistics import interval
 
 HERE = Path(__file__).parent
 PAIRS = (

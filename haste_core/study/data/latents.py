@@ -27,8 +27,7 @@ from torch import Generator, Tensor
 from haste_core.errors import HasteError
 from haste_core.study import config
 from haste_core.study.data.base import Batch, Dataset, split_indices, to_signed, to_tensor
-from haste_core.study.sections import Positive, Section
-from haste_core.study.validation import S, validate
+from haste_core.study.sections import Positive, S, Section, validate
 
 # The latent scale of Stable Diffusion's first VAEs (Rombach et al. 2022, Appendix D.1), for folders without manifest.
 SCALE, SHIFT = 0.18215, 0.0
