@@ -7,7 +7,7 @@ average: the question is the direction of the next training step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -65,7 +65,7 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
     """
     analysis, batch = run.study.analysis, held_out(run)
     block, teacher = block_of(run), find_teacher(run.study, run.config.teacher)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for step in run.config.train.kept_steps if steps is None else steps:
         now = moment(run, step, teacher)
         if now is None or not reaching(now.haste, block):
@@ -74,9 +74,8 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
             found = gradient_cosine(*now, batch, t, block, chunks=chunks, seed=analysis.seed)
             for loss, products in found.items():
                 low, high = products.interval(analysis.resamples, analysis.confidence, analysis.seed)
-                values = (step, t, loss, block, float(products.rho()), low, high, products.rho_corrected,
-                          products.norm_ratio, len(batch.x), len(products.cross))  # fmt: skip
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
+                rows.append((step, t, loss, block, float(products.rho()), low, high, products.rho_corrected,
+                             products.norm_ratio, len(batch.x), len(products.cross)))  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -126,10 +125,7 @@ def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None 
                 losses = losses_at(*now, part, part_eps, t, watch=True)
                 total = torch.stack(list(losses.values())).sum() * len(part_eps) / len(eps)
                 torch.autograd.grad(total, list(now.model.parameters()), allow_unused=True)
-            rows += [
-                {"step": step, "t": t, "loss": row["loss"], "online": row["cosine"], "n": row["count"]}
-                for row in angle.read()
-            ]
+            rows += [(step, t, row["loss"], row["cosine"], row["count"]) for row in angle.read()]
     return pd.DataFrame(rows, columns=ONLINE_COLUMNS)
 
 
