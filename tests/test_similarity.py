@@ -225,7 +225,7 @@ def test_all_pairs_at_one_level_and_the_aligned_one_at_all(table):
     assert (table["value"] < table["high"])[with_interval].all()
 
 
-def test_values_are_those_of_the_features_by_hand(run, table):
+def test_values_are_those_of_the_features_by_hand(run, table, make_study):
     batch, teacher = probe.held_out(run), find_teacher(run.study)
     tapped = probe.student_output(probe.student_at(run, 8), batch.x, 0.6, Taps(depths=(2,)), 0)
     mine, final = tapped.tokens[2].mean(1), teacher(batch.images).tokens.mean(1)
@@ -239,11 +239,9 @@ def test_values_are_those_of_the_features_by_hand(run, table):
         # A mean of permutations of both signs: rounding of the features in float32 is large beside what is left of it.
         baseline = np.mean([similarity.cknna(mine, target[order], 4) for order in orders])
         assert rows.loc["cknna", "baseline"] == pytest.approx(baseline, rel=1e-4)
-
-
-def test_a_depth_the_generator_does_not_have_is_its_last(run, make_study):
+    # A depth the generator does not have is its last.
     deep = Run(make_study("arms.vanilla.alignment.depth=9"), "vanilla", 0)
-    assert similarity.aligned_pair(deep, find_teacher(run.study)) == (3, 3)
+    assert similarity.aligned_pair(deep, teacher) == (3, 3)
 
 
 def test_probing_has_a_row_per_step_and_depth_and_one_of_the_teacher(probing):

@@ -23,7 +23,6 @@ from torch import Tensor
 from haste_core.alignment import Grid, attention_probabilities, resample_attention, resample_tokens
 from haste_core.analysis import probe
 from haste_core.analysis.probe import StudentTeacher, aligned_heads, layer_pairs, maps_of, other_images, token_grid
-from haste_core.errors import HasteError
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.runs import Run
 from haste_core.taps import Taps
@@ -63,12 +62,7 @@ def top_k_overlap(teacher: Tensor, student: Tensor, k: int) -> Tensor:
 
     Not in the paper. Chance level: k / N. Keys that tie for the last places count as if drawn among at random, on
     each side by itself, so a uniform map reaches k / N exactly, with itself too.
-
-    Raises:
-        HasteError: there are no k keys.
     """
-    if not 1 <= k <= teacher.shape[-1]:
-        raise HasteError(f"top {k} keys of {teacher.shape[-1]}; expected 1 to {teacher.shape[-1]}")
     return (_among_top(teacher.double(), k) * _among_top(student.double(), k)).sum(-1).mean((0, 2)) / k
 
 
@@ -91,16 +85,9 @@ def _entropies(p: Tensor) -> Tensor:
 def attention_distance(p: Tensor, grid: Grid) -> Tensor:
     """Expected Euclidean distance between a query and the keys it attends to, (H,), in tokens.
 
-    Not in the paper; the mean attention distance of arXiv 2010.11929 with tokens as the unit.
-
-    Args:
-        p: (B, H, N, N). grid: (rows, columns), tokens numbered row by row.
-
-    Raises:
-        HasteError: `grid` does not have N places.
+    Not in the paper; the mean attention distance of arXiv 2010.11929 with tokens as the unit. p is (B, H, N, N) among
+    the tokens of `grid` (rows, columns).
     """
-    if grid[0] * grid[1] != p.shape[-1]:
-        raise HasteError(f"{p.shape[-1]} tokens do not fill a {grid[0]}x{grid[1]} grid; expected rows x columns tokens")
     places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))
     # From differences: the matrix product form leaves distances to oneself that are not 0.
     apart = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
@@ -137,7 +124,7 @@ def attention_similarity(run: Run) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
 
     def compare(
-        facts: dict[str, Any], baseline: str, pair: tuple[int, int], student: Maps | None, of: Tensor = same
+        step: int, t: float, baseline: str, pair: tuple[int, int], student: Maps | None, of: Tensor = same
     ) -> None:
         """Add rows of the student's maps (None: the teacher's own) against the teacher's of the images `of`."""
 
@@ -145,30 +132,22 @@ def attention_similarity(run: Run) -> pd.DataFrame:
             teacher = both.teacher_maps(pair[1], of[images])[:, both.heads]
             return similarities(teacher, student(images) if student else teacher)
 
-        facts = facts | {"student_block": pair[0], "teacher_block": pair[1], "baseline": baseline}
-        rows.extend(_head_rows(both.averaged(measured), both.heads, facts))
+        facts = {"student_block": pair[0], "teacher_block": pair[1], "baseline": baseline}
+        rows.extend(both.rows(step, t, facts, both.heads, measured))
 
     def uniform(images: Tensor) -> Tensor:
         return torch.full((len(images), len(both.heads), tokens, tokens), 1 / tokens, dtype=torch.float64)
 
     for pair in both.pairs:
-        compare(both.facts(0, 0.0), "uniform", pair, uniform)
-        compare(both.facts(0, 0.0), "teacher", pair, None)
+        compare(0, 0.0, "uniform", pair, uniform)
+        compare(0, 0.0, "teacher", pair, None)
     for step, t in product(both.steps, run.study.analysis.timesteps):
         qk = both.student(step, t, Taps(blocks=both.student_blocks)).qk
         for pair in both.pairs:
-            q, k = (part[:, both.heads] for part in qk[pair[0]])
-            compare(both.facts(step, t), "none", pair, partial(maps_of, (q, k)))
-            compare(both.facts(step, t), "shuffled", pair, partial(maps_of, (q, k)), other)
+            student = partial(maps_of, tuple(part[:, both.heads] for part in qk[pair[0]]))
+            compare(step, t, "none", pair, student)
+            compare(step, t, "shuffled", pair, student, other)
     return pd.DataFrame(rows)
-
-
-def _head_rows(values: dict[str, Tensor], heads: list[int] | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        facts | {"head": head, "measure": name, "value": float(value)}
-        for name, per_head in values.items()
-        for head, value in zip(heads or range(len(per_head)), per_head, strict=True)
-    ]
 
 
 def head_statistics(run: Run) -> pd.DataFrame:
@@ -184,25 +163,22 @@ def head_statistics(run: Run) -> pd.DataFrame:
     tokens, depth = both.grid[0] * both.grid[1], run.config.model.depth
     rows: list[dict[str, Any]] = []
 
-    def add(facts: dict[str, Any], source: str, block: int, maps: Maps, images: int | None = None) -> None:
-        """Add rows of the heads of a block, over all images or the first ones."""
-
+    def add(step: int, t: float, source: str, block: int, heads: int, maps: Maps) -> None:
         def measured(images: Tensor) -> dict[str, Tensor]:
             p = maps(images)
             return {"entropy": entropy(p), "distance": attention_distance(p, both.grid)}
 
-        found = both.averaged(measured) if images is None else measured(torch.arange(images))
-        rows.extend(_head_rows(found, None, facts | {"source": source, "block": block}))
+        rows.extend(both.rows(step, t, {"source": source, "block": block}, range(heads), measured))
 
     uniform = torch.full((1, 1, tokens, tokens), 1 / tokens, dtype=torch.float64)
-    add(both.facts(0, 0.0), "uniform", 0, lambda _: uniform, images=1)
-    for block in both.teacher.qk:
-        add(both.facts(0, 0.0), "teacher", block, partial(both.teacher_maps, block))
+    add(0, 0.0, "uniform", 0, 1, lambda _: uniform)
+    for block, (q, _) in both.teacher.qk.items():
+        add(0, 0.0, "teacher", block, q.shape[1], partial(both.teacher_maps, block))
     together = max(1, QK_NUMBERS // (2 * len(both.batch.x) * tokens * run.config.model.width))
     groups = [tuple(range(i, min(i + together, depth))) for i in range(0, depth, together)]
     for step, t, group in product(both.steps, run.study.analysis.timesteps, groups):
         for block, qk in both.student(step, t, Taps(blocks=group)).qk.items():
-            add(both.facts(step, t), "student", block, partial(maps_of, qk))
+            add(step, t, "student", block, qk[0].shape[1], partial(maps_of, qk))
     return pd.DataFrame(rows)
 
 
@@ -212,18 +188,8 @@ def feature_fit(student_tokens: Tensor, teacher_tokens: Tensor) -> float:
     Not in the paper. Ridge regression in float64 with an intercept, one map for all places, fitted on the images at
     even places of the batch and scored on the others; 0 is reached by the mean of the scored tokens, and a map that
     fits worse than that is negative. R^2 is over all features together: 1 - sum of squares left / sum of squares.
-
-    Args:
-        student_tokens: (B, N, D) on the teacher's grid. teacher_tokens: (B, N, D').
-
-    Raises:
-        HasteError: images or tokens differ, or there are fewer than two images.
+    Tokens are (B, N, D) and (B, N, D') on the same grid.
     """
-    if student_tokens.shape[:2] != teacher_tokens.shape[:2] or len(student_tokens) < 2:
-        raise HasteError(
-            f"student tokens {tuple(student_tokens.shape)} and teacher tokens {tuple(teacher_tokens.shape)}; "
-            "expected the same two or more images and the same token grid"
-        )
     (x, y), (x_scored, y_scored) = (
         tuple(tokens[half::2].flatten(0, 1).double().numpy() for tokens in (student_tokens, teacher_tokens))
         for half in (0, 1)

@@ -248,18 +248,8 @@ def token_capacity(
 
 
 def to_patches(images: Tensor, grid: Grid) -> Tensor:
-    """Images (n, C, H, W) as (n, N, C p q): for each token of `grid`, row by row, the area of the image it covers.
-
-    Raises:
-        HasteError: height and width are not multiples of rows and columns.
-    """
-    (height, width), (rows, columns) = images.shape[-2:], grid
-    if height % rows or width % columns:
-        raise HasteError(
-            f"a {rows}x{columns} grid of tokens does not divide images of {height}x{width}; expected sides that are "
-            "multiples of rows and columns"
-        )
-    size = (height // rows, width // columns)
+    """Images (n, C, H, W) as (n, N, C p q): for each token of `grid`, row by row, the area of the image it covers."""
+    size = (images.shape[-2] // grid[0], images.shape[-1] // grid[1])
     return F.unfold(images, size, stride=size).transpose(1, 2)
 
 
@@ -292,7 +282,7 @@ def fit_readout(tokens: Tensor, images: Tensor, grid: Grid, strengths: Sequence[
     images, fitted on the others; then all images are fitted with it.
 
     Raises:
-        HasteError: fewer than 5 images, or a grid that does not divide them.
+        HasteError: fewer than 5 images.
     """
     if len(tokens) < 5:
         raise HasteError(f"a readout of {len(tokens)} images; expected 5 or more, the last fifth to choose the ridge")

@@ -94,20 +94,20 @@ def block_of(run: Run) -> int:
     return block
 
 
-def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None = None) -> pd.DataFrame:
+def online_conflict(run: Run, steps: Sequence[int] | None = None) -> pd.DataFrame:
     """Readings of `OnlineAngle` at checkpoints of phase I, on the images, noise and noise levels of `conflict`.
 
     One backward pass of the run's own loss a noise level. A step outside of phase I has no rows: it has no alignment
     loss to read from.
 
     Args:
-        run: finished. steps: with a checkpoint; by default all that are kept. n: held-out images, `analysis.n` by
-            default.
+        run: finished. steps: with a checkpoint; by default all that are kept.
 
     Returns:
         Columns: step, t, loss ("feature", "attention": those the run has), online (a cosine, in [-1, 1]), n (images).
     """
-    analysis, rows = run.study.analysis, []
+    analysis, batch, rows = run.study.analysis, held_out(run), []
+    eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
     for step in run.config.train.kept_steps if steps is None else steps:
         _, state = run.load(step, prefixes=("none",))
         if state["termination"]["phase"] != 1:
@@ -115,8 +115,6 @@ def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None 
         now = moment(run, step, find_teacher(run.study, run.config.teacher), own=True)
         if now is None:
             continue
-        batch = held_out(run, n)
-        eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
         angle = OnlineAngle(next(now.model.parameters()).device, edges=(0.0, 1.0))
         now.haste.angle = angle
         for t in analysis.timesteps:

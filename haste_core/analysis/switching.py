@@ -33,6 +33,7 @@ NEAREST = ["family", "trigger", "seed", "tau", "fid", "best_tau", "best_fid", "r
 RANKING = ["family", "trigger", "tau", "fired", "regret", "low", "high", "steps_away", "seeds"]
 PAIRED = ["group", "arm", "reference", "step", "seed", "gain", "fid", "n"]
 LATE = ["arm", "baseline", "measure", "step", "gain", "low", "high", "seeds", "verdict"]
+BOUNDARY = [*LATE[:3], "no_help_from", "hurts_from", "last", "gain", "low", "high", "verdict", "seeds"]
 PLANE = ["arm", "weight", "tau", "measure", "against", "step", "ratio", "low", "high", "seeds"]
 _GRID_SCORES = ["fid", "fid_unlabelled", "fd_pixel", "precision", "recall"]
 GRID = ["step", "grid", "calls", "last_t", *_GRID_SCORES, "n"]
@@ -288,20 +289,7 @@ def boundary(table: pd.DataFrame) -> pd.DataFrame:
         hurting = part.loc[part["verdict"] == "hurts", "step"]
         end = part.iloc[-1].rename({"step": "last"})
         rows.append({"no_help_from": without.min(), "hurts_from": hurting.min(), **end})
-    names = [
-        "arm",
-        "baseline",
-        "measure",
-        "no_help_from",
-        "hurts_from",
-        "last",
-        "gain",
-        "low",
-        "high",
-        "verdict",
-        "seeds",
-    ]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=BOUNDARY)
 
 
 def plane(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:

@@ -29,14 +29,9 @@ def capacity_over_depth(capacity: pd.DataFrame, step: int, t: float, kind: str =
     Args:
         capacity: rows of `analysis.capacity.token_capacity` under arm and seed. kind: "tokens" or "patch mean".
     """
-    rows = capacity[capacity["kind"] == kind]
-    figure, axes = panels(3, 10.4, 6.0, 2)
-    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=False):
-        for label, own, look in _lines(rows[rows["measure"] == measure], step=step, t=t):
-            seed_line(axis, own, "depth", look, label=label)
-        axis.set(xlabel="depth (share of the blocks)", title=title)
+    figure, rows = _capacity(capacity, kind, "depth", None, step=step, t=t)
     figure.suptitle(f"{kind} of {rows['n'].iloc[0]} held-out images, step {step}, t = {t:g}", fontsize=10)
-    return _with_legend(figure)
+    return figure
 
 
 def capacity_over_training(
@@ -46,17 +41,27 @@ def capacity_over_training(
 
     Args as in `capacity_over_depth`; tau: the switch, marked if there is one.
     """
+    figure, _ = _capacity(capacity, kind, "step", tau, block=block, t=t)
+    figure.suptitle(f"{kind} after student block {block}, t = {t:g}", fontsize=10)
+    return figure
+
+
+def _capacity(
+    capacity: pd.DataFrame, kind: str, along: str, tau: int | None, **student: float
+) -> tuple[Figure, pd.DataFrame]:
     rows = capacity[capacity["kind"] == kind]
     figure, axes = panels(3, 10.4, 6.0, 2)
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=False):
-        (_, teacher, _), *arms = _lines(rows[rows["measure"] == measure], block=block, t=t)
-        axis.axhline(teacher.loc[teacher["depth"] == 1, "value"].mean(), label="teacher, final", **TEACHER)
-        for label, own, look in arms:
-            seed_line(axis, own, "step", look, label=label)
+        for label, own, look in _lines(rows[rows["measure"] == measure], **student):
+            if label == "teacher" and along == "step":
+                axis.axhline(own.loc[own["depth"] == 1, "value"].mean(), label="teacher, final", **look)
+            else:
+                seed_line(axis, own, along, label, look)
         mark_switch(axis, tau)
-        axis.set(xlabel="training steps", title=title)
-    figure.suptitle(f"{kind} after student block {block}, t = {t:g}", fontsize=10)
-    return _with_legend(figure)
+        axis.set(xlabel="training steps" if along == "step" else "depth (share of the blocks)", title=title)
+    axes[-1].set_axis_off()
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center", fontsize=9)
+    return figure, rows
 
 
 def error_per_band(spectrum: pd.DataFrame, arm: str, step: int) -> Figure:
@@ -74,9 +79,9 @@ def error_per_band(spectrum: pd.DataFrame, arm: str, step: int) -> Figure:
     for axis, (title, rows) in zip(axes, sides.items(), strict=True):
         bands = [f"{low:.2f}-{high:.2f}" for low, high in _bands(rows)]
         errors = rows.pivot_table(index="band_low", columns="block", values="relative_error")
-        for block in errors:
-            last = title == "teacher" and block == errors.columns[-1]
-            colour = mpl.colormaps["viridis_r"]((block + 1) / (errors.shape[1] + 1))
+        for place, block in enumerate(errors):
+            last = title == "teacher" and place == errors.shape[1] - 1
+            colour = mpl.colormaps["viridis_r"]((place + 1) / (errors.shape[1] + 1))
             axis.plot(bands, errors[block], marker="o", markersize=3.5, color=colour, linestyle="--" if last else "-",
                       label="final tokens" if last else f"block {block}")  # fmt: skip
         axis.axhline(1, color="#999999", linewidth=0.8)
@@ -93,7 +98,7 @@ def error_by_arm(spectrum: pd.DataFrame, step: int) -> Figure:
     figure, axes = panels(len(bands), 3.0 * len(bands), 3.2, sharey=True)
     for axis, (low, high) in zip(axes, bands, strict=True):
         for label, own, look in _lines(spectrum[spectrum["band_low"] == low], step=step):
-            seed_line(axis, own, "depth", look, "relative_error", label=label)
+            seed_line(axis, own, "depth", label, look, "relative_error")
         axis.set(xlabel="depth (share of the blocks)", title=f"{low:.2f} to {high:.2f} of Nyquist")
     axes[0].set_ylabel("energy missed / energy there")
     axes[-1].legend(fontsize=8)
@@ -113,11 +118,3 @@ def _lines(rows: pd.DataFrame, **student: Any) -> Iterator[tuple[str, pd.DataFra
 
 def _bands(rows: pd.DataFrame) -> list[tuple[float, float]]:
     return sorted(set(zip(rows["band_low"], rows["band_high"], strict=True)))
-
-
-def _with_legend(figure: Figure) -> Figure:
-    """The figure with the legend of the first panel in the last, which is empty."""
-    figure.axes[-1].set_axis_off()
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.axes[-1].legend(handles, labels, loc="center", fontsize=9)
-    return figure

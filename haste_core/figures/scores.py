@@ -64,7 +64,7 @@ def _draw_fid(axis: Any, fid: pd.DataFrame, tau: int | None) -> None:
 def _arm_lines(axis: Any, rows: pd.DataFrame, along: str, value: str) -> None:
     arms = list(rows["arm"].unique())
     for arm in arms:
-        seed_line(axis, rows[rows["arm"] == arm], along, arm_line(arm, arms), value, log=True, label=arm)
+        seed_line(axis, rows[rows["arm"] == arm], along, arm, arm_line(arm, arms), value, log=True)
 
 
 def gain_over_vanilla(fid: pd.DataFrame, tau: int | None) -> Figure:
@@ -278,16 +278,17 @@ def step_cost(times: pd.DataFrame) -> Figure:
     """Time of a training step relative to a vanilla one, per arm and phase, with its interval."""
     figure, (axis,) = panels(1, 6.4, 0.42 * len(times) + 1.0)
     arms = list(times["arm"])
-    for place, row in enumerate(times.itertuples()):
-        ratio, high = row.ratio_to_vanilla, row.ratio_high
-        errors = [[max(0, ratio - row.ratio_low)], [max(0, high - ratio)]]
-        colour = style(row.arm, arms)["color"]
+    labels = []
+    for place, row in enumerate(times.to_dict("records")):
+        arm, ratio, high = row["arm"], row["ratio_to_vanilla"], row["ratio_high"]
+        errors = [[max(0, ratio - row["ratio_low"])], [max(0, high - ratio)]]
+        colour = style(arm, arms)["color"]
         axis.barh(place, ratio, xerr=errors, height=0.6, color=colour, alpha=0.85, error_kw={"lw": 1})
         axis.annotate(f"{ratio:.2f}", (max(ratio, high), place), xytext=(4, 0), textcoords="offset points",
                       va="center", fontsize=9)  # fmt: skip
+        labels.append(f"{arm}, {'phase I' if row['phase'] == 1 else 'plain' if arm == 'vanilla' else 'phase II'}")
     axis.axvline(1, color=DARK, linewidth=1)
-    second = {arm: "plain" if arm == "vanilla" else "phase II" for arm in arms}
-    row_labels(axis, [f"{r.arm}, {'phase I' if r.phase == 1 else second[r.arm]}" for r in times.itertuples()])
+    row_labels(axis, labels)
     axis.set(xlabel="step time over a vanilla step", xlim=(0, times["ratio_high"].max() * 1.15))
     return figure
 

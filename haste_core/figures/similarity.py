@@ -131,7 +131,7 @@ def _lines(rows: pd.DataFrame, along: str, measure: str, title: str) -> tuple[Fi
     arms = list(rows["arm"].unique())
     for arm, own in rows.groupby("arm", sort=False):
         look = style(str(arm), arms)
-        seed_line(axis, own, along, look, "value" if "value" in own else measure, label=arm)
+        seed_line(axis, own, along, arm, look, "value" if "value" in own else measure)
         if "baseline" in own:
             baseline = own.groupby(along)["baseline"].mean()
             axis.plot(baseline.index, baseline, linewidth=0.8, alpha=0.6, **look)
@@ -190,7 +190,7 @@ def _over_steps(parts: list[tuple[pd.DataFrame, str, str]], tau: int | None) -> 
         arms = list(rows["arm"].unique())
         for arm, own in rows.groupby("arm", sort=False):
             look = style(str(arm), arms)
-            seed_line(axis, own[own["baseline"] == "none"], "step", look, label=arm)
+            seed_line(axis, own[own["baseline"] == "none"], "step", arm, look)
             shuffled = own[own["baseline"] == "shuffled"].groupby("step")["value"].mean()
             axis.plot(shuffled.index, shuffled, linewidth=0.8, alpha=0.7, **look)
         axis.plot([], [], color="#888888", linewidth=0.8, label="thin: teacher of another image")

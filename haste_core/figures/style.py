@@ -85,13 +85,7 @@ def arm_line(arm: str, arms: Sequence[str]) -> dict[str, Any]:
 
 
 def seed_line(
-    axis: Any,
-    rows: pd.DataFrame,
-    along: str,
-    look: dict[str, Any],
-    value: str = "value",
-    log: bool = False,
-    **more: Any,
+    axis: Any, rows: pd.DataFrame, along: str, label: Any, look: dict[str, Any], value: str = "value", log: bool = False
 ) -> None:
     """Draw the mean over seeds, geometric if `log`, against the column `along`, and a band from lowest to highest seed.
 
@@ -102,7 +96,7 @@ def seed_line(
     low, high = seeds.min(axis=1), seeds.max(axis=1)
     if seeds.shape[1] == 1 and "low" in rows:
         low, high = rows.groupby(along)["low"].min(), rows.groupby(along)["high"].max()
-    axis.plot(mean.index, mean, **({"marker": "o", "markersize": 3.5} | more), **look)
+    axis.plot(mean.index, mean, label=label, marker="o", markersize=3.5, **look)
     axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.13, linewidth=0)
 
 
@@ -188,5 +182,5 @@ def legend_below(figure: Any, axis: Any, **renamed: str) -> None:
     """Put the legend of an axis below all panels, with labels replaced as in `renamed`."""
     handles, labels = axis.get_legend_handles_labels()
     shown = [renamed.get(label, label) for label in labels]
-    columns = -(-len(labels) // (1 + (len(labels) > 5)))
+    columns = len(labels) if len(labels) <= 5 else (len(labels) + 1) // 2
     figure.legend(handles, shown, loc="outside lower center", ncol=columns, fontsize=9, columnspacing=1.4)
