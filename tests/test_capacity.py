@@ -210,8 +210,8 @@ def test_capacity_of_a_run(run):
     final = teacher(batch.images).tokens
     expected = capacity.two_nn(capacity.one_per_image(final, teacher.grid, seed))
     assert found["teacher", 0, 0.0, 4, "tokens", "two_nn"] == pytest.approx(expected)
-    assert capacity.teacher_tokens(teacher, batch.images, 4).equal(final)
-    torch.testing.assert_close(teacher.encoder.norm(capacity.teacher_tokens(teacher, batch.images, 3)), final)
+    assert capacity.teacher_tokens(teacher, 4, batch).equal(final)
+    torch.testing.assert_close(teacher.encoder.norm(capacity.teacher_tokens(teacher, 3, batch)), final)
 
     table = table.assign(arm="vanilla", seed=0)
     assert len(figures.capacity_over_depth(table, 6, 0.6).axes) == 6

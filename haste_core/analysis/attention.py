@@ -144,7 +144,8 @@ def attention_similarity(run: Run) -> pd.DataFrame:
     for step, t in product(both.steps, run.study.analysis.timesteps):
         qk = both.student(step, t, Taps(blocks=both.student_blocks)).qk
         for pair in both.pairs:
-            student = partial(maps_of, tuple(part[:, both.heads] for part in qk[pair[0]]))
+            q, k = (part[:, both.heads] for part in qk[pair[0]])
+            student = partial(maps_of, (q, k))
             compare(step, t, "none", pair, student)
             compare(step, t, "shuffled", pair, student, other)
     return pd.DataFrame(rows)

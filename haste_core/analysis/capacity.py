@@ -175,14 +175,12 @@ def one_per_image(tokens: Tensor, grid: Grid, seed: int) -> np.ndarray:
     return tokens[torch.arange(len(tokens)), place[:, 0] * grid[1] + place[:, 1]].double().numpy()
 
 
-def teacher_tokens(teacher: Teacher, images: Tensor, block: int) -> Tensor:
-    """Patch tokens (n, N, D) float32 on the CPU after a block of the teacher.
+def teacher_tokens(teacher: Teacher, block: int, batch: Batch, seed: int = 0) -> Tensor:
+    """Patch tokens (n, N, D) float32 on the CPU after a block of the teacher, which sees clean images under any seed.
 
-    Args:
-        teacher: frozen. images: (n, C, S, S) in [-1, 1].
-        block: from 0; `teacher.blocks` is one more, the tokens after the final norm, with which students are aligned.
+    Blocks count from 0; `teacher.blocks` is one more: the tokens after the final norm, with which students are aligned.
     """
-    parts = (part.to(teacher.mean.device) for part in images.split(probe.BATCH))
+    parts = (part.to(teacher.mean.device) for part in batch.images.split(probe.BATCH))
     if block == teacher.blocks:
         found = [teacher(part).tokens for part in parts]
     else:
@@ -208,7 +206,7 @@ def blocks(run: Run, steps: Sequence[int] | None, timesteps: Sequence[float]) ->
     teacher = find_teacher(run.study, run.config.teacher)
     for block in range(teacher.blocks + 1):
         facts = {"step": 0, "t": 0.0, "who": "teacher", "block": block, "blocks": teacher.blocks + 1}
-        yield Block(facts, teacher.grid, lambda batch, _, block=block: teacher_tokens(teacher, batch.images, block))
+        yield Block(facts, teacher.grid, partial(teacher_tokens, teacher, block))
     for step in [0, *run.config.train.kept_steps] if steps is None else steps:
         model = probe.student_at(run, step)
         for t, block in product(timesteps, range(len(model.blocks))):

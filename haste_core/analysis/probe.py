@@ -215,8 +215,11 @@ class StudentTeacher:
         n = len(self.batch.x)
         parts = torch.arange(n).split(max(1, MAP_NUMBERS // (most * tokens**2)))
         found = [(len(part), measured(part)) for part in parts]
+        means = {
+            name: torch.stack([count * values[name] for count, values in found]).sum(0) / n for name in found[0][1]
+        }
         return [
             {"step": step, "t": t, "n": n, **facts, "head": head, "measure": name, "value": float(value)}
-            for name in found[0][1]
-            for head, value in zip(heads, sum(count * values[name] for count, values in found) / n, strict=True)
+            for name, mean in means.items()
+            for head, value in zip(heads, mean, strict=True)
         ]

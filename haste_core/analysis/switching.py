@@ -234,8 +234,9 @@ def paired(
         curves = _curves(scores, [*arms, base])
         at = _last_common_step(curves) if step is None else step
         for arm in arms:
-            for seed, gain in _gains(curves, arm, base).loc[at].dropna().items():
-                rows.append((group, arm, base, at, seed, gain, curves.loc[at, (arm, seed)], scores["n"].iloc[0]))
+            both = pd.DataFrame({"gain": _gains(curves, arm, base).loc[at], "fid": curves[arm].loc[at]}).dropna()
+            for seed, row in both.iterrows():
+                rows.append((group, arm, base, at, seed, row["gain"], row["fid"], scores["n"].iloc[0]))
     return pd.DataFrame(rows, columns=PAIRED)
 
 
@@ -361,4 +362,4 @@ def _last_common_step(curves: pd.DataFrame) -> int:
 
 def _gains(curves: pd.DataFrame, arm: str, base: str) -> pd.DataFrame:
     """log(score of base / score of arm), a row per step and a column per seed that one of them has."""
-    return np.log(curves[base] / curves[arm])
+    return (curves[base] / curves[arm]).map(math.log)

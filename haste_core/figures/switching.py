@@ -182,7 +182,7 @@ def fid_over_tau(swept: pd.DataFrame, fired: pd.DataFrame, family: str) -> Figur
         whole = part[(part["readings"] > 0) & (part["gaps"] == 0)]
         taus = whole["tau"].dropna()
         unread = "log with gaps" if part["readings"].any() else "nothing to read"
-        labels.append(f"{name} ({f'{len(taus)} of {len(whole)}' if len(whole) else unread})")
+        labels.append(f"{name!s} ({f'{len(taus)} of {len(whole)}' if len(whole) else unread})")
         above.plot(taus, [place] * len(taus), "|", color=BLUE, markersize=9, markeredgewidth=2)
     row_labels(above, labels)
     above.tick_params(axis="x", labelbottom=False)
@@ -352,5 +352,5 @@ def _percent(gain: Any) -> Any:
     return 100 * (1 - np.exp(-gain))
 
 
-def _colour(row: Mapping[str, Any]) -> str:
+def _colour(row: Mapping[Any, Any]) -> str:
     return GREEN if row["low"] > 0 else RED if row["high"] < 0 else "#888888"
