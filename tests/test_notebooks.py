@@ -108,6 +108,7 @@ def test_notebooks_of_a_study_ran_from_top_to_bottom_and_show_their_pictures(stu
         assert str(study.run("haste").dir.relative_to(study.dir)) in executed.text
 
 
+@pytest.mark.slow
 def test_the_score_notebook_shows_the_scores_of_every_checkpoint(study, execute):
     run = study.run("haste")
     run.evaluation_path.unlink()
@@ -117,10 +118,8 @@ def test_the_score_notebook_shows_the_scores_of_every_checkpoint(study, execute)
     assert all(f"{row['fid']:.4f}"[:4] in executed.text for row in evaluation.rows(run))
 
 
-# One of them is quick.
-@pytest.mark.parametrize(
-    "name", [n if n == "07_termination" else pytest.param(n, marks=pytest.mark.slow) for n in ANALYSES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANALYSES)
 def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(study, execute, name):
     parameters, tables = ANALYSES[name]
     assert execute(name, **({"overrides": SMALL} | parameters)).pictures >= 3
@@ -138,6 +137,7 @@ def test_a_loop_of_ones_own_runs_through_the_switch(study, execute):
     assert execute("09_your_own_trainer", steps=40, stop_at=20, batch_size=16).pictures == 2
 
 
+@pytest.mark.slow
 def test_the_training_notebook_scores_all_seeds_and_leaves_finished_ones_alone(study, execute, forget_accelerator):
     # Another sampler than the study's, so seed 0 is scored again; seed 1 is new.
     other = ["sample.solver_steps=3"]
@@ -166,6 +166,7 @@ def test_a_notebook_is_found_by_its_path_too(tmp_path):
     assert Executed(tmp_path / "deep" / "out.ipynb").text == "42\n"
 
 
+@pytest.mark.slow
 def test_the_report_notebook_reports_plain_training_alone(study, tmp_path, execute):
     shutil.rmtree(study.report)
     content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text())
@@ -201,6 +202,7 @@ def test_explore_draws_once_under_papermill_and_anew_with_every_move_of_a_contro
 # -- stopping ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_exits_143_and_leaves_no_kernel(tmp_path, monkeypatch):
     set_up(monkeypatch, tmp_path)
     overrides = ["train.steps=100000", "train.keep=[]", "train.checkpoint_every=100000", "train.sample_every=100000"]

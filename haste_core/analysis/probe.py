@@ -172,10 +172,7 @@ class StudentTeacher:
         blocks = tuple(range(teacher.blocks)) if every_block else tuple(sorted({t for _, t in self.pairs}))
         device = teacher.mean.device
         parts = [teacher(images.to(device), blocks) for images in self.batch.images.split(BATCH)]
-        self.teacher = TeacherOutput(
-            _joined(part.tokens for part in parts),
-            _joined_qk(parts, blocks),
-        )
+        self.teacher = TeacherOutput(_joined(part.tokens for part in parts), _joined_qk(parts, blocks))
         self._loaded: tuple[int, DiffusionTransformer] | None = None
 
     @property

@@ -362,4 +362,4 @@ def _last_common_step(curves: pd.DataFrame) -> int:
 
 def _gains(curves: pd.DataFrame, arm: str, base: str) -> pd.DataFrame:
     """log(score of base / score of arm), a row per step and a column per seed that one of them has."""
-    return (curves[base] / curves[arm]).map(math.log)
+    return (curves[base] / curves[arm]).map(math.log)  # type: ignore[return-value]
