@@ -1,4 +1,4 @@
-"""A small SiT as somebody else would write it, with timm's attention and MLP; it knows nothing of this package.
+"""A small SiT with timm's attention and MLP, independent of this package.
 
 Used by `09_your_own_trainer.ipynb`.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -47,22 +48,23 @@ def maps(seed, heads=2, tokens=6, scale=2.0):
     return (scale * torch.randn(5, heads, tokens, tokens, generator=generator, dtype=torch.float64)).softmax(-1)
 
 
-def uniform(heads=2, tokens=6):
-    return torch.full((5, heads, tokens, tokens), 1 / tokens, dtype=torch.float64)
-
+UNIFORM = torch.full((5, 2, 6, 6), 1 / 6, dtype=torch.float64)
+ONE_KEY = torch.eye(6).expand(5, 2, 6, 6)
 
 # -- the measures -----------------------------------------------------------------------------------------------------
 
 
 def test_equal_maps_are_as_similar_as_can_be_and_disjoint_ones_share_nothing():
-    p = maps(0)
+    p, other = maps(0), ONE_KEY.roll(1, -1)
     assert jensen_shannon(p, p).tolist() == [0, 0]
     assert top_k_overlap(p, p, 2).tolist() == [1, 1]
     torch.testing.assert_close(cross_entropy(p, p), entropy(p))
-    one, other = torch.eye(6).expand(5, 2, 6, 6), torch.eye(6).roll(1, 0).expand(5, 2, 6, 6)
-    torch.testing.assert_close(jensen_shannon(one, other), torch.full((2,), math.log(2), dtype=torch.float64))
-    assert top_k_overlap(one, other, 1).tolist() == [0, 0]
-    assert (cross_entropy(one, one).tolist(), cross_entropy(one, other).tolist()) == ([0, 0], [math.inf] * 2)
+    torch.testing.assert_close(jensen_shannon(ONE_KEY, other), torch.full((2,), math.log(2), dtype=torch.float64))
+    assert top_k_overlap(ONE_KEY, other, 1).tolist() == [0, 0]
+    assert cross_entropy(ONE_KEY, ONE_KEY).tolist() == [0, 0]
+    assert cross_entropy(ONE_KEY, other).tolist() == [math.inf] * 2
+    assert entropy(UNIFORM).numpy() == pytest.approx(math.log(6))
+    assert entropy(ONE_KEY).tolist() == [0, 0]
 
 
 def test_cross_entropy_is_entropy_plus_divergence_and_its_mean_the_attention_loss():
@@ -79,10 +81,9 @@ def test_jensen_shannon_agrees_with_scipys():
     p, q = maps(0), maps(1)
     expected = torch.from_numpy(jensenshannon(p.numpy(), q.numpy(), axis=-1) ** 2).mean((0, 2))
     torch.testing.assert_close(jensen_shannon(p, q), expected)
-    torch.testing.assert_close(jensen_shannon(p, q), jensen_shannon(q, p))
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 6])
+@pytest.mark.parametrize("k", [1, 2, 6])
 def test_overlap_counts_the_keys_both_put_first_and_ties_as_chance_would(k):
     p, q = maps(0), maps(1)
     expected = np.zeros(2)
@@ -90,19 +91,11 @@ def test_overlap_counts_the_keys_both_put_first_and_ties_as_chance_would(k):
         first = [set(np.argsort(-m[image, head, query].numpy())[:k]) for m in (p, q)]
         expected[head] += len(first[0] & first[1]) / k / 30
     assert top_k_overlap(p, q, k).numpy() == pytest.approx(expected)
-    for other in (p, uniform()):
-        assert top_k_overlap(other, uniform(), k).numpy() == pytest.approx(k / 6)
-
-
-def test_overlap_of_ties_is_the_expectation_of_a_draw_among_them():
+    for other in (p, UNIFORM):
+        assert top_k_overlap(other, UNIFORM, k).numpy() == pytest.approx(k / 6)
     teacher = torch.tensor([[[[0.5, 0.3, 0.1, 0.1]]]])
     student = torch.tensor([[[[0.4, 0.2, 0.2, 0.2]]]])  # one sure key, then one of three
     assert float(top_k_overlap(teacher, student, 2)) == pytest.approx((1 + 1 / 3) / 2)
-
-
-def test_entropy_of_uniform_attention_is_log_n_and_of_one_key_zero():
-    assert entropy(uniform()).numpy() == pytest.approx(math.log(6))
-    assert entropy(torch.eye(6).expand(5, 2, 6, 6)).tolist() == [0, 0]
 
 
 def test_distance_by_loops_over_rows_and_columns():
@@ -111,46 +104,26 @@ def test_distance_by_loops_over_rows_and_columns():
         apart = math.dist(divmod(query, GRID[1]), divmod(key, GRID[1]))
         expected[head] += float(p[image, head, query, key]) * apart / (5 * 6)
     assert attention_distance(p, GRID).numpy() == pytest.approx(expected)
-    assert attention_distance(p, (3, 2)).numpy() != pytest.approx(expected)
-    for grid in (GRID, (1, 6), (8, 8)):
-        tokens = grid[0] * grid[1]
-        assert attention_distance(torch.eye(tokens).expand(2, 3, tokens, tokens), grid).tolist() == [0, 0, 0]
+    assert attention_distance(torch.eye(64).expand(2, 3, 64, 64), (8, 8)).tolist() == [0, 0, 0]
+    halves = [*similarities(p.float(), p.float()).values(), entropy(p.float()), attention_distance(p.float(), GRID)]
+    assert {value.dtype for value in halves} == {torch.float64}
 
 
-def test_numbers_are_float64_and_do_not_depend_on_the_order_of_images():
-    p, q, order = maps(0), maps(1), torch.tensor([3, 1, 4, 0, 2])
-    for name, value in similarities(p[order], q[order]).items():
-        torch.testing.assert_close(value, similarities(p, q)[name])
-    found = [*similarities(p.float(), q.float()).values(), entropy(p.float()), attention_distance(p.float(), GRID)]
-    assert {value.dtype for value in found} == {torch.float64}
-
-
-@pytest.mark.parametrize(("call", "match"), [
-    (lambda: top_k_overlap(maps(0), maps(1), 0), "top 0 keys of 6; expected 1 to 6"),
-    (lambda: top_k_overlap(maps(0), maps(1), 7), "top 7 keys of 6; expected 1 to 6"),
-    (lambda: attention_distance(maps(0), (2, 2)), "6 tokens do not fill a 2x2 grid"),
-    (lambda: probe.other_images(1, 0), "n is 1; expected at least 2"),
-    (lambda: feature_fit(tokens(0, 5), torch.zeros(40, 4, 3)), "expected the same two or more images"),
-    (lambda: feature_fit(tokens(0, 5), torch.zeros(39, 9, 3)), "expected the same two or more images"),
-])  # fmt: skip
-def test_arguments_that_do_not_fit_are_refused(call, match):
-    with pytest.raises(HasteError, match=match):
-        call()
-
-
-@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("count", [2, 10])
 def test_the_other_image_is_never_the_same_and_every_image_is_one(count):
     other = probe.other_images(count, seed=0).tolist()
     assert sorted(other) == list(range(count))
     assert all(i != o for i, o in enumerate(other))
     assert other == probe.other_images(count, seed=0).tolist()
+    with pytest.raises(HasteError, match="n is 1; expected at least 2"):
+        probe.other_images(1, 0)
 
 
 def tokens(seed, width, images=40, places=9):
     return torch.randn(images, places, width, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_a_linear_map_of_the_tokens_is_explained_whatever_their_scale(scale):
     x = tokens(0, 5)
     assert feature_fit(scale * x, x @ tokens(1, 7, 1, 5)[0] + 3) == pytest.approx(1, abs=1e-6)
@@ -171,18 +144,14 @@ def test_fit_is_the_least_squares_solution_scored_on_images_it_has_not_seen():
 # -- tables of runs ---------------------------------------------------------------------------------------------------
 
 
-def trained_run(overrides, arm):
-    run = Run(config.load("digits", overrides=overrides), arm, 0)
-    fit(run, progress=False)
-    return run
-
-
 @pytest.fixture(scope="module")
 def atta(new_output, tiny_overrides):
     """A trained run whose averaged weights follow the model closely, so that its attention is its own."""
     more = ["train.ema_decay=0.5", "train.steps=8", "train.keep=[]", "analysis.n=20", "analysis.timesteps=[0.1, 0.6]"]
     with new_output():
-        yield trained_run([*tiny_overrides, *more], "atta")
+        run = Run(config.load("digits", overrides=[*tiny_overrides, *more]), "atta", 0)
+        fit(run, progress=False)
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +190,7 @@ def test_a_row_for_each_pair_head_step_and_level(table):
     assert means["teacher", "cross_entropy"] < means["none", "cross_entropy"]
 
 
-def test_the_same_table_again_to_the_bit_and_in_parts_nearly(atta, table, monkeypatch):
-    pd.testing.assert_frame_equal(table, attention_similarity(atta))
+def test_the_table_does_not_depend_on_how_many_maps_fit_into_memory(atta, table, monkeypatch):
     monkeypatch.setattr(probe, "MAP_NUMBERS", 4 * 16**2 * 7)  # seven images at a time
     pd.testing.assert_frame_equal(table, attention_similarity(atta), rtol=1e-12)
 
@@ -294,31 +262,32 @@ UNEQUAL = "teacher.kwargs={img_size: 12, patch_size: 4, in_chans: 1, embed_dim: 
 
 @pytest.mark.filterwarnings("ignore:token grids differ")
 @pytest.mark.parametrize(
-    ("change", "heads", "grid", "teacher_grid"),
+    ("changes", "heads", "grid", "teacher_grid"),
     [
-        ("train.steps=8", [0, 1, 2, 3], (4, 4), (4, 4)),
-        ("alignment.heads=[1, 3]", [1, 3], (4, 4), (4, 4)),
-        (UNEQUAL, [0, 1, 2, 3], (4, 4), (3, 3)),
-        ("arms.atta.model.patch=4", [0, 1, 2, 3], (2, 2), (4, 4)),
+        (["alignment.heads=[1, 3]", "arms.atta.alignment.layer_pairs=[[0, 3]]"], [1, 3], (4, 4), (4, 4)),
+        ([UNEQUAL], [0, 1, 2, 3], (4, 4), (3, 3)),
+        (["arms.atta.model.patch=4"], [0, 1, 2, 3], (2, 2), (4, 4)),
     ],
+    ids=["own pair and heads", "teacher's grid", "arm's grid"],
 )
 def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(
-    output, make_study, change, heads, grid, teacher_grid
+    output, make_study, changes, heads, grid, teacher_grid
 ):
-    study = make_study("train.ema_decay=0.5", "train.keep=[]", "analysis.n=20", "analysis.timesteps=[0.5]", change)
-    run, expects = Run(study, "atta", 0), pytest.warns(UserWarning, match="student 2x2, teacher 4x4")
+    more = ["train.ema_decay=0.5", "train.steps=4", "train.keep=[]", "analysis.n=20", "analysis.timesteps=[0.5]"]
+    run = Run(make_study(*more, *changes), "atta", 0)
+    expects = pytest.warns(UserWarning, match="student 2x2, teacher 4x4")
     with expects if grid == (2, 2) else nullcontext():
         fit(run, progress=False)
-    teacher = find_teacher(study, run.config.teacher)
+    teacher, (student_block, teacher_block) = find_teacher(run.study), run.config.alignment.layer_pairs[-1]
     found = pd.DataFrame(token_maps([run], teacher, [5, 6], count=10))
-    assert list(found["source"].unique()) == ["teacher", "atta"]
-    assert set(found["block"]) == {2}
+    blocks = found.groupby("source", sort=False)["block"].unique().map(list).to_dict()
+    assert blocks == {"teacher": [teacher_block], "atta": [student_block]}
     assert set(found["n"]) == {10}
     sums = found.groupby(["source", "query"])["probability"].agg(["sum", "count"])
     assert sums.to_numpy() == pytest.approx(np.array([[1, 16]] * 4), abs=1e-5)
-    images, labels = (part[:10] for part in open_dataset(study.data).images("test"))
-    coarse = attention_probabilities(*teacher(images, (2,)).qk[2])[:, heads]
-    student = student_maps(run, 2, images, 0.5, labels)[:, heads]
+    images, labels = (part[:10] for part in open_dataset(run.study.data).images("test"))
+    coarse = attention_probabilities(*teacher(images, (teacher_block,)).qk[teacher_block])[:, heads]
+    student = student_maps(run, student_block, images, 0.5, labels)[:, heads]
     target = resample_attention(coarse, teacher_grid, grid).double()
     divergence = (target * (target.log() - student.log())).sum(-1).mean()
     apart = found.groupby("source")["divergence"].first()
@@ -328,23 +297,14 @@ def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(
         expected = resample_attention(p[:1].float(), own, (4, 4))[0, :, 6].mean(0)
         assert shown.to_numpy() == pytest.approx(expected.numpy(), abs=1e-6)
     assert len(figures.attention_maps(found, images[0, 0].numpy()).axes) == 6
-    similarity = attention_similarity(run)
-    assert np.isfinite(similarity["value"]).all()
     assert np.isfinite(cross_effects(run)["value"]).all()
-    shown = head_maps(run, 1, 0, 0.5, 3).groupby("source")["probability"].agg(["sum", "count"])
+    views = {"atta": probe.StudentTeacher(run, every_block=True, n=1)}
+    shown = head_maps(views, "atta", 1, 0, 0.5, 3).groupby("source")["probability"].agg(["sum", "count"])
     assert shown.to_numpy() == pytest.approx(np.array([[1, math.prod(grid)]] * 2), abs=1e-5)
 
 
-def test_token_maps_show_the_block_an_arm_aligns(output, make_study):
-    # An arm may override the pairing; showing another block than the aligned one would mislead.
-    run = Run(make_study("arms.atta.alignment.layer_pairs=[[0, 3]]", "train.keep=[]"), "atta", 0)
-    fit(run, progress=False)
-    found = pd.DataFrame(token_maps([run], find_teacher(run.study, run.config.teacher), [0], count=10))
-    assert found.groupby("source")["block"].first().to_dict() == {"teacher": 3, "atta": 0}
-
-
 def test_teacher_maps_show_every_block(teacher, tiny):
-    found = teacher_maps(teacher, open_dataset(tiny.data), [0, 5, 15])
+    found = teacher_maps(teacher, open_dataset(tiny.data))
     assert list(found["source"].unique()) == [f"block {b}" for b in range(4)]
     assert found.groupby(["source", "query"])["probability"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
     assert (found["divergence"] == 0).all()
@@ -352,7 +312,7 @@ def test_teacher_maps_show_every_block(teacher, tiny):
 
 def test_alignment_brings_attention_closer_to_the_teacher(output, make_study):
     study = make_study(
-        "train.ema_decay=0.5", "train.steps=60", "train.keep=[60]", "train.lr=0.003", "train.checkpoint_every=60",
+        "train.ema_decay=0.5", "train.steps=40", "train.keep=[40]", "train.lr=0.005", "train.checkpoint_every=40",
         "arms.atta.alignment.lambda_attention=5",
     )  # fmt: skip
     runs = [Run(study, arm, 0) for arm in ("vanilla", "atta")]
@@ -363,28 +323,27 @@ def test_alignment_brings_attention_closer_to_the_teacher(output, make_study):
     assert apart["atta"] < 0.7 * apart["vanilla"]
 
 
-def test_head_maps_are_the_students_and_the_teachers_of_one_token(atta, teacher):
-    found = head_maps(atta, block=2, head=3, t=0.6, query=5)
+@pytest.fixture(scope="module")
+def views(atta):
+    return {"atta": probe.StudentTeacher(atta, every_block=True, n=1)}
+
+
+def test_head_maps_are_the_students_and_the_teachers_of_one_token(atta, teacher, views):
+    found = head_maps(views, "atta", block=2, head=3, t=0.6, query=5)
     batch = probe.held_out(atta, 1)
     target = attention_probabilities(*teacher(batch.images, (2,)).qk[2])
     for source, expected in (("student", student_maps(atta, 2, batch.x, 0.6)), ("teacher", target)):
-        chosen = found[found["source"] == source]
-        assert (chosen["row"] * 4 + chosen["column"]).tolist() == list(range(16))
+        chosen = found[found["source"] == f"{source}\nblock 2, head 3"]
+        assert chosen["key"].tolist() == list(range(16))
         assert chosen["probability"].to_numpy() == pytest.approx(expected[0, 3, 5].numpy(), abs=1e-6)
     # A block that is not aligned is compared with the teacher's at its relative depth.
-    first = head_maps(atta, block=0, head=0, t=0.6, query=5)
-    assert first.groupby("source")["block"].first().to_dict() == {"student": 0, "teacher": 0}
-    assert not head_maps(atta, 2, 3, 0.6, 5, step=0).equals(found)
-    for place, message in (
-        ((3, 0, 0.6, 0), "unknown block '3'; .*: 0, 1, 2"),
-        ((0, 0, 0.6, 16), "unknown query '16'"),
-        ((0, 4, 0.6, 0), "unknown head '4'; .*: 0, 1, 2, 3"),
-    ):
-        with pytest.raises(HasteError, match=message):
-            head_maps(atta, *place)
+    first = head_maps(views, "atta", block=0, head=0, t=0.6, query=5)
+    assert set(first["source"]) == {"student\nblock 0, head 0", "teacher\nblock 0, head 0"}
+    with pytest.raises(HasteError, match="block"):
+        head_maps(views, "atta", 3, 0, 0.6, 0)
 
 
-def test_every_table_has_its_picture(atta, table):
+def test_every_table_has_its_picture(atta, table, views):
     similarity, own, effects = (
         rows.assign(arm="atta", seed=0) for rows in (table, head_statistics(atta), cross_effects(atta))
     )
@@ -398,6 +357,6 @@ def test_every_table_has_its_picture(atta, table):
     mean = effects[(effects["measure"] == "jensen_shannon") & (effects["baseline"] == "none")].groupby("step")["value"]
     assert left.lines[0].get_ydata() == pytest.approx(mean.mean().to_numpy())
     assert "R^2" in right.get_ylabel()
-    draw = drawn_from(attention.head_maps_by_arm([atta]), lambda m: figures.query_maps(m, np.zeros((8, 8))))
+    draw = drawn_from(partial(attention.head_maps, views), partial(figures.attention_maps, image=np.zeros((8, 8))))
     picture = draw(arm="atta", block=2, head=0, t=0.6, query=6)
     assert picture.axes[1].patches[0].get_xy() == (1.5, 0.5)

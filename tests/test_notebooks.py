@@ -1,4 +1,7 @@
-"""The notebooks run in batch from top to bottom, leave what they promise, and stop when they are told to."""
+"""The notebooks run in batch from top to bottom, leave what they promise, and stop when they are told to.
+
+A finished study has run 00, 01 and 10 already; the others run on a copy of it.
+"""
 
 from __future__ import annotations
 
@@ -16,44 +19,35 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
-from test_study import copy_of, finished_study, once
+from test_study import copy_of, finished_study
 
 from haste_core.errors import HasteError
 from haste_core.study import config, evaluation, notebook
 from haste_core.study.notebook import BATCH, explore
 from haste_core.study.runs import Run
+from haste_core.study.train import fit
 
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))
-IN_ORDER = ("00_data_and_teacher", "01_train", "02_fid")
-# Each with the tables it leaves beside the report.
+# Number of pictures of the notebooks that a study executes.
+EXECUTED = {"00_data_and_teacher": 2, "01_train_vanilla": 2, "01_train_haste": 2, "10_report": 9}
+SMALL = ["seeds=[0]", "analysis.n=24", "analysis.resamples=20", "analysis.timesteps=[0.1, 0.5]"]
+TWO_ARMS = [*SMALL, "groups={main: [vanilla, haste]}"]
+# Each with its parameters and the tables it leaves beside the report.
 ANALYSES = {
-    "03_gradient_conflict": ("gradient_conflict", "gradient_conflict_online", "online_cost"),
-    "04_representation_similarity": ("similarity", "probing"),
-    "05_attention_similarity": ("attention_similarity", "attention_statistics", "cross_effects"),
-    "06_capacity": ("capacity", "spectrum", "help_consists_of"),
-    "07_termination": ("termination_logs", "termination_sweep"),
-    "08_ablations": ("ablations", "late_gain", "grid"),
-}
+    "03_gradient_conflict": (
+        {"chunks": 2, "arms": ["holistic"]}, ("gradient_conflict", "gradient_conflict_online", "online_cost"),
+    ),
+    "04_representation_similarity": ({"train": 200, "overrides": TWO_ARMS}, ("similarity", "probing")),
+    "05_attention_similarity": (
+        {"levels": [0.5], "overrides": TWO_ARMS}, ("attention_similarity", "attention_statistics", "cross_effects"),
+    ),
+    "06_capacity": ({"arms": ["haste"], "fit_images": 50}, ("capacity", "spectrum", "help_consists_of")),
+    "07_termination": ({}, ("termination_logs", "termination_sweep")),
+    "08_ablations": ({"grid_arms": ["haste"]}, ("ablations", "late_gain", "grid")),
+}  # fmt: skip
 
-pytestmark = pytest.mark.timeout(900)
-together = pytest.mark.xdist_group("notebooks")
-SLOW = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The output folder after 00, 01 and 02, the executed notebooks beside runs/."""
-
-    def run(place):
-        with pytest.MonkeyPatch.context() as patch:
-            set_up(patch, place)
-            for name in IN_ORDER:
-                own = {"01_train": {"arm": "haste", "seeds": [0]}, "02_fid": {"arm": "haste", "seed": 0}}.get(name, {})
-                notebook.execute(name, place / f"{name}.ipynb", {"profile": "smoke", **own})
-                assert kernels() == []
-
-    return once(tmp_path_factory, "notebooks", run)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("notebooks")]
 
 
 def set_up(patch, place):
@@ -63,58 +57,74 @@ def set_up(patch, place):
 
 
 @pytest.fixture
-def executed(folder, monkeypatch):
-    monkeypatch.setenv("HASTE_OUTPUT", str(folder))
-    return folder
+def study(tmp_path_factory, tmp_path, monkeypatch):
+    """A copy of the finished study, where HASTE_OUTPUT points to."""
+    copy = copy_of(finished_study(tmp_path_factory), tmp_path / "copy")
+    set_up(monkeypatch, copy.dir)
+    return copy
 
 
-def code_cells(path):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source]
+@pytest.fixture
+def execute(tmp_path):
+    """A function that runs a notebook at smoke size, checks that it ran through, and returns the executed one."""
+
+    def run(name, **parameters):
+        notebook.execute(name, tmp_path / f"{name}.ipynb", {"profile": "smoke"} | parameters)
+        children = psutil.Process().children(recursive=True)
+        assert not any("ipykernel_launcher" in child.cmdline() for child in children)
+        return Executed(tmp_path / f"{name}.ipynb")
+
+    return run
 
 
-def outputs(path, kind):
-    """The outputs of a kind ("error", "stream", ...) of an executed notebook."""
-    return [output for cell in code_cells(path) for output in cell.outputs if output.output_type == kind]
+class Executed:
+    """An executed notebook, which must have run through."""
 
+    def __init__(self, path):
+        self.cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and c.source]
+        assert all(cell.execution_count for cell in self.cells)
+        self.outputs = [output for cell in self.cells for output in cell.outputs]
+        assert "error" not in {output.output_type for output in self.outputs}
 
-def pictures(path):
-    return [out for cell in code_cells(path) for out in cell.outputs if "image/png" in out.get("data", {})]
+    @property
+    def pictures(self):
+        return len([output for output in self.outputs if "image/png" in output.get("data", {})])
 
-
-def assert_ran_through(path):
-    assert outputs(path, "error") == []
-    assert all(cell.execution_count for cell in code_cells(path))
-
-
-def kernels():
-    """Kernels that this process started and that are still alive."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "ipykernel_launcher" in child.cmdline()]
+    @property
+    def text(self):
+        return "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in self.outputs)
 
 
 # -- each notebook ----------------------------------------------------------------------------------------------------
 
 
-@together
-@pytest.mark.parametrize("name", IN_ORDER)
-def test_a_notebook_runs_from_top_to_bottom_and_shows_its_pictures(executed, name):
-    assert_ran_through(executed / f"{name}.ipynb")
-    assert len(pictures(executed / f"{name}.ipynb")) == 2
+@pytest.mark.parametrize("name", EXECUTED)
+def test_notebooks_of_a_study_ran_from_top_to_bottom_and_show_their_pictures(study, name):
+    executed = Executed(study.report / "notebooks" / f"{name}.ipynb")
+    assert executed.pictures == EXECUTED[name]
+    if name == "01_train_haste":
+        (cell,) = (cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", []))
+        assert {'profile = "smoke"', 'arm = "haste"', "seeds = []"} <= set(cell.source.splitlines())
+        assert str(study.run("haste").dir.relative_to(study.dir)) in executed.text
 
 
-@together
-# One of them is quick.
-@pytest.mark.parametrize("name", ["07_termination", *(pytest.param(n, marks=SLOW) for n in ANALYSES if n[:2] != "07")])
-def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(name, tmp_path, tmp_path_factory, monkeypatch):
-    study = copy_of(finished_study(tmp_path_factory), tmp_path / "output")
-    set_up(monkeypatch, study.dir)
-    small = ["seeds=[0]", "analysis.n=24", "analysis.resamples=20", "analysis.timesteps=[0.1, 0.5]"]
-    smaller = {"chunks": 4} if name.startswith("03") else {"levels": [0.5]} if name.startswith("05") else {}
-    notebook.execute(name, tmp_path / "out.ipynb", {"profile": "smoke", "overrides": small, **smaller})
-    assert_ran_through(tmp_path / "out.ipynb")
-    assert len(pictures(tmp_path / "out.ipynb")) >= 3
-    for table in ANALYSES[name]:
-        stem = study.dir / "reports" / "digits-smoke" / "tables" / table
+@pytest.mark.slow
+def test_the_score_notebook_shows_the_scores_of_every_checkpoint(study, execute):
+    run = study.run("haste")
+    run.evaluation_path.unlink()
+    executed = execute("02_fid", arm="haste", seed=0)
+    assert executed.pictures == 2
+    assert [row["step"] for row in evaluation.rows(run)] == [4, 8, 12]
+    assert all(f"{row['fid']:.4f}"[:4] in executed.text for row in evaluation.rows(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANALYSES)
+def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(study, execute, name):
+    parameters, tables = ANALYSES[name]
+    assert execute(name, **({"overrides": SMALL} | parameters)).pictures >= 3
+    for table in tables:
+        stem = study.report / "tables" / table
         rows, facts = pd.read_csv(f"{stem}.csv"), json.loads(Path(f"{stem}.json").read_text())
         assert len(rows) == facts["rows"] > 0
         assert facts["card"]["analysis"]["n"] == 24
@@ -123,110 +133,51 @@ def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(name, tm
         assert {*rows["arm"], *(rows["baseline"] if table == "late_gain" else ())} == named
 
 
-@together
-def test_a_loop_of_ones_own_runs_through_the_switch(tmp_path, monkeypatch):
-    set_up(monkeypatch, tmp_path)
-    settings = {"profile": "smoke", "steps": 40, "stop_at": 20, "batch_size": 16}
-    notebook.execute("09_your_own_trainer", tmp_path / "out.ipynb", settings)
-    assert_ran_through(tmp_path / "out.ipynb")
-    assert len(pictures(tmp_path / "out.ipynb")) == 2
-    assert kernels() == []
+def test_a_loop_of_ones_own_runs_through_the_switch(study, execute):
+    assert execute("09_your_own_trainer", steps=40, stop_at=20, batch_size=16).pictures == 2
 
 
-@together
-def test_notebooks_leave_networks_a_finished_run_and_its_scores(executed):
-    for network in ("teacher", "extractor"):
-        assert len(list(executed.glob(f"runs/digits/{network}-*/{network}.safetensors"))) == 1
-    facts = json.loads((executed / "runs" / "digits" / "prepared.json").read_text())
-    assert facts["teacher"]["grid"] == [4, 4]
-    assert 0 <= facts["extractor"]["test_accuracy"] <= 1
-    run = Run(config.load("digits", "smoke"), "haste", 0)
-    assert run.steps() == [4, 8, 12]
-    assert [line["phase"] for line in run.metrics()] == [1, 1, 1, 1, 2, 2]
-    printed = "".join(out["text"] for out in outputs(executed / "01_train.ipynb", "stream"))
-    assert str(run.dir) in printed
-    stored = json.loads(run.evaluation_path.read_text())
-    assert sorted(stored["steps"], key=int) == ["4", "8", "12"]
-    shown = "".join(out["data"].get("text/plain", "") for out in outputs(executed / "02_fid.ipynb", "execute_result"))
-    for fingerprint in stored["steps"].values():
-        assert f"{stored['scores'][fingerprint]['fid']:.4f}"[:4] in shown
-
-
-@together
-def test_the_training_notebook_scores_all_seeds_and_leaves_finished_ones_alone(executed, tmp_path, monkeypatch):
-    shutil.copytree(executed / "runs", tmp_path / "runs")
-    set_up(monkeypatch, tmp_path)
-    # Another sampler than in `executed`, so seed 0 is scored again; seed 1 is new.
+@pytest.mark.slow
+def test_the_training_notebook_scores_all_seeds_and_leaves_finished_ones_alone(study, execute, forget_accelerator):
+    # Another sampler than the study's, so seed 0 is scored again; seed 1 is new.
     other = ["sample.solver_steps=3"]
     runs = [Run(config.load("digits", "smoke", other), "haste", seed) for seed in (0, 1)]
     trained = {p: p.stat().st_mtime_ns for p in [*runs[0].dir.glob("checkpoints/*"), runs[0].metrics_path]}
-    given = {"profile": "smoke", "overrides": other, "arm": "haste", "seeds": [0, 1], "score": True}
-    notebook.execute("01_train", tmp_path / "out.ipynb", given)
-    assert_ran_through(tmp_path / "out.ipynb")
+    executed = execute("01_train", overrides=other, arm="haste", seeds=[0, 1], score=True)
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     assert [run.steps() for run in runs] == [[4, 8, 12]] * 2
     rows = [row for run in runs for row in evaluation.rows(run)]
     assert [(row["seed"], row["step"]) for row in rows] == [(seed, step) for seed in (0, 1) for step in (4, 8, 12)]
-    shown = "".join(out["data"].get("text/plain", "") for out in outputs(tmp_path / "out.ipynb", "execute_result"))
-    assert [row["fid"] for row in rows if f"{row['fid']:.4f}"[:4] not in shown] == []
+    assert all(f"{row['fid']:.4f}"[:4] in executed.text for row in rows)
     # Several seeds in one process end in the bits of one alone.
-    alone = tmp_path / "alone"
-    shutil.copytree(executed / "runs", alone / "runs", ignore=shutil.ignore_patterns("haste-*"))
-    monkeypatch.setenv("HASTE_OUTPUT", str(alone))
-    notebook.execute("01_train", tmp_path / "alone.ipynb", given | {"seeds": [1], "score": False})
-    again = Run(runs[1].study, "haste", 1)
-    assert again.load(12)[1]["ema_fingerprint"] == json.loads(runs[1].evaluation_path.read_text())["steps"]["12"]
+    together = json.loads(runs[1].evaluation_path.read_text())["steps"]["12"]
+    shutil.rmtree(runs[1].dir)
+    forget_accelerator()
+    fit(runs[1], progress=False)
+    assert runs[1].load(12)[1]["ema_fingerprint"] == together
 
 
-@together
-def test_an_executed_notebook_holds_its_parameters_and_the_notebooks_stay_without_outputs(executed):
-    (cell,) = (
-        c for c in code_cells(executed / "01_train.ipynb") if "injected-parameters" in c.metadata.get("tags", [])
-    )
-    assert cell.source.splitlines()[1:] == ['profile = "smoke"', 'arm = "haste"', "seeds = [0]"]
-    for name in notebook.notebooks():
-        cells = code_cells(ROOT / "notebooks" / f"{name}.ipynb")
-        assert [cell.outputs for cell in cells] == [[]] * len(cells)
-        assert {cell.execution_count for cell in cells} == {None}
-
-
-@together
-def test_a_notebook_is_found_by_its_path_too(tmp_path, monkeypatch):
-    set_up(monkeypatch, tmp_path)
-    mine = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell("print(size + 1)"),
-        ],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    nbformat.write(mine, tmp_path / "mine.ipynb")
+def test_a_notebook_is_found_by_its_path_too(tmp_path):
+    cells = [nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell("print(size + 1)"))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "mine.ipynb")
     notebook.execute(str(tmp_path / "mine.ipynb"), tmp_path / "deep" / "out.ipynb", {"size": 41})
-    assert [out["text"] for out in outputs(tmp_path / "deep" / "out.ipynb", "stream")] == ["42\n"]
+    assert Executed(tmp_path / "deep" / "out.ipynb").text == "42\n"
 
 
-@pytest.mark.xdist_group("study")
-@pytest.mark.parametrize(
-    ("alone", "runs", "shown"), [pytest.param(False, 5, 9, marks=SLOW), (True, 1, 6)], ids=["all arms", "vanilla alone"]
-)
-def test_the_report_notebook_writes_tables_and_report(tmp_path_factory, tmp_path, monkeypatch, alone, runs, shown):
-    study = copy_of(finished_study(tmp_path_factory), tmp_path / "copy")
+@pytest.mark.slow
+def test_the_report_notebook_reports_plain_training_alone(study, tmp_path, execute):
     shutil.rmtree(study.report)
-    set_up(monkeypatch, study.dir)
-    given = {"profile": "smoke", "overrides": ["seeds=[0]"]}
-    if alone:
-        content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text())
-        content["arms"], content["profiles"]["smoke"]["arms"] = {"vanilla": {}}, {}
-        (tmp_path / "alone.yaml").write_text(yaml.safe_dump(content))
-        given["study"] = str(tmp_path / "alone.yaml")
-    notebook.execute("10_report", tmp_path / "10.ipynb", given)
-    assert_ran_through(tmp_path / "10.ipynb")
-    assert len(pictures(tmp_path / "10.ipynb")) == shown
-    assert len(pd.read_csv(study.report / "tables" / "fid.csv")) == 3 * runs
+    content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text())
+    content["arms"], content["profiles"]["smoke"]["arms"] = {"vanilla": {}}, {}
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(content))
+    executed = execute("10_report", study=str(tmp_path / "alone.yaml"), overrides=["seeds=[0]"])
+    assert executed.pictures == 6
+    assert len(pd.read_csv(study.report / "tables" / "fid.csv")) == 3
     assert "data:image/png;base64," in (study.report / "report.html").read_text()
-    printed = "".join(out["text"] for out in outputs(tmp_path / "10.ipynb", "stream"))
-    assert f"written from {runs} runs" in printed
-    assert str(study.report / "report.html") in printed
+    assert "written from 1 runs" in executed.text
+    assert str(study.report / "report.html") in executed.text
 
 
 # -- figures to move --------------------------------------------------------------------------------------------------
@@ -251,6 +202,7 @@ def test_explore_draws_once_under_papermill_and_anew_with_every_move_of_a_contro
 # -- stopping ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_exits_143_and_leaves_no_kernel(tmp_path, monkeypatch):
     set_up(monkeypatch, tmp_path)
     overrides = ["train.steps=100000", "train.keep=[]", "train.checkpoint_every=100000", "train.sample_every=100000"]

@@ -83,7 +83,7 @@ def test_unbiased_cka_by_the_formula_and_by_all_tuples_of_distinct_images(hsic, 
     assert similarity.linear_cka(x, y) == pytest.approx(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)), rel=1e-10)
 
 
-@pytest.mark.parametrize("k", [2, 5, 23])
+@pytest.mark.parametrize("k", [5, 23])
 def test_cknna_by_loops(k):
     x, y = related()
 
@@ -100,15 +100,12 @@ def test_cknna_by_loops(k):
     assert (similarity.cknna(x, y, k) == pytest.approx(whole, rel=1e-10)) == (k == 23)
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_mutual_knn_by_loops(k):
-    x, y = related()
+def test_mutual_knn_by_loops():
+    (x, y), k = related(), 4
     shared = [len(a & b) / k for a, b in zip(neighbours(x, k), neighbours(y, k), strict=True)]
     assert similarity.mutual_knn(x, y, k) == pytest.approx(np.mean(shared))
     assert similarity.mutual_knn(x, y, 23) == 1
-
-
-def test_equally_near_images_count_in_order():
+    # Equally near images count in order.
     first = similarity.Kernels(torch.ones(5, 2)).neighbours(2).nonzero()[:, 1].reshape(5, 2)
     assert first.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
 
@@ -130,16 +127,13 @@ def test_rotation_scale_and_order_change_nothing_and_equal_features_give_one(nam
 
 
 def test_more_features_than_images_fool_the_biased_cka_alone():
+    assert np.isnan(similarity.linear_cka(torch.ones(8, 3), features(8, 3, 0)))  # features that do not vary
     x, y = features(40, 400, 0), features(40, 400, 1)
     assert similarity.linear_cka_biased(x, y) > 0.85
     assert abs(similarity.linear_cka(x, y)) < 0.1
     # Copies of an image as pairs would put the whole interval far above zero.
     low, high = similarity.cka_interval(x, y, 200, 0.95, 0)
     assert -0.2 < low < 0 < high < 0.2
-
-
-def test_features_that_do_not_vary_have_no_similarity():
-    assert np.isnan(similarity.linear_cka(torch.ones(8, 3), features(8, 3, 0)))
 
 
 @pytest.mark.parametrize(
@@ -164,20 +158,6 @@ def test_resampled_hsic_by_all_tuples_counted_as_drawn():
     weights = torch.cat([weights, torch.ones(1, 7)])
     found = similarity.resampled_hsic(torch.from_numpy(k), torch.from_numpy(m), weights)
     assert found.numpy() == pytest.approx(np.array([hsic_1_by_tuples(k, m, w) for w in weights.numpy()]), rel=1e-9)
-
-
-def test_the_interval_holds_the_true_value_as_often_as_it_says_and_is_no_wider_than_that():
-    x, noise, mix = features(2400, 4, 101), features(2400, 4, 102), features(4, 4, 100)
-    y = x @ mix + noise
-    truth = similarity.linear_cka(x, y)
-    values, bounds = [], []
-    for part, (a, b) in enumerate(zip(x.split(60), y.split(60), strict=True)):
-        values.append(similarity.linear_cka(a, b))
-        bounds.append(similarity.cka_interval(a, b, 100, 0.9, part))
-    low, high = np.array(bounds).T
-    assert ((low < values) & (values < high)).all()
-    assert ((low <= truth) & (truth <= high)).sum() >= 30
-    assert np.mean(high - low) / (2 * 1.645) == pytest.approx(np.std(values), rel=0.4)
 
 
 # -- linear probing ---------------------------------------------------------------------------------------------------
@@ -205,10 +185,6 @@ def test_scale_and_shift_of_a_feature_change_nothing_and_tensors_do_as_well():
     assert 0.4 < plain < 1
     assert similarity.linear_probe(x * scale + shift, y, a * scale + shift, b) == pytest.approx(plain, abs=0.011)
     assert similarity.linear_probe(*map(torch.from_numpy, (x, y, a, b))) == plain
-
-
-def test_a_class_without_training_images_is_refused():
-    x, y = clusters(0)
     with pytest.raises(HasteError, match="trained on 3 classes and tested on 4, of which 1 are new"):
         similarity.linear_probe(x[y > 0], y[y > 0], x, y)
 
@@ -249,7 +225,7 @@ def test_all_pairs_at_one_level_and_the_aligned_one_at_all(table):
     assert (table["value"] < table["high"])[with_interval].all()
 
 
-def test_values_are_those_of_the_features_by_hand(run, table):
+def test_values_are_those_of_the_features_by_hand(run, table, make_study):
     batch, teacher = probe.held_out(run), find_teacher(run.study)
     tapped = probe.student_output(probe.student_at(run, 8), batch.x, 0.6, Taps(depths=(2,)), 0)
     mine, final = tapped.tokens[2].mean(1), teacher(batch.images).tokens.mean(1)
@@ -263,19 +239,9 @@ def test_values_are_those_of_the_features_by_hand(run, table):
         # A mean of permutations of both signs: rounding of the features in float32 is large beside what is left of it.
         baseline = np.mean([similarity.cknna(mine, target[order], 4) for order in orders])
         assert rows.loc["cknna", "baseline"] == pytest.approx(baseline, rel=1e-4)
-
-
-def test_before_training_all_blocks_are_equal(table):
-    first, last = (
-        table[(table["step"] == s) & (table["t"] == 0.6)].groupby(["measure", "teacher_block"])["value"] for s in (0, 8)
-    )
-    assert (first.max() - first.min()).max() < 1e-9
-    assert (last.max() - last.min()).max() > 1e-4
-
-
-def test_a_depth_the_generator_does_not_have_is_its_last(run, make_study):
+    # A depth the generator does not have is its last.
     deep = Run(make_study("arms.vanilla.alignment.depth=9"), "vanilla", 0)
-    assert similarity.aligned_pair(deep, find_teacher(run.study)) == (3, 3)
+    assert similarity.aligned_pair(deep, teacher) == (3, 3)
 
 
 def test_probing_has_a_row_per_step_and_depth_and_one_of_the_teacher(probing):

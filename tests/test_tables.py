@@ -34,21 +34,17 @@ def counting(calls):
     return measure
 
 
-def test_a_table_names_its_runs_and_their_origin(run, tmp_path):
-    found = tables.obtain(tmp_path, "values", counting([]), [run], {"what": "thirds"}, progress=False)
+def test_a_table_names_its_origin_and_is_measured_once_for_the_same_settings(run, tmp_path):
+    calls = []
+    for settings in ({"what": "halves"}, {"what": "thirds"}, {"what": "thirds"}):
+        found = tables.obtain(tmp_path, "values", counting(calls), [run], settings, progress=False)
+    assert len(calls) == 2
     assert list(found.columns) == ["arm", "seed", "step", "value"]
     assert found["value"].tolist() == [0.5, 0.333333]
     facts = json.loads((tmp_path / "values.json").read_text())
     assert facts["runs"]["vanilla seed 0"] == {"hash": run.config.hash, "steps": [4, 8]}
     assert (facts["card"]["what"], facts["card"]["analysis"]["n"]) == ("thirds", 20)
     assert len(facts["commit"]) >= 7
-
-
-def test_a_table_is_measured_once_for_the_same_settings(run, tmp_path):
-    calls = []
-    for settings in ({"n": 1}, {"n": 1}, {"n": 2}):
-        tables.obtain(tmp_path, "values", counting(calls), [run], settings, progress=False)
-    assert len(calls) == 2
 
 
 def test_without_runs_the_table_that_is_there_is_read(run, tmp_path, capsys):

@@ -7,11 +7,9 @@ float64 mean over images and queries, one per head. Student and teacher are comp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,12 +23,13 @@ from torch import Tensor
 from haste_core.alignment import Grid, attention_probabilities, resample_attention, resample_tokens
 from haste_core.analysis import probe
 from haste_core.analysis.probe import StudentTeacher, aligned_heads, layer_pairs, maps_of, other_images, token_grid
-from haste_core.errors import HasteError, unknown
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.runs import Run
-from haste_core.taps import QK, Taps
+from haste_core.taps import Taps
 from haste_core.teacher import Teacher
 
+# Attention maps (n, H, N, N) of images, given their indices (n,).
+Maps = Callable[[Tensor], Tensor]
 # One key in eight of a query counts as its first keys, so that chance is 1/8 on every grid that 8 divides.
 TOP_SHARE = 8
 # Entries of q and k of the student's blocks held in memory at a time.
@@ -63,12 +62,7 @@ def top_k_overlap(teacher: Tensor, student: Tensor, k: int) -> Tensor:
 
     Not in the paper. Chance level: k / N. Keys that tie for the last places count as if drawn among at random, on
     each side by itself, so a uniform map reaches k / N exactly, with itself too.
-
-    Raises:
-        HasteError: there are no k keys.
     """
-    if not 1 <= k <= teacher.shape[-1]:
-        raise HasteError(f"top {k} keys of {teacher.shape[-1]}; expected 1 to {teacher.shape[-1]}")
     return (_among_top(teacher.double(), k) * _among_top(student.double(), k)).sum(-1).mean((0, 2)) / k
 
 
@@ -91,16 +85,9 @@ def _entropies(p: Tensor) -> Tensor:
 def attention_distance(p: Tensor, grid: Grid) -> Tensor:
     """Expected Euclidean distance between a query and the keys it attends to, (H,), in tokens.
 
-    Not in the paper; the mean attention distance of arXiv 2010.11929 with tokens as the unit.
-
-    Args:
-        p: (B, H, N, N). grid: (rows, columns), tokens numbered row by row.
-
-    Raises:
-        HasteError: `grid` does not have N places.
+    Not in the paper; the mean attention distance of arXiv 2010.11929 with tokens as the unit. p is (B, H, N, N) among
+    the tokens of `grid` (rows, columns).
     """
-    if grid[0] * grid[1] != p.shape[-1]:
-        raise HasteError(f"{p.shape[-1]} tokens do not fill a {grid[0]}x{grid[1]} grid; expected rows x columns tokens")
     places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))
     # From differences: the matrix product form leaves distances to oneself that are not 0.
     apart = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
@@ -132,52 +119,36 @@ def attention_similarity(run: Run) -> pd.DataFrame:
         - teacher: the teacher's own map in the student's place, the best value possible. Both 0 as well.
     """
     both = StudentTeacher(run)
-    rows = []
+    same, tokens = torch.arange(len(both.batch.x)), both.grid[0] * both.grid[1]
+    other = other_images(len(same), run.study.analysis.seed)
+    rows: list[dict[str, Any]] = []
+
+    def compare(
+        step: int, t: float, baseline: str, pair: tuple[int, int], student: Maps | None, of: Tensor = same
+    ) -> None:
+        """Add rows of the student's maps (None: the teacher's own) against the teacher's of the images `of`."""
+
+        def measured(images: Tensor) -> dict[str, Tensor]:
+            teacher = both.teacher_maps(pair[1], of[images])[:, both.heads]
+            return similarities(teacher, student(images) if student else teacher)
+
+        facts = {"student_block": pair[0], "teacher_block": pair[1], "baseline": baseline}
+        rows.extend(both.rows(step, t, facts, both.heads, measured))
+
+    def uniform(images: Tensor) -> Tensor:
+        return torch.full((len(images), len(both.heads), tokens, tokens), 1 / tokens, dtype=torch.float64)
+
     for pair in both.pairs:
-        for baseline, values in _references(both, pair[1]).items():
-            rows += _head_rows(values, both.heads, both.facts(0, 0.0) | _named(pair, baseline))
+        compare(0, 0.0, "uniform", pair, uniform)
+        compare(0, 0.0, "teacher", pair, None)
     for step, t in product(both.steps, run.study.analysis.timesteps):
         qk = both.student(step, t, Taps(blocks=both.student_blocks)).qk
         for pair in both.pairs:
-            for baseline, values in _compared(both, qk[pair[0]], pair[1]).items():
-                rows += _head_rows(values, both.heads, both.facts(step, t) | _named(pair, baseline))
+            q, k = (part[:, both.heads] for part in qk[pair[0]])
+            student = partial(maps_of, (q, k))
+            compare(step, t, "none", pair, student)
+            compare(step, t, "shuffled", pair, student, other)
     return pd.DataFrame(rows)
-
-
-def _references(both: StudentTeacher, teacher_block: int) -> dict[str, dict[str, Tensor]]:
-    """Measures (aligned heads,) of uniform attention and of the teacher's own, in the student's place."""
-
-    def one(uniform: bool, images: Tensor) -> dict[str, Tensor]:
-        teacher = both.teacher_maps(teacher_block, images)[:, both.heads]
-        return similarities(teacher, torch.full_like(teacher, 1 / teacher.shape[-1]) if uniform else teacher)
-
-    return {"uniform": both.averaged(partial(one, True)), "teacher": both.averaged(partial(one, False))}
-
-
-def _compared(both: StudentTeacher, student: QK, teacher_block: int) -> dict[str, dict[str, Tensor]]:
-    """Measures (aligned heads,) of a student block (all heads) against the teacher, on the same and other images."""
-    q, k = (part[:, both.heads] for part in student)
-
-    def one(of: Tensor, images: Tensor) -> dict[str, Tensor]:
-        return similarities(both.teacher_maps(teacher_block, of[images])[:, both.heads], maps_of((q, k), images))
-
-    other = other_images(len(q), both.run.study.analysis.seed)
-    return {
-        "none": both.averaged(partial(one, torch.arange(len(q)))),
-        "shuffled": both.averaged(partial(one, other)),
-    }
-
-
-def _named(pair: tuple[int, int], baseline: str) -> dict[str, Any]:
-    return {"student_block": pair[0], "teacher_block": pair[1], "baseline": baseline}
-
-
-def _head_rows(values: dict[str, Tensor], heads: list[int] | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        facts | {"head": head, "measure": name, "value": float(value)}
-        for name, per_head in values.items()
-        for head, value in zip(heads or range(len(per_head)), per_head, strict=True)
-    ]
 
 
 def head_statistics(run: Run) -> pd.DataFrame:
@@ -191,23 +162,24 @@ def head_statistics(run: Run) -> pd.DataFrame:
     """
     both = StudentTeacher(run, every_block=True)
     tokens, depth = both.grid[0] * both.grid[1], run.config.model.depth
+    rows: list[dict[str, Any]] = []
 
-    def of(maps: Callable[[Tensor], Tensor], images: Tensor) -> dict[str, Tensor]:
-        p = maps(images)
-        return {"entropy": entropy(p), "distance": attention_distance(p, both.grid)}
+    def add(step: int, t: float, source: str, block: int, heads: int, maps: Maps) -> None:
+        def measured(images: Tensor) -> dict[str, Tensor]:
+            p = maps(images)
+            return {"entropy": entropy(p), "distance": attention_distance(p, both.grid)}
+
+        rows.extend(both.rows(step, t, {"source": source, "block": block}, range(heads), measured))
 
     uniform = torch.full((1, 1, tokens, tokens), 1 / tokens, dtype=torch.float64)
-    values = of(lambda _: uniform, torch.arange(1))
-    rows = _head_rows(values, [0], both.facts(0, 0.0) | {"source": "uniform", "block": 0})
-    for block in both.teacher.qk:
-        values = both.averaged(partial(of, partial(both.teacher_maps, block)))
-        rows += _head_rows(values, None, both.facts(0, 0.0) | {"source": "teacher", "block": block})
+    add(0, 0.0, "uniform", 0, 1, lambda _: uniform)
+    for block, (q, _) in both.teacher.qk.items():
+        add(0, 0.0, "teacher", block, q.shape[1], partial(both.teacher_maps, block))
     together = max(1, QK_NUMBERS // (2 * len(both.batch.x) * tokens * run.config.model.width))
     groups = [tuple(range(i, min(i + together, depth))) for i in range(0, depth, together)]
     for step, t, group in product(both.steps, run.study.analysis.timesteps, groups):
         for block, qk in both.student(step, t, Taps(blocks=group)).qk.items():
-            values = both.averaged(partial(of, partial(maps_of, qk)))
-            rows += _head_rows(values, None, both.facts(step, t) | {"source": "student", "block": block})
+            add(step, t, "student", block, qk[0].shape[1], partial(maps_of, qk))
     return pd.DataFrame(rows)
 
 
@@ -217,18 +189,8 @@ def feature_fit(student_tokens: Tensor, teacher_tokens: Tensor) -> float:
     Not in the paper. Ridge regression in float64 with an intercept, one map for all places, fitted on the images at
     even places of the batch and scored on the others; 0 is reached by the mean of the scored tokens, and a map that
     fits worse than that is negative. R^2 is over all features together: 1 - sum of squares left / sum of squares.
-
-    Args:
-        student_tokens: (B, N, D) on the teacher's grid. teacher_tokens: (B, N, D').
-
-    Raises:
-        HasteError: images or tokens differ, or there are fewer than two images.
+    Tokens are (B, N, D) and (B, N, D') on the same grid.
     """
-    if student_tokens.shape[:2] != teacher_tokens.shape[:2] or len(student_tokens) < 2:
-        raise HasteError(
-            f"student tokens {tuple(student_tokens.shape)} and teacher tokens {tuple(teacher_tokens.shape)}; "
-            "expected the same two or more images and the same token grid"
-        )
     (x, y), (x_scored, y_scored) = (
         tuple(tokens[half::2].flatten(0, 1).double().numpy() for tokens in (student_tokens, teacher_tokens))
         for half in (0, 1)
@@ -251,26 +213,19 @@ def cross_effects(run: Run) -> pd.DataFrame:
         map of noised patches and places.
     """
     both, settings = StudentTeacher(run), run.study.analysis
+    keys = ["step", "t", "n", "measure", "baseline"]
+    attention = attention_similarity(run).groupby(keys, sort=False)["value"].mean().reset_index()
     depth = min(run.config.alignment.depth, run.config.model.depth)
     theirs, other = both.teacher.tokens, other_images(len(both.batch.x), settings.seed)
-    rows = _mean_rows([_references(both, block) for _, block in both.pairs], both.facts(0, 0.0))
+    rows = []
     for step, t in product(both.steps, settings.timesteps):
-        tapped, facts = both.student(step, t, Taps((depth,), both.student_blocks)), both.facts(step, t)
-        rows += _mean_rows([_compared(both, tapped.qk[block], teacher) for block, teacher in both.pairs], facts)
-        mine = resample_tokens(tapped.tokens[depth], both.grid, both.teacher_grid)
-        facts |= {"n": len(theirs) // 2, "side": "features", "measure": "r2"}
-        rows.append(facts | {"baseline": "none", "value": feature_fit(mine, theirs)})
-        rows.append(facts | {"baseline": "shuffled", "value": feature_fit(mine, theirs[other])})
-    return pd.DataFrame(rows)
-
-
-def _mean_rows(pairs: list[dict[str, dict[str, Tensor]]], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        facts
-        | {"side": "attention", "measure": measure, "baseline": baseline}
-        | {"value": float(torch.stack([pair[baseline][measure] for pair in pairs]).mean())}
-        for baseline, measures in pairs[0].items()
-        for measure in measures
+        mine = resample_tokens(both.student(step, t, Taps((depth,))).tokens[depth], both.grid, both.teacher_grid)
+        for baseline, tokens in (("none", theirs), ("shuffled", theirs[other])):
+            rows.append((step, t, len(theirs) // 2, "r2", baseline, feature_fit(mine, tokens)))
+    features = pd.DataFrame(rows, columns=[*keys, "value"])
+    both_sides = pd.concat([attention.assign(side="attention"), features.assign(side="features")])
+    return both_sides.sort_values(["step", "t"], kind="stable", ignore_index=True)[
+        ["step", "t", "n", "side", "measure", "baseline", "value"]
     ]
 
 
@@ -281,22 +236,18 @@ def middle_tokens(grid: Grid) -> list[int]:
     return [r * grid[1] + c for r, c in places]
 
 
-def teacher_maps(teacher: Teacher, dataset: Dataset, queries: list[int] | None = None, index: int = 0) -> pd.DataFrame:
-    """Attention of chosen tokens of one held-out image in every block of the teacher, averaged over heads.
-
-    Args:
-        teacher, dataset: the network and its images. queries: tokens; `middle_tokens` by default. index: of the image.
+def teacher_maps(teacher: Teacher, dataset: Dataset) -> pd.DataFrame:
+    """Attention of the middle tokens of the first held-out image in every block of the teacher, averaged over heads.
 
     Returns:
-        Columns: source ("block 0", ...), query, key, probability, divergence (0: there is nothing to compare with).
+        Columns: source ("block 0", ...), divergence (0: there is nothing to compare with), query, key, probability.
     """
-    images = dataset.images("test", index + 1)[0][index:].to(teacher.mean.device)
-    found = teacher(images, tuple(range(teacher.blocks))).qk
+    images = dataset.images("test", 1)[0].to(teacher.mean.device)
     rows: list[dict[str, Any]] = []
-    for block, qk in sorted(found.items()):
+    for block, qk in sorted(teacher(images, tuple(range(teacher.blocks))).qk.items()):
         facts = {"source": f"block {block}", "divergence": 0.0}
-        rows += _map_rows(attention_probabilities(*qk).cpu(), queries or middle_tokens(teacher.grid), facts)
-    return pd.DataFrame(rows)[["source", "query", "key", "probability", "divergence"]]
+        rows += _map_rows(attention_probabilities(*qk).cpu(), middle_tokens(teacher.grid), facts)
+    return pd.DataFrame(rows)
 
 
 def token_maps(
@@ -314,7 +265,7 @@ def token_maps(
         queries: tokens of the study's generator; `middle_tokens` by default. t: noise level. count: images.
 
     Returns:
-        Rows: source ("teacher" or the arm), seed, step, block (from 0), t, query, key, probability, divergence, n.
+        Rows: source ("teacher" or the arm), seed, step, block (from 0), t, n, divergence, query, key, probability.
     """
     study, tiny = runs[0].study, torch.finfo(torch.float32).tiny
     x, labels, images, _ = open_dataset(study.data).examples("test", count)
@@ -323,11 +274,14 @@ def token_maps(
     pairs = [layer_pairs(run, teacher)[-1] for run in runs]
     found = teacher(images.to(teacher.mean.device), tuple(sorted({t for _, t in pairs}))).qk
     targets = {block: attention_probabilities(*qk).cpu() for block, qk in found.items()}
-    first, facts = pairs[0][1], {"t": t, "n": len(images)}
-    shown = resample_attention(targets[first][:1, aligned_heads(runs[0], teacher)], teacher.grid, shown_grid)
-    rows = _map_rows(
-        shown, queries, {"source": "teacher", "seed": 0, "step": 0, "block": first, **facts, "divergence": 0.0}
-    )
+    rows: list[dict[str, Any]] = []
+
+    def add(shown: Tensor, grid: Grid, source: str, seed: int, step: int, block: int, divergence: float) -> None:
+        facts = {"source": source, "seed": seed, "step": step, "block": block, "t": t, "n": len(images)}
+        maps = resample_attention(shown[:1], grid, shown_grid)
+        rows.extend(_map_rows(maps, queries, facts | {"divergence": divergence}))
+
+    add(targets[pairs[0][1]][:, aligned_heads(runs[0], teacher)], teacher.grid, "teacher", 0, 0, pairs[0][1], 0.0)
     for run, (student_block, teacher_block) in zip(runs, pairs, strict=True):
         step, heads, grid = run.config.train.steps, aligned_heads(run, teacher), token_grid(run.config.model, x)
         taps = Taps(blocks=(student_block,))
@@ -335,14 +289,13 @@ def token_maps(
         student = attention_probabilities(*tapped.qk[student_block])[:, heads]
         target = resample_attention(targets[teacher_block][:, heads], teacher.grid, grid)
         apart = float((target * (target.clamp_min(tiny).log() - student.clamp_min(tiny).log())).sum(-1).mean())
-        whose = {"source": run.arm, "seed": run.seed, "step": step, "block": student_block}
-        shown = resample_attention(student[:1], grid, shown_grid)
-        rows += _map_rows(shown, queries, whose | facts | {"divergence": apart})
+        add(student, grid, run.arm, run.seed, step, student_block, apart)
     return rows
 
 
-def _map_rows(probabilities: Tensor, queries: list[int], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    mean = probabilities[0].mean(0)
+def _map_rows(maps: Tensor, queries: list[int], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the first image's maps (B, H, N, N), averaged over heads."""
+    mean = maps[0].mean(0)
     return [
         facts | {"query": query, "key": key, "probability": float(value)}
         for query in queries
@@ -351,68 +304,26 @@ def _map_rows(probabilities: Tensor, queries: list[int], facts: dict[str, Any]) 
 
 
 def head_maps(
-    run: Run, block: int, head: int, t: float, query: int, step: int | None = None, image: int = 0
+    views: Mapping[str, StudentTeacher], arm: str, block: int, head: int, t: float, query: int
 ) -> pd.DataFrame:
-    """Attention of one token of a held-out image, in one head of the student and in the same head of the teacher.
+    """Attention of one token of the first held-out image, in one head of the student and in that of the teacher.
 
-    The teacher's block is the one `block` is aligned with; for other blocks the one at the same relative depth. The
-    student's q and k of a step and noise level are cached, so that another block, head or token takes no new pass.
+    The teacher's block is the one `block` is aligned with; for other blocks the one at the same relative depth.
 
     Args:
-        run: whose student. block, head: from 0; head of both. t: noise level. query: token, row by row.
-        step: the last one by default. image: index of the held-out image.
+        views: by arm, with every block of the teacher. block, head: from 0; head of both. t: noise level. query: token.
 
     Returns:
-        source (student, teacher), step, t, image, block, head, query, row, column (of the key on the student's grid),
+        Columns: source (student or teacher with block and head), divergence (0), query, key (on the student's grid),
         probability.
-
-    Raises:
-        HasteError: there is no such block, head or token.
     """
-    step = run.config.train.steps if step is None else step
-    both, qk = _student_qk(_View(run.dir, step, t, image, run))
-    rows, columns = both.grid
-    heads = min(run.config.model.heads, both.teacher.qk[0][0].shape[1])
-    for name, value, count in (("block", block, len(qk)), ("head", head, heads), ("query", query, rows * columns)):
-        if value not in range(count):
-            raise unknown(name, value, range(count))
-    partner = dict(both.pairs).get(block, round(block * (len(both.teacher.qk) - 1) / max(1, len(qk) - 1)))
-    chosen = torch.tensor([image])
-    maps = {"student": (block, maps_of(qk[block], chosen)), "teacher": (partner, both.teacher_maps(partner, chosen))}
-    facts = {"step": step, "t": t, "image": image, "head": head, "query": query}
-    return pd.DataFrame(
-        {
-            "source": source,
-            "block": at,
-            **facts,
-            "row": key // columns,
-            "column": key % columns,
-            "probability": float(p),
-        }
-        for source, (at, found) in maps.items()
-        for key, p in enumerate(found[0, head, query])
-    )
-
-
-def head_maps_by_arm(runs: Sequence[Run]) -> Callable[..., pd.DataFrame]:
-    """`head_maps` with the name of an arm in place of its run, for a menu; `runs` hold each arm once."""
-    arms = {run.arm: run for run in runs}
-    return lambda arm, **place: head_maps(arms[arm], **place)
-
-
-@dataclass(frozen=True)
-class _View:
-    """Key of the cache of `_student_qk`; two runs of one folder are the same."""
-
-    folder: Path
-    step: int
-    t: float
-    image: int
-    run: Run = field(compare=False)
-
-
-@lru_cache(maxsize=16)
-def _student_qk(view: _View) -> tuple[StudentTeacher, Mapping[int, QK]]:
-    both = StudentTeacher(view.run, every_block=True, n=view.image + 1)
-    blocks = tuple(range(view.run.config.model.depth))
-    return both, both.student(view.step, view.t, Taps(blocks=blocks)).qk
+    both, image = views[arm], torch.tensor([0])
+    last, depth = len(both.teacher.qk) - 1, both.run.config.model.depth
+    partner = dict(both.pairs).get(block, round(block * last / max(1, depth - 1)))
+    qk = both.student(both.run.config.train.steps, t, Taps(blocks=(block,))).qk[block]
+    maps = (("student", block, maps_of(qk, image)), ("teacher", partner, both.teacher_maps(partner, image)))
+    rows: list[dict[str, Any]] = []
+    for source, at, found in maps:
+        facts = {"source": f"{source}\nblock {at}, head {head}", "divergence": 0.0}
+        rows += _map_rows(found[:, [head]], [query], facts)
+    return pd.DataFrame(rows)

@@ -9,7 +9,9 @@ and its error is split by frequency.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 from haste_core.alignment import Grid, resample_tokens
 from haste_core.analysis import probe
 from haste_core.errors import HasteError
+from haste_core.models import DiffusionTransformer
 from haste_core.sampling import to_uint8
 from haste_core.study.data import open_dataset
 from haste_core.study.pretrain import find_teacher
@@ -46,13 +49,10 @@ Measure = Callable[[np.ndarray], float]
 
 
 def effective_rank(features: np.ndarray) -> float:
-    """exp of the entropy of the normalised singular values of the centred features; between 1 and min(n - 1, d).
+    """exp of the entropy of the normalised singular values of centred features (n, d); between 1 and min(n - 1, d).
 
     Roy & Vetterli (EUSIPCO 2007), of the singular values themselves, not of their squares, the eigenvalues of the
     covariance. 0 if all rows are equal.
-
-    Args:
-        features: (n, d).
     """
     return float(_effective_rank(_singular_values(features)))
 
@@ -66,25 +66,22 @@ def participation_ratio(features: np.ndarray) -> float:
     return float(power.sum() ** 2 / (power**2).sum()) if power.any() else 0.0
 
 
-def two_nn(features: np.ndarray, discarded: float = DISCARDED) -> float:
+def two_nn(features: np.ndarray) -> float:
     """Intrinsic dimension of features (n, d) from the distances to the two nearest neighbours.
 
     Facco et al. (Sci. Rep. 7, 2017): with mu = r2 / r1, -log(1 - F(mu)) = dimension * log mu; the slope through the
     origin over the points of smallest mu. F of the i-th smallest of n is i / n. Independent of centring.
 
-    Equal rows count once, since a distance of 0 carries no information on the dimension. NaN with fewer than three
-    distinct rows; infinite if all distances are equal.
-
-    Args:
-        features: (n, d).
-        discarded: share of points with the largest mu, the noisiest, that the fit leaves out, in [0, 1).
+    The fit leaves out the share `DISCARDED` of points with the largest mu, the noisiest. Equal rows count once, since
+    a distance of 0 carries no information on the dimension. NaN with fewer than three distinct rows; infinite if all
+    distances are equal.
     """
     distinct = np.unique(np.asarray(features, dtype=np.float64), axis=0)
     if len(distinct) < 3:
         return math.nan
     near = np.partition(cdist(distinct, distinct), (1, 2), axis=1)[:, 1:3]
     log_mu = np.sort(np.log(near[:, 1] / near[:, 0]))
-    kept = max(1, min(int(len(log_mu) * (1 - discarded)), len(log_mu) - 1))  # at i = n the left side is infinite
+    kept = max(1, min(int(len(log_mu) * (1 - DISCARDED)), len(log_mu) - 1))  # at i = n the left side is infinite
     x, y = log_mu[:kept], -np.log1p(-np.arange(1, kept + 1) / len(log_mu))
     return float(x @ y / (x @ x)) if x.any() else math.inf
 
@@ -93,11 +90,8 @@ def matrix_entropy(features: np.ndarray) -> float:
     """Matrix-based Renyi entropy of order 1 in nats, between 0 (one direction) and log min(n, d).
 
     Giraldo et al. (IEEE Trans. Inf. Theory 61, 2015) with the linear kernel: von Neumann's entropy of the Gram matrix
-    of the L2-normalised rows divided by its trace. Not centred: a direction that all rows share lowers it. Rows of
-    length zero have no direction and are left out; NaN if no other is left.
-
-    Args:
-        features: (n, d).
+    of the L2-normalised rows of features (n, d) divided by its trace. Not centred: a direction that all rows share
+    lowers it. Rows of length zero have no direction and are left out; NaN if no other is left.
     """
     features = np.asarray(features, dtype=np.float64)
     lengths = np.linalg.norm(features, axis=1)
@@ -148,18 +142,18 @@ def measures(k: int = NEIGHBOURS) -> dict[str, Measure]:
         "participation_ratio": participation_ratio,
         "two_nn": two_nn,
         "matrix_entropy": matrix_entropy,
-        "local_rank": lambda features: local_rank(features, k),
+        "local_rank": partial(local_rank, k=k),
     }
 
 
-def interval(features: np.ndarray, measure: Measure, confidence: float, groups: int = GROUPS) -> tuple[float, float]:
+def interval(features: np.ndarray, measure: Measure, confidence: float) -> tuple[float, float]:
     """Confidence interval of a measure over rows (n, d), by the jackknife that leaves out one group of rows at a time.
 
     Not a bootstrap: drawing with replacement repeats rows, which lowers every rank and puts nearest neighbours at
-    distance zero. Row i belongs to group i modulo `groups`; Student's t with groups - 1 degrees of freedom around the
-    value of all rows. NaN if a value is not finite.
+    distance zero. Row i belongs to group i modulo `GROUPS`; Student's t with one degree of freedom less than groups
+    around the value of all rows. NaN if a value is not finite.
     """
-    groups = min(groups, len(features))
+    groups = min(GROUPS, len(features))
     group = np.arange(len(features)) % groups
     left = np.array([measure(features[group != g]) for g in range(groups)])
     error = math.sqrt((groups - 1) * left.var()) * student_t.ppf((1 + confidence) / 2, groups - 1)
@@ -181,14 +175,12 @@ def one_per_image(tokens: Tensor, grid: Grid, seed: int) -> np.ndarray:
     return tokens[torch.arange(len(tokens)), place[:, 0] * grid[1] + place[:, 1]].double().numpy()
 
 
-def teacher_tokens(teacher: Teacher, images: Tensor, block: int) -> Tensor:
-    """Patch tokens (n, N, D) float32 on the CPU after a block of the teacher.
+def teacher_tokens(teacher: Teacher, block: int, batch: Batch, seed: int = 0) -> Tensor:
+    """Patch tokens (n, N, D) float32 on the CPU after a block of the teacher, which sees clean images under any seed.
 
-    Args:
-        teacher: frozen. images: (n, C, S, S) in [-1, 1].
-        block: from 0; `teacher.blocks` is one more, the tokens after the final norm, with which students are aligned.
+    Blocks count from 0; `teacher.blocks` is one more: the tokens after the final norm, with which students are aligned.
     """
-    parts = (part.to(teacher.mean.device) for part in images.split(probe.BATCH))
+    parts = (part.to(teacher.mean.device) for part in batch.images.split(probe.BATCH))
     if block == teacher.blocks:
         found = [teacher(part).tokens for part in parts]
     else:
@@ -196,24 +188,35 @@ def teacher_tokens(teacher: Teacher, images: Tensor, block: int) -> Tensor:
     return torch.cat([tokens.float().cpu() for tokens in found])
 
 
-def student_tokens(model: Any, x: Tensor, t: float, block: int, seed: int) -> Tensor:
-    """Patch tokens (n, N, D) float32 on the CPU after a block of the generator (from 0), by `probe.student_output`."""
-    return probe.student_output(model, x, t, Taps(depths=(block + 1,)), seed).tokens[block + 1]
+class Block(NamedTuple):
+    """A block of teacher or student: columns that name it, its token grid, and its tokens of a batch under a seed."""
+
+    facts: dict[str, Any]
+    grid: Grid
+    tokens: Callable[[Batch, int], Tensor]
 
 
-def _teacher_blocks(teacher: Teacher) -> Iterator[dict[str, Any]]:
+def blocks(run: Run, steps: Sequence[int] | None, timesteps: Sequence[float]) -> Iterator[Block]:
+    """Every block of a run's teacher, then of its student by step and noise level.
+
+    Args:
+        run: finished. steps: of the student, 0 for the untrained network; by default 0 and every kept one.
+        timesteps: noise levels of the student's input in [0, 1]. The teacher sees clean images.
+    """
+    teacher = find_teacher(run.study, run.config.teacher)
     for block in range(teacher.blocks + 1):
-        yield {"step": 0, "t": 0.0, "who": "teacher", "block": block, "blocks": teacher.blocks + 1}
-
-
-def _student_blocks(
-    run: Run, steps: Sequence[int] | None, timesteps: Sequence[float]
-) -> Iterator[tuple[dict[str, Any], Any]]:
+        facts = {"step": 0, "t": 0.0, "who": "teacher", "block": block, "blocks": teacher.blocks + 1}
+        yield Block(facts, teacher.grid, partial(teacher_tokens, teacher, block))
     for step in [0, *run.config.train.kept_steps] if steps is None else steps:
         model = probe.student_at(run, step)
-        for t in timesteps:
-            for block in range(len(model.blocks)):
-                yield {"step": step, "t": t, "who": "student", "block": block, "blocks": len(model.blocks)}, model
+        for t, block in product(timesteps, range(len(model.blocks))):
+            facts = {"step": step, "t": t, "who": "student", "block": block, "blocks": len(model.blocks)}
+            yield Block(facts, model.grid, partial(student_tokens, model, t, block))
+
+
+def student_tokens(model: DiffusionTransformer, t: float, block: int, batch: Batch, seed: int) -> Tensor:
+    """Patch tokens (n, N, D) float32 on the CPU after a block (from 0) of a generator at noise level t."""
+    return probe.student_output(model, batch.x, t, Taps(depths=(block + 1,)), seed).tokens[block + 1]
 
 
 def token_capacity(
@@ -222,10 +225,7 @@ def token_capacity(
     """Every measure of the tokens after each block of the student over training, and of its teacher.
 
     Args:
-        run: finished.
-        steps: of the student, 0 for the untrained network; by default 0 and every kept one.
-        timesteps: noise levels of the student's input in [0, 1], by default the study's. The teacher sees clean images.
-        k: neighbours of `local_rank`.
+        run, steps, timesteps: as of `blocks`; noise levels are the study's by default. k: neighbours of `local_rank`.
 
     Returns:
         step, t (0 and 0.0 for the teacher, which is frozen and sees no noise), who ("student" or "teacher"), block
@@ -234,41 +234,20 @@ def token_capacity(
         dimensions in directions, matrix_entropy in nats), low, high (`interval`; NaN for local_rank, which is too slow
         to repeat), n (rows: held-out images), width (d), k.
     """
-    study, seed = run.study, run.study.analysis.seed
-    batch, teacher = probe.held_out(run), find_teacher(run.study, run.config.teacher)
-    rows: list[dict[str, Any]] = []
-
-    def add(tokens: Tensor, grid: Grid, facts: Mapping[str, Any]) -> None:
-        kinds = {"tokens": one_per_image(tokens, grid, seed), "patch mean": tokens.double().mean(1).numpy()}
-        for kind, features in kinds.items():
-            for name, of in measures(k).items():
-                low, high = (
-                    (math.nan, math.nan) if name == "local_rank" else interval(features, of, study.analysis.confidence)
-                )
-                found = {"measure": name, "value": of(features), "low": low, "high": high}
-                size = {"n": len(features), "width": features.shape[1], "k": k}
-                rows.append({**facts, "kind": kind, **found, **size})
-
-    for facts in _teacher_blocks(teacher):
-        add(teacher_tokens(teacher, batch.images, facts["block"]), teacher.grid, facts)
-    for facts, model in _student_blocks(run, steps, study.analysis.timesteps if timesteps is None else timesteps):
-        add(student_tokens(model, batch.x, facts["t"], facts["block"], seed), model.grid, facts)
+    analysis, batch, rows = run.study.analysis, probe.held_out(run), []
+    for facts, grid, tokens_of in blocks(run, steps, analysis.timesteps if timesteps is None else timesteps):
+        tokens = tokens_of(batch, analysis.seed)
+        kinds = {"tokens": one_per_image(tokens, grid, analysis.seed), "patch mean": tokens.double().mean(1).numpy()}
+        for (kind, features), (name, of) in product(kinds.items(), measures(k).items()):
+            ends = (math.nan, math.nan) if name == "local_rank" else interval(features, of, analysis.confidence)
+            found = {"kind": kind, "measure": name, "value": of(features), "low": ends[0], "high": ends[1]}
+            rows.append(facts | found | {"n": len(features), "width": features.shape[1], "k": k})
     return pd.DataFrame(rows)
 
 
 def to_patches(images: Tensor, grid: Grid) -> Tensor:
-    """Images (n, C, H, W) as (n, N, C p q): for each token of `grid`, row by row, the area of the image it covers.
-
-    Raises:
-        HasteError: height and width are not multiples of rows and columns.
-    """
-    (height, width), (rows, columns) = images.shape[-2:], grid
-    if height % rows or width % columns:
-        raise HasteError(
-            f"a {rows}x{columns} grid of tokens does not divide images of {height}x{width}; expected sides that are "
-            "multiples of rows and columns"
-        )
-    size = (height // rows, width // columns)
+    """Images (n, C, H, W) as (n, N, C p q): for each token of `grid`, row by row, the area of the image it covers."""
+    size = (images.shape[-2] // grid[0], images.shape[-1] // grid[1])
     return F.unfold(images, size, stride=size).transpose(1, 2)
 
 
@@ -295,16 +274,13 @@ class Readout(NamedTuple):
 
 
 def fit_readout(tokens: Tensor, images: Tensor, grid: Grid, strengths: Sequence[float] = STRENGTHS) -> Readout:
-    """Ridge regression from each token to its own patch, one map for all places, in closed form.
+    """Ridge regression from each token (n, N, D) to its own patch of images (n, C, H, W), in closed form.
 
-    The strength is the one of `strengths` with the least squared error on the last fifth of the images, fitted on the
-    others; then all images are fitted with it.
-
-    Args:
-        tokens: (n, N, D). images: (n, C, H, W). grid: of the tokens.
+    One map for all places. The strength is the one of `strengths` with the least squared error on the last fifth of the
+    images, fitted on the others; then all images are fitted with it.
 
     Raises:
-        HasteError: fewer than 5 images, or a grid that does not divide them.
+        HasteError: fewer than 5 images.
     """
     if len(tokens) < 5:
         raise HasteError(f"a readout of {len(tokens)} images; expected 5 or more, the last fifth to choose the ridge")
@@ -330,7 +306,7 @@ def _solutions(tokens: Tensor, images: Tensor, grid: Grid, strengths: Sequence[f
     ]
 
 
-def band_energies(images: Tensor, edges: Sequence[float] = EDGES) -> np.ndarray:
+def band_energies(images: Tensor) -> np.ndarray:
     """Energy of images (n, C, H, W) per radial band, (n, bands) float64, summed over channels.
 
     Of the orthonormal 2-D Fourier transform, so that the bands of an image sum to its sum of squares. The radius is
@@ -339,8 +315,8 @@ def band_energies(images: Tensor, edges: Sequence[float] = EDGES) -> np.ndarray:
     """
     power = torch.fft.fft2(images.double(), norm="ortho").abs().square().sum(1)
     fy, fx = (np.fft.fftfreq(size) * 2 for size in images.shape[-2:])
-    band = torch.from_numpy(np.digitize(np.hypot(fy[:, None], fx[None]), edges[1:-1]))
-    return torch.stack([power[:, band == b].sum(-1) for b in range(len(edges) - 1)], 1).numpy()
+    band = torch.from_numpy(np.digitize(np.hypot(fy[:, None], fx[None]), EDGES[1:-1]))
+    return torch.stack([power[:, band == b].sum(-1) for b in range(len(EDGES) - 1)], 1).numpy()
 
 
 def relative_error(images: Tensor, reconstructed: Tensor, mean: Tensor) -> np.ndarray:
@@ -358,44 +334,27 @@ def relative_error(images: Tensor, reconstructed: Tensor, mean: Tensor) -> np.nd
     return np.divide(lost, there, out=np.full_like(lost, np.nan), where=there > 0)
 
 
-class Sides(NamedTuple):
-    """Training and held-out images of a run, as the generator models them (x) and as the teacher sees them (images)."""
-
-    fit: Batch
-    held_out: Batch
+def fit_and_test_images(run: Run, fit_images: int = FIT_IMAGES) -> tuple[Batch, Batch]:
+    """First `fit_images` training images of a run, or all there are, and its held-out ones, without augmentation."""
+    return open_dataset(run.config.data).examples("train", fit_images), probe.held_out(run)
 
 
-def sides(run: Run, fit_images: int = FIT_IMAGES) -> Sides:
-    """First `fit_images` training images and the study's held-out ones (`analysis.n`), without augmentation."""
-    return Sides(open_dataset(run.config.data).examples("train", fit_images), probe.held_out(run))
+def read(block: Block, images: tuple[Batch, Batch], seed: int) -> tuple[Readout, Tensor]:
+    """Readout of a block, fitted on the first batch, and its reconstruction of the clean x of the second.
 
-
-def read_teacher(teacher: Teacher, block: int, images: Sides) -> tuple[Readout, Tensor]:
-    """Readout of a teacher's block (see `teacher_tokens`) and its reconstruction of the held-out x.
-
-    If the teacher's grid does not divide x (14x14 tokens beside latents of 32x32), the tokens are first resampled to
-    the next finer grid that does, bilinear, as in alignment (Tables 11 and 12, arXiv 2505.16792).
+    Both get different noise. If the grid does not divide x (14x14 tokens beside latents of 32x32), the tokens are first
+    resampled to the next finer grid that does, bilinear, as in alignment (Tables 11 and 12, arXiv 2505.16792).
     """
-    x = images.fit.x
-    grid = (_dividing(x.shape[-2], teacher.grid[0]), _dividing(x.shape[-1], teacher.grid[1]))
-    parts = [resample_tokens(teacher_tokens(teacher, side.images, block), teacher.grid, grid) for side in images]
-    readout = fit_readout(parts[0], x, grid)
-    return readout, readout.reconstruct(parts[1])
+    x = images[0].x
+    grid = (_dividing(x.shape[-2], block.grid[0]), _dividing(x.shape[-1], block.grid[1]))
+    fitted, fresh = (resample_tokens(block.tokens(batch, seed + i), block.grid, grid) for i, batch in enumerate(images))
+    readout = fit_readout(fitted, x, grid)
+    return readout, readout.reconstruct(fresh)
 
 
 def _dividing(size: int, count: int) -> int:
     """Smallest divisor of `size` that is not below `count`, or `size` itself."""
     return next((n for n in range(count, size) if size % n == 0), size)
-
-
-def read_student(model: Any, block: int, images: Sides, t: float, seed: int) -> tuple[Readout, Tensor]:
-    """Readout of a generator's block (from 0) at noise level t, and its reconstruction of the held-out x.
-
-    The target is the clean x; training and held-out images get different noise.
-    """
-    fitted, fresh = (student_tokens(model, side.x, t, block, seed + i) for i, side in enumerate(images))
-    readout = fit_readout(fitted, images.fit.x, model.grid)
-    return readout, readout.reconstruct(fresh)
 
 
 def band_errors(
@@ -407,9 +366,7 @@ def band_errors(
     the latent grid.
 
     Args:
-        run: finished.
-        steps: of the student, 0 for the untrained network; by default 0 and every kept one.
-        t: noise level of the student's input in [0, 1], the study's lowest by default. The teacher sees clean images.
+        run, steps: as of `blocks`. t: noise level of the student's input in [0, 1], the study's lowest by default.
         fit_images: training images that readouts are fitted on, the first of the split, or all there are.
 
     Returns:
@@ -417,38 +374,27 @@ def band_errors(
         tokens after the norm), blocks (how many there are of it), band_low, band_high (fractions of Nyquist),
         relative_error (in [0, about 1]), strength (of the ridge, see `STRENGTHS`), n (held-out images).
     """
-    level = min(run.study.analysis.timesteps) if t is None else t
-    images, teacher = sides(run, fit_images), find_teacher(run.study, run.config.teacher)
-    x, rows = images.held_out.x, []
-
-    def add(facts: Mapping[str, Any], readout: Readout, reconstructed: Tensor) -> None:
-        errors = relative_error(x, reconstructed, readout.image_mean)
+    analysis, images, rows = run.study.analysis, fit_and_test_images(run, fit_images), []
+    for block in blocks(run, steps, [min(analysis.timesteps) if t is None else t]):
+        readout, reconstructed = read(block, images, analysis.seed)
+        errors = relative_error(images[1].x, reconstructed, readout.image_mean)
         for low, high, error in zip(EDGES[:-1], EDGES[1:], errors, strict=True):
             found = {"band_low": low, "band_high": high, "relative_error": float(error)}
-            rows.append({**facts, **found, "strength": readout.strength, "n": len(x)})
-
-    for facts in _teacher_blocks(teacher):
-        add(facts, *read_teacher(teacher, facts["block"], images))
-    for facts, model in _student_blocks(run, steps, [level]):
-        add(facts, *read_student(model, facts["block"], images, level, run.study.analysis.seed))
+            rows.append(block.facts | found | {"strength": readout.strength, "n": len(reconstructed)})
     return pd.DataFrame(rows)
 
 
 def reconstructions(
-    run: Run, step: int | None = None, t: float | None = None, count: int = 10, fit_images: int = FIT_IMAGES
+    run: Run, step: int, t: float, count: int = 10, fit_images: int = FIT_IMAGES
 ) -> dict[str, np.ndarray]:
     """First held-out images and their reconstruction by each block's readout, uint8 (count, C, S, S) by label.
 
-    Args as in `band_errors`; step: the last by default. The channels of latents are shown as they are, not decoded.
+    Args as in `band_errors`. The channels of latents are shown as they are, not decoded.
     """
-    level = min(run.study.analysis.timesteps) if t is None else t
-    images, teacher = sides(run, fit_images), find_teacher(run.study, run.config.teacher)
-    model = probe.student_at(run, run.config.train.steps if step is None else step)
-    shown = {"held-out image": images.held_out.x}
-    for block in range(teacher.blocks + 1):
-        name = "teacher, final" if block == teacher.blocks else f"teacher, block {block}"
-        shown[name] = read_teacher(teacher, block, images)[1]
-    for block in range(len(model.blocks)):
-        found = read_student(model, block, images, level, run.study.analysis.seed)
-        shown[f"student, block {block}"] = found[1]
+    images = fit_and_test_images(run, fit_images)
+    shown = {"held-out image": images[1].x}
+    for block in blocks(run, [step], [t]):
+        who, place, count_of = (block.facts[name] for name in ("who", "block", "blocks"))
+        final = who == "teacher" and place == count_of - 1
+        shown[f"{who}, final" if final else f"{who}, block {place}"] = read(block, images, run.study.analysis.seed)[1]
     return {name: to_uint8(tensor[:count]).numpy() for name, tensor in shown.items()}

@@ -7,7 +7,7 @@ average: the question is the direction of the next training step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -64,7 +64,7 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
     """
     analysis, batch = run.study.analysis, held_out(run)
     block, teacher = block_of(run), find_teacher(run.study, run.config.teacher)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for step in run.config.train.kept_steps if steps is None else steps:
         now = moment(run, step, teacher)
         if now is None or not reaching(now.haste, block):
@@ -73,9 +73,8 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
             found = gradient_cosine(*now, batch, t, block, chunks=chunks, seed=analysis.seed)
             for loss, products in found.items():
                 low, high = products.interval(analysis.resamples, analysis.confidence, analysis.seed)
-                values = (step, t, loss, block, float(products.rho()), low, high, products.rho_corrected,
-                          products.norm_ratio, len(batch.x), len(products.cross))  # fmt: skip
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
+                rows.append((step, t, loss, block, float(products.rho()), low, high, products.rho_corrected,
+                             products.norm_ratio, len(batch.x), len(products.cross)))  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -94,20 +93,20 @@ def block_of(run: Run) -> int:
     return block
 
 
-def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None = None) -> pd.DataFrame:
+def online_conflict(run: Run, steps: Sequence[int] | None = None) -> pd.DataFrame:
     """Readings of `OnlineAngle` at checkpoints of phase I, on the images, noise and noise levels of `conflict`.
 
     One backward pass of the run's own loss a noise level. A step outside of phase I has no rows: it has no alignment
     loss to read from.
 
     Args:
-        run: finished. steps: with a checkpoint; by default all that are kept. n: held-out images, `analysis.n` by
-            default.
+        run: finished. steps: with a checkpoint; by default all that are kept.
 
     Returns:
         Columns: step, t, loss ("feature", "attention": those the run has), online (a cosine, in [-1, 1]), n (images).
     """
-    analysis, rows = run.study.analysis, []
+    analysis, batch, rows = run.study.analysis, held_out(run), []
+    eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
     for step in run.config.train.kept_steps if steps is None else steps:
         _, state = run.load(step, prefixes=("none",))
         if state["termination"]["phase"] != 1:
@@ -115,8 +114,6 @@ def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None 
         now = moment(run, step, find_teacher(run.study, run.config.teacher), own=True)
         if now is None:
             continue
-        batch = held_out(run, n)
-        eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
         angle = OnlineAngle(next(now.model.parameters()).device, edges=(0.0, 1.0))
         now.haste.angle = angle
         for t in analysis.timesteps:
@@ -125,10 +122,7 @@ def online_conflict(run: Run, steps: Sequence[int] | None = None, n: int | None 
                 losses = losses_at(*now, part, part_eps, t, watch=True)
                 total = torch.stack(list(losses.values())).sum() * len(part_eps) / len(eps)
                 torch.autograd.grad(total, list(now.model.parameters()), allow_unused=True)
-            rows += [
-                {"step": step, "t": t, "loss": row["loss"], "online": row["cosine"], "n": row["count"]}
-                for row in angle.read()
-            ]
+            rows += [(step, t, row["loss"], row["cosine"], row["count"]) for row in angle.read()]
     return pd.DataFrame(rows, columns=ONLINE_COLUMNS)
 
 

@@ -72,7 +72,7 @@ def student_output(
     return Tapped(
         _joined(part.output for part in parts),
         {depth: _joined(part.tokens[depth] for part in parts) for depth in taps.depths},
-        {b: (_joined(part.qk[b][0] for part in parts), _joined(part.qk[b][1] for part in parts)) for b in taps.blocks},
+        _joined_qk(parts, taps.blocks),
     )
 
 
@@ -103,6 +103,10 @@ def _passes(
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.float().cpu() for part in parts])
+
+
+def _joined_qk(parts: Sequence[Tapped | TeacherOutput], blocks: Iterable[int]) -> dict[int, QK]:
+    return {b: (_joined(part.qk[b][0] for part in parts), _joined(part.qk[b][1] for part in parts)) for b in blocks}
 
 
 def middle_level(timesteps: Sequence[float]) -> float:
@@ -168,10 +172,7 @@ class StudentTeacher:
         blocks = tuple(range(teacher.blocks)) if every_block else tuple(sorted({t for _, t in self.pairs}))
         device = teacher.mean.device
         parts = [teacher(images.to(device), blocks) for images in self.batch.images.split(BATCH)]
-        self.teacher = TeacherOutput(
-            _joined(part.tokens for part in parts),
-            {b: (_joined(p.qk[b][0] for p in parts), _joined(p.qk[b][1] for p in parts)) for b in blocks},
-        )
+        self.teacher = TeacherOutput(_joined(part.tokens for part in parts), _joined_qk(parts, blocks))
         self._loaded: tuple[int, DiffusionTransformer] | None = None
 
     @property
@@ -194,17 +195,28 @@ class StudentTeacher:
         """Teacher's maps of images (indices), all its heads, on the student's grid."""
         return resample_attention(maps_of(self.teacher.qk[block], images), self.teacher_grid, self.grid).double()
 
-    def facts(self, step: int, t: float) -> dict[str, Any]:
-        """Columns that every row of a table has: step, t, n."""
-        return {"step": step, "t": t, "n": len(self.batch.x)}
+    def rows(
+        self,
+        step: int,
+        t: float,
+        facts: dict[str, Any],
+        heads: Iterable[int],
+        measured: Callable[[Tensor], dict[str, Tensor]],
+    ) -> list[dict[str, Any]]:
+        """Rows step, t, n, facts, head, measure and value, means over all images.
 
-    def averaged(self, measured: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Means over all images of `measured`, called with indices of as many images as their maps fit into memory."""
-        heads = max(self.run.config.model.heads, *(q.shape[1] for q, _ in self.teacher.qk.values()))
+        `measured` returns means (heads,) by measure, given indices of as many images as their maps fit into memory.
+        """
+        most = max(self.run.config.model.heads, *(q.shape[1] for q, _ in self.teacher.qk.values()))
         tokens = max(self.grid[0] * self.grid[1], self.teacher_grid[0] * self.teacher_grid[1])
-        parts = torch.arange(len(self.batch.x)).split(max(1, MAP_NUMBERS // (heads * tokens**2)))
+        n = len(self.batch.x)
+        parts = torch.arange(n).split(max(1, MAP_NUMBERS // (most * tokens**2)))
         found = [(len(part), measured(part)) for part in parts]
-        total = sum(count for count, _ in found)
-        return {
-            name: torch.stack([count * values[name] for count, values in found]).sum(0) / total for name in found[0][1]
+        means = {
+            name: torch.stack([count * values[name] for count, values in found]).sum(0) / n for name in found[0][1]
         }
+        return [
+            {"step": step, "t": t, "n": n, **facts, "head": head, "measure": name, "value": float(value)}
+            for name, mean in means.items()
+            for head, value in zip(heads, mean, strict=True)
+        ]

@@ -8,9 +8,10 @@ scalings of either side. None is clamped, and each is NaN if one side does not v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,9 @@ from haste_core.study.data import open_dataset
 from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
+
+SIMILARITY = ["step", "t", "depth", "teacher_block", "aligned", "measure", "value", "baseline", "low", "high", "n", "k"]
+PROBING = ["network", "step", "t", "depth", "accuracy", "low", "high", "chance", "n", "n_train"]
 
 
 class Kernels:
@@ -230,19 +234,12 @@ def _distinct_counts(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s1**2 - s2, s1**3 - 3 * s1 * s2 + 2 * s3, quads
 
 
-class Pair(NamedTuple):
-    """A student block by its depth (from 1) and a teacher block (from 0)."""
-
-    depth: int
-    teacher_block: int
-
-
-def aligned_pair(run: Run, teacher: Teacher) -> Pair:
-    """The pair that feature alignment compares (Eq. 1): the run's aligned depth and the teacher's last block.
+def aligned_pair(run: Run, teacher: Teacher) -> tuple[int, int]:
+    """Student depth (from 1) and teacher block (from 0) that feature alignment compares (Eq. 1).
 
     An arm without alignment has the study's depth; a generator with fewer blocks is measured in its last.
     """
-    return Pair(min(run.config.alignment.depth, run.config.model.depth), teacher.blocks - 1)
+    return min(run.config.alignment.depth, run.config.model.depth), teacher.blocks - 1
 
 
 def teacher_means(teacher: Teacher, images: Tensor) -> dict[int, Tensor]:
@@ -276,36 +273,30 @@ def block_similarity(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFra
         "cka_biased", "cknna", "mutual_knn"), value, baseline (mean over shuffled pairs of images), low, high
         (bootstrap interval over images, for "cka" of the aligned pair; else NaN), n (images), k (NaN for both CKA).
     """
-    settings = run.study.analysis
+    settings, rows = run.study.analysis, []
     examples, teacher = probe.held_out(run), find_teacher(run.study, run.config.teacher)
     targets = {b: Kernels(means) for b, means in teacher_means(teacher, examples.images).items()}
     pair, middle = aligned_pair(run, teacher), probe.middle_level(settings.timesteps)
     generator = Generator().manual_seed(settings.seed)
     orders = [torch.randperm(len(examples.x), generator=generator) for _ in range(permutations)]
-    rows: list[dict[str, Any]] = []
     for step in (0, *run.config.train.kept_steps):
         model = probe.student_at(run, step)
         for t in settings.timesteps:
-            depths = range(1, len(model.blocks) + 1) if t == middle else [pair.depth]
+            depths = range(1, len(model.blocks) + 1) if t == middle else [pair[0]]
             means = probe.patch_means(model, examples.x, t, depths, settings.seed)
             students = {depth: Kernels(features) for depth, features in means.items()}
-            for block in targets if t == middle else [pair.teacher_block]:
+            for block in targets if t == middle else [pair[1]]:
                 target = targets[block]
                 unrelated = [Kernels(target.features[order]) for order in orders]
-                for depth, student in students.items():
-                    aligned, place = (depth, block) == pair, {"step": step, "t": t, "depth": depth}
-                    place |= {"teacher_block": block, "aligned": aligned}
-                    for name, between in MEASURES.items():
-                        low, high = math.nan, math.nan
-                        if aligned and name == "cka":
-                            low, high = cka_interval(
-                                student, target, settings.resamples, settings.confidence, settings.seed
-                            )
-                        baseline = sum(between(student, other, k) for other in unrelated) / len(unrelated)
-                        found = {"measure": name, "value": between(student, target, k), "baseline": baseline}
-                        facts = {"n": len(student), "k": math.nan if name.startswith("cka") else k}
-                        rows.append(place | found | {"low": low, "high": high} | facts)
-    return pd.DataFrame(rows)
+                for (depth, student), (name, between) in product(students.items(), MEASURES.items()):
+                    aligned, low, high = (depth, block) == pair, math.nan, math.nan
+                    if aligned and name == "cka":
+                        ends = settings.resamples, settings.confidence, settings.seed
+                        low, high = cka_interval(student, target, *ends)
+                    baseline = sum(between(student, other, k) for other in unrelated) / len(unrelated)
+                    rows.append((step, t, depth, block, aligned, name, between(student, target, k), baseline, low, high,
+                                 len(student), math.nan if name.startswith("cka") else k))  # fmt: skip
+    return pd.DataFrame(rows, columns=SIMILARITY)
 
 
 def linear_probe(features_train: Any, labels_train: Any, features_test: Any, labels_test: Any) -> float:
@@ -336,42 +327,38 @@ def linear_probe(features_train: Any, labels_train: Any, features_test: Any, lab
         return float(classifier.score(np.asarray(features_test, dtype=np.float64), np.asarray(labels_test)))
 
 
-def linear_probing(run: Run, timesteps: Sequence[float] | None = None, train: int = 2000) -> pd.DataFrame:
+def linear_probing(run: Run, train: int = 2000) -> pd.DataFrame:
     """Accuracy of `linear_probe` after every block over the run's checkpoints, and on the teacher's final tokens.
 
-    Averaged weights, null label, mean over patch tokens; trained on training images without augmentation, tested on
-    held-out ones (`analysis.n`). Step 0 is the untrained network.
+    Inputs as in `block_similarity`, at the noise level of `analysis.timesteps` nearest to 0.5. Trained on training
+    images without augmentation, tested on held-out ones (`analysis.n`).
 
     Args:
-        run: finished. timesteps: noise levels in [0, 1]; by default the one of `analysis.timesteps` nearest to 0.5.
-        train: number of training images, or as many as there are.
+        run: finished. train: number of training images, or as many as there are.
 
     Returns:
         Columns: network ("student" or "teacher"), step, t, depth (from 1), accuracy, low, high (Wilson interval over
         the tested images), chance (accuracy of always naming the most frequent class), n (tested), n_train. The
         teacher's one row has step 0 and t 0: it sees clean images and is not trained.
     """
-    settings = run.study.analysis
-    levels = list(timesteps or [probe.middle_level(settings.timesteps)])
+    settings, rows = run.study.analysis, []
     fitted, tested = open_dataset(run.config.data).examples("train", train), probe.held_out(run)
-    n = len(tested.y)
-    facts = {"chance": float((tested.y == fitted.y.mode().values).float().mean()), "n": n, "n_train": len(fitted.y)}
+    n, chance = len(tested.y), float((tested.y == fitted.y.mode().values).float().mean())
 
-    def row(network: str, step: int, t: float, depth: int, features: tuple[Any, Any]) -> dict[str, Any]:
-        accuracy = linear_probe(features[0], fitted.y, features[1], tested.y)
-        interval = binomtest(round(accuracy * n), n).proportion_ci(settings.confidence, method="wilson")
-        place = {"network": network, "step": step, "t": t, "depth": depth}
-        return place | {"accuracy": accuracy, "low": float(interval.low), "high": float(interval.high)} | facts
+    def add(network: str, step: int, t: float, depth: int, fit: Tensor, test: Tensor) -> None:
+        accuracy = linear_probe(fit, fitted.y, test, tested.y)
+        low, high = binomtest(round(accuracy * n), n).proportion_ci(settings.confidence, method="wilson")
+        rows.append((network, step, t, depth, accuracy, float(low), float(high), chance, n, len(fitted.y)))
 
     teacher = find_teacher(run.study, run.config.teacher)
     last = [teacher_means(teacher, part.images)[teacher.blocks - 1] for part in (fitted, tested)]
-    rows = [row("teacher", 0, 0.0, teacher.blocks, (last[0], last[1]))]
+    add("teacher", 0, 0.0, teacher.blocks, *last)
+    t, depths = probe.middle_level(settings.timesteps), range(1, run.config.model.depth + 1)
     for step in (0, *run.config.train.kept_steps):
         model = probe.student_at(run, step)
-        depths = range(1, len(model.blocks) + 1)
-        for t in levels:
-            # Different seeds, so that image i of both sets does not share its noise.
-            trained = probe.patch_means(model, fitted.x, t, depths, settings.seed + 1)
-            held = probe.patch_means(model, tested.x, t, depths, settings.seed)
-            rows += [row("student", step, t, depth, (trained[depth], held[depth])) for depth in depths]
-    return pd.DataFrame(rows)
+        # Different seeds, so that image i of both sets does not share its noise.
+        test = probe.patch_means(model, tested.x, t, depths, settings.seed)
+        fit = probe.patch_means(model, fitted.x, t, depths, settings.seed + 1)
+        for depth in depths:
+            add("student", step, t, depth, fit[depth], test[depth])
+    return pd.DataFrame(rows, columns=PROBING)

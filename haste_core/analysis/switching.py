@@ -9,7 +9,7 @@ be replayed over that run's log (`termination.replay`): up to its own switch any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ NEAREST = ["family", "trigger", "seed", "tau", "fid", "best_tau", "best_fid", "r
 RANKING = ["family", "trigger", "tau", "fired", "regret", "low", "high", "steps_away", "seeds"]
 PAIRED = ["group", "arm", "reference", "step", "seed", "gain", "fid", "n"]
 LATE = ["arm", "baseline", "measure", "step", "gain", "low", "high", "seeds", "verdict"]
+BOUNDARY = [*LATE[:3], "no_help_from", "hurts_from", "last", "gain", "low", "high", "verdict", "seeds"]
 PLANE = ["arm", "weight", "tau", "measure", "against", "step", "ratio", "low", "high", "seeds"]
 _GRID_SCORES = ["fid", "fid_unlabelled", "fd_pixel", "precision", "recall"]
 GRID = ["step", "grid", "calls", "last_t", *_GRID_SCORES, "n"]
@@ -93,21 +94,20 @@ def sweep(study: config.StudySettings, scores: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: scores of a family were made under different cards.
     """
-    rows: list[dict[str, Any]] = []
+    parts = [pd.DataFrame(columns=SWEEP)]
     for family, arms in families(study).items():
         chosen = scores[scores["arm"].isin(arms)]
-        if not len(chosen):
+        if chosen.empty:
             continue
         one_card(chosen)
-        on = chosen[chosen["arm"] == family].set_index(["seed", "step"])["fid"]
-        for score in chosen.to_dict("records"):
-            settings, place = study.run(score["arm"]), (score["seed"], score["step"])
-            tau = min(settings.tau, settings.train.steps)
-            if place in on.index and (score["step"] >= tau or score["arm"] == family):
-                values = (family, score["arm"], score["seed"], int(tau), settings.termination.fade, score["step"],
-                          score["fid"], math.log(score["fid"] / on[place]), score["n"])  # fmt: skip
-                rows.append(dict(zip(SWEEP, values, strict=True)))
-    return pd.DataFrame(rows, columns=SWEEP)
+        on = chosen.loc[chosen["arm"] == family, ["seed", "step", "fid"]]
+        rows = chosen.merge(on, on=["seed", "step"], suffixes=("", "_on"))
+        settings = {arm: study.run(arm) for arm in arms}
+        rows["family"], rows["log_ratio"] = family, np.log(rows["fid"] / rows["fid_on"])
+        rows["tau"] = [int(min(settings[arm].tau, settings[arm].train.steps)) for arm in rows["arm"]]
+        rows["fade"] = [settings[arm].termination.fade for arm in rows["arm"]]
+        parts.append(rows.loc[(rows["step"] >= rows["tau"]) | (rows["arm"] == family), SWEEP])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def logs(runs: Sequence[Run]) -> pd.DataFrame:
@@ -130,7 +130,7 @@ def fired(triggers: Mapping[str, config.TerminationSettings], runs: Iterable[Run
         (lines up to tau that it should have read but that hold no reading, as if a run was continued with
         `train.watch_angle` after starting without; such a tau says nothing about the trigger).
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for run in runs:
         log = run.metrics()
         for name, settings in triggers.items():
@@ -138,8 +138,7 @@ def fired(triggers: Mapping[str, config.TerminationSettings], runs: Iterable[Run
             tau = replay(trigger_of(settings), log) if readings else None
             looked = [line for line in log if _looks(settings, line["step"]) and line["step"] <= (tau or math.inf)]
             gaps = sum(not _readable(settings.kind, line) for line in looked)
-            values = (run.arm, name, settings.kind, run.seed, math.nan if tau is None else tau, readings, gaps)
-            rows.append(dict(zip(FIRED, values, strict=True)))
+            rows.append((run.arm, name, settings.kind, run.seed, math.nan if tau is None else tau, readings, gaps))
     return pd.DataFrame(rows, columns=FIRED)
 
 
@@ -168,7 +167,7 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
         minus the best, at least 0; NaN if the log held nothing to read or had gaps), regret_never (of the always-on
         run), steps_away (tau minus best_tau). Families with fewer than three taus have no rows.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for (family, seed), part in swept[swept["fade"] == 0].groupby(["family", "seed"], sort=False):
         end = part[part["step"] == part["step"].max()].sort_values("tau")
         if end["tau"].nunique() < FEWEST:
@@ -180,10 +179,8 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
             judged = trigger["readings"] > 0 and trigger["gaps"] == 0
             there = float(np.interp(math.log(used), np.log(taus), values)) if judged else math.nan
             away = used - taus[best] if judged else math.nan
-            place = (family, trigger["trigger"], seed, trigger["tau"])
-            fids = (math.exp(there), taus[best], math.exp(values[best]))
-            costs = (there - values[best], values[-1] - values[best], away)
-            rows.append(dict(zip(NEAREST, (*place, *fids, *costs), strict=True)))
+            rows.append((family, trigger["trigger"], seed, trigger["tau"], math.exp(there), taus[best],
+                         math.exp(values[best]), there - values[best], values[-1] - values[best], away))  # fmt: skip
     return pd.DataFrame(rows, columns=NEAREST)
 
 
@@ -200,9 +197,8 @@ def ranking(table: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
     for (family, trigger), part in table.dropna(subset=["regret"]).groupby(["family", "trigger"], sort=False):
         mean, low, high = interval(list(part["regret"]), confidence)
-        values = (family, trigger, part["tau"].mean(), int(part["tau"].notna().sum()), mean, low, high,
-                  part["steps_away"].abs().mean(), len(part))  # fmt: skip
-        rows.append(dict(zip(RANKING, values, strict=True)))
+        rows.append((family, trigger, part["tau"].mean(), part["tau"].count(), mean, low, high,
+                     part["steps_away"].abs().mean(), len(part)))  # fmt: skip
     return pd.DataFrame(rows, columns=RANKING).sort_values(["family", "regret"], ignore_index=True)
 
 
@@ -229,18 +225,18 @@ def paired(
         HasteError: there is no such group, or its arms share no scored step.
         ValueError: scores were made under different cards.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for group in groups:
         arms = study.main if group == "main" else study.groups.get(group)
         if arms is None:
             raise unknown("group", group, ["main", *study.groups])
         base = reference or next((arm for arm in ("haste", "repa") if arm in arms), arms[0])
-        curves = _comparable(scores, [*arms, base])
-        at = _common_step(curves, [*arms, base]) if step is None else step
+        curves = _curves(scores, [*arms, base])
+        at = _last_common_step(curves) if step is None else step
         for arm in arms:
-            for seed, gain in _log_ratios(curves, arm, base, at):
-                row = (group, arm, base, at, seed, gain, curves[arm][seed][at], int(scores["n"].iloc[0]))
-                rows.append(dict(zip(PAIRED, row, strict=True)))
+            both = pd.DataFrame({"gain": _gains(curves, arm, base).loc[at], "fid": curves[arm].loc[at]}).dropna()
+            for seed, row in both.iterrows():
+                rows.append((group, arm, base, at, seed, row["gain"], row["fid"], scores["n"].iloc[0]))
     return pd.DataFrame(rows, columns=PAIRED)
 
 
@@ -254,10 +250,8 @@ def effects(rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
     keys = ["group", "arm", "reference", "step"]
     for key, part in rows.groupby(keys, sort=False):
         mean, low, high = interval(list(part["gain"]), confidence)
-        fid = math.exp(sum(math.log(v) for v in part["fid"]) / len(part))
-        facts = {"gain": mean, "low": low, "high": high, "seeds": len(part), "fid": fid, "n": int(part["n"].iloc[0])}
-        found.append(dict(zip(keys, key, strict=True)) | facts)  # type: ignore[arg-type]
-    return pd.DataFrame(found)
+        found.append((*key, mean, low, high, len(part), np.exp(np.log(part["fid"]).mean()), part["n"].iloc[0]))
+    return pd.DataFrame(found, columns=[*keys, "gain", "low", "high", "seeds", "fid", "n"])
 
 
 def late(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
@@ -267,20 +261,17 @@ def late(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str])
         arm, baseline, measure (of MEASURES), step, gain (its logarithm for the baseline minus that for the arm, mean
         over seeds), low, high, seeds, verdict: "helps" if the interval is above 0, "hurts" if it is below, else "open".
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for arm in arms:
         baseline = study.baseline(arm)
         if baseline is None or baseline == arm:
             continue
         for measure in MEASURES:
-            curves = _comparable(scores, [arm, baseline], measure)
-            seeds = set(curves[arm]) & set(curves[baseline])
-            for step in sorted(set.intersection(*(set(curves[a][s]) for a in (arm, baseline) for s in seeds))):
-                gains = [gain for _, gain in _log_ratios(curves, arm, baseline, step)]
-                mean, low, high = interval(gains, study.claims.confidence)
+            gains = _gains(_curves(scores, [arm, baseline], measure), arm, baseline)
+            for step, by_seed in gains.dropna(axis=1, how="all").dropna().iterrows():
+                mean, low, high = interval(list(by_seed), study.claims.confidence)
                 verdict = "helps" if low > 0 else "hurts" if high < 0 else "open"
-                row = (arm, baseline, measure, step, mean, low, high, len(seeds), verdict)
-                rows.append(dict(zip(LATE, row, strict=True)))
+                rows.append((arm, baseline, measure, step, mean, low, high, len(by_seed), verdict))
     return pd.DataFrame(rows, columns=LATE)
 
 
@@ -293,16 +284,13 @@ def boundary(table: pd.DataFrame) -> pd.DataFrame:
         verdict there, seeds.
     """
     rows = []
-    for (arm, measure), part in table.groupby(["arm", "measure"], sort=False):
-        part = part.sort_values("step")
+    for _, part in table.sort_values("step", kind="stable").groupby(["arm", "measure"], sort=False):
         helping = part.loc[part["gain"] > 0, "step"]
         without = part.loc[part["step"] > (helping.max() if len(helping) else -1), "step"]
         hurting = part.loc[part["verdict"] == "hurts", "step"]
-        end = part.iloc[-1]
-        facts = {"no_help_from": without.min(), "hurts_from": hurting.min(), "last": end["step"]}
-        facts |= {name: end[name] for name in ("gain", "low", "high", "verdict", "seeds")}
-        rows.append({"arm": arm, "baseline": end["baseline"], "measure": measure} | facts)
-    return pd.DataFrame(rows)
+        end = part.iloc[-1].rename({"step": "last"})
+        rows.append({"no_help_from": without.min(), "hurts_from": hurting.min(), **end})
+    return pd.DataFrame(rows, columns=BOUNDARY)
 
 
 def plane(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
@@ -316,7 +304,7 @@ def plane(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]
         arm, weight, tau (infinity: never), measure, against, step, ratio (geometric mean over seeds), low, high (of
         its interval), seeds.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     staying = {study.run(arm).alignment.lambda_feature: arm for arm in arms if study.run(arm).tau == math.inf}
     for arm in arms:
         own = study.run(arm)
@@ -325,12 +313,11 @@ def plane(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]
             if other is None or other == arm:
                 continue
             for measure in MEASURES:
-                curves = _comparable(scores, [arm, other], measure)
-                step = _common_step(curves, [arm, other])
-                logs = [ratio for _, ratio in _log_ratios(curves, other, arm, step)]
-                ratio, low, high = (math.exp(value) for value in interval(logs, study.claims.confidence))
-                row = (arm, weight, own.tau, measure, against, step, ratio, low, high, len(logs))
-                rows.append(dict(zip(PLANE, row, strict=True)))
+                curves = _curves(scores, [arm, other], measure)
+                step = _last_common_step(curves)
+                logs = list(_gains(curves, other, arm).loc[step].dropna())
+                ends = np.exp(interval(logs, study.claims.confidence))
+                rows.append((arm, weight, own.tau, measure, against, step, *ends, len(logs)))
     return pd.DataFrame(rows, columns=PLANE)
 
 
@@ -354,26 +341,25 @@ def grids(run: Run, open_scorer: Callable[[], Scorer]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=GRID)
 
 
-def _comparable(scores: pd.DataFrame, arms: Sequence[str], measure: str = "fid") -> Curves:
-    """A score by arm, seed and step of these arms, which must be scored under one card."""
-    wanted = list(dict.fromkeys(arms))
-    rows = scores[scores["arm"].isin(wanted)]
-    missing = [arm for arm in wanted if arm not in set(rows["arm"])]
+def _curves(scores: pd.DataFrame, arms: Sequence[str], measure: str = "fid") -> pd.DataFrame:
+    """A score of arms that are scored under one card, a row per step and a column per (arm, seed)."""
+    rows = scores[scores["arm"].isin(arms)]
+    missing = sorted(set(arms) - set(rows["arm"]))
     if missing:
         there = ", ".join(scores["arm"].unique())
         raise HasteError(f"no scores of arms {', '.join(missing)}; there are scores of {there}: score the others first")
     one_card(rows)
-    return curves_of(rows, measure)
+    return rows.pivot(index="step", columns=["arm", "seed"], values=measure)
 
 
-def _common_step(curves: Curves, arms: Sequence[str]) -> int:
-    steps = set.intersection(*(set(by_step) for arm in arms for by_step in curves[arm].values()))
-    if not steps:
-        raise HasteError(f"arms {', '.join(arms)} share no scored step; set an equal train.keep for all")
-    return max(steps)
+def _last_common_step(curves: pd.DataFrame) -> int:
+    steps = curves.dropna().index
+    if steps.empty:
+        arms = ", ".join(curves.columns.unique("arm"))
+        raise HasteError(f"arms {arms} share no scored step; set an equal train.keep for all")
+    return int(steps.max())
 
 
-def _log_ratios(curves: Curves, arm: str, base: str, step: int) -> Iterator[tuple[int, float]]:
-    """Seed and log(score of base / score of arm) of every seed that both have."""
-    for seed in sorted(set(curves[arm]) & set(curves[base])):
-        yield seed, math.log(curves[base][seed][step] / curves[arm][seed][step])
+def _gains(curves: pd.DataFrame, arm: str, base: str) -> pd.DataFrame:
+    """log(score of base / score of arm), a row per step and a column per seed that one of them has."""
+    return (curves[base] / curves[arm]).map(math.log)  # type: ignore[return-value]

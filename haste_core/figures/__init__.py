@@ -22,7 +22,6 @@ from haste_core.figures.scores import (
     gain_over_vanilla,
     image_rows,
     loss_ratio,
-    one_card,
     panel_steps,
     sample_sheet,
     step_cost,
@@ -38,7 +37,6 @@ from haste_core.figures.similarity import (
     head_statistics,
     probing_over_depth,
     probing_over_training,
-    query_maps,
     similarity_maps,
     similarity_over_t,
 )

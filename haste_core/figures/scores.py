@@ -14,19 +14,21 @@ from haste_core.figures.style import (
     VERDICT_COLOUR,
     Figure,
     arm_line,
-    line_with_band,
+    legend_below,
     mark_switch,
     panels,
-    plain_numbers,
+    plain_log,
+    row_labels,
+    seed_line,
     show_images,
-    single,
     style,
     without_ticks,
 )
 
 NEAR_DATA, STRUCTURE = 0.1, 0.3  # noise levels up to the first, and from the second on
-# A floor further below the lowest score than this is written, not drawn: it would squeeze the curves together.
+# A floor further below the lowest score than this factor is written, not drawn: it would squeeze the curves together.
 NEAR = 30
+_SMALL: dict[str, Any] = {"fontsize": 8, "color": "#666666"}
 _ROLES = ("early", "at the switch", "at the end")
 _LOSSES = {
     "denoising": "denoising loss",
@@ -38,46 +40,43 @@ _LOSSES = {
 def fid_against_steps(fid: pd.DataFrame, tau: int | None, floor: float | None = None) -> Figure:
     """FID over training steps, a line per arm (geometric mean over seeds) and a band from lowest to highest seed."""
     card = one_card(fid)
-    figure, axis = single(7.2, 4.4)
-    _draw_fid(axis, fid)
-    mark_switch(axis, tau)
+    figure, (axis,) = panels(1, 7.2, 4.4)
+    _draw_fid(axis, fid, tau)
     if floor is not None and floor < fid["fid"].min() / NEAR:
-        axis.annotate(f"real against real: {floor:.2g}, below", (0.02, 0.03), xycoords="axes fraction", fontsize=8,
-                      color="#666666")  # fmt: skip
+        axis.annotate(f"real against real: {floor:.2g}, below", (0.02, 0.03), xycoords="axes fraction", **_SMALL)
     elif floor is not None:
         axis.axhline(floor, color="#999999", linewidth=0.8)
-        axis.annotate("real against real", (fid["step"].min(), floor), xytext=(0, 3), textcoords="offset points",
-                      fontsize=8, color="#666666")  # fmt: skip
+        axis.annotate("real against real", (fid["step"].min(), floor), va="bottom", **_SMALL)
     seeds = fid["seed"].nunique()
-    axis.set(xlabel="training steps", ylabel="FID (lower is better)")
+    axis.set_ylabel("FID (lower is better)")
     axis.set_title(f"{fid['n'].iloc[0]} samples, {seeds} seed{'s' * (seeds > 1)}, card {card}", fontsize=9, loc="left")
     axis.legend()
     return figure
 
 
-def _draw_fid(axis: Any, fid: pd.DataFrame) -> None:
-    arms = list(fid["arm"].unique())
+def _draw_fid(axis: Any, fid: pd.DataFrame, tau: int | None) -> None:
+    _arm_lines(axis, fid, "step", "fid")
+    plain_log(axis, "y")
+    mark_switch(axis, tau)
+    axis.set_xlabel("training steps")
+
+
+def _arm_lines(axis: Any, rows: pd.DataFrame, along: str, value: str) -> None:
+    arms = list(rows["arm"].unique())
     for arm in arms:
-        logs = np.log(fid[fid["arm"] == arm].pivot(index="step", columns="seed", values="fid"))
-        band = np.exp(logs.min(axis=1)), np.exp(logs.max(axis=1))
-        line_with_band(axis, np.exp(logs.mean(axis=1)), band, arm_line(arm, arms), label=arm)
-    axis.set_yscale("log")
-    plain_numbers(axis.yaxis)
+        seed_line(axis, rows[rows["arm"] == arm], along, arm, arm_line(arm, arms), value, log=True)
 
 
 def gain_over_vanilla(fid: pd.DataFrame, tau: int | None) -> Figure:
     """log FID of vanilla minus that of each arm at the same step and seed; above zero the arm's FID is lower."""
     one_card(fid)
-    figure, axis = single(7.2, 4.0)
-    base = fid[fid["arm"] == "vanilla"].set_index(["seed", "step"])["fid"]
+    figure, (axis,) = panels(1, 7.2, 4.0)
+    logs = np.log(fid.pivot(index=["step", "seed"], columns="arm", values="fid"))
     arms = list(fid["arm"].unique())
     for arm in (a for a in arms if a != "vanilla"):
-        own = fid[fid["arm"] == arm].set_index(["seed", "step"])["fid"]
-        gain = (np.log(base) - np.log(own)).unstack("seed").dropna()
-        look = arm_line(arm, arms)
+        gain, look = (logs["vanilla"] - logs[arm]).unstack("seed").dropna(), arm_line(arm, arms)
         axis.plot(gain.index, gain.mean(axis=1), label=arm, marker="o", markersize=3.5, **look)
-        for seed in gain.columns:
-            axis.plot(gain.index, gain[seed], color=look["color"], alpha=0.3, linewidth=0.8)
+        axis.plot(gain.index, gain, color=look["color"], alpha=0.3, linewidth=0.8)
     axis.axhline(0, color=DARK, linewidth=1)
     mark_switch(axis, tau)
     axis.set(xlabel="training steps", ylabel="log FID, vanilla minus arm\n(above 0: lower FID than vanilla)")
@@ -113,31 +112,27 @@ def panel_steps(steps: Iterable[int], tau: int | None, early: Sequence[int]) -> 
 
 def compared(denoising: pd.DataFrame | None) -> bool:
     """True if the table has held-out losses of vanilla and of another arm."""
-    if denoising is None:
-        return False
-    arms = set(denoising.loc[denoising["split"] == "held-out", "arm"])
+    arms = set() if denoising is None else set(denoising.loc[denoising["split"] == "held-out", "arm"])
     return "vanilla" in arms and len(arms) > 1
 
 
 def denoising_levels(denoising: pd.DataFrame) -> Figure:
-    """Denoising loss of one run over the noise level, a line a kept step; dashed: on training images.
+    """Denoising loss of one run over the noise level, a line per kept step; dashed: on training images.
 
     Args:
         denoising: rows of denoising.csv of one arm and seed.
     """
     one_card(denoising)
-    figure, axis = single(7.2, 4.2, "constrained")
-    steps = sorted(denoising["step"].unique())
-    for place, step in enumerate(steps):
-        shade = str(0.75 - 0.75 * place / max(1, len(steps) - 1))
-        for split, line in (("training", "--"), ("held-out", "-")):
-            rows = denoising[(denoising["step"] == step) & (denoising["split"] == split)].sort_values("t")
-            label = f"step {step:,}" if split == "held-out" else None
-            axis.plot(rows["t"], rows["loss"], line, color=shade, label=label, marker="o", markersize=3, linewidth=1.3)
+    figure, (axis,) = panels(1, 7.2, 4.2)
+    last = denoising["step"].nunique() - 1
+    for place, (step, rows) in enumerate(denoising.sort_values("t").groupby("step")):
+        for split, part in rows.groupby("split"):
+            held = split == "held-out"
+            axis.plot(part["t"], part["loss"], "-" if held else "--", color=str(0.75 - 0.75 * place / max(1, last)),
+                      label=f"step {step:,}" if held else None, marker="o", markersize=3, linewidth=1.3)  # fmt: skip
     if "training" in set(denoising["split"]):
         axis.plot([], [], "--", color=DARK, label="training images")
-    axis.set_yscale("log")
-    plain_numbers(axis.yaxis)
+    plain_log(axis, "y")
     _noise_axis(axis, denoising["t"])
     axis.set_ylabel("denoising loss (mean square error)")
     axis.legend(fontsize=8)
@@ -145,20 +140,18 @@ def denoising_levels(denoising: pd.DataFrame) -> Figure:
 
 
 def denoising_over_training(denoising: pd.DataFrame, tau: int | None) -> Figure:
-    """Held-out loss over vanilla's against training steps, near the data and at high noise, a line an arm.
+    """Held-out loss over vanilla's against training steps, near the data and at high noise, a line per arm.
 
     Lines are geometric means over seeds, bands go from the lowest to the highest seed.
     """
     figure, axes = panels(2, 8.6, 3.9)
     titles = (f"near the data (t ≤ {NEAR_DATA})", f"structure (t ≥ {STRUCTURE})")
     for axis, title, span in zip(axes, titles, ((0.0, NEAR_DATA), (STRUCTURE, 1.0)), strict=True):
-        ratio = loss_ratio(denoising, *span)
-        for arm in ratio.columns:
-            _ratio_line(axis, ratio[arm].dropna().unstack("seed"), arm, list(ratio.columns))
+        _arm_lines(axis, loss_ratio(denoising, *span).melt(ignore_index=False).reset_index(), "step", "value")
         mark_switch(axis, tau)
         axis.set(title=title, xlabel="training steps")
     axes[0].set_ylabel("held-out loss over vanilla's\n(below 1: better than plain training)")
-    _legend_below(figure, axes[0], tau)
+    _legend(figure, axes[0], tau)
     return figure
 
 
@@ -179,31 +172,23 @@ def summary(
         tau, early: the switch and the steps of early gains (`panel_steps`).
     """
     one_card(fid)
-    arms = list(fid["arm"].unique())
-    shown = [arm for arm in arms if (arm, max((step for _, step in samples), default=0)) in samples]
-    figure = Figure(figsize=(9.4, 4.1 + 1.15 * bool(shown)), layout="constrained")
-    above: Any = figure
-    below = None
-    if shown:
-        above, below = figure.subfigures(2, 1, height_ratios=[4.1, 1.15], squeeze=False)[:, 0]
-    axis = None
+    last = max((step for _, step in samples), default=0)
+    shown = [arm for arm in fid["arm"].unique() if (arm, last) in samples]
+    figure: Any = Figure(figsize=(9.4, 4.1 + 1.15 * bool(shown)), layout="constrained")
+    parts = figure.subfigures(1 + bool(shown), 1, height_ratios=[4.1, 1.15][: 1 + bool(shown)], squeeze=False)[:, 0]
+    right, named = parts[0], None
     if denoising is not None and compared(denoising):
-        left, right = above.subfigures(1, 2, width_ratios=[2.15, 1], squeeze=False)[0]
-        axis = _level_panels(left, denoising, tau, early)
-    else:
-        right = above
+        left, right = parts[0].subfigures(1, 2, width_ratios=[2.15, 1], squeeze=False)[0]
+        named = _level_panels(left, denoising, tau, early)
     right.suptitle("FID over training (lower is better)", fontsize=10, weight="bold")
     scored = right.subplots()
-    _draw_fid(scored, fid)
-    mark_switch(scored, tau)
-    scored.set_xlabel("training steps")
+    _draw_fid(scored, fid, tau)
     scored.set_title(" ", fontsize=9)
-    _legend_below(above, axis or scored, tau)
-    if below is not None:
-        step = max(step for _, step in samples)
-        below.suptitle(f"Samples from the same noise, step {step:,}", fontsize=10, weight="bold")
-        for axis, arm in zip(below.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            show_images(axis, samples[arm, step][:10], 5)
+    _legend(parts[0], named or scored, tau)
+    if shown:
+        parts[1].suptitle(f"Samples from the same noise, step {last:,}", fontsize=10, weight="bold")
+        for axis, arm in zip(parts[1].subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            show_images(axis, samples[arm, last][:10], 5)
             without_ticks(axis, spines=False)
             axis.set_xlabel(arm, fontsize=9, labelpad=2)
     return figure
@@ -213,12 +198,11 @@ def _level_panels(figure: Any, denoising: pd.DataFrame, tau: int | None, early: 
     """Draw a panel each for an early step, the switch and the end; returns the last one, which has every arm."""
     held = denoising[denoising["split"] == "held-out"]
     steps = panel_steps(held.loc[held["arm"] == "vanilla", "step"], tau, early)
-    arms = list(held["arm"].unique())
+    loss = held.pivot_table(index=["step", "t", "seed"], columns="arm", values="loss")
+    ratio = loss[held["arm"].unique()].div(loss["vanilla"], axis=0).melt(ignore_index=False).dropna().reset_index()
     axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
     for axis, step in zip(axes, sorted(steps), strict=True):
-        loss = held[held["step"] == step].pivot_table(index=["t", "seed"], columns="arm", values="loss")
-        for arm in (arm for arm in arms if arm in loss):
-            _ratio_line(axis, (loss[arm] / loss["vanilla"]).dropna().unstack("seed"), arm, arms)
+        _arm_lines(axis, ratio[ratio["step"] == step], "t", "value")
         _noise_axis(axis, held["t"])
         axis.set_title(f"{steps[step]}: step {step:,}", fontsize=9)
     axes[0].set_ylabel("held-out loss over vanilla's")
@@ -226,34 +210,19 @@ def _level_panels(figure: Any, denoising: pd.DataFrame, tau: int | None, early: 
     return axes[-1]
 
 
-def _ratio_line(axis: Any, ratio: pd.DataFrame, arm: str, arms: Sequence[str]) -> None:
-    """Draw one arm's ratio to vanilla: geometric mean over seeds (columns), with a band from lowest to highest."""
-    look = arm_line(arm, arms)
-    if arm != "vanilla":
-        band = style(arm, arms)["color"]
-        axis.fill_between(ratio.index, ratio.min(axis=1), ratio.max(axis=1), color=band, alpha=0.13, linewidth=0)
-        look |= {"marker": "o", "markersize": 3}
-    axis.plot(ratio.index, np.exp(np.log(ratio).mean(axis=1)), label=arm, **look)
-
-
 def _noise_axis(axis: Any, levels: pd.Series) -> None:
     """Make a logarithmic axis of noise levels with the part near the data shaded."""
     first = 0.8 * float(levels[levels > 0].min())
-    axis.set_xscale("log")
-    axis.set_xlim(first, 1.08)
+    axis.set(xscale="log", xlim=(first, 1.08), xlabel="noise level t (0: data)")
     axis.axvspan(first, NEAR_DATA, color="#000000", alpha=0.06, linewidth=0, zorder=0)
     axis.annotate("near the data", (0.03, 0.02), xycoords="axes fraction", fontsize=8, color="#444444")
     axis.set_xticks([0.02, 0.1, 0.3, 0.9], ["0.02", "0.1", "0.3", "0.9"])
     axis.minorticks_off()
-    axis.set_xlabel("noise level t (0: data)")
 
 
-def _legend_below(figure: Any, axis: Any, tau: int | None) -> None:
-    """Put the legend below the panels; it says that haste's line is also holistic's before the switch."""
-    handles, labels = axis.get_legend_handles_labels()
-    if tau and "holistic" in labels:
-        labels = ["haste (equal to holistic before the switch)" if name == "haste" else name for name in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncol=len(labels), fontsize=9, columnspacing=1.4)
+def _legend(figure: Any, axis: Any, tau: int | None) -> None:
+    branched = tau and "holistic" in axis.get_legend_handles_labels()[1]
+    legend_below(figure, axis, **({"haste": "haste (equal to holistic before the switch)"} if branched else {}))
 
 
 def training_curves(metrics: pd.DataFrame, tau: int | None) -> Figure:
@@ -274,11 +243,9 @@ def training_curves(metrics: pd.DataFrame, tau: int | None) -> Figure:
 def image_rows(rows: dict[str, np.ndarray]) -> Figure:
     """Labelled rows of images: uint8 (n, C, S, S) by label, n the same for all."""
     count = len(next(iter(rows.values())))
-    figure = Figure(figsize=(0.48 * count + 1, 0.55 * len(rows) + 0.1))
-    for axis, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
-        show_images(axis, np.asarray(images), count)
-        without_ticks(axis)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    figure, axes = panels(1, 0.48 * count + 1, 0.55 * len(rows) + 0.1, len(rows))
+    for axis, (label, images) in zip(axes, rows.items(), strict=True):
+        _image_row(axis, label, np.asarray(images), count)
     return figure
 
 
@@ -296,44 +263,44 @@ def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int
     for part, step in zip(figure.subfigures(len(steps), 1, squeeze=False)[:, 0], steps, strict=True):
         part.suptitle(f"step {step:,}", fontsize=10)
         for axis, arm in zip(part.subplots(len(arms), 1, squeeze=False)[:, 0], arms, strict=True):
-            without_ticks(axis, spines=False)
-            axis.set_ylabel(arm, rotation=0, ha="right", va="center")
-            if (arm, step) in samples:
-                show_images(axis, samples[arm, step][:10], 10)
+            _image_row(axis, arm, samples.get((arm, step), np.empty(0))[:10], 10)
     return figure
+
+
+def _image_row(axis: Any, label: str, images: np.ndarray, columns: int) -> None:
+    without_ticks(axis, spines=False)
+    axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    if len(images):
+        show_images(axis, images, columns)
 
 
 def step_cost(times: pd.DataFrame) -> Figure:
     """Time of a training step relative to a vanilla one, per arm and phase, with its interval."""
-    figure, axis = single(6.4, 0.42 * len(times) + 1.0)
+    figure, (axis,) = panels(1, 6.4, 0.42 * len(times) + 1.0)
     arms = list(times["arm"])
-    phases = {arm: "phase II" if arm != "vanilla" else "plain" for arm in arms}
-    labels = [f"{r.arm}, {'phase I' if r.phase == 1 else phases[r.arm]}" for r in times.itertuples()]
-    ratios, high = times["ratio_to_vanilla"], times["ratio_high"]
-    errors, positions = [ratios - times["ratio_low"], high - ratios], np.arange(len(times))
-    axis.barh(positions, ratios, xerr=np.clip(errors, 0, None), height=0.6,
-              color=[style(arm, arms)["color"] for arm in arms], alpha=0.85, error_kw={"lw": 1})  # fmt: skip
-    for y, ratio, end in zip(positions, ratios, high, strict=True):
-        axis.annotate(f"{ratio:.2f}", (max(ratio, end), y), xytext=(4, 0), textcoords="offset points", va="center",
-                      fontsize=9)  # fmt: skip
+    labels = []
+    for place, row in enumerate(times.to_dict("records")):
+        arm, ratio, high = row["arm"], row["ratio_to_vanilla"], row["ratio_high"]
+        errors = [[max(0, ratio - row["ratio_low"])], [max(0, high - ratio)]]
+        colour = style(arm, arms)["color"]
+        axis.barh(place, ratio, xerr=errors, height=0.6, color=colour, alpha=0.85, error_kw={"lw": 1})
+        axis.annotate(f"{ratio:.2f}", (max(ratio, high), place), xytext=(4, 0), textcoords="offset points",
+                      va="center", fontsize=9)  # fmt: skip
+        labels.append(f"{arm}, {'phase I' if row['phase'] == 1 else 'plain' if arm == 'vanilla' else 'phase II'}")
     axis.axvline(1, color=DARK, linewidth=1)
-    axis.set_yticks(positions, labels)
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
-    axis.set(xlabel="step time over a vanilla step", xlim=(0, high.max() * 1.15))
+    row_labels(axis, labels)
+    axis.set(xlabel="step time over a vanilla step", xlim=(0, times["ratio_high"].max() * 1.15))
     return figure
 
 
 def claims_forest(claims: pd.DataFrame) -> Figure:
     """Effect and interval of every claim on its own axis, coloured by verdict; dotted: the bounds of its rule."""
-    figure = Figure(figsize=(8.2, 0.95 * len(claims) + 0.2))
-    axes = figure.subplots(len(claims), 1, squeeze=False)[:, 0]
+    figure, axes = panels(1, 8.2, 0.95 * len(claims) + 0.2, len(claims))
     for axis, row in zip(axes, claims.to_dict("records"), strict=True):
         colour = VERDICT_COLOUR[str(row["verdict"])]
-        for bound in (row["region_low"], row["region_high"]):
-            if np.isfinite(bound):
-                axis.axvline(bound, color=DARK, linewidth=1, linestyle=":")
-        if np.isfinite(row["low"]) and np.isfinite(row["high"]):
+        for bound in filter(np.isfinite, (row["region_low"], row["region_high"])):
+            axis.axvline(bound, color=DARK, linewidth=1, linestyle=":")
+        if np.isfinite([row["low"], row["high"]]).all():
             axis.plot([row["low"], row["high"]], [0, 0], color=colour, linewidth=2.5)
         axis.plot(row["effect"], 0, "o", color=colour, markersize=7)
         axis.set(yticks=[], ylim=(-1, 1))
@@ -341,5 +308,4 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
         axis.tick_params(axis="x", labelsize=8)
         title = f"{row['id']}  {row['claim']}: {row['verdict']}   [{row['unit']}]"
         axis.set_title(title, fontsize=8.5, loc="left", color=colour)
-    figure.tight_layout(pad=0.3)
     return figure

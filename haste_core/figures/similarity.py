@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
 from haste_core.figures.style import (
     Figure,
-    line_with_band,
+    heatmap,
+    legend_below,
     mark_switch,
-    mark_token,
     panels,
-    single,
+    seed_line,
     style,
     without_ticks,
 )
@@ -24,17 +25,18 @@ NAMES = {
     "cka_biased": "CKA (biased)",
     "cknna": "CKNNA",
     "mutual_knn": "share of mutual neighbours",
-}
-_LABELS = {
     "cross_entropy": "cross-entropy (nats)",
     "jensen_shannon": "Jensen-Shannon divergence (nats)",
     "top_k_overlap": "overlap of the first keys",
     "r2": "$R^2$ of teacher tokens from student tokens",
     "entropy": "entropy (nats)",
     "distance": "distance (tokens)",
+    "accuracy": "linear probing accuracy",
 }
+AXES = {"step": "training steps", "t": "noise level t (0: data, 1: noise)", "depth": "student depth (from 1)"}
 # Baselines that do not depend on the step: label and line style.
 _REFERENCES = {"uniform": ("uniform attention", "--"), "teacher": ("the teacher itself", "-")}
+_RED = "#ff3030"
 
 
 def similarity_maps(similarity: pd.DataFrame, measure: str = "cka", steps: Sequence[int] | None = None) -> Figure:
@@ -49,35 +51,31 @@ def similarity_maps(similarity: pd.DataFrame, measure: str = "cka", steps: Seque
     """
     chosen = _at_middle(similarity[similarity["measure"] == measure])
     arms, steps = list(chosen["arm"].unique()), list(steps or sorted(chosen["step"].unique()))
-    low, high = min(0.0, float(chosen["value"].min())), max(1e-9, float(chosen["value"].max()))
-    figure = Figure(figsize=(1.3 * len(steps) + 1.4, 1.6 * len(arms) + 0.7), layout="constrained")
-    axes = figure.subplots(len(arms), len(steps), squeeze=False, sharex=True, sharey=True)
-    for i, arm in enumerate(arms):
-        for j, step in enumerate(steps):
-            rows = chosen[(chosen["arm"] == arm) & (chosen["step"] == step)]
-            picture = _map(axes[i][j], rows, low, high)
-            if i == 0:
-                axes[i][j].set_title(f"step {step}", fontsize=9)
-        axes[i][0].set_ylabel(f"{arm}\nstudent depth", fontsize=9)
+    scale = {"vmin": min(0.0, chosen["value"].min()), "vmax": max(1e-9, chosen["value"].max())}
+    figure, axes = panels(
+        len(steps), 1.3 * len(steps) + 1.4, 1.6 * len(arms) + 0.7, len(arms), sharex=True, sharey=True
+    )
+    for axis, (arm, step) in zip(axes, ((arm, step) for arm in arms for step in steps), strict=True):
+        rows = chosen[(chosen["arm"] == arm) & (chosen["step"] == step)]
+        cells = rows.pivot_table(index="depth", columns="teacher_block", values="value")
+        picture = heatmap(axis, cells, cmap="viridis", origin="lower", **scale)
+        axis.tick_params(labelsize=8)
+        for depth, block in rows.loc[rows["aligned"], ["depth", "teacher_block"]].drop_duplicates().to_numpy():
+            _frame(axis, cells.index.get_loc(depth), cells.columns.get_loc(block), inside=0.06)
+        if arm == arms[0]:
+            axis.set_title(f"step {step}", fontsize=9)
+        if step == steps[0]:
+            axis.set_ylabel(f"{arm}\nstudent depth", fontsize=9)
     figure.supxlabel("teacher block (from 0)", fontsize=9)
-    figure.colorbar(picture, ax=axes, label=NAMES[measure], shrink=0.8)
-    figure.suptitle(_sizes(chosen), fontsize=9, x=0.01, ha="left")
+    figure.colorbar(picture, ax=list(axes), label=NAMES[measure], shrink=0.8)
+    figure.suptitle(f"t = {chosen['t'].iloc[0]:g}, {_sizes(chosen)}", fontsize=9, x=0.01, ha="left")
     return figure
 
 
-def _map(axis: Any, rows: pd.DataFrame, low: float, high: float) -> Any:
-    cells = rows.pivot_table(index="depth", columns="teacher_block", values="value")
-    picture = axis.imshow(cells.to_numpy(), cmap="viridis", vmin=low, vmax=high, origin="lower", aspect="auto")
-    axis.set_xticks(range(cells.shape[1]), cells.columns)
-    axis.set_yticks(range(cells.shape[0]), cells.index)
-    axis.tick_params(labelsize=8)
-    axis.grid(False)
-    for depth, block in rows.loc[rows["aligned"], ["depth", "teacher_block"]].drop_duplicates().to_numpy():
-        corner = (list(cells.columns).index(block) - 0.5, list(cells.index).index(depth) - 0.5)
-        # A closed line inside the cell's borders.
-        x, y = np.array([0.06, 0.94, 0.94, 0.06, 0.06]), np.array([0.06, 0.06, 0.94, 0.94, 0.06])
-        axis.plot(corner[0] + x, corner[1] + y, color="#ff3030", linewidth=1.2)
-    return picture
+def _frame(axis: Any, row: int, column: int, inside: float = 0.0) -> None:
+    """Draw a red frame around a cell."""
+    corner, side = (column - 0.5 + inside, row - 0.5 + inside), 1 - 2 * inside
+    axis.add_patch(mpl.patches.Rectangle(corner, side, side, fill=False, edgecolor=_RED, linewidth=1.5))
 
 
 def aligned_similarity(similarity: pd.DataFrame, tau: int | None, measure: str = "cka") -> Figure:
@@ -85,26 +83,17 @@ def aligned_similarity(similarity: pd.DataFrame, tau: int | None, measure: str =
 
     Bands span the seeds, or with one seed the bootstrap interval if there is one.
     """
-    chosen = _at_middle(_aligned(similarity, measure))
-    figure, axis = single(7.2, 4.2)
-    _lines(axis, chosen, "step", "value")
+    chosen = _at_middle(similarity[similarity["aligned"] & (similarity["measure"] == measure)])
+    figure, axis = _lines(chosen, "step", measure, f"{_pair(chosen)}, t = {chosen['t'].iloc[0]:g}, {_sizes(chosen)}")
     mark_switch(axis, tau)
-    axis.set(xlabel="training steps", ylabel=NAMES[measure])
-    axis.set_title(f"{_pair_name(chosen)}, {_sizes(chosen)}; thin: shuffled pairs of images", fontsize=9, loc="left")
-    axis.legend()
     return figure
 
 
 def similarity_over_t(similarity: pd.DataFrame, step: int, measure: str = "cka") -> Figure:
     """Similarity of the aligned pair over the noise level at one step, drawn as in `aligned_similarity`."""
-    chosen = _aligned(similarity, measure)
-    chosen = chosen[chosen["step"] == step]
-    figure, axis = single(6.4, 4.0)
-    _lines(axis, chosen, "t", "value")
-    axis.set(xlabel="t (0: data, 1: noise)", ylabel=NAMES[measure], xlim=(0, 1))
-    title = f"{_pair_name(chosen)}, step {step}, n = {chosen['n'].iloc[0]}; thin: shuffled pairs of images"
-    axis.set_title(title, fontsize=9, loc="left")
-    axis.legend()
+    chosen = similarity[similarity["aligned"] & (similarity["measure"] == measure) & (similarity["step"] == step)]
+    figure, axis = _lines(chosen, "t", measure, f"{_pair(chosen)}, step {step}, {_sizes(chosen)}")
+    axis.set_xlim(0, 1)
     return figure
 
 
@@ -112,51 +101,45 @@ def probing_over_depth(probing: pd.DataFrame, step: int) -> Figure:
     """Linear probing accuracy after every block at one step, a line per arm, beside the teacher's and chance.
 
     Args:
-        probing: rows of `analysis.similarity.linear_probing`; of several noise levels the first is shown.
-        step: shown.
+        probing: rows of `analysis.similarity.linear_probing`. step: shown.
     """
-    return _probing(probing, "depth", "student depth (from 1)", ("step", step))[0]
+    figure, axis = _probing(probing, "depth", "step", step)
+    axis.set_xticks(sorted(probing.loc[probing["network"] == "student", "depth"].unique()))
+    return figure
 
 
 def probing_over_training(probing: pd.DataFrame, depth: int, tau: int | None) -> Figure:
     """Linear probing accuracy after one block (depth from 1) over training, drawn as in `probing_over_depth`."""
-    figure, axis = _probing(probing, "step", "training steps", ("depth", depth))
+    figure, axis = _probing(probing, "step", "depth", depth)
     mark_switch(axis, tau)
     return figure
 
 
-def _probing(probing: pd.DataFrame, along: str, label: str, fixed: tuple[str, int]) -> tuple[Figure, Any]:
+def _probing(probing: pd.DataFrame, along: str, fixed: str, value: int) -> tuple[Figure, Any]:
     student, teacher = (probing[probing["network"] == network] for network in ("student", "teacher"))
-    t, (name, value) = student["t"].iloc[0], fixed
-    student = student[(student["t"] == t) & (student[name] == value)]
-    figure, axis = single(6.4, 4.0)
-    _lines(axis, student, along, "accuracy")
+    rows, t, n = student[student[fixed] == value], student["t"].iloc[0], student["n"].iloc[0]
+    figure, axis = _lines(rows, along, "accuracy", f"{fixed} {value}, t = {t:g}, {n} held-out images")
     axis.axhline(teacher["accuracy"].mean(), color="#222222", linewidth=0.9, label="teacher, clean images")
-    axis.axhline(student["chance"].mean(), color="#999999", linewidth=0.8, linestyle=":", label="chance")
-    axis.set(xlabel=label, ylabel="linear probing accuracy")
-    title = f"{name} {value}, t = {t:g}, {student['n'].iloc[0]} held-out images"
-    axis.set_title(title, fontsize=9, loc="left")
-    if along == "depth":
-        axis.set_xticks(sorted(student["depth"].unique()))
+    axis.axhline(rows["chance"].mean(), color="#999999", linewidth=0.8, linestyle=":", label="chance")
     axis.legend()
     return figure, axis
 
 
-def _lines(axis: Any, rows: pd.DataFrame, along: str, value: str) -> None:
+def _lines(rows: pd.DataFrame, along: str, measure: str, title: str) -> tuple[Figure, Any]:
+    """Figure with a line per arm, and thin its baseline if the rows have one."""
+    figure, (axis,) = panels(1, 7.2, 4.2)
     arms = list(rows["arm"].unique())
-    for arm in arms:
-        own = rows[rows["arm"] == arm].groupby(along)
-        mean, look = own[value].mean(), style(arm, arms)
-        axis.plot(mean.index, mean, label=arm, marker="o", markersize=3.5, **look)
-        if "baseline" in rows:
-            axis.plot(mean.index, own["baseline"].mean(), linewidth=0.8, alpha=0.6, **look)
-        seeds = rows["seed"].nunique()
-        low, high = (own[value].min(), own[value].max()) if seeds > 1 else (own["low"].mean(), own["high"].mean())
-        axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.12, linewidth=0)
-
-
-def _aligned(similarity: pd.DataFrame, measure: str) -> pd.DataFrame:
-    return similarity[similarity["aligned"] & (similarity["measure"] == measure)]
+    for arm, own in rows.groupby("arm", sort=False):
+        look = style(str(arm), arms)
+        seed_line(axis, own, along, arm, look, "value" if "value" in own else measure)
+        if "baseline" in own:
+            baseline = own.groupby(along)["baseline"].mean()
+            axis.plot(baseline.index, baseline, linewidth=0.8, alpha=0.6, **look)
+    title += "; thin: shuffled pairs of images" if "baseline" in rows else ""
+    axis.set(xlabel=AXES[along], ylabel=NAMES[measure])
+    axis.set_title(title, fontsize=9, loc="left")
+    axis.legend()
+    return figure, axis
 
 
 def _at_middle(rows: pd.DataFrame) -> pd.DataFrame:
@@ -164,14 +147,13 @@ def _at_middle(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["t"] == min(sorted(rows["t"].unique()), key=lambda t: abs(t - 0.5))]
 
 
-def _pair_name(rows: pd.DataFrame) -> str:
+def _pair(rows: pd.DataFrame) -> str:
     depths, blocks = ("/".join(map(str, sorted(rows[name].unique()))) for name in ("depth", "teacher_block"))
     return f"student depth {depths} and teacher block {blocks}"
 
 
 def _sizes(rows: pd.DataFrame) -> str:
-    k = "".join(f", k = {k:g}" for k in rows["k"].dropna().unique()[:1])
-    return f"t = {rows['t'].iloc[0]:g}, n = {rows['n'].iloc[0]}{k}"
+    return f"n = {rows['n'].iloc[0]}" + "".join(f", k = {k:g}" for k in rows["k"].dropna().unique()[:1])
 
 
 def attention_similarity(table: pd.DataFrame, tau: int | None = None) -> Figure:
@@ -184,12 +166,7 @@ def attention_similarity(table: pd.DataFrame, tau: int | None = None) -> Figure:
         table: rows of `analysis.attention.attention_similarity`, under arm and seed. tau: the switch, if there is one.
     """
     measures = list(table["measure"].unique())
-    figure, axes = panels(len(measures), 4.4 * len(measures), 4.2, None)
-    for axis, measure in zip(axes, measures, strict=True):
-        _lines_over_steps(axis, table[table["measure"] == measure], tau)
-        axis.set(xlabel="training step", ylabel=_LABELS[measure])
-    _legend_below(figure, axes[0])
-    return figure
+    return _over_steps([(table[table["measure"] == name], name, "") for name in measures], tau)
 
 
 def cross_effects(table: pd.DataFrame, tau: int | None = None, measure: str = "jensen_shannon") -> Figure:
@@ -199,34 +176,32 @@ def cross_effects(table: pd.DataFrame, tau: int | None = None, measure: str = "j
         table: rows of `analysis.attention.cross_effects`, under arm and seed; lines as in `attention_similarity`.
         tau: the switch, if there is one. measure: of attention.
     """
-    figure, axes = panels(2, 10.0, 4.2, None)
-    for axis, side, name in zip(axes, ("attention", "features"), (measure, "r2"), strict=True):
-        _lines_over_steps(axis, table[(table["side"] == side) & (table["measure"] == name)], tau)
-        axis.set(title=f"{side} beside the teacher's", xlabel="training step", ylabel=_LABELS[name])
-    _legend_below(figure, axes[0])
+    sides = (("attention", measure), ("features", "r2"))
+    return _over_steps(
+        [(table[(table["side"] == side) & (table["measure"] == name)], name, f"{side} beside the teacher's")
+         for side, name in sides], tau,
+    )  # fmt: skip
+
+
+def _over_steps(parts: list[tuple[pd.DataFrame, str, str]], tau: int | None) -> Figure:
+    """Figure with a panel for the rows, measure and title of each part."""
+    figure, axes = panels(len(parts), 4.6 * len(parts), 4.2)
+    for axis, (rows, measure, title) in zip(axes, parts, strict=True):
+        arms = list(rows["arm"].unique())
+        for arm, own in rows.groupby("arm", sort=False):
+            look = style(str(arm), arms)
+            seed_line(axis, own[own["baseline"] == "none"], "step", arm, look)
+            shuffled = own[own["baseline"] == "shuffled"].groupby("step")["value"].mean()
+            axis.plot(shuffled.index, shuffled, linewidth=0.8, alpha=0.7, **look)
+        axis.plot([], [], color="#888888", linewidth=0.8, label="thin: teacher of another image")
+        for baseline, (label, line) in _REFERENCES.items():
+            value = rows.loc[rows["baseline"] == baseline, "value"]
+            if len(value):
+                axis.axhline(value.mean(), color="#999999", linestyle=line, linewidth=0.9, label=label)
+        mark_switch(axis, tau)
+        axis.set(title=title, xlabel="training steps", ylabel=NAMES[measure])
+    legend_below(figure, axes[0])
     return figure
-
-
-def _lines_over_steps(axis: Any, rows: pd.DataFrame, tau: int | None) -> None:
-    arms = list(rows["arm"].unique())
-    for arm in arms:
-        look, own = style(arm, arms), rows[rows["arm"] == arm]
-        seeds = own[own["baseline"] == "none"].pivot_table(index="step", columns="seed", values="value")
-        line_with_band(axis, seeds.mean(axis=1), (seeds.min(axis=1), seeds.max(axis=1)), look, label=arm)
-        shuffled = own[own["baseline"] == "shuffled"].groupby("step")["value"].mean()
-        axis.plot(shuffled.index, shuffled, linewidth=0.8, alpha=0.7, **look)
-    axis.plot([], [], color="#888888", linewidth=0.8, label="thin: teacher of another image")
-    for baseline, (label, line) in _REFERENCES.items():
-        value = rows[rows["baseline"] == baseline]["value"]
-        if len(value):
-            axis.axhline(value.mean(), color="#999999", linestyle=line, linewidth=0.9, label=label)
-    mark_switch(axis, tau)
-
-
-def _legend_below(figure: Figure, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncol=(len(labels) + 1) // 2, fontsize=8.5)
 
 
 def head_map(table: pd.DataFrame, measure: str, step: int, t: float) -> Figure:
@@ -236,100 +211,69 @@ def head_map(table: pd.DataFrame, measure: str, step: int, t: float) -> Figure:
         table: rows of `analysis.attention.attention_similarity`, under arm and seed; means over seeds are shown.
         measure, step, t: which rows.
     """
-    chosen = table[(table["measure"] == measure) & (table["baseline"] == "none")]
-    chosen = chosen[(chosen["step"] == step) & np.isclose(chosen["t"], t)]
-    maps = {
-        arm: rows.pivot_table(index=["student_block", "teacher_block"], columns="head", values="value")
-        for arm, rows in chosen.groupby("arm", sort=False)
-    }
-    low, high = chosen["value"].min(), chosen["value"].max()
-    figure, axes = panels(len(maps), 2.5 * len(maps) + 1.0, 2.6)
-    for axis, (arm, values) in zip(axes, maps.items(), strict=True):
-        picture = axis.imshow(values.to_numpy(), cmap="viridis", vmin=low, vmax=high, aspect="auto")
-        axis.set(title=arm, xlabel="head", xticks=range(values.shape[1]), xticklabels=list(values.columns))
-        axis.set_yticks(range(len(values)), [f"{s} $\\leftarrow$ {t}" for s, t in values.index])
-        axis.grid(False)
+    chosen = table[(table["measure"] == measure) & (table["baseline"] == "none") & (table["step"] == step)]
+    chosen = chosen[np.isclose(chosen["t"], t)]
+    arms = list(chosen["arm"].unique())
+    figure, axes = panels(len(arms), 2.5 * len(arms) + 1.0, 2.6)
+    for axis, arm in zip(axes, arms, strict=True):
+        pairs = ["student_block", "teacher_block"]
+        cells = chosen[chosen["arm"] == arm].pivot_table(index=pairs, columns="head", values="value")
+        cells.index = [f"{student} $\\leftarrow$ {teacher}" for student, teacher in cells.index]
+        picture = heatmap(axis, cells, cmap="viridis", vmin=chosen["value"].min(), vmax=chosen["value"].max())
+        axis.set(title=arm, xlabel="head")
     axes[0].set_ylabel("student $\\leftarrow$ teacher block")
-    figure.colorbar(picture, ax=list(axes), label=_LABELS[measure])
+    figure.colorbar(picture, ax=list(axes), label=NAMES[measure])
     figure.suptitle(f"step {step}, t = {t:g}", fontsize=10)
     return figure
 
 
 def head_statistics(table: pd.DataFrame, step: int, t: float) -> Figure:
-    """Entropy and distance of every head, by relative depth: small dots the students', diamonds the teacher's.
+    """Entropy and distance of every head, by relative depth: a dot per head, a line through the means of blocks.
 
     Args:
-        table: rows of `analysis.attention.head_statistics`, under arm and seed.
-        step, t: of the student. Lines join the means over heads and seeds of an arm's blocks.
+        table: rows of `analysis.attention.head_statistics`, under arm and seed. step, t: of the student.
     """
-    students = table[(table["source"] == "student") & (table["step"] == step) & np.isclose(table["t"], t)]
-    measures, arms = list(table["measure"].unique()), list(table["arm"].unique())
-    figure, axes = panels(len(measures), 5.0 * len(measures), 4.2, None)
-    for axis, measure in zip(axes, measures, strict=True):
-        rows = table[table["measure"] == measure]
-        for arm in arms:
-            own = students[(students["arm"] == arm) & (students["measure"] == measure)]
-            _heads_by_depth(axis, own, arm, style(arm, arms), ".")
-        teacher = rows[(rows["source"] == "teacher") & (rows["arm"] == arms[0])]
-        _heads_by_depth(axis, teacher, "teacher", {"color": "black", "linestyle": "-"}, "D")
-        uniform = rows[rows["source"] == "uniform"]["value"]
+    arms = list(table["arm"].unique())
+    student = table[(table["source"] == "student") & (table["step"] == step) & np.isclose(table["t"], t)]
+    # Every run has measured the same frozen network.
+    teacher = table[(table["source"] == "teacher") & (table["arm"] == arms[0])].assign(arm="teacher")
+    figure, axes = panels(table["measure"].nunique(), 10.0, 4.2)
+    for axis, measure in zip(axes, table["measure"].unique(), strict=True):
+        rows = pd.concat([student, teacher])
+        for arm, own in rows[rows["measure"] == measure].groupby("arm", sort=False):
+            look = {"color": "black"} if arm == "teacher" else style(str(arm), arms)
+            depth = own["block"] / max(1, own["block"].max())
+            axis.scatter(depth, own["value"], s=16, color=look["color"], alpha=0.45, linewidths=0)
+            means = own.groupby(depth)["value"].mean()
+            axis.plot(means.index, means, label=arm, **look)
+        uniform = table.loc[(table["source"] == "uniform") & (table["measure"] == measure), "value"]
         axis.axhline(uniform.iloc[0], color="#999999", linestyle="--", linewidth=0.9, label="uniform attention")
-        axis.set(xlabel="relative depth of the block", ylabel=_LABELS[measure], title=f"step {step}, t = {t:g}")
-    _legend_below(figure, axes[0])
+        axis.set(xlabel="relative depth of the block", ylabel=NAMES[measure], title=f"step {step}, t = {t:g}")
+    legend_below(figure, axes[0])
     return figure
-
-
-def _heads_by_depth(axis: Any, rows: pd.DataFrame, label: str, look: dict[str, Any], marker: str) -> None:
-    depth = rows["block"] / max(1, rows["block"].max())
-    axis.scatter(depth, rows["value"], s=16, marker=marker, color=look["color"], alpha=0.45, linewidths=0)
-    means = rows.groupby(depth)["value"].mean()
-    axis.plot(means.index, means, label=label, **look)
 
 
 def attention_maps(maps: pd.DataFrame, image: np.ndarray) -> Figure:
-    """Attention of chosen tokens (rows): the image, the teacher, then each arm; red marks the query token.
+    """Attention of chosen tokens (rows): the image, then each source; red marks the query token.
 
     Args:
-        maps: rows of `analysis.attention.token_maps` for one seed.
-        image: (S, S), the image the maps belong to.
+        maps: rows of `analysis.attention.token_maps` for one seed, `teacher_maps` or `head_maps`.
+        image: (S, S[, 3]), the image the maps belong to.
     """
     queries, sources = sorted(maps["query"].unique()), list(maps["source"].unique())
     side = int(np.sqrt(maps["key"].max() + 1))
-    figure = Figure(figsize=(1.55 * (len(sources) + 1), 1.6 * len(queries) + 0.5))
-    axes = figure.subplots(len(queries), len(sources) + 1, squeeze=False)
-    for i, query in enumerate(queries):
-        axes[i][0].imshow(image, cmap="gray", extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
-        for j, source in enumerate(sources):
+    figure, axes = panels(len(sources) + 1, 1.55 * (len(sources) + 1), 1.6 * len(queries) + 0.5, len(queries))
+    for (shown, *others), query in zip(axes.reshape(len(queries), -1), queries, strict=True):
+        shown.imshow(image, cmap="gray", extent=(-0.5, side - 0.5, side - 0.5, -0.5), interpolation="nearest")
+        for axis, source in zip(others, sources, strict=True):
             chosen = maps[(maps["source"] == source) & (maps["query"] == query)].sort_values("key")
             values = chosen["probability"].to_numpy().reshape(side, side)
-            axes[i][j + 1].imshow(values, cmap="viridis", vmin=0, vmax=maps["probability"].max())
-            if i == 0:
+            axis.imshow(values, cmap="viridis", vmin=0, vmax=maps["probability"].max())
+            if query == queries[0]:
                 apart = chosen["divergence"].iloc[0]
-                axes[i][j + 1].set_title(f"{source}\nKL {apart:.2f}" if apart > 0 else source, fontsize=9)
-        for axis in axes[i]:
-            mark_token(axis, *divmod(int(query), side))
+                axis.set_title(f"{source}\nKL {apart:.2f}" if apart > 0 else source, fontsize=9)
+        for axis in (shown, *others):
+            _frame(axis, *divmod(int(query), side))
             without_ticks(axis)
-    axes[0][0].set_title("image", fontsize=9)
-    figure.tight_layout(pad=0.4)
-    return figure
-
-
-def query_maps(maps: pd.DataFrame, image: np.ndarray) -> Figure:
-    """An image, and the attention of one of its tokens (red) in the student and in the teacher, on one colour scale.
-
-    Args:
-        maps: rows of `analysis.attention.head_maps`. image: (S, S[, 3]), the one they belong to.
-    """
-    rows, columns = int(maps["row"].max()) + 1, int(maps["column"].max()) + 1
-    figure, axes = panels(3, 7.4, 2.9)
-    axes[0].imshow(image, cmap="gray", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5), interpolation="nearest")
-    axes[0].set_title(f"image, t = {maps['t'].iloc[0]:g}", fontsize=9)
-    for axis, (source, chosen) in zip(axes[1:], maps.groupby("source", sort=False), strict=True):
-        values = chosen.pivot(index="row", columns="column", values="probability").to_numpy()
-        picture = axis.imshow(values, cmap="viridis", vmin=0, vmax=maps["probability"].max())
-        axis.set_title(f"{source}, block {chosen['block'].iloc[0]}, head {chosen['head'].iloc[0]}", fontsize=9)
-    for axis in axes:
-        mark_token(axis, *divmod(int(maps["query"].iloc[0]), columns))
-        without_ticks(axis)
-    figure.colorbar(picture, ax=list(axes), label="probability")
+    axes[0].set_title("image", fontsize=9)
     return figure

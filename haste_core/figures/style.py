@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as PlainFigure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from haste_core.files import atomic
@@ -61,16 +61,10 @@ class Figure(PlainFigure):
         return stream.getvalue()
 
 
-def panels(count: int, width: float, height: float, layout: Any = "constrained", **more: Any) -> tuple[Figure, Any]:
-    """A figure of width x height inches, and its axes side by side, (count,)."""
-    figure = Figure(figsize=(width, height), layout=layout)
-    return figure, figure.subplots(1, count, squeeze=False, **more)[0]
-
-
-def single(width: float, height: float, layout: Any = None) -> tuple[Figure, Any]:
-    """A figure of width x height inches, and its only axis."""
-    figure = Figure(figsize=(width, height), layout=layout)
-    return figure, figure.subplots()
+def panels(columns: int, width: float, height: float, rows: int = 1, **more: Any) -> tuple[Figure, Any]:
+    """A figure of width x height inches, and its axes, row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more).ravel()
 
 
 def style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
@@ -90,12 +84,41 @@ def arm_line(arm: str, arms: Sequence[str]) -> dict[str, Any]:
     return style(arm, arms) | own
 
 
-def line_with_band(
-    axis: Any, mean: pd.Series, band: tuple[Any, Any], look: dict[str, Any], alpha: float = 0.15, **more: Any
+def seed_line(
+    axis: Any, rows: pd.DataFrame, along: str, label: Any, look: dict[str, Any], value: str = "value", log: bool = False
 ) -> None:
-    """Draw a line with markers over the index of `mean`, and a band of its colour from low to high."""
-    axis.plot(mean.index, mean, **({"marker": "o", "markersize": 3.5} | more), **look)
-    axis.fill_between(mean.index, *band, color=look["color"], alpha=alpha, linewidth=0)
+    """Draw the mean over seeds, geometric if `log`, against the column `along`, and a band from lowest to highest seed.
+
+    With one seed the band is its interval, from `low` to `high`, if the rows have one.
+    """
+    seeds = rows.pivot_table(index=along, columns="seed", values=value)
+    mean = np.exp(np.log(seeds).mean(axis=1)) if log else seeds.mean(axis=1)
+    low, high = seeds.min(axis=1), seeds.max(axis=1)
+    if seeds.shape[1] == 1 and "low" in rows:
+        low, high = rows.groupby(along)["low"].min(), rows.groupby(along)["high"].max()
+    axis.plot(mean.index, mean, label=label, marker="o", markersize=3.5, **look)
+    axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.13, linewidth=0)
+
+
+def heatmap(axis: Any, cells: pd.DataFrame, **more: Any) -> Any:
+    """Draw a table as coloured cells with its index and columns as ticks; returns the image, for a colour bar."""
+    axis.set_xticks(range(cells.shape[1]), cells.columns)
+    axis.set_yticks(range(cells.shape[0]), cells.index)
+    axis.grid(False)
+    return axis.imshow(cells.to_numpy(float), aspect="auto", **more)
+
+
+def dots(axis: Any, place: int, seeds: Any, mean: Any, colour: str) -> None:
+    """Draw a row of a dot plot: seeds as small dots, their mean as a large one."""
+    axis.plot(seeds, [place] * len(seeds), ".", color=DARK, markersize=4.5, alpha=0.7)
+    axis.plot(mean, place, "o", color=colour, markersize=6.5)
+
+
+def row_labels(axis: Any, labels: Sequence[str]) -> None:
+    """Label the rows of an axis from top to bottom."""
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -132,12 +155,6 @@ def without_ticks(axis: Any, spines: bool = True) -> None:
         axis.spines[:].set_visible(False)
 
 
-def mark_token(axis: Any, row: int, column: int) -> None:
-    """Mark a token of a grid by a red square."""
-    box = mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#ff3030", lw=1.6)
-    axis.add_patch(box)
-
-
 def mark_switch(axis: Any, tau: int | None) -> None:
     """Mark the switch at step tau, if there is one, on an axis of training steps."""
     if tau is not None:
@@ -146,13 +163,24 @@ def mark_switch(axis: Any, tau: int | None) -> None:
                       textcoords="offset points", fontsize=8, color="#007a5a")  # fmt: skip
 
 
-def plain_numbers(axis: Any) -> None:
-    """Write a logarithmic axis as 1, 2, 5, 10 instead of powers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+def plain_log(axis: Any, *names: str) -> None:
+    """Make the axes "x" or "y" logarithmic, with 1, 2, 5, 10 instead of powers."""
+    for name in names:
+        axis.set(**{f"{name}scale": "log"})
+        ruler = getattr(axis, f"{name}axis")
+        ruler.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ruler.set_major_formatter("{x:g}")
+        ruler.set_minor_formatter(NullFormatter())
 
 
 def legend_beside(axis: Any) -> None:
     """Put the legend to the right of an axis."""
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def legend_below(figure: Any, axis: Any, **renamed: str) -> None:
+    """Put the legend of an axis below all panels, with labels replaced as in `renamed`."""
+    handles, labels = axis.get_legend_handles_labels()
+    shown = [renamed.get(label, label) for label in labels]
+    columns = len(labels) if len(labels) <= 5 else (len(labels) + 1) // 2
+    figure.legend(handles, shown, loc="outside lower center", ncol=columns, fontsize=9, columnspacing=1.4)

@@ -17,19 +17,21 @@ from haste_core.figures.style import (
     GREEN,
     RED,
     Figure,
+    dots,
+    heatmap,
     legend_beside,
     mark_switch,
     panels,
-    plain_numbers,
-    single,
+    plain_log,
+    row_labels,
     style,
 )
 from haste_core.study import config
 
-CONFLICT = "cosine of the gradients\n(above 0: agree, below 0: conflict)"
 # Common columns of the tables of the exact and of the online angle.
 KEYS = ["arm", "seed", "step", "t", "loss"]
 NAMES = {"fid": "FID", "near_data": "held-out loss, t <= 0.1"}
+_AXES = {"step": "training steps", "t": "noise level t (0: data, 1: noise)"}
 _READINGS = {
     "online_angle": "online estimate of the angle",
     "gradient_angle": "exact gradient angle",
@@ -50,47 +52,29 @@ def conflict_over_training(table: pd.DataFrame, tau: int | None, arm: str, loss:
     Raises:
         HasteError: the table has no such rows.
     """
-    return _conflict(table, arm, loss, "step", tau)
+    return _conflict(_only(table, arm=arm, loss=loss), "step", "t", arm, tau)
 
 
 def conflict_over_t(table: pd.DataFrame, arm: str, loss: str | None = None) -> Figure:
-    """rho_t over the noise level, a panel per alignment loss and a line per checkpoint (Fig. 4, arXiv 2505.16792).
-
-    Arguments and bars as in `conflict_over_training`.
-
-    Raises:
-        HasteError: the table has no such rows.
-    """
-    return _conflict(table, arm, loss, "t")
-
-
-def _conflict(table: pd.DataFrame, arm: str, loss: str | None, along: str, tau: int | None = None) -> Figure:
-    by, label, xlabel = ("t", "t = {:g}", "training steps")
-    if along == "t":
-        by, label, xlabel = ("step", "step {}", "noise level t (0: data, 1: noise)")
-    rows = _only(table, arm=arm, loss=loss)
-    figure, axes, parts = _loss_panels(rows)
-    for axis, (name, part) in zip(axes, parts, strict=True):
-        for colour, value, some in _coloured(part, by):
-            _points(axis, some, along, label.format(value), color=colour)
-        mark_switch(axis, tau)
-        axis.set(xlabel=xlabel, title=f"{name} loss")
-    return _finish(figure, axes, f"{arm}, {_counts(rows)}")
+    """rho_t over the noise level, a line per checkpoint (Fig. 4, arXiv 2505.16792); see `conflict_over_training`."""
+    return _conflict(_only(table, arm=arm, loss=loss), "t", "step", arm)
 
 
 def conflict_by_arm(table: pd.DataFrame, tau: int | None, loss: str, t: float) -> Figure:
-    """rho_t of one loss at one noise level over training steps, a line per arm; arguments as for the other figures.
+    """rho_t of one loss at one noise level over training steps, a line per arm; see `conflict_over_training`."""
+    return _conflict(_only(table, loss=loss, t=t), "step", "arm", f"t = {t:g}", tau)
 
-    Raises:
-        HasteError: the table has no such rows.
-    """
-    rows, arms = _only(table, loss=loss, t=t), list(table["arm"].unique())
-    figure, (axis,), _ = _loss_panels(rows)
-    for arm, part in rows.groupby("arm", sort=False):
-        _points(axis, part, "step", str(arm), **style(str(arm), arms))
-    mark_switch(axis, tau)
-    axis.set(xlabel="training steps", title=f"{loss} loss, t = {t:g}")
-    return _finish(figure, [axis], _counts(rows))
+
+def _conflict(rows: pd.DataFrame, along: str, by: str, title: str, tau: int | None = None) -> Figure:
+    figure, axes, parts = _loss_panels(rows)
+    for axis, (_, part) in zip(axes, parts, strict=True):
+        for own, look in _lines(part, by):
+            seeds = own.groupby(along).agg({"rho": "mean", "low": "min", "high": "max"})
+            axis.errorbar(seeds.index, seeds["rho"], yerr=_bars(seeds), marker="o", markersize=3.5, elinewidth=0.8,
+                          capsize=1.5, **look)  # fmt: skip
+        mark_switch(axis, tau)
+        axis.set_xlabel(_AXES[along])
+    return _finish(figure, axes, rows, "cosine of the gradients\n(above 0: agree, below 0: conflict)", f"{title}, ")
 
 
 def online_against_exact(exact: pd.DataFrame, online: pd.DataFrame) -> Figure:
@@ -107,21 +91,20 @@ def online_against_exact(exact: pd.DataFrame, online: pd.DataFrame) -> Figure:
     both = exact.merge(online[[*KEYS, "online"]], on=KEYS).dropna(subset=["rho", "online"])
     if both.empty:
         raise unknown("loss read online", "none", online["loss"].unique())
-    figure, axes, rows = _loss_panels(both)
-    for axis, (name, part) in zip(axes, rows, strict=True):
-        for colour, t, some in _coloured(part, "t"):
-            axis.errorbar(some["rho"], some["online"], xerr=_bars(some), fmt="o", markersize=3.5, linewidth=0.7,
-                          color=colour, label=f"t = {t:g}")  # fmt: skip
+    figure, axes, parts = _loss_panels(both)
+    for axis, (name, part) in zip(axes, parts, strict=True):
+        for own, look in _lines(part, "t"):
+            axis.errorbar(own["rho"], own["online"], xerr=_bars(own), fmt="o", markersize=3.5, linewidth=0.7, **look)
         axis.axvline(0, color=DARK, linewidth=0.8)
-        title = f"{name} loss"
+        axis.set_xlabel("exact, at the block's parameters")
         if len(part) >= 3:
             pearson, ranks = (f(part["rho"], part["online"]).statistic for f in (stats.pearsonr, stats.spearmanr))
-            title += f"\nr = {pearson:.2f}, ranks {ranks:.2f}, {len(part)} points"
-        axis.set(xlabel="exact, at the block's parameters", title=title)
-    return _finish(figure, axes, _counts(both), "online, at activations")
+            axis.set_title(f"{name} loss\nr = {pearson:.2f}, ranks {ranks:.2f}, {len(part)} points")
+    return _finish(figure, axes, both, "online, at activations")
 
 
 def _only(table: pd.DataFrame, **chosen: Any) -> pd.DataFrame:
+    """Rows with these values in these columns; None stands for all values."""
     for column, value in chosen.items():
         if value is None:
             continue
@@ -133,21 +116,20 @@ def _only(table: pd.DataFrame, **chosen: Any) -> pd.DataFrame:
 
 def _loss_panels(rows: pd.DataFrame) -> tuple[Figure, Any, Any]:
     """A figure, its axes, and the name and rows of each loss."""
-    count = rows["loss"].nunique()
-    return *panels(count, 1.2 + 3.9 * count, 3.6, sharey=True), rows.groupby("loss", sort=False)
+    parts = rows.groupby("loss", sort=False)
+    figure, axes = panels(len(parts), 1.2 + 3.9 * len(parts), 3.6, sharey=True)
+    for axis, (name, _) in zip(axes, parts, strict=True):
+        axis.set_title(f"{name} loss")
+    return figure, axes, parts
 
 
-def _coloured(rows: pd.DataFrame, column: str) -> Iterator[tuple[Any, Any, pd.DataFrame]]:
-    values = sorted(rows[column].unique())
+def _lines(rows: pd.DataFrame, by: str) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
+    """Rows and look of each line: arms in their own colours, numbers from dark to light."""
+    values = list(rows[by].unique()) if by == "arm" else sorted(rows[by].unique())
     for i, value in enumerate(values):
-        yield mpl.colormaps["viridis"](0.9 * i / max(len(values) - 1, 1)), value, rows[rows[column] == value]
-
-
-def _points(axis: Any, rows: pd.DataFrame, x: str, label: str, **look: Any) -> None:
-    seeds = rows.groupby(x)
-    whole = pd.DataFrame({"rho": seeds["rho"].mean(), "low": seeds["low"].min(), "high": seeds["high"].max()})
-    axis.errorbar(whole.index, whole["rho"], yerr=_bars(whole), label=label, marker="o", markersize=3.5, elinewidth=0.8,
-                  capsize=1.5, **look)  # fmt: skip
+        look: dict[str, Any] = {"color": mpl.colormaps["viridis"](0.9 * i / max(len(values) - 1, 1))}
+        label = {"arm": "{}", "t": "t = {:g}", "step": "step {}"}[by].format(value)
+        yield rows[rows[by] == value], (style(value, values) if by == "arm" else look) | {"label": label}
 
 
 def _bars(rows: pd.DataFrame) -> list[pd.Series]:
@@ -155,17 +137,14 @@ def _bars(rows: pd.DataFrame) -> list[pd.Series]:
     return [(rows["rho"] - rows["low"]).clip(lower=0), (rows["high"] - rows["rho"]).clip(lower=0)]
 
 
-def _counts(rows: pd.DataFrame) -> str:
-    seeds, blocks = rows["seed"].nunique(), ", ".join(map(str, sorted(rows["block"].unique())))
-    return f"block {blocks} (from 0), {rows['n'].max()} held-out images, {seeds} seed{'s' * (seeds > 1)}"
-
-
-def _finish(figure: Figure, axes: Sequence[Any], title: str, ylabel: str = CONFLICT) -> Figure:
+def _finish(figure: Figure, axes: Sequence[Any], rows: pd.DataFrame, ylabel: str, title: str = "") -> Figure:
     for axis in axes:
         axis.axhline(0, color=DARK, linewidth=0.8)
     axes[0].set_ylabel(ylabel)
     legend_beside(axes[-1])
-    figure.suptitle(title, fontsize=9)
+    seeds, blocks = rows["seed"].nunique(), ", ".join(map(str, sorted(rows["block"].unique())))
+    counts = f"block {blocks} (from 0), {rows['n'].max()} held-out images, {seeds} seed{'s' * (seeds > 1)}"
+    figure.suptitle(title + counts, fontsize=9)
     return figure
 
 
@@ -184,46 +163,31 @@ def fid_over_tau(swept: pd.DataFrame, fired: pd.DataFrame, family: str) -> Figur
     end = _only(swept, family=family)
     end = end[end["step"] == end["step"].max()]
     found = fired[fired["family"] == family]
-    rows = max(1, found["trigger"].nunique())
-    figure = Figure(figsize=(7.4, 3.6 + 0.24 * rows), layout="constrained")
-    above, axis = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [0.24 * rows + 0.2, 3.4]})
-    switched = end[end["fade"] == 0]
-    for _, part in switched.groupby("seed"):
-        part = part.sort_values("tau")
-        axis.plot(part["tau"], part["fid"], color=GREEN, linewidth=0.8, alpha=0.5)
-    mean = np.exp(np.log(switched["fid"]).groupby(switched["tau"]).mean())
+    height = 0.24 * max(1, found["trigger"].nunique())
+    figure, (above, axis) = panels(1, 7.4, 3.6 + height, 2, sharex=True, height_ratios=[height + 0.2, 3.4])
+    fids = end[end["fade"] == 0].pivot_table(index="tau", columns="seed", values="fid")
+    axis.plot(fids.index, fids, color=GREEN, linewidth=0.8, alpha=0.5)
+    mean = np.exp(np.log(fids).mean(axis=1))
     axis.plot(mean.index, mean, "o-", color=GREEN, linewidth=2.2, label="switch at once, mean over seeds")
-    for name, part in end[end["fade"] > 0].groupby("arm"):
-        label = f"{name}: fades over {part['fade'].iloc[0]} steps"
-        axis.plot(part["tau"], part["fid"], "D", color="#E69F00", markersize=5, label=label)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    plain_numbers(axis.xaxis)
-    plain_numbers(axis.yaxis)
-    last = int(switched["tau"].max())
-    axis.set(xlabel=f"step of the switch (furthest right, {last}: never)", ylabel=f"FID at step {end['step'].iloc[0]}")
+    for (name, fade), part in end[end["fade"] > 0].groupby(["arm", "fade"]):
+        axis.plot(
+            part["tau"], part["fid"], "D", color="#E69F00", markersize=5, label=f"{name}: fades over {fade} steps"
+        )
+    plain_log(axis, "x", "y")
+    axis.set(xlabel=f"step of the switch (furthest right, {fids.index.max()}: never)",
+             ylabel=f"FID at step {end['step'].iloc[0]}")  # fmt: skip
     axis.legend(fontsize=8)
-    _mark_fired(above, found)
-    above.set_title(f"{family}, {end['seed'].nunique()} seeds, {end['n'].iloc[0]} samples", fontsize=9, loc="left")
-    return figure
-
-
-def _mark_fired(axis: Any, fired: pd.DataFrame) -> None:
-    """Draw a row per trigger with a mark where it fired, one per seed."""
     labels = []
-    for place, (name, part) in enumerate(fired.groupby("trigger", sort=False)):
+    for place, (name, part) in enumerate(found.groupby("trigger", sort=False)):
         whole = part[(part["readings"] > 0) & (part["gaps"] == 0)]
         taus = whole["tau"].dropna()
         unread = "log with gaps" if part["readings"].any() else "nothing to read"
-        labels.append(f"{name} ({f'{len(taus)} of {len(whole)}' if len(whole) else unread})")
-        axis.plot(taus, [place] * len(taus), "|", color=BLUE, markersize=9, markeredgewidth=2)
-    _row_labels(axis, labels)
-    axis.tick_params(axis="x", labelbottom=False)
-
-
-def _row_labels(axis: Any, labels: list[str]) -> None:
-    axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    axis.set_ylim(len(labels) - 0.4, -0.6)
+        labels.append(f"{name!s} ({f'{len(taus)} of {len(whole)}' if len(whole) else unread})")
+        above.plot(taus, [place] * len(taus), "|", color=BLUE, markersize=9, markeredgewidth=2)
+    row_labels(above, labels)
+    above.tick_params(axis="x", labelbottom=False)
+    above.set_title(f"{family}, {end['seed'].nunique()} seeds, {end['n'].iloc[0]} samples", fontsize=9, loc="left")
+    return figure
 
 
 def sweep_over_steps(swept: pd.DataFrame, family: str) -> Figure:
@@ -234,7 +198,7 @@ def sweep_over_steps(swept: pd.DataFrame, family: str) -> Figure:
     """
     rows = _only(swept, family=family)
     rows = rows[rows["arm"] != family]
-    figure, axis = single(7.2, 3.8, "constrained")
+    figure, (axis,) = panels(1, 7.2, 3.8)
     taus = sorted(rows["tau"].unique())
     for i, ((tau, fade), part) in enumerate(rows.groupby(["tau", "fade"])):
         mean = np.exp(part.groupby("step")["log_ratio"].mean())
@@ -286,16 +250,12 @@ def regret_by_trigger(nearest: pd.DataFrame, ranking: pd.DataFrame, family: str)
     """
     rows, means = _only(nearest, family=family), ranking[ranking["family"] == family]
     never = rows.drop_duplicates("seed")["regret_never"]
-    figure, axis = single(7.2, 0.42 * (len(means) + 1) + 1.0, "constrained")
-    found = [(m["trigger"], rows.loc[rows["trigger"] == m["trigger"], "regret"], m["regret"], GREEN)
-             for m in means.to_dict("records")]  # fmt: skip
-    found.append(("never switching", never, never.mean(), RED))
-    for place, (_, seeds, mean, colour) in enumerate(found):
-        axis.plot(100 * (np.exp(seeds) - 1), [place] * len(seeds), ".", color=DARK, markersize=5)
-        axis.plot(100 * (np.exp(mean) - 1), place, "o", color=colour, markersize=7)
-    axis.set_yticks(range(len(found)), [label for label, *_ in found])
-    axis.invert_yaxis()
-    axis.grid(axis="y", visible=False)
+    figure, (axis,) = panels(1, 7.2, 0.42 * (len(means) + 1) + 1.0)
+    for place, row in enumerate(means.to_dict("records")):
+        seeds = rows.loc[rows["trigger"] == row["trigger"], "regret"]
+        dots(axis, place, 100 * (np.exp(seeds) - 1), 100 * (np.exp(row["regret"]) - 1), GREEN)
+    dots(axis, len(means), 100 * (np.exp(never) - 1), 100 * (np.exp(never.mean()) - 1), RED)
+    row_labels(axis, [*means["trigger"], "never switching"])
     axis.set(xlabel="FID at the end above that of the best switch, %", title=family)
     return figure
 
@@ -309,24 +269,21 @@ def group_effects(rows: pd.DataFrame, means: pd.DataFrame, group: str | None = N
     Args:
         rows: of `analysis.switching.paired`. means: of `analysis.switching.effects`. group: one alone; all by default.
     """
-    groups = list(rows["group"].unique()) if group is None else [group]
+    means = _only(means, group=group)
+    groups = list(means["group"].unique())
     heights = [means["group"].eq(name).sum() + 1.6 for name in groups]
-    figure = Figure(figsize=(7.6, 0.34 * sum(heights) + 0.3), layout="constrained")
-    axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    figure, axes = panels(1, 7.6, 0.34 * sum(heights) + 0.3, len(groups), height_ratios=heights)
     for axis, name in zip(axes, groups, strict=True):
-        chosen = means[means["group"] == name].reset_index(drop=True)
+        chosen = means[means["group"] == name]
         for place, mean in enumerate(chosen.to_dict("records")):
-            seeds = rows[(rows["group"] == name) & (rows["arm"] == mean["arm"])]["gain"]
-            axis.plot(_percent(seeds), [place] * len(seeds), ".", color=DARK, markersize=4, alpha=0.7)
-            if mean["arm"] == mean["reference"]:
-                continue
-            if np.isfinite(mean["low"]):
+            itself = mean["arm"] == mean["reference"]
+            if np.isfinite(mean["low"]) and not itself:
                 ends = [_percent(mean["low"]), _percent(mean["high"])]
                 axis.plot(ends, [place, place], color=_colour(mean), linewidth=2)
-            axis.plot(_percent(mean["gain"]), place, "o", color=_colour(mean), markersize=6)
+            seeds = rows.loc[(rows["group"] == name) & (rows["arm"] == mean["arm"]), "gain"]
+            dots(axis, place, _percent(seeds), np.nan if itself else _percent(mean["gain"]), _colour(mean))
         axis.axvline(0, color=DARK, linewidth=1)
-        _row_labels(axis, [f"{arm}  {fid:.2f}" for arm, fid in zip(chosen["arm"], chosen["fid"], strict=True)])
-        axis.grid(axis="y", visible=False)
+        row_labels(axis, [f"{arm}  {fid:.2f}" for arm, fid in zip(chosen["arm"], chosen["fid"], strict=True)])
         first = chosen.iloc[0]
         axis.set_title(f"{name}: against {first['reference']} at step {first['step']}", fontsize=9, loc="left")
     axes[-1].set_xlabel("FID below the reference's, % (right of 0: better); FID beside the arm's name")
@@ -334,29 +291,27 @@ def group_effects(rows: pd.DataFrame, means: pd.DataFrame, group: str | None = N
 
 
 def gain_by_setting(late: pd.DataFrame, measure: str = "fid") -> Figure:
-    """Gain over the run without alignment against training steps, a line per arm with its interval.
+    """Gain over the run without alignment against training steps, a panel per arm with its interval.
 
     Args:
         late: rows of `analysis.switching.late`. measure: one of theirs.
     """
-    late = late[late["measure"] == measure]
+    late = late[late["measure"] == measure].sort_values("step", kind="stable")
     arms = list(late["arm"].unique())
     columns = min(3, len(arms))
     rows = -(-len(arms) // columns)
-    figure = Figure(figsize=(3.1 * columns + 0.6, 2.5 * rows + 0.2), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axis, arm in zip(axes.flat, arms, strict=False):
-        part = late[late["arm"] == arm].sort_values("step")
+    figure, axes = panels(columns, 3.1 * columns + 0.6, 2.5 * rows + 0.2, rows, sharex=True, sharey=True)
+    for axis, (arm, part) in zip(axes, late.groupby("arm", sort=False), strict=False):
+        gain = _percent(part["gain"])
         axis.fill_between(part["step"], _percent(part["low"]), _percent(part["high"]), color=BLUE, alpha=0.15, lw=0)
-        axis.plot(part["step"], _percent(part["gain"]), color=BLUE, linewidth=1)
-        for _, point in part.iterrows():
-            axis.plot(point["step"], _percent(point["gain"]), "o", markersize=5, color=_colour(point))
+        axis.plot(part["step"], gain, color=BLUE, linewidth=1)
+        axis.scatter(part["step"], gain, s=25, color=[_colour(point) for point in part.to_dict("records")], zorder=2.1)
         axis.axhline(0, color=DARK, linewidth=1)
         axis.set_title(f"{arm}, against {part['baseline'].iloc[0]}", fontsize=9, loc="left")
-    for axis in axes.flat[len(arms) :]:
+    for axis in axes[len(arms) :]:
         axis.set_visible(False)
     finite, least = _percent(late["gain"]), 20.0 if measure == "fid" else 5.0
-    axes.flat[0].set_ylim(min(-least, 1.4 * float(finite.min())), max(least, 1.4 * float(finite.max())))
+    axes[0].set_ylim(min(-least, 1.4 * finite.min()), max(least, 1.4 * finite.max()))
     figure.supxlabel("training steps", fontsize=9)
     figure.supylabel(f"{NAMES[measure]}: below the baseline's, %", fontsize=9)
     return figure
@@ -371,27 +326,22 @@ def weight_and_switch(plane: pd.DataFrame) -> Figure:
     Args:
         plane: rows of `analysis.switching.plane`.
     """
+    plane = plane.assign(log=100 * np.log(plane["ratio"]), clear=(plane["low"] > 1) | (plane["high"] < 1))
     measures, others = list(plane["measure"].unique()), list(plane["against"].unique())
     weights, taus = sorted(plane["weight"].unique()), sorted(plane["tau"].unique())
     height = (0.55 * len(weights) + 1.1) * len(measures)
-    figure = Figure(figsize=(4.2 * len(others) + 0.6, height), layout="constrained")
-    axes = figure.subplots(len(measures), len(others), squeeze=False)
-    for i, measure in enumerate(measures):
-        widest = 100 * np.abs(np.log(plane.loc[plane["measure"] == measure, "ratio"])).max()
-        for axis, against in zip(axes[i], others, strict=True):
-            part = plane[(plane["measure"] == measure) & (plane["against"] == against)]
-            cells = np.full((len(weights), len(taus)), np.nan)
-            for row in part.to_dict("records"):
-                place = weights.index(row["weight"]), taus.index(row["tau"])
-                cells[place] = 100 * np.log(row["ratio"])
-                weight = "bold" if row["low"] > 1 or row["high"] < 1 else "normal"
-                axis.annotate(f"{100 * (row['ratio'] - 1):+.1f} %", place[::-1], ha="center", va="center",
-                              fontsize=8.5, fontweight=weight)  # fmt: skip
-            axis.imshow(cells, cmap="RdBu_r", vmin=-1.6 * widest, vmax=1.6 * widest, aspect="auto")
-            axis.set_xticks(range(len(taus)), ["never" if np.isinf(t) else f"{t:g}" for t in taus])
-            axis.set_yticks(range(len(weights)), [f"{w:g}" for w in weights])
-            axis.grid(False)
-            axis.set_title(f"{NAMES[measure]}, against {against}", fontsize=9, loc="left")
+    figure, axes = panels(len(others), 4.2 * len(others) + 0.6, height, len(measures))
+    for axis, (measure, against) in zip(axes, ((m, a) for m in measures for a in others), strict=True):
+        rows = plane[plane["measure"] == measure]
+        part, widest = rows[rows["against"] == against], 1.6 * rows["log"].abs().max()
+        cells = part.pivot_table(index="weight", columns="tau", values="log").reindex(index=weights, columns=taus)
+        heatmap(axis, cells, cmap="RdBu_r", vmin=-widest, vmax=widest)
+        for row in part.to_dict("records"):
+            place = taus.index(row["tau"]), weights.index(row["weight"])
+            axis.annotate(f"{100 * (row['ratio'] - 1):+.1f} %", place, ha="center", va="center", fontsize=8.5,
+                          fontweight="bold" if row["clear"] else "normal")  # fmt: skip
+        axis.set_xticks(range(len(taus)), ["never" if np.isinf(tau) else f"{tau:g}" for tau in taus])
+        axis.set_title(f"{NAMES[measure]}, against {against}", fontsize=9, loc="left")
     figure.supxlabel("switch at step", fontsize=9)
     figure.supylabel("weight of both alignment losses", fontsize=9)
     return figure
@@ -402,5 +352,5 @@ def _percent(gain: Any) -> Any:
     return 100 * (1 - np.exp(-gain))
 
 
-def _colour(row: Any) -> str:
+def _colour(row: Mapping[Any, Any]) -> str:
     return GREEN if row["low"] > 0 else RED if row["high"] < 0 else "#888888"
