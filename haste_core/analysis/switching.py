@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from haste_core.analysis.statistics import Curves, curves_of, interval, one_card
+from haste_core.analysis.statistics import interval, one_card
 from haste_core.errors import HasteError, unknown
 from haste_core.sampling import passes, times_of
 from haste_core.study import config
