@@ -68,7 +68,7 @@ def _jobs(seeds: int) -> int:
 
 def _grown(grows: str, studies: dict[int, Callable[[], config.StudySettings]], rounds: int) -> list[dict[str, object]]:
     running = {amount: create(study().run("vanilla"), 0, None) for amount, study in studies.items()}
-    actions = {amount: cost.step_of(state) for amount, state in running.items()}
+    actions = {amount: state.train_step for amount, state in running.items()}
     timed = cost.interleaved(actions, min(actions), rounds, device=default_device(), label=grows)
     return [_row(grows, amount, t, machine.peak_gib(_alone, studies[amount])) for amount, t in timed.items()]
 

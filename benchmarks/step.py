@@ -93,7 +93,7 @@ def _timed(
 ) -> dict[str, list[float]]:
     """Seconds of a step of each state in every round, and of the teacher's forward pass."""
     actions: dict[str, Callable[[], object]]
-    actions = {_title(arm, phase): cost.step_of(s) for (arm, phase), s in running.items()}
+    actions = {_title(arm, phase): s.train_step for (arm, phase), s in running.items()}
     if with_teacher:
         actions |= {"teacher forward": _teacher_forward(running["haste", 1])}
     device = next(iter(running.values())).accelerator.device
@@ -131,7 +131,8 @@ def _under_autocast(state: Trainer, images: torch.Tensor) -> None:
 
 
 def _flops(study: config.StudySettings, arm: str, phase: int) -> int:
-    return estimate(study.run(arm), EXAMPLE).phases[phase].flops
+    found = estimate(study.run(arm), EXAMPLE).set_index("phase")
+    return int(found["step_flops"][phase])
 
 
 def _alone(folder: Path, arm: str, phase: int) -> None:
