@@ -174,9 +174,9 @@ def test_snakemake_reads_a_filled_in_profile(small, output, tmp_path, capfd, nam
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--processes", "0"], ["0 processes; expected 1 or more"]),
+        (["--processes", "0"], ["--processes 0; expected 1 and above"]),
         (["--processes", "3"], ["train.batch_size 32", "expected a multiple of 3"]),
-        (["--cores", "0"], ["--cores is 0; expected 1 and above"]),
+        (["--cores", "0"], ["--cores 0; expected 1 and above"]),
     ],
 )
 def test_numbers_that_no_job_could_work_with_are_refused(output, capfd, words, parts):
