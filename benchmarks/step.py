@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +118,14 @@ def _title(arm: str, phase: int) -> str:
 
 def _teacher_forward(state: Trainer) -> Callable[[], None]:
     assert state.haste is not None
-    state.batches.with_images = True
+    haste, state.batches.with_images = state.haste, True
     images = state.batches.next().images.to(state.accelerator.device)
-    return partial(_under_autocast, state, images)
 
+    def forward() -> None:
+        with state.accelerator.autocast():
+            haste.teacher(images, haste.teacher_blocks)
 
-def _under_autocast(state: Trainer, images: torch.Tensor) -> None:
-    assert state.haste is not None
-    with state.accelerator.autocast():
-        state.haste.teacher(images, state.haste.teacher_blocks)
+    return forward
 
 
 def _flops(study: config.StudySettings, arm: str, phase: int) -> int:

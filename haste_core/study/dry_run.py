@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import pandas as pd
 import torch
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import constants, try_to_load_from_cache
@@ -70,9 +69,12 @@ def dry_run(run: Run, processes: int = 1) -> tuple[list[Check], str]:
     checks.append(data)
     if check("networks", lambda: _networks(settings, example)) and example is not None:
         student, _, _ = estimate.networks_of(settings, example)
-        draws = check("sampler", lambda: _sampler(student, run.sample))
         found = estimate.estimate(settings, example, processes)
-        text = estimate.run_text(found, settings.train.precision, _scoring(run, found) if draws else 0)
+        scoring = 0  # FLOPs of sampling the images of one score
+        if check("sampler", lambda: _sampler(student, run.sample)):
+            forward = int(found["forward"][0])
+            scoring = estimate.sampling_flops(settings, run.sample, run.study.evaluate.n, forward)
+        text = estimate.run_text(found, settings.train.precision, scoring)
         check("disk", lambda: _disk(run, int(found["checkpoint_bytes"].sum() + found["writing_bytes"].max())))
         if torch.cuda.is_available():
             check("memory", lambda: _memory(int(found["memory_bytes"].max())))
@@ -103,11 +105,6 @@ def _needed(run: Run) -> dict[str, Callable[[], str]]:
     if evaluate.reference is not None:
         needed["reference"] = lambda: _reference(Path(str(evaluate.reference)))
     return needed
-
-
-def _scoring(run: Run, found: pd.DataFrame) -> int:
-    """FLOPs of sampling the images of one score."""
-    return estimate.sampling_flops(run.config, run.sample, run.study.evaluate.n, int(found["forward"][0]))
 
 
 def _settings(run: Run) -> str:

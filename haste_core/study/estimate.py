@@ -88,7 +88,7 @@ def networks_of(run: config.RunSettings, example: Example) -> tuple[DiffusionTra
 
 
 class Speed(NamedTuple):
-    """FLOP/s that a device reaches in training, by phase, and where the figures are from, in words."""
+    """FLOP/s that a device reaches in training, by phase, and the source of these figures in words."""
 
     flops: dict[int, float]
     source: str
@@ -336,11 +336,10 @@ def sums(table: pd.DataFrame) -> dict[str, Any]:
 
 def si(number: float, unit: str = "", base: int = 1000) -> str:
     """A number with three digits and the prefix that fits, such as "130 M" or "1.5 TFLOP"."""
-    prefixes = iter(" KMGTPEZ")
-    prefix = next(prefixes)
+    power = 0
     while number >= 999.5:
-        number, prefix = number / base, next(prefixes)
-    return f"{number:.3g} {prefix.strip()}{unit}".rstrip()
+        number, power = number / base, power + 1
+    return f"{number:.3g} {' KMGTPEZY'[power].strip()}{unit}".rstrip()
 
 
 def size_text(number: float) -> str:
@@ -412,16 +411,15 @@ def plan_text(table: pd.DataFrame) -> str:
 
 
 def notes(study: config.StudySettings, gpus: int, speed: Speed) -> list[str]:
-    """Lines on what the figures of a plan rest on."""
+    """Assumptions and sources of a plan, a line each."""
     each = ", ".join(f"{si(flops, 'FLOP')}/s in {PHASES[phase]}" for phase, flops in speed.flops.items())
     devices = f"{gpus} devices share the batch of a run" if gpus > 1 else "one device"
     runs = {arm: study.run(arm) for arm in study.arms}
     open_ended = [a for a, r in runs.items() if r.alignment.active and r.termination.kind not in ("never", "iteration")]
-    return [
+    lines = [
         f"{study.name}: {len(study.arms)} arms, {len(study.seeds)} seed(s), {devices}",
         f"speed of one device: {each}, {speed.source}",
-        *(
-            [f"note: a trigger ends phase I of {', '.join(open_ended)}; counted as if it never fired"]
-            * bool(open_ended)
-        ),
     ]
+    if open_ended:
+        lines.append(f"note: a trigger ends phase I of {', '.join(open_ended)}; counted as if it never fired")
+    return lines
