@@ -30,7 +30,7 @@ ALIGNED_STEP = 1.5
 
 
 def stamp_hash(run: config.RunSettings) -> str:
-    """Part of the name of an arm's stamps: it changes when the run should go further or keep other steps."""
+    """Part of the name of an arm's stamps, which changes with the steps that the run keeps."""
     return config.digest(run.train.kept_steps)
 
 
@@ -169,7 +169,7 @@ def _memory_gib() -> float:
 
 
 def _stop(pid: int) -> None:
-    """Let local notebook jobs save and leave, and Snakemake start no more; without any it cancels what it has started.
+    """Stop local notebook jobs, which save first, and Snakemake; without local jobs it cancels those on the cluster.
 
     A cluster sends SIGTERM to cancelled jobs, which save too if it waits long enough before it kills.
     """
