@@ -45,11 +45,10 @@ def words(*parts):
 
 # Relative paths in the settings are seen from where the study was started; what Snakemake names, from its own folder.
 HASTE = words("cd", config["here"]) + " && exec " + words(sys.executable, "-m", "haste_core.study.cli")
-# A job's libraries take the threads it was given: more of them than cores wait for each other, ten times as long. The
-# processes of a job share them.
+# Libraries take the threads of their job, divided by its processes: more threads than cores slow each other down tenfold.
 THREADS = "export OMP_NUM_THREADS=$(({threads} > %d ? {threads} / %d : 1))"
-# A scheduler sends SIGTERM to all processes of a job at once. The shell stays until the notebook has saved: when it
-# goes, so does the job with all that is left of it.
+# A scheduler sends SIGTERM to all processes of a job at once. The shell ignores it until the notebook has saved, because
+# the scheduler kills the rest of a job whose shell has ended.
 OUTLIVE = "trap : TERM; "
 
 

@@ -30,36 +30,19 @@ def measure(rounds: int) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         machine.write_pairs(folder, step.EXAMPLE, 64)
-        rows = _grown("batch", {n: partial(digits, f"train.batch_size={n}") for n in BATCHES}, rounds)
-        rows += _grown("depth", {n: partial(digits, f"model.depth={n}") for n in DEPTHS}, rounds)
+        digits = partial(config.load, "digits", None)
+        rows = _grown("batch", {n: partial(digits, [f"train.batch_size={n}"]) for n in BATCHES}, rounds)
+        rows += _grown("depth", {n: partial(digits, [f"model.depth={n}"]) for n in DEPTHS}, rounds)
         rows += _grown("tokens", {n: partial(step.study, folder, m, ["vanilla"]) for n, m in PRESETS.items()}, rounds)
     planning = {_jobs(n): partial(plan, n) for n in SEEDS}
     timed = cost.interleaved(planning, min(planning), max(2, rounds // 6), label="planning")
     return pd.DataFrame(rows + [_row("jobs", jobs, t, None) for jobs, t in timed.items()])
 
 
-def digits(setting: str) -> config.StudySettings:
-    """The digits study with one setting changed."""
-    return config.load("digits", None, [setting])
-
-
 def plan(seeds: int) -> None:
     """Make the graph of the digits study with so many seeds, and run nothing."""
-    words = [
-        sys.executable,
-        "-m",
-        "haste_core.study.cli",
-        "study",
-        "digits",
-        "--dry-run",
-        "--set",
-        f"seeds={_seeds(seeds)}",
-    ]
-    subprocess.run(words, check=True, capture_output=True)
-
-
-def _seeds(count: int) -> list[int]:
-    return list(range(count))
+    words = ["study", "digits", "--dry-run", "--set", f"seeds={list(range(seeds))}"]
+    subprocess.run([sys.executable, "-m", "haste_core.study.cli", *words], check=True, capture_output=True)
 
 
 def _jobs(seeds: int) -> int:
@@ -68,7 +51,7 @@ def _jobs(seeds: int) -> int:
 
 def _grown(grows: str, studies: dict[int, Callable[[], config.StudySettings]], rounds: int) -> list[dict[str, object]]:
     running = {amount: create(study().run("vanilla"), 0, None) for amount, study in studies.items()}
-    actions = {amount: cost.step_of(state) for amount, state in running.items()}
+    actions = {amount: state.train_step for amount, state in running.items()}
     timed = cost.interleaved(actions, min(actions), rounds, device=default_device(), label=grows)
     return [_row(grows, amount, t, machine.peak_gib(_alone, studies[amount])) for amount, t in timed.items()]
 

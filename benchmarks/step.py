@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def _timed(
 ) -> dict[str, list[float]]:
     """Seconds of a step of each state in every round, and of the teacher's forward pass."""
     actions: dict[str, Callable[[], object]]
-    actions = {_title(arm, phase): cost.step_of(s) for (arm, phase), s in running.items()}
+    actions = {_title(arm, phase): s.train_step for (arm, phase), s in running.items()}
     if with_teacher:
         actions |= {"teacher forward": _teacher_forward(running["haste", 1])}
     device = next(iter(running.values())).accelerator.device
@@ -119,19 +118,19 @@ def _title(arm: str, phase: int) -> str:
 
 def _teacher_forward(state: Trainer) -> Callable[[], None]:
     assert state.haste is not None
-    state.batches.with_images = True
+    haste, state.batches.with_images = state.haste, True
     images = state.batches.next().images.to(state.accelerator.device)
-    return partial(_under_autocast, state, images)
 
+    def forward() -> None:
+        with state.accelerator.autocast():
+            haste.teacher(images, haste.teacher_blocks)
 
-def _under_autocast(state: Trainer, images: torch.Tensor) -> None:
-    assert state.haste is not None
-    with state.accelerator.autocast():
-        state.haste.teacher(images, state.haste.teacher_blocks)
+    return forward
 
 
 def _flops(study: config.StudySettings, arm: str, phase: int) -> int:
-    return estimate(study.run(arm), EXAMPLE).phases[phase].flops
+    found = estimate(study.run(arm), EXAMPLE).set_index("phase")
+    return int(found["step_flops"][phase])
 
 
 def _alone(folder: Path, arm: str, phase: int) -> None:

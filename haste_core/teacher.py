@@ -322,7 +322,10 @@ def _unloaded(model: str, options: dict[str, Any], file: Path) -> list[str]:
             return torch.tensor(float("nan"), dtype=state.dtype).expand(state.shape)
         return state
 
-    overlay = {"pretrained_cfg_overlay": {"state_dict": marked(load_state_dict(str(file)))}, "pretrained": True}
+    overlay = {
+        "pretrained_cfg_overlay": {"state_dict": marked(load_state_dict(str(file), weights_only=True))},
+        "pretrained": True,
+    }
     encoder = _create(model, options | overlay, seed=0)
     return [name for name, parameter in encoder.named_parameters() if not parameter.isnan().any()]
 

@@ -43,12 +43,6 @@ def test_pairs_of_noise_are_a_data_set_like_prepared_ones(tmp_path):
     assert chosen.run("repa").alignment.active
 
 
-def test_operations_of_a_step_grow_with_its_phase(tmp_path):
-    chosen = step.study(tmp_path)
-    vanilla, first, second = (step._flops(chosen, *which) for which in (("vanilla", 2), ("haste", 1), ("haste", 2)))
-    assert first > vanilla == second
-
-
 @pytest.mark.slow
 def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypatch):
     whole = step.study
@@ -74,6 +68,7 @@ def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypa
     assert table["share"].drop("teacher forward").between(0, 2).all()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_by_itself_with_its_own_environment(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     assert 0 < machine.peak_gib(_check_environment, "4194304", environment=attention.GIVES_BACK) < 4

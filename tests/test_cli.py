@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import grimp
 import numpy as np
 import pytest
 import yaml
@@ -27,13 +29,6 @@ SMOKE = ["--profile", "smoke"]
 SHORT = [*SMOKE, "--set", "train.steps=6", "--set", "train.keep=[4]"]
 
 pytestmark = pytest.mark.xdist_group("cli")
-
-
-def help_of(capsys, *command):
-    with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
-    assert stop.value.code == 0
-    return capsys.readouterr().out
 
 
 def files(folder):
@@ -62,34 +57,30 @@ def trained(folder, output, monkeypatch):
 # -- help -------------------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_command_and_shows_examples(capsys):
-    text = help_of(capsys)
-    for command in ("train", "sample", "evaluate", "study", "teacher", "cost", "plan", "notebook"):
-        assert f"\n    {command} " in text
-    assert "examples:" in text
-    assert "haste study digits" in text
-
-
 @pytest.mark.parametrize(
-    ("command", "arguments"),
+    ("command", "words"),
     [
-        ("train", ["study", "arm", "--seed", "--profile", "--set KEY=VALUE"]),
-        ("sample", ["study", "arm", "--step", "--n", "--first-seed", "--out"]),
-        ("study", ["study", "--profile", "--cores", "--workflow-profile", "--dry-run", "Snakemake's own"]),
-        ("plan", ["study", "--gpus", "--rate", "--utilisation", "--json"]),
-        ("notebook", ["name", "out", "-p NAME=VALUE"]),
+        ([], ["train", "sample", "evaluate", "score", "study", "teacher", "latents", "convert", "cost", "plan"]),
+        ([], ["notebook", "examples:", "haste study digits"]),
+        (["train"], ["study", "digits", "arm", "--seed", "--profile", "--set KEY=VALUE", "--processes", "--dry-run"]),
+        (["study"], ["study", "--profile", "--cores", "--workflow-profile", "--dry-run", "Snakemake's own"]),
+        (["plan"], ["study", "--gpus", "--rate", "--utilisation", "--json"]),
+        (["notebook"], ["name", "out", "-p NAME=VALUE"]),
     ],
-)
-def test_help_of_a_command_names_its_arguments(capsys, command, arguments):
-    text = help_of(capsys, command)
-    assert text.startswith(f"usage: haste {command} ")
-    assert [argument for argument in arguments if argument not in text] == []
-    assert "study" not in arguments or "digits" in text
+)  # fmt: skip
+def test_help_names_commands_and_arguments(capsys, command, words):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(" ".join(["usage: haste", *command]))
+    assert [word for word in words if word not in text] == []
 
 
-def test_the_installed_command_tells_its_version():
-    done = subprocess.run([HASTE, "--version"], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"haste {__version__}\n", "")
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"haste {__version__}\n")
 
 
 # -- train ------------------------------------------------------------------------------------------------------------
@@ -166,7 +157,7 @@ def test_sample_writes_uint8_images_and_labels_that_depend_on_seed_and_step_alon
     many, labels = images_of(sample(tmp_path / "many.npz", "--n", "257"))
     assert (many.dtype, many.shape, labels[:12]) == (np.uint8, (257, 8, 8, 1), [*range(10), 0, 1])
     assert len(np.unique(many[:12].reshape(12, -1), axis=0)) == 12
-    for first, n in ((0, 1), (0, 30), (10, 3)):
+    for first, n in ((0, 1), (10, 3)):
         few, _ = images_of(sample(tmp_path / "few.npz", "--n", str(n), "--first-seed", str(first)))
         assert np.array_equal(few, many[first : first + n])
     assert not np.array_equal(images_of(sample(tmp_path / "c.npz", "--n", "3", "--step", "4"))[0], many[:3])
@@ -210,25 +201,27 @@ def test_teacher_prints_the_facts_of_both_networks_as_yaml(trained, folder, caps
 # -- study ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_lists_the_jobs_of_all_arms_and_runs_none(output, capfd):
-    assert main(["study", "digits", *SMOKE, "--dry-run", "--until", "prepare"]) == 0  # Snakemake's own option
-    assert "step_time" not in capfd.readouterr().out
-    assert main(["study", "digits", *SMOKE, "--dry-run"]) == 0
+def test_a_dry_run_passes_options_on_lists_the_jobs_and_runs_none(output, capfd):
+    assert main(["study", "digits", *SMOKE, "--dry-run", "--until", "arm_haste"]) == 0  # Snakemake's own option
     said = capfd.readouterr()
-    arms = {f"arm_{arm}" for arm in ("vanilla", "repa", "atta", "holistic", "haste")}
-    assert {*arms, "prepare", "step_time", "report"} <= set((said.out + said.err).split())
+    listed = set((said.out + said.err).split())
+    assert {"arm_haste", "arm_holistic", "prepare"} <= listed
+    assert not {"step_time", "report"} & listed
     assert not [p for p in output.rglob("*") if p.is_file() and ".snakemake" not in p.parts]
     assert said.out.splitlines()[-1] == str(output / "reports" / "digits-smoke" / "report.html")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_the_event_acts_and_is_put_back(number):
+# -- what commands rest on --------------------------------------------------------------------------------------------
+
+
+def test_a_signal_sets_the_event_acts_and_is_put_back():
     before, acted = [signal.getsignal(s) for s in signals.STOPPING], []
-    with signals.catch(lambda: acted.append(1)) as stopping:
-        assert not stopping.is_set()
-        os.kill(os.getpid(), number)
-        assert stopping.wait(5)
-    assert acted == [1]
+    for number in signals.STOPPING:
+        with signals.catch(lambda: acted.append(1)) as stopping:
+            assert not stopping.is_set()
+            os.kill(os.getpid(), number)
+            assert stopping.wait(5)
+    assert acted == [1, 1]
     assert [signal.getsignal(s) for s in signals.STOPPING] == before
 
 
@@ -243,3 +236,9 @@ def test_signals_outside_the_main_thread_stay_as_they_are():
     thread.start()
     thread.join()
     assert seen == [False, True]
+
+
+def test_no_modules_import_each_other_in_a_circle_not_even_inside_functions():
+    imports = grimp.build_graph("haste_core", exclude_type_checking_imports=True, cache_dir=None)
+    order = graphlib.TopologicalSorter({m: imports.find_modules_directly_imported_by(m) for m in imports.modules})
+    order.prepare()  # raises CycleError, which names the circle

@@ -88,8 +88,12 @@ def test_every_job_is_told_its_arm_its_seeds_its_threads_and_its_processes(small
     assert order[5:] == ["cost", "10_report"]
 
 
-def test_an_arm_waits_for_the_teacher_and_for_the_arm_it_branches_from(output):
-    printed = rules(jobs.graph("digits", "smoke"), "--cores", "2")
+def test_an_arm_waits_for_its_teacher_and_its_donor_and_asks_a_cluster_for_each_of_its_processes(output, tmp_path):
+    content = yaml.safe_load((ROOT / "workflow" / "slurm" / "config.yaml").read_text())
+    asked = {name: content["default-resources"][name] for name in ("gpu", "mem_mb")}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text(yaml.safe_dump({"cores": 4, "default-resources": asked}))
+    printed = rules(jobs.graph("digits", "smoke", processes=2), "--workflow-profile", str(tmp_path / "mine"))
     inputs = {rule: re.search(r"input: (.*)", text) for rule, text in printed.items()}
     waits = {
         rule: re.findall(r"prepared-|holistic|haste|vanilla|repa|atta", found[1])
@@ -100,6 +104,10 @@ def test_an_arm_waits_for_the_teacher_and_for_the_arm_it_branches_from(output):
     assert all(waits[f"arm_{arm}"] == ["prepared-"] for arm in ("repa", "atta", "holistic"))
     # A stamp for each of the two seeds.
     assert waits["arm_haste"] == ["prepared-", "holistic", "holistic"]
+    for rule, gpus in (("arm_repa", 2), ("prepare", 1)):
+        resources = re.search(r"resources: (.*)", printed[rule])[1]
+        assert f"gpu={gpus}" in resources
+        assert f"mem_mb={64000 * gpus}" in resources
 
 
 def test_the_longest_chain_of_arms_has_the_highest_priority():
@@ -147,18 +155,6 @@ def test_a_profile_retries_stopped_jobs_and_gives_them_a_gpu(name):
         assert (asked["scale"], asked["gpu_manufacturer"], settings["default-storage-provider"]) == (0, "nvidia", "fs")
 
 
-def test_a_training_job_asks_for_each_of_its_processes(small, output, tmp_path):
-    content = yaml.safe_load((ROOT / "workflow" / "slurm" / "config.yaml").read_text())
-    asked = {name: content["default-resources"][name] for name in ("gpu", "mem_mb")}
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.yaml").write_text(yaml.safe_dump({"cores": 4, "default-resources": asked}))
-    printed = rules(jobs.graph(str(small), processes=2), "--workflow-profile", str(tmp_path / "mine"))
-    found = {rule: re.search(r"resources: (.*)", text)[1] for rule, text in printed.items()}
-    for rule, gpus in (("arm_repa", 2), ("prepare", 1), ("analyse_06_capacity", 1)):
-        assert f"gpu={gpus}" in found[rule]
-        assert f"mem_mb={64000 * gpus}" in found[rule]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_snakemake_reads_a_filled_in_profile(small, output, tmp_path, capfd, name):
@@ -174,9 +170,9 @@ def test_snakemake_reads_a_filled_in_profile(small, output, tmp_path, capfd, nam
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--processes", "0"], ["0 processes; expected 1 or more"]),
+        (["--processes", "0"], ["--processes 0; expected 1 and above"]),
         (["--processes", "3"], ["train.batch_size 32", "expected a multiple of 3"]),
-        (["--cores", "0"], ["--cores is 0; expected 1 and above"]),
+        (["--cores", "0"], ["--cores 0; expected 1 and above"]),
     ],
 )
 def test_numbers_that_no_job_could_work_with_are_refused(output, capfd, words, parts):

@@ -94,21 +94,36 @@ def build_inception(where: str) -> tuple[nn.Module, str]:
 
     where: "hub" (torch's cache, or downloaded into it), or the path of a .pth or .safetensors file of tensors alone.
     """
+    weights = read_inception(where)
+    try:
+        network = Inception(weights)
+    except (RuntimeError, KeyError) as error:  # other names or shapes
+        raise _not_inception(where, error) from error
+    return network.to(default_device()), checkpoint.fingerprint(weights)
+
+
+def read_inception(where: str) -> dict[str, Tensor]:
+    """Tensors of Inception's weights from "hub" or a file, read without executing anything.
+
+    Raises:
+        HasteError: they cannot be had or read.
+    """
     try:
         if where == "hub":
-            weights = torch.hub.load_state_dict_from_url(
+            return torch.hub.load_state_dict_from_url(
                 URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
             )
-        else:
-            weights = load_state_dict(where)
-        network = Inception(weights)
-    except Exception as error:  # no network, no such file, other names or shapes; a damaged pickle can raise anything
-        cause = " ".join(f"{type(error).__name__} {error}".split())[:160]
-        raise HasteError(
-            f"evaluate.inception {where}: {cause}; download {INCEPTION_FILE} from {URL_INCEPTION_V3} and set "
-            f"evaluate.inception=PATH"
-        ) from error
-    return network.to(default_device()), checkpoint.fingerprint(weights)
+        return load_state_dict(where, weights_only=True)
+    except Exception as error:  # no network, no such file; a damaged pickle can raise anything
+        raise _not_inception(where, error) from error
+
+
+def _not_inception(where: str, error: Exception) -> HasteError:
+    cause = " ".join(f"{type(error).__name__} {error}".split())[:160]
+    return HasteError(
+        f"evaluate.inception {where}: {cause}; download {INCEPTION_FILE} from {URL_INCEPTION_V3} and set "
+        f"evaluate.inception=PATH"
+    )
 
 
 class DinoV2(nn.Module):

@@ -1,4 +1,4 @@
-"""The command line: commands on studies and runs; those on files are in `haste_core.study.cli_files`."""
+"""The command line: its parser, and commands on studies and runs; those on files are in `cli_files`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from haste_core import __version__
 from haste_core.errors import HasteError, Interrupted, is_disk_full
+from haste_core.processes import launched
 from haste_core.study import cli_files, config
-
-if TYPE_CHECKING:
-    from haste_core.study.estimate import Speed
-    from haste_core.study.runs import Run
+from haste_core.study.runs import Run, study_dir
 
 _EXAMPLES = """examples:
   haste study digits                                    the whole default study, ending in reports/digits/report.html
@@ -31,10 +30,15 @@ _EXAMPLES = """examples:
   haste plan imagenet256 --gpus 8                       time, memory and space of every arm, measured on this device
   haste convert 0400000.pt haste.safetensors            a released checkpoint of DiT, SiT, REPA or HASTE
 """
+# Smallest values of options, whichever command they belong to.
+_LEAST = {"processes": 1, "cores": 1, "gpus": 1, "rounds": 1, "n": 1, "first_seed": 0, "shard_size": 1, "batch_size": 1}
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, with status 2."""
+    """A parser that keeps line breaks of descriptions and reports an error in one line, with status 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -46,72 +50,90 @@ def parser() -> argparse.ArgumentParser:
         prog="haste",
         description="Study early-stopped representation alignment (HASTE, arXiv 2505.16792) of diffusion transformers.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"haste {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, action: Callable[[argparse.Namespace], None], text: str, arm: bool = False) -> Any:
-        """A parser for a command on a study, or on one run of it (`arm`)."""
+    def add(name: str, action: Callable[[argparse.Namespace], None], text: str, on: str = "") -> Any:
+        """A parser for a command on a "study", on a "run" of it, or on neither."""
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.add_argument("study", help=f"a study's name ({', '.join(config.studies())}) or the path of a .yaml file")
-        if arm:
+        sub.set_defaults(action=action)
+        if on:
+            names = ", ".join(config.studies())
+            sub.add_argument("study", help=f"a study's name ({names}) or the path of a .yaml file")
+        if on == "run":
             sub.add_argument("arm", help="an arm of the study, for instance vanilla, repa, atta, holistic or haste")
             sub.add_argument("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
-        sub.add_argument("--profile", help="a named set of overrides in the study file, for instance smoke")
-        sub.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-                         help="override a setting, for instance train.steps=200; may be repeated")  # fmt: skip
-        sub.set_defaults(action=action)
+        if on or name == "score":
+            sub.add_argument("--profile", help="a named set of overrides in the study file, for instance smoke")
+            text = "override a setting of the study, for instance train.steps=200; may be repeated"
+            sub.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=text)
         return sub
 
-    processes = {"type": int, "default": 1, "metavar": "N"}
-    sub = add("train", train, "train one arm with one seed, or go on where it stopped", arm=True)
-    sub.add_argument("--processes", **processes, help="number of processes that train the run together, each on a GPU "
-                     "of its own or on the CPU (default: %(default)s)")  # fmt: skip
-    sub.add_argument("--dry-run", action="store_true", help="check settings, data, teacher and disk, estimate memory "
-                     "and time, say what is missing; train nothing")  # fmt: skip
-    cli_files.add_sample(add)
-    add("evaluate", evaluate, "score every kept checkpoint of a trained run", arm=True)
-    cli_files.add_score(commands)
-    sub = add("study", run_study, "run a whole study: teacher, every arm and seed, scores and report")
+    sub = add("train", train, "train one arm with one seed, or go on where it stopped", on="run")
+    processes = "number of processes that train a run together, each on a GPU of its own or on the CPU (default: 1)"
+    sub.add_argument("--processes", type=int, default=1, metavar="N", help=processes)
+    text = "check settings, data, teacher and disk, estimate memory and time, say what is missing; train nothing"
+    sub.add_argument("--dry-run", action="store_true", help=text)
+
+    sub = add("sample", cli_files.sample, "draw images from a trained run's averaged weights", on="run")
+    cli_files.add_sample(sub)
+
+    add("evaluate", evaluate, "score every kept checkpoint of a trained run", on="run")
+
+    text = "score any images by the ADM protocol: FID, sFID, IS, precision, recall, and a distance on DINOv2"
+    cli_files.add_score(add("score", cli_files.score, text))
+
+    sub = add("study", run_study, "run a whole study: teacher, every arm and seed, scores and report", on="study")
     sub.epilog = "Any other option is Snakemake's own and goes to it unchanged, for instance --keep-incomplete."
-    sub.add_argument("--processes", **processes,
-                     help="number of processes that train each run together (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--processes", type=int, default=1, metavar="N", help=processes)
     sub.add_argument("--cores", type=int, metavar="N", help="jobs at a time on this machine (default: all cores)")
-    sub.add_argument("--workflow-profile", metavar="FOLDER", help="Snakemake profile of a cluster that runs the "
-                     "jobs: workflow/slurm, workflow/kubernetes, or a copy of one (default: this machine)")  # fmt: skip
+    text = "Snakemake profile of a cluster that runs the jobs: workflow/slurm, workflow/kubernetes, or a copy of one"
+    sub.add_argument("--workflow-profile", metavar="FOLDER", help=f"{text} (default: this machine)")
     sub.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and run none")
-    add("teacher", teacher, "prepare a study's teacher and feature extractor, and print their facts")
-    cli_files.add_latents(commands)
-    cli_files.add_convert(commands)
-    sub = add("cost", measure_cost, "measure the time of a training step in every arm and phase")
+
+    add("teacher", teacher, "prepare a study's teacher and feature extractor, and print their facts", on="study")
+
+    text = "prepare latents: encode labelled images by a VAE into a folder for data.kind 'latents'"
+    cli_files.add_latents(add("latents", cli_files.encode, text))
+
+    text = "convert a checkpoint of DiT, SiT, REPA, HASTE or of a run, and say what it holds"
+    cli_files.add_convert(add("convert", cli_files.convert, text))
+
+    sub = add("cost", measure_cost, "measure the time of a training step in every arm and phase", on="study")
     sub.add_argument("--rounds", type=int, default=12, help="interleaved rounds (default: %(default)s)")
-    sub = add("plan", plan, "estimate memory, time and disk space of every arm, from a short measurement here")
+
+    text = "estimate memory, time and disk space of every arm, from a short measurement here"
+    sub = add("plan", plan, text, on="study")
     sub.add_argument("--gpus", type=int, default=1, help="devices that share the batch of a run (default: %(default)s)")
-    sub.add_argument("--rate", type=float, metavar="FLOPS", help="FLOP/s of matrix products of one device in the run's "
-                     "precision (default: the speed of training steps is measured here)")  # fmt: skip
-    sub.add_argument("--utilisation", type=float, metavar="SHARE",
-                     help="share of --rate that a training step reaches, in (0, 1] (default: 0.4)")  # fmt: skip
+    text = "FLOP/s of matrix products of one device in the run's precision (default: training steps are timed here)"
+    sub.add_argument("--rate", type=float, metavar="FLOPS", help=text)
+    text = "share of --rate that a training step reaches, in (0, 1] (default: 0.4)"
+    sub.add_argument("--utilisation", type=float, metavar="SHARE", help=text)
     sub.add_argument("--json", action="store_true", help="print one JSON object: figures by arm and phase, and sums")
-    sub = commands.add_parser("notebook", help="run one of the notebooks by papermill, with parameters",
-                              description="Run one of the notebooks by papermill, with parameters.")  # fmt: skip
+
+    sub = add("notebook", run_notebook, "run one of the notebooks by papermill, with parameters")
     sub.add_argument("name", help="a notebook's name, for instance 01_train, or its path")
     sub.add_argument("out", type=Path, help="where the executed notebook goes")
-    sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
-                     help="a parameter of the notebook, read as YAML; may be repeated")  # fmt: skip
-    sub.set_defaults(action=run_notebook)
+    text = "a parameter of the notebook, read as YAML; may be repeated"
+    sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=text)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 an error the user can mend, 143 stopped and saved."""
-    top = parser()
-    arguments, arguments_left = top.parse_known_args(argv)
-    if arguments_left and arguments.command != "study":
-        top.error(f"unrecognized arguments: {' '.join(arguments_left)}")
-    arguments.snakemake = arguments_left
+    top, words = parser(), sys.argv[1:] if argv is None else list(argv)
+    arguments, others = top.parse_known_args(words)
+    if others and arguments.command != "study":
+        top.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.words, arguments.snakemake = words, others
     try:
-        arguments.action(arguments)
+        for name, least in _LEAST.items():
+            value = getattr(arguments, name, None)
+            if value is not None and value < least:
+                raise HasteError(f"--{name.replace('_', '-')} {value}; expected {least} and above")
+        # A launcher reads the error of one of its processes from a file.
+        (record(arguments.action) if launched() > 1 else arguments.action)(arguments)
     except HasteError as error:
         print(f"haste: error: {error}", file=sys.stderr)
         return 2
@@ -134,37 +156,43 @@ def study_of(arguments: argparse.Namespace) -> config.StudySettings:
     return config.load(arguments.study, arguments.profile, arguments.overrides)
 
 
-def run_of(arguments: argparse.Namespace) -> Run:
-    """The run that a command is about."""
-    from haste_core.study.runs import Run
-
-    return Run(study_of(arguments), arguments.arm, arguments.seed)
+# Each command imports what it needs: a job that trains waits for neither papermill nor pandas.
 
 
 def train(arguments: argparse.Namespace) -> None:
     """haste train."""
-    run = run_of(arguments)
+    run = Run(study_of(arguments), arguments.arm, arguments.seed)
     if arguments.dry_run:
-        from haste_core.study.dry_run import dry_run
-
-        found = dry_run(run, arguments.processes)
-        print(found.text)
-        if found.lacking:
-            raise HasteError(f"not ready to train: {', '.join(found.lacking)}; the lines above say what to do")
-        return
+        return _dry_run(run, arguments.processes)
     from haste_core.study import launching
 
     launching.fit(run, arguments.processes)
-    if os.environ.get("RANK", "0") == "0":  # one of the processes of a launch reports
+    if launching.rank() == 0:  # one of the processes of a launch reports
         last = run.metrics()[-1]
         print(f"{run.dir}: step {last['step']}, denoising loss {last['denoising']:.4f}")
+
+
+def _dry_run(run: Run, processes: int) -> None:
+    from haste_core.study.dry_run import dry_run
+
+    checks, estimate = dry_run(run, processes)
+    print(f"{run.study.name} {run.arm}, seed {run.seed}: dry run, nothing is trained or downloaded")
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"  {'ok' if check.ok else 'problem':<7}  {check.name:<{width}}  {check.found}")
+    if estimate:
+        print(f"\nEstimated from the settings, not a measurement:\n{estimate}\n")
+    lacking = [check.name for check in checks if not check.ok]
+    if lacking:
+        raise HasteError(f"not ready to train: {', '.join(lacking)}; the lines above say what to do")
+    print("nothing is missing")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """haste evaluate."""
     from haste_core.study import evaluation, pretrain
 
-    run = run_of(arguments)
+    run = Run(study_of(arguments), arguments.arm, arguments.seed)
     if run.missing_steps():
         profile = ["--profile", arguments.profile] if arguments.profile else []
         words = [arguments.study, run.arm, "--seed", str(run.seed), *profile]
@@ -176,8 +204,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     pretrain.prepare_extractors(run.study)
     rows = evaluation.evaluate_run(run)
     further = () if run.study.evaluate.suite == "adm" else ("fid_heldout", "nearest", "copies")
-    scores = ("step", *evaluation.metrics_of(run.study), *further, *evaluation.SUMMARIES, "n", "card")
-    for name in scores:
+    for name in ("step", *evaluation.metrics_of(run.study), *further, *evaluation.SUMMARIES, "n", "card"):
         cells = (f"{row[name]:>11.4f}" if isinstance(row[name], float) else f"{row[name]:>11}" for row in rows)
         print(f"{name:<16}" + "  ".join(cells))
     levels = [level for level in evaluation.denoising_rows(run) if level["split"] == "held-out"]
@@ -192,8 +219,6 @@ def run_study(arguments: argparse.Namespace) -> None:
 
     options = list(arguments.snakemake)
     if arguments.cores is not None:
-        if arguments.cores < 1:
-            raise HasteError(f"--cores is {arguments.cores}; expected 1 and above")
         options += ["--cores", str(arguments.cores)]
     if arguments.workflow_profile is not None:
         options += ["--workflow-profile", arguments.workflow_profile]
@@ -206,7 +231,6 @@ def run_study(arguments: argparse.Namespace) -> None:
 def teacher(arguments: argparse.Namespace) -> None:
     """haste teacher."""
     from haste_core.study import pretrain
-    from haste_core.study.runs import study_dir
 
     study = study_of(arguments)
     facts = pretrain.write_facts(study, study_dir(study) / "prepared.json")
@@ -218,8 +242,6 @@ def measure_cost(arguments: argparse.Namespace) -> None:
     from haste_core.study import cost, pretrain
 
     study = study_of(arguments)
-    if arguments.rounds < 1:
-        raise HasteError(f"--rounds is {arguments.rounds}; expected 1 and above")
     for teacher in study.teachers():
         pretrain.prepare_teacher(study, teacher)
     for row in cost.write(study, arguments.rounds):
@@ -232,51 +254,35 @@ def measure_cost(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """haste plan."""
     gpus, rate, share = arguments.gpus, arguments.rate, arguments.utilisation
-    if gpus < 1:
-        raise HasteError(f"--gpus is {gpus}; expected 1 and above")
     if rate is not None and not 0 < rate < float("inf"):
         raise HasteError(f"--rate is {rate:g}; expected FLOP/s above 0, for instance 3e14")
     if share is not None and not 0 < share <= 1:
         raise HasteError(f"--utilisation is {share:g}; expected above 0, at most 1")
     if share is not None and rate is None:
         raise HasteError("--utilisation is a share of --rate, which is not given; expected both, or --rate alone")
-    from haste_core.study import estimate
-    from haste_core.study.dry_run import example_of
+    from haste_core.study import cost, dry_run, estimate
 
     study = study_of(arguments)
-    example, data = example_of(study)
+    example, data = dry_run.find_example(study.data)
+    if example is None:
+        raise HasteError(f"{data.found}; so the size of the data is unknown; expected data.image_size")
     if rate is None:
-        speed = estimate.measured_speed(study, example, gpus)
+        speed = cost.measured_speed(study, example, gpus)
     else:
-        assumed = "given" if share is not None else "an assumption"
-        speed = estimate.given_speed(rate, share or estimate.UTILISATION, assumed)
+        reached, origin = (estimate.UTILISATION, "an assumption") if share is None else (share, "given")
+        source = f"{reached:.0%} ({origin}) of a given rate of {estimate.si(rate, 'FLOP')}/s; nothing was measured"
+        speed = estimate.Speed(dict.fromkeys(estimate.PHASES, rate * reached), source)
     table = estimate.plan(study, example, speed.flops, gpus)
-    total = estimate.sums(study, table)
-    notes = _notes(study, gpus, speed)
-    if data.state != "ok":
+    notes = estimate.notes(study, gpus, speed)
+    if not data.ok:
         notes.append(f"data: {data.found}; {example.channels}x{example.size}x{example.size} and {example.classes} "
                      f"classes assumed")  # fmt: skip
     if arguments.json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
         print(json.dumps({"study": study.name, "gpus": gpus, "speed": speed._asdict(), "notes": notes, "rows": rows,
-                          "sums": total}, indent=2))  # fmt: skip
+                          "sums": estimate.sums(table)}, indent=2))  # fmt: skip
     else:
-        print("\n".join([*notes, "", estimate.plan_text(table, total)]))
-
-
-def _notes(study: config.StudySettings, gpus: int, speed: Speed) -> list[str]:
-    """Lines on what the figures of a plan rest on."""
-    from haste_core.study.estimate import PHASES, si
-
-    seeds, each = len(study.seeds), ", ".join(f"{si(f, 'FLOP')}/s in {PHASES[p]}" for p, f in speed.flops.items())
-    devices = f"{gpus} devices share the batch of a run" if gpus > 1 else "one device"
-    notes = [f"{study.name}: {len(study.arms)} arms, {seeds} seed{'s' * (seeds > 1)}, {devices}"]
-    notes.append(f"speed of one device: {each}, {speed.source}")
-    runs = {arm: study.run(arm) for arm in study.arms}
-    open_ended = [a for a, r in runs.items() if r.alignment.active and r.termination.kind not in ("never", "iteration")]
-    if open_ended:
-        notes.append(f"note: a trigger ends phase I of {', '.join(open_ended)}; counted as if it never fired")
-    return notes
+        print("\n".join([*notes, "", estimate.plan_text(table)]))
 
 
 def run_notebook(arguments: argparse.Namespace) -> None:

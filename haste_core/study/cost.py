@@ -1,4 +1,4 @@
-"""Measured time of training steps: arms and phases interleaved in one process, as ratios within each round."""
+"""Measured time of training steps: of arms and phases interleaved in one process, and of this device in FLOP/s."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
+from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from haste_core.errors import HasteError
 from haste_core.files import write_json
 from haste_core.study import config
-from haste_core.study.pretrain import find_teacher
-from haste_core.study.runs import study_dir
+from haste_core.study.data.base import Dataset
+from haste_core.study.estimate import Example, Speed, networks_of, parameters, step_cost
+from haste_core.study.pretrain import build_teacher, find_teacher
+from haste_core.study.runs import machine, study_dir
 from haste_core.study.train import create, switch_of
-from haste_core.training import Trainer
+from haste_core.training import Batch, Trainer
 
 COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
 ROUNDS = 12
 # Settings of `train` that leave the numbers of a run as they are (so its lineage) and change the time of a step.
 _AFFECTS_TIME = ("watch_angle", "accumulate", "compile", "prefetch")
+# Parameters of the student that is timed, and FLOPs of one of its steps, at most.
+_LARGEST, _STEP_FLOPS = {"cpu": 5e7, "cuda": 4e8}, {"cpu": 2e10, "cuda": 2e13}
 
 
 class Timing(NamedTuple):
@@ -34,6 +40,9 @@ class Timing(NamedTuple):
     low: float
     high: float
     rounds: int
+
+
+# -- the arms of a study -----------------------------------------------------------------------------------------------
 
 
 def states(study: config.StudySettings) -> dict[tuple[str, int], Trainer]:
@@ -65,23 +74,19 @@ def _state(study: config.StudySettings, run: config.RunSettings, phase: int) -> 
     return state
 
 
-def measure(study: config.StudySettings, rounds: int = ROUNDS, steps: int = 2) -> list[dict[str, Any]]:
-    """Median seconds per training step of every main arm and phase, and the ratio to a vanilla step with its spread.
+def write(study: config.StudySettings, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Median seconds of two training steps of every main arm and phase, kept in runs/<study>/step_time.json.
 
-    A state that several arms share is timed once, and each of them has its row. `ratio_low` and `ratio_high` are a 95 %
-    bootstrap interval of the median ratio (`compared`).
+    Returns:
+        Rows of `COLUMNS`: the ratio to a vanilla step with its 95 % bootstrap interval. A state that several arms share
+        is timed once, and each of them has its row.
     """
     study.check_baseline()
     running = states(study)
     first = {id(state): key for key, state in reversed(running.items())}
     once = {first[id(state)]: state for state in running.values()}
-    times = _steps(once, first[id(running["vanilla", 2])], rounds, steps)
-    return [dict(zip(COLUMNS, (*key, *times[first[id(state)]]), strict=True)) for key, state in running.items()]
-
-
-def write(study: config.StudySettings, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Measure, and write the rows to runs/<study>/step_time.json."""
-    rows = measure(study, rounds)
+    times = _step_times(once, first[id(running["vanilla", 2])], rounds, 2)
+    rows = [dict(zip(COLUMNS, (*key, *times[first[id(state)]]), strict=True)) for key, state in running.items()]
     write_json(study_dir(study) / "step_time.json", rows)
     return rows
 
@@ -100,13 +105,20 @@ def watching(study: config.StudySettings, arm: str, rounds: int = 30, steps: int
     if not run.alignment.active:
         raise HasteError(f"arm {arm!r} is never aligned, so it has no gradient angle; expected an aligned arm")
     teacher = find_teacher(study, run.teacher)
-    running = {}
-    for watched in (False, True):
-        own = run.model_copy(update={"train": run.train.model_copy(update={"watch_angle": watched})})
-        running[watched] = create(own, 0, teacher, switch_of(own))
+    running = {
+        watched: create(_with_train(run, watch_angle=watched), 0, teacher, switch_of(run)) for watched in (False, True)
+    }
     names = ("median_step_s", "ratio", "ratio_low", "ratio_high", "rounds")
-    rows = _steps(running, False, rounds, steps)
+    rows = _step_times(running, False, rounds, steps)
     return pd.DataFrame({"arm": arm, "watched": key} | dict(zip(names, row, strict=True)) for key, row in rows.items())
+
+
+def _step_times(running: Mapping[Any, Trainer], base: Any, rounds: int, steps: int) -> dict[Any, Timing]:
+    device = next(iter(running.values())).accelerator.device
+    return interleaved({key: state.train_step for key, state in running.items()}, base, rounds, steps, device)
+
+
+# -- any actions -------------------------------------------------------------------------------------------------------
 
 
 def interleaved(
@@ -162,17 +174,124 @@ def timed(
     return times
 
 
-def step_of(state: Trainer) -> Callable[[], object]:
-    """A training step of a state, as an action to time."""
-    return state.train_step
-
-
-def _steps(running: Mapping[Any, Trainer], base: Any, rounds: int, steps: int) -> dict[Any, Timing]:
-    device = next(iter(running.values())).accelerator.device
-    return interleaved({key: step_of(state) for key, state in running.items()}, base, rounds, steps, device)
-
-
 def _now(device: torch.device | None) -> float:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+# -- the speed of this device ------------------------------------------------------------------------------------------
+
+
+def measured_speed(
+    study: config.StudySettings, example: Example, gpus: int = 1, steps: int = 20, seconds: float = 20.0
+) -> Speed:
+    """FLOP/s of real training steps on this device, on random images.
+
+    Steps are those of the arm with the most losses, with fewer blocks where its student is large, fewer images where a
+    step would be long, and a teacher with random weights; phase II is the same student without alignment.
+
+    Args:
+        study, example: the study, and one example of its data.
+        gpus: devices that share the batch of a run: a step here has no more images than come to one of them.
+        steps: steps that are timed in each phase, after two that warm up.
+        seconds: no further steps are timed after so many, once there are three.
+
+    Raises:
+        HasteError: the device is neither a CPU nor a CUDA GPU, or its memory is too small.
+    """
+    device = PartialState().device.type
+    if device not in _LARGEST:
+        raise HasteError(f"training steps on {device!r} cannot be timed; expected cpu or cuda, or give --rate")
+    aligned = {arm: study.run(arm).alignment for arm in study.arms}
+    arm = max(aligned, key=lambda a: (aligned[a].lambda_feature > 0) + (aligned[a].lambda_attention > 0))
+    full = study.run(arm)
+    run = with_depth(full, full.model.depth)
+    while run.model.depth > 1 and parameters(networks_of(_unaligned(run), example)[0]) > _LARGEST[device]:
+        run = with_depth(run, run.model.depth // 2)
+    precision, threads = run.train.precision, run.train.threads
+    in_words = {"no": "float32"}.get(precision, precision)
+    if device == "cpu":
+        torch.set_num_threads(threads)
+        if precision == "fp16":
+            precision, in_words = "no", "float32 (fp16 needs a GPU)"
+    run = _with_train(run, precision=precision, accumulate=1)
+    runs = {1: run, 2: _unaligned(run)} if run.alignment.active else {2: run}
+    flops = {phase: step_cost(r, example, phase).flops for phase, r in runs.items()}
+    most = -(-run.train.batch_size // gpus)
+    batch = max(1, min(most, int(_STEP_FLOPS[device] / max(flops.values()))))
+    noise = _Noise(example, batch)
+    try:
+        states = {
+            phase: create(
+                _with_train(r, batch_size=batch), 0, build_teacher(r.teacher) if phase == 1 else None, dataset=noise
+            )
+            for phase, r in runs.items()
+        }
+        actions = {phase: state.train_step for phase, state in states.items()}
+        times = timed(actions, steps, device=states[2].accelerator.device, seconds=seconds)
+    except torch.OutOfMemoryError as error:
+        raise HasteError(
+            f"{device} has too little memory for a training step of {batch} images; expected more --gpus, or --rate of "
+            f"the device that is meant"
+        ) from error
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{threads} thread(s) of {machine()['cpu']}"
+    return Speed(
+        {phase: flops[phase] * batch / float(np.median(taken)) for phase, taken in times.items()},
+        f"measured here on {name} in {in_words}, {len(times[2])} steps of {run.model.depth} of the {full.model.depth} "
+        f"blocks of arm {arm} on {batch} of {most} images",
+    )
+
+
+def with_depth(run: config.RunSettings, depth: int) -> config.RunSettings:
+    """A run with so many blocks, with a random teacher, and with alignment that never ends.
+
+    Pairs of layers that are gone move to the last block.
+    """
+    pairs = {min(student, depth - 1): teacher for student, teacher in run.alignment.layer_pairs}
+    fewer = {"depth": min(run.alignment.depth, depth), "layer_pairs": list(pairs.items())}
+    return run.model_copy(
+        update={
+            "model": run.model.model_copy(update={"preset": None, "depth": depth}),
+            "alignment": run.alignment.model_copy(update=fewer),
+            "teacher": run.teacher.model_copy(update={"weights": "random"}),
+            "termination": config.TerminationSettings(),
+        }
+    )
+
+
+def _unaligned(run: config.RunSettings) -> config.RunSettings:
+    off = {"lambda_feature": 0.0, "lambda_attention": 0.0}
+    return run.model_copy(update={"alignment": run.alignment.model_copy(update=off)})
+
+
+def _with_train(run: config.RunSettings, **changes: Any) -> config.RunSettings:
+    return run.model_copy(update={"train": run.train.model_copy(update=changes)})
+
+
+class _Noise(Dataset):
+    """Random images in memory in the shape of a study's data."""
+
+    name = "noise"
+
+    def __init__(self, example: Example, count: int) -> None:
+        self.image_size, self.channels, self.classes = example.size, example.channels, example.classes
+        generator = Generator().manual_seed(0)
+        x, images = (
+            torch.rand(count, channels, size, size, generator=generator) * 2 - 1
+            for channels, size in ((example.channels, example.size), (example.image_channels, example.image_size))
+        )
+        self.whole = Batch(x, torch.arange(count) % example.classes, images)
+
+    def __len__(self) -> int:
+        return len(self.whole.x)
+
+    def examples(self, split: str, count: int | None = None, with_images: bool = True) -> Batch:
+        """The first `count` of them."""
+        return Batch(*(part[:count] for part in self.whole[:3]))
+
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
+        """Examples without augmentation."""
+        return Batch(*(values[indices[part]] for values in self.whole[:3]))

@@ -21,6 +21,7 @@ import psutil
 
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, output_root, project_root, write_json
+from haste_core.processes import micro_batches
 from haste_core.study import config, signals
 from haste_core.study.runs import report_dir, study_dir
 
@@ -29,7 +30,7 @@ ALIGNED_STEP = 1.5
 
 
 def stamp_hash(run: config.RunSettings) -> str:
-    """Part of the name of an arm's stamps: it changes when the run should go further or keep other steps."""
+    """Part of the name of an arm's stamps, which changes with the steps that the run keeps."""
     return config.digest(run.train.kept_steps)
 
 
@@ -37,9 +38,7 @@ def priorities(study: config.StudySettings, donors: Mapping[str, str | None]) ->
     """Priority of each arm's job, 3 to 99: proportional to the longest chain of jobs that begins with it.
 
     A chain is an arm, an arm that branches from it, and so on; its length is counted in unaligned steps over all seeds.
-
-    Args:
-        donors: the arm that each arm branches from (`Study.donor`).
+    donors: the arm that each arm branches from (`StudySettings.donor`).
     """
     lengths: dict[str, float] = {}
 
@@ -64,7 +63,7 @@ def run_study(
     processes: int = 1,
     options: Sequence[str] = (),
 ) -> Path:
-    """Run every job of a study that is not done yet.
+    """Run every job of a study that is not done yet; returns the path of its report.
 
     Args:
         study: as loaded from `name`, `profile` and `overrides`, which the jobs load again.
@@ -73,32 +72,31 @@ def run_study(
         processes: processes that train each run together.
         options: Snakemake's own options; without --workflow-profile jobs run on this machine, on all cores by default.
 
-    Returns:
-        The path of the study's report.
-
     Raises:
         HasteError: the study cannot be run by so many processes, or a job failed; finished work is kept, and the next
             call goes on from there.
         Interrupted: a signal arrived; local runs in progress saved a checkpoint, jobs on a cluster were cancelled.
     """
-    from haste_core.processes import micro_batches  # imports accelerate, which the Snakefile does not need
-
     study.check_baseline()
     study.check_claims()
     for arm in study.arms:
         train = study.run(arm).train
         micro_batches(train.batch_size, train.accumulate, processes)
-    folder = study_dir(study)
+    folder, report = study_dir(study), report_dir(study, profile)
     dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
-    command = [*graph(name, profile, overrides, processes), *_local(options, dry), *options]
+    away = "--workflow-profile" in options
+    own = [] if away else ["--retries", "1"]
+    if "--cores" not in options and (dry or not away):
+        # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
+        own += ["--cores", str(1000 if away else len(os.sched_getaffinity(0)))]
+    command = [*graph(name, profile, overrides, processes), *own, *options]
     environment = os.environ | {"HASTE_OUTPUT": str(output_root())}
     if dry:
         if subprocess.run(command, env=environment).returncode:
             raise HasteError(f"study {study.name}: the graph of jobs cannot be built; see the lines above")
-        return report_dir(study, profile) / "report.html"
+        return report / "report.html"
     resumed = any(folder.glob("*/seed*/checkpoints/*.safetensors"))
-    away = "--workflow-profile" in options
-    with locked(folder / "study.lock", f"study {study.name}"), watch(folder, resumed) as watched:
+    with locked(folder / "study.lock", f"study {study.name}"), _watch(folder, resumed) as watched:
         # Ctrl-C reaches local jobs directly; Snakemake on a cluster gets its signal from here.
         process = subprocess.Popen(command, env=environment, start_new_session=away)
         with signals.catch(lambda: _stop(process.pid)) as stopping:
@@ -109,10 +107,10 @@ def run_study(
     if status:
         raise HasteError(
             f"study {study.name}: a job failed, see the lines above and the executed notebooks in "
-            f"{report_dir(study, profile) / 'notebooks'}; finished work is kept, run again to go on"
+            f"{report / 'notebooks'}; finished work is kept, run again to go on"
         )
     print(f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes")
-    return report_dir(study, profile) / "report.html"
+    return report / "report.html"
 
 
 def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), processes: int = 1) -> list[str]:
@@ -131,18 +129,8 @@ def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), 
     ]  # fmt: skip
 
 
-def _local(options: Sequence[str], dry: bool) -> list[str]:
-    """Options for jobs on this machine, unless `options` name a profile or say so themselves."""
-    away = "--workflow-profile" in options
-    # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
-    cores = 1000 if away else len(os.sched_getaffinity(0))
-    return ([] if away else ["--retries", "1"]) + (
-        [] if "--cores" in options or (away and not dry) else ["--cores", str(cores)]
-    )
-
-
 @contextmanager
-def watch(folder: Path, resumed: bool, interval: float = 3.0) -> Iterator[dict[str, Any]]:
+def _watch(folder: Path, resumed: bool) -> Iterator[dict[str, Any]]:
     """While open, folder/invocation.json holds the minutes so far and the peak memory of all processes below this one.
 
     Memory is the sum of proportional set sizes (shared pages counted once), in GiB, where the system tells them.
@@ -156,9 +144,9 @@ def watch(folder: Path, resumed: bool, interval: float = 3.0) -> Iterator[dict[s
     def look() -> None:
         while not ended.is_set():
             facts["minutes"] = round((time.monotonic() - begun) / 60, 3)
-            facts["peak_memory_gib"] = round(max(facts["peak_memory_gib"], memory_gib()), 3)
+            facts["peak_memory_gib"] = round(max(facts["peak_memory_gib"], _memory_gib()), 3)
             write_json(folder / "invocation.json", facts)
-            ended.wait(interval)
+            ended.wait(3.0)
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -169,8 +157,7 @@ def watch(folder: Path, resumed: bool, interval: float = 3.0) -> Iterator[dict[s
         watcher.join()
 
 
-def memory_gib() -> float:
-    """Memory in GiB of this process and all below it, shared pages counted once where the system tells."""
+def _memory_gib() -> float:
     total = 0
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         try:
@@ -182,7 +169,7 @@ def memory_gib() -> float:
 
 
 def _stop(pid: int) -> None:
-    """Let local notebook jobs save and leave, and Snakemake start no more; without any it cancels what it has started.
+    """Stop local notebook jobs, which save first, and Snakemake; without local jobs it cancels those on the cluster.
 
     A cluster sends SIGTERM to cancelled jobs, which save too if it waits long enough before it kills.
     """

@@ -19,7 +19,6 @@ import psutil
 import torch
 import yaml
 from accelerate.utils import parse_flag_from_env
-from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm.auto import tqdm
 
 from haste_core.errors import HasteError, Interrupted
@@ -62,30 +61,31 @@ def launch(
     command = [
         # A rendezvous on a port that the system picks: two launches cannot meet.
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        "--redirects", "3", "--log-dir", str(folder / "workers"), "-m", "--", "haste_core.study.launching", *words,
+        "--redirects", "3", "--log-dir", str(folder / "workers"), "-m", "--", "haste_core.study.cli", *words,
     ]  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "TQDM_DISABLE": "1"}
     environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS), "TORCHELASTIC_ERROR_FILE": str(failure)}
+
+    def show() -> None:
+        count, total = done()
+        bar.total = total or bar.total
+        bar.update(max(0, count - bar.n))
+
     with signals.catch() as stopping, bar:
         with (folder / "launcher.log").open("wb") as log:
             # Ctrl-C reaches this process alone, which passes it on.
             launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             while launcher.poll() is None and not stopping.wait(0.2):
-                _show(bar, *done())
+                show()
         finally:
             _stop(launcher)
-        _show(bar, *done())
+        show()
     error = _error(folder, failure, stopping.is_set()) if launcher.returncode else None
     if str(folder) not in str(error):
         shutil.rmtree(folder)
     if error is not None:
         raise error
-
-
-def _show(bar: tqdm, done: int, total: int) -> None:
-    bar.total = total or bar.total
-    bar.update(max(0, done - bar.n))
 
 
 def _stop(launcher: subprocess.Popen[bytes]) -> None:
@@ -114,7 +114,7 @@ def _error(folder: Path, failure: Path, stopped: bool) -> HasteError | Interrupt
 
 
 def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
-    """Train a run as `training.fit` does: in this process, or by several that a launcher starts on this machine.
+    """Train a run as `train.fit` does: in this process, or by several that a launcher starts on this machine.
 
     The teacher is prepared first where it is needed. The numbers are those of one process but for rounding, and any
     number of processes goes on from what any other number saved.
@@ -125,7 +125,7 @@ def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
         progress: show a progress bar.
 
     Raises:
-        HasteError: as of `training.fit`, the images of a step cannot be divided, there are too few GPUs, or a process
+        HasteError: as of `train.fit`, the images of a step cannot be divided, there are too few GPUs, or a process
             failed.
         Interrupted: a signal arrived; the run is saved.
     """
@@ -142,19 +142,13 @@ def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
     elif run.missing_steps():
         train.prepare(run)
         run.dir.mkdir(parents=True, exist_ok=True)
+        name = f"{run.arm} seed {run.seed}"
+        bar = tqdm(initial=_step(run), disable=not progress, unit="step", mininterval=1.0, desc=name)
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=run.dir) as study:
             yaml.safe_dump(run.study.model_dump(mode="json"), study, sort_keys=False)
             study.flush()
             words = ["train", study.name, run.arm, "--seed", str(run.seed)]
-            bar = tqdm(
-                initial=_step(run),
-                disable=not progress,
-                unit="step",
-                mininterval=1.0,
-                desc=f"{run.arm} seed {run.seed}",
-            )
-            steps = run.config.train.steps
-            launch(words, processes, run.dir, lambda: (_step(run), steps), bar, run.config.train.threads)
+            launch(words, processes, run.dir, lambda: (_step(run), settings.steps), bar, settings.threads)
 
 
 def _step(run: Run) -> int:
@@ -163,16 +157,3 @@ def _step(run: Run) -> int:
         return 0
     *whole, _ = run.metrics_path.read_text().split("\n")
     return int(json.loads(whole[-1])["step"]) if whole else 0
-
-
-@record
-def work() -> None:
-    """Run the command line's words in one of the processes; the launcher records an exception as their failure."""
-    from haste_core.study import cli
-
-    arguments = cli.parser().parse_args()
-    arguments.action(arguments)
-
-
-if __name__ == "__main__":
-    work()

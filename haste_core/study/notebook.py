@@ -1,4 +1,4 @@
-"""Notebooks as jobs: executed by papermill with checked parameters; interactive figures for people in JupyterLab."""
+"""Notebooks as jobs: executed by papermill with checked parameters; interactive figures in JupyterLab."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and SIGINT set an event, and what runs saves and leaves in its own time."""
+"""SIGTERM and SIGINT as an event, so that running work can save before it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 def catch(act: Callable[[], None] | None = None) -> Iterator[threading.Event]:
     """While open, SIGTERM and SIGINT set the event (and call `act`) instead of ending the process.
 
-    Only the main thread can change what signals do; in another one the event simply stays unset.
+    Only the main thread can change what signals do; in another one the event stays unset.
     """
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -42,4 +42,4 @@ def terminate(processes: Iterable[psutil.Process]) -> None:
         try:
             process.send_signal(signal.SIGTERM)
         except psutil.NoSuchProcess:
-            continue  # it ended before us, which is what we want of it
+            continue  # it has ended
