@@ -65,7 +65,7 @@ def finished_study(factory):
     def run(place):
         done = subprocess.run(
             [HASTE, "study", *SETTINGS, "--cores", "2"],
-            capture_output=True, text=True, cwd=ROOT, timeout=840,
+            capture_output=True, text=True, cwd=ROOT, timeout=1800,
             env=os.environ | {"HASTE_OUTPUT": str(place), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-5000:]

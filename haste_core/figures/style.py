@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure as PlainFigure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
-from haste_core.files import atomic
+from haste_core.files import atomic, write_text
 
 # Okabe-Ito: distinguishable with colour blindness, and in grey by the line style.
 ARM_STYLE = {
@@ -126,9 +127,13 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     # Automatic layouts change a little with every drawing; a layout that was drawn once is kept.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    with atomic(folder / f"{name}.svg") as temporary:
-        figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
-    stream = io.BytesIO()
+    vector, stream = io.StringIO(), io.BytesIO()
+    figure.savefig(vector, format="svg", bbox_inches="tight", metadata={"Date": None})
+    # Clip paths are named by a hash of unrounded coordinates, whose last digits the layout's solver may change.
+    text = vector.getvalue()
+    for i, found in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text))):
+        text = text.replace(found, f"clip{i}")
+    write_text(folder / f"{name}.svg", text)
     figure.savefig(stream, format="png", bbox_inches="tight", metadata={"Software": None})
     # 256 colours: a third of the size, and reports are committed.
     picture = Image.open(stream).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)

@@ -16,11 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import load_state_dict
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torch_fidelity.feature_extractor_inceptionv3 import (
+    URL_INCEPTION_V3,
+    FeatureExtractorInceptionV3,
+)
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from tqdm.auto import tqdm
 
-from haste_core import _torchvision_guard, checkpoint, sampling  # noqa: F401  (the guard must come before timm)
+from haste_core import checkpoint, sampling
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import atomic, locked, output_root
@@ -38,14 +45,6 @@ from haste_core.study.scores import (
     probe_of,
 )
 from haste_core.teacher import build_encoder
-
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # isort: skip
-from timm.models import load_state_dict  # isort: skip
-from torch_fidelity.feature_extractor_inceptionv3 import (  # isort: skip
-    URL_INCEPTION_V3,
-    FeatureExtractorInceptionV3,
-)
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # isort: skip
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
 POOL, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"

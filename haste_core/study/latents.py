@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from haste_core import _torchvision_guard, checkpoint  # noqa: F401  (the guard must come before diffusers)
+from haste_core import checkpoint
 from haste_core.devices import default_device
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json, write_text

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch_fidelity import metric_fid, metric_kid, metric_prc
 
-from haste_core import _torchvision_guard, sampling  # noqa: F401  (the guard must come before torch_fidelity)
+from haste_core import sampling
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.seeding import stream
@@ -24,8 +25,6 @@ from haste_core.study.denoising import Probe
 from haste_core.study.images import TrainingImages, as_uint8
 from haste_core.study.pretrain import EXTRACTORS, FeatureNetwork, load_extractor
 from haste_core.study.runs import Run
-
-from torch_fidelity import metric_fid, metric_kid, metric_prc  # isort: skip
 
 METRICS = ("fid", "kid", "precision", "recall")
 # The scores above on the extractor trained on labels; then a distance on the one trained without, and one on pixels.
