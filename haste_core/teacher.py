@@ -270,7 +270,7 @@ def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]
     options: dict[str, Any] = {"num_classes": 0, **kwargs}
     unloaded = []
     try:
-        file = _weights_file(model, weights)
+        file = weights_file(model, weights)
         if file is not None:
             unloaded = _unloaded(model, options, file)
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
@@ -280,8 +280,7 @@ def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]
     except HasteError:
         raise
     except Exception as error:  # timm raises RuntimeError, TypeError, OSError and unpickling errors alike
-        names = f"timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
-        raise HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected one of {names}") from error
+        raise _not_loaded(model, weights, error) from error
     if unloaded:
         raise HasteError(
             f"{file} has no weights for {len(unloaded)} of the teacher's tensors ({', '.join(unloaded[:3])}, ...); "
@@ -330,41 +329,56 @@ def _unloaded(model: str, options: dict[str, Any], file: Path) -> list[str]:
     return [name for name, parameter in encoder.named_parameters() if not parameter.isnan().any()]
 
 
-def _weights_file(model: str, weights: str) -> Path | None:
-    """Checkpoint that a teacher's `weights` stand for, downloaded where it is published.
+def weights_file(model: str, weights: str, key: str = "teacher.weights", download: bool = True) -> Path | None:
+    """Checkpoint that a timm encoder's `weights` stand for.
 
-    None for random weights, and for names such as "hf-hub:owner/name" that timm itself resolves.
+    Args:
+        model: timm's name. weights: "hub", "pretrain", "random", or a path. key: setting that takes a path, for errors.
+        download: False looks for published weights in local caches alone.
+
+    Returns:
+        The file; None for random weights, and for names such as "hf-hub:owner/name" that timm itself resolves.
+
+    Raises:
+        HasteError: there is no such file, nothing is published under that name, or it cannot be had.
     """
     if weights in ("pretrain", "random") or (weights == "hub" and ":" in model):
         return None
     if weights != "hub":
         if not Path(weights).is_file():
             raise HasteError(
-                f"teacher.weights {weights!r} is no file; expected hub, pretrain, random, or the path of a "
-                "checkpoint (.safetensors, or .pth and .bin that hold tensors alone)"
+                f"{key} {weights!r} is no file; expected hub, pretrain, random, or the path of a checkpoint "
+                "(.safetensors, or .pth and .bin that hold tensors alone)"
             )
         return Path(weights)
-    cfg = get_pretrained_cfg(model)
+    try:
+        cfg = get_pretrained_cfg(model)
+    except RuntimeError as error:
+        raise _not_loaded(model, weights, error) from error
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
-        raise RuntimeError("timm knows no published weights")
+        raise _not_loaded(model, weights, RuntimeError("timm knows no published weights"))
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     source = f"{names[0]} of {constants.ENDPOINT}/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
     try:
-        return _from_repository(cfg.hf_hub_id, names) if cfg.hf_hub_id else _from_url(str(cfg.url))
+        if cfg.hf_hub_id:
+            return _from_repository(cfg.hf_hub_id, names, download)
+        return _from_url(str(cfg.url), download)
     except Exception as error:  # the client raises its own errors and those of two HTTP libraries
         raise HasteError(
             f"teacher {model!r} (weights: hub): {type(error).__name__}: {_cause(error)}; download {source} elsewhere "
-            f"and give teacher.weights the path of that local checkpoint"
+            f"and give {key} the path of that local checkpoint"
         ) from error
 
 
-def _from_repository(repository: str, names: list[str]) -> Path:
+def _from_repository(repository: str, names: list[str], download: bool) -> Path:
     repository, _, revision = repository.partition("@")
     given: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     for name in names:
         cached = hub.try_to_load_from_cache(**given, filename=name)
         if isinstance(cached, str):
             return Path(cached)
+    if not download:
+        raise FileNotFoundError("not in the local cache, downloaded at first use")
     for name in names:
         try:
             # Asked once, because a download that cannot begin is tried again for half a minute per file.
@@ -377,15 +391,22 @@ def _from_repository(repository: str, names: list[str]) -> Path:
     raise FileNotFoundError(f"{repository} has none of {', '.join(names)}")
 
 
-def _from_url(url: str) -> Path:
+def _from_url(url: str, download: bool) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not target.is_file():
+        if not download:
+            raise FileNotFoundError("not in the local cache, downloaded at first use")
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT):
             target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(target))
     return target
+
+
+def _not_loaded(model: str, weights: str, error: Exception) -> HasteError:
+    names = f"timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
+    return HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected one of {names}")
 
 
 def _cause(error: Exception) -> str:

@@ -105,7 +105,7 @@ def run(place, tiny):
         ("digits", "haste", ["--set", "trian.steps=3"], ["'trian'", "did you mean 'train'", "alignment"]),
         ("digits", "haste", ["--set", "arms.hast.train.steps=3"], ["unknown arm 'hast'", "haste"]),
         ("digits", "haste", ["--set", "arms.haste.evaluate.n=3"], ["'evaluate'", "termination", "sample"]),
-        ("digits", "haste", ["--set", "train.steps.more=3"], ["train.steps.more", "no keys below"]),
+        ("digits", "haste", ["--set", "train.steps.more=3"], ["train.steps", "valid integer"]),
         ("digits", "haste", ["--set", "train.steps=many"], ["train.steps", "valid integer", "'many'"]),
         ("digits", "haste", ["--set", "train.steps=0"], ["train.steps", "greater than 0", "given 0"]),
         ("digits", "haste", ["--set", "train.precision=fp8"], ["train.precision", "'no', 'fp16' or 'bf16'", "'fp8'"]),

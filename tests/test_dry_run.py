@@ -94,7 +94,7 @@ def test_a_bare_machine_lacks_data_weights_and_reference_and_says_where_they_go(
     assert main(["train", "imagenet256", "haste", *words, "--dry-run"]) == 2
     said = capsys.readouterr()
     assert "haste: error: not ready to train: data, teacher weights, vae, inception, dinov2, reference" in said.err
-    for words in ("haste latents", "vit_base_patch14_dinov2.lvd142m", "teacher.weights=PATH", "sample.vae=FOLDER",
+    for words in ("haste latents", "vit_base_patch14_dinov2.lvd142m", "teacher.weights the path", "sample.vae=FOLDER",
                   str(empty_caches / "torch"), "evaluate.reference=null", "on each device"):  # fmt: skip
         assert words in said.out
 
@@ -137,7 +137,7 @@ def test_half_a_vae_is_missing(empty_caches, prepared, untraced):
     [
         ("settings", ["claims.early=7"], "does not keep"),
         ("data", ["train.batch_size=9"], "exceeds the 6 training images"),
-        ("data", ["data.image_size=32"], "have 64"),
+        ("data", ["data.image_size=32"], "expected 64"),
         ("networks", ["model.patch=3"], "does not divide the side 8"),
         ("teacher weights", ["teacher.model=vit_bas_patch14_dinov2", "teacher.weights=hub"], "timm.list_models"),
         ("networks", ["teacher.kwargs.colour=1"], "colour"),

@@ -184,5 +184,5 @@ def test_an_angle_of_training_and_validation_images_ends_phase_one_where_its_rep
 def test_checks_come_at_logged_steps(make_study):
     with pytest.raises(HasteError, match=r"termination\.every 3 is no multiple of train\.log_every 2"):
         make_study("arms.holistic.termination={kind: gradient_angle, every: 3}")
-    with pytest.raises(HasteError, match=r"termination\.block 7; expected 0 to 2"):
+    with pytest.raises(HasteError, match=r"termination\.block names block 7; expected 0 to 2"):
         make_study("arms.holistic.termination={kind: gradient_angle, every: 2, block: 7}")

@@ -10,14 +10,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from datasets.config import HF_DATASETS_CACHE
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 
 from haste_core import sampling
-from haste_core.encoders import weights_file
 from haste_core.errors import HasteError
 from haste_core.files import output_root
 from haste_core.models import DiffusionTransformer
@@ -28,6 +26,7 @@ from haste_core.study.data.contexts import Contexts
 from haste_core.study.estimate import Example, size_text
 from haste_core.study.latents import vae_of
 from haste_core.study.runs import Run
+from haste_core.teacher import weights_file
 
 # The VAE of the released latents: 8 pixels to one latent of 4 channels.
 _PIXELS_PER_LATENT, _LATENT_CHANNELS, _ASSUMED_CLASSES = 8, 4, 1000
@@ -211,16 +210,7 @@ def _trained_here(path: Path, fitting: config.FittingSettings) -> str:
 
 def _encoder(model: str, weights: str, key: str) -> str:
     """Place of an encoder's weights. key: the setting that takes a path."""
-    try:
-        # Finds what is in the cache, and stops before a download.
-        with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
-            return str(weights_file(model, weights) or f"{model} is resolved by timm when it is loaded")
-    except HasteError as error:
-        if isinstance(error.__cause__, ConnectionError):
-            raise HasteError(
-                f"{model} is not in the local cache: downloaded from the hub at first use, or --set {key}=PATH"
-            ) from error
-        raise
+    return str(weights_file(model, weights, key, download=False) or f"{model} is resolved by timm when it is loaded")
 
 
 def _vae(data: config.DataSettings, sample: config.SampleSettings) -> str:
