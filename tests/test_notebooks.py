@@ -98,6 +98,7 @@ class Executed:
 # -- each notebook ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXECUTED)
 def test_notebooks_of_a_study_ran_from_top_to_bottom_and_show_their_pictures(study, name):
     executed = Executed(study.report / "notebooks" / f"{name}.ipynb")
@@ -133,6 +134,7 @@ def test_an_analysis_shows_pictures_and_leaves_tables_with_their_origin(study, e
         assert {*rows["arm"], *(rows["baseline"] if table == "late_gain" else ())} == named
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_runs_through_the_switch(study, execute):
     assert execute("09_your_own_trainer", steps=40, stop_at=20, batch_size=16).pictures == 2
 

@@ -23,7 +23,7 @@ HASTE = str(Path(sys.executable).with_name("haste"))
 SETTINGS = ["digits", "--profile", "smoke", "--set", "seeds=[0]"]
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
-pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(900), pytest.mark.slow]
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def test_a_second_call_runs_no_job_and_ends_with_the_same_path(study, capfd):
             {"arm_haste", "step_time", "analyse_08_ablations", "report"},
         ),
         # That jobs of finished runs train nothing is tested with the notebook.
-        pytest.param(("seeds=[0, 1]",), {*(f"arm_{arm}" for arm in ARMS), "report"}, marks=pytest.mark.slow),
-        pytest.param(("arms.vanilla.sample.solver_steps=3",), {"arm_vanilla", "report"}, marks=pytest.mark.slow),
+        (("seeds=[0, 1]",), {*(f"arm_{arm}" for arm in ARMS), "report"}),
+        (("arms.vanilla.sample.solver_steps=3",), {"arm_vanilla", "report"}),
     ],
 )
 def test_a_changed_setting_runs_the_jobs_it_touches(study, capfd, settings, listed):
@@ -179,7 +179,6 @@ def test_a_deleted_run_and_what_depends_on_it_are_made_again(study, tmp_path, mo
     assert jobs(capfd) == {"arm_holistic", "arm_haste", "report"}
 
 
-@pytest.mark.slow
 def test_an_analysis_of_the_study_leaves_its_tables_for_the_report(study, tmp_path, monkeypatch, capfd):
     copy = copy_of(study, tmp_path / "copy")
     monkeypatch.setenv("HASTE_OUTPUT", str(copy.dir))
