@@ -1,4 +1,4 @@
-"""How time and memory grow with the work: batch, depth and tokens of a step, arms and seeds of a study."""
+"""Growth of time and memory with the work: batch, depth and tokens of a step, arms and seeds of a study."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def haste_of(teacher, model, **changes):
 
 
 def step(haste, model, t=None):
-    """What is read off the student, the losses, and the teacher's images."""
+    """Readings of the student, its losses, and the teacher's images."""
     images, t = draw(5, 1, 8, 8).clamp(-1, 1), torch.linspace(0.1, 0.9, 5) if t is None else t
     with haste.tap(model.blocks) as seen:
         model(draw(5, 1, 8, 8, seed=1), t, torch.arange(5) % 4)

@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line that says what was given and what is expected, and loses nothing."""
+"""User errors end in one line that says what was given and what was expected, and lose nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STUDIES = "expected one of: cifar10, digits, imagenet256, imagenet512"
 
 
 def lines(text):
-    """What was said, without blank lines and progress bars."""
+    """The output, without blank lines and progress bars."""
     return [line for line in re.split(r"[\r\n]+", text) if line.strip() and not re.search(r"\d+%\|.*\|", line)]
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks write and draw; how long things take is nothing a test waits for."""
+"""Tables and figures of the benchmarks; no test depends on a duration."""
 
 from __future__ import annotations
 

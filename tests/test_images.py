@@ -63,7 +63,7 @@ def opened(path, **changes):
 
 
 def numbers(x, known=60):
-    """Which pictures these are; an unknown one is an error."""
+    """Names of these pictures; an unknown one is an error."""
     table = {picture(i).tobytes(): i for i in range(known)}
     return [table[pixels.permute(1, 2, 0).numpy().tobytes()] for pixels in to_uint8(x)]
 

@@ -104,7 +104,7 @@ def read_all(folder):
 
 
 def numbers(images):
-    """Which pictures these are."""
+    """Names of these pictures."""
     known = {picture(i).tobytes(): i for i in range(24)}
     return [known[pixels.permute(1, 2, 0).numpy().tobytes()] for pixels in to_uint8(images)]
 
@@ -419,7 +419,7 @@ def content(folder):
 
 @pytest.fixture(scope="module")
 def reference(source, vae_folder, tmp_path_factory):
-    """What one process makes in one go."""
+    """The folder that one process makes without interruption."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
         out = tmp_path_factory.mktemp("reference") / "out"

@@ -189,7 +189,7 @@ UNSAFE = {
 
 
 def unsafe_calls(module):
-    """What in a module's syntax tree could execute what it reads."""
+    """Calls in a syntax tree that could execute what they read."""
     found = []
     for node in ast.walk(module):
         if isinstance(node, ast.Import | ast.ImportFrom):

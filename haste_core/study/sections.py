@@ -369,7 +369,7 @@ class EvaluateSettings(Section):
 
 
 class ClaimsSettings(Section):
-    """Which arms and steps stand for the paper's settings.
+    """Arms and steps that stand for the paper's settings.
 
     early: the steps over which early gains are averaged; one step may be given as a number. roles: arms (or triggers)
     of the study by the name that a claim of `haste_core.study.claims` uses, if they differ: `repa_midway: repa_800`.
