@@ -19,10 +19,10 @@ from haste_core.errors import HasteError, unknown
 from haste_core.files import write_json
 from haste_core.processes import launched
 from haste_core.study import config
-from haste_core.study.launching import launch, rank
 from haste_core.study.presets import SAMPLERS
 from haste_core.study.runs import Run
 
+# Commands import what they need: training, and with it scikit-learn, takes seconds.
 if TYPE_CHECKING:
     from haste_core.study.images import Images
 
@@ -86,6 +86,7 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
     """Draw this process's shards into `folder`; the process that finds all of them writes `result` and returns True."""
     from haste_core.study import evaluation
     from haste_core.study.images import save_grid
+    from haste_core.study.launching import rank
     from haste_core.study.samples import SampleSet, drawer, plan
 
     overrides = [*preset_overrides(arguments.sampler), *arguments.overrides]
@@ -112,6 +113,8 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
 
 
 def _draw_by_processes(arguments: argparse.Namespace, folder: Path) -> None:
+    from haste_core.study.launching import launch
+
     def drawn() -> tuple[int, int]:
         shards = len(list(folder.glob("shards/[0-9]*.npy")))
         return min(arguments.n, arguments.shard_size * shards), arguments.n
@@ -211,6 +214,7 @@ def add_latents(sub: argparse.ArgumentParser) -> None:
 def encode(arguments: argparse.Namespace) -> None:
     """haste latents: encode or check, and print one line about the folder."""
     from haste_core.study import latents
+    from haste_core.study.launching import rank
 
     given = [place for place in (arguments.source, arguments.out) if place is not None]
     if len(given) != (2 if arguments.check is None else 0):
@@ -236,6 +240,8 @@ def encode(arguments: argparse.Namespace) -> None:
 
 
 def _encode_by_processes(arguments: argparse.Namespace) -> None:
+    from haste_core.study.launching import launch
+
     work = Path(arguments.out) / ".work"
 
     def encoded() -> tuple[int, int]:
