@@ -21,9 +21,9 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; everything up to this step is saved. The command line exits with status 143."""
 
 
-def unknown(what: str, given: object, possible: Iterable[object]) -> HasteError:
-    """An error that names `given`, its nearest match, and everything possible."""
-    names = [str(p) for p in possible]
+def unknown(what: str, given: object, known: Iterable[object]) -> HasteError:
+    """An error that names `given`, its nearest match, and everything known."""
+    names = [str(p) for p in known]
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return HasteError(f"unknown {what} {str(given)!r}{hint}; expected one of: {', '.join(names) or 'none'}")

@@ -123,9 +123,9 @@ def is_run(content: Mapping[str, Any]) -> bool:
     return {"ema", "model"} <= prefixes
 
 
-def check_suffix(path: Path, possible: tuple[str, ...]) -> None:
-    """Raise HasteError where a file's name ends in none of `possible`."""
-    if path.suffix.lower() not in possible:
+def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise HasteError where a file's name ends in none of `suffixes`."""
+    if path.suffix.lower() not in suffixes:
         raise HasteError(f"{path}: unknown suffix {path.suffix!r}; expected one of: {', '.join(possible)}")
 
 

@@ -64,13 +64,13 @@ def tap(blocks: Sequence[nn.Module], taps: Taps, read: Reader | None = None) -> 
         HasteError: there is no such block, or q and k cannot be found in it.
     """
     count = len(blocks)
-    for what, asked, possible in (
+    for what, asked, known in (
         ("block (from 0) to read q and k in", taps.blocks, range(count)),
         ("depth (from 1) to read tokens at", taps.depths, range(1, count + 1)),
     ):
         for index in asked:
-            if index not in possible:
-                raise unknown(what, index, possible)
+            if index not in known:
+                raise unknown(what, index, known)
     seen, handles = Seen(), []
 
     def keep_tokens(depth: int, block: nn.Module, inputs: Any, output: Any) -> None:

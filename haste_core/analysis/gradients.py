@@ -87,9 +87,9 @@ def block_of(run: Run) -> int:
     alignment, chosen = run.config.alignment, run.study.analysis.block
     block = alignment.depth - 1 if chosen is None else chosen
     highest = max(alignment.depth - 1, *(student for student, _ in alignment.layer_pairs), 0)
-    possible = range(min(highest + 1, run.config.model.depth))
-    if block not in possible:
-        raise unknown("analysis.block (from 0; by default the last below alignment.depth)", block, possible)
+    blocks = range(min(highest + 1, run.config.model.depth))
+    if block not in blocks:
+        raise unknown("analysis.block (from 0; by default the last below alignment.depth)", block, blocks)
     return block
 
 
