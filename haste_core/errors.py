@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 def unknown(what: str, given: object, known: Iterable[object]) -> HasteError:
-    """An error that names `given`, its nearest match, and everything known."""
+    """An error that names `given`, its nearest match, and the known names."""
     names = [str(p) for p in known]
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""

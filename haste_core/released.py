@@ -126,7 +126,7 @@ def is_run(content: Mapping[str, Any]) -> bool:
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise HasteError where a file's name ends in none of `suffixes`."""
     if path.suffix.lower() not in suffixes:
-        raise HasteError(f"{path}: unknown suffix {path.suffix!r}; expected one of: {', '.join(possible)}")
+        raise HasteError(f"{path}: unknown suffix {path.suffix!r}; expected one of: {', '.join(suffixes)}")
 
 
 def read(path: Path) -> Mapping[str, Any]:
