@@ -47,7 +47,7 @@ ANALYSES = {
     "08_ablations": ({"grid_arms": ["haste"]}, ("ablations", "late_gain", "grid")),
 }  # fmt: skip
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("notebooks")]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.xdist_group("notebooks")]
 
 
 def set_up(patch, place):

@@ -23,7 +23,7 @@ HASTE = str(Path(sys.executable).with_name("haste"))
 SETTINGS = ["digits", "--profile", "smoke", "--set", "seeds=[0]"]
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
-pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(1800), pytest.mark.slow]
 
 
 @dataclass(frozen=True)
