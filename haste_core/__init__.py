@@ -7,7 +7,7 @@ samplers. `haste_core.study` is the study around it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from haste_core import _torchvision_guard  # noqa: F401  (before timm)
+from haste_core import _torchvision_guard  # noqa: F401  (it acts when torchvision is imported)
 
 if TYPE_CHECKING:
     from haste_core.alignment import attention_loss, feature_loss

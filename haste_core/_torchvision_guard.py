@@ -1,23 +1,25 @@
 """Placeholders with which torchvision can be imported where its compiled part does not load (torch's CPU build).
 
-`haste_core` imports this before timm. The two operators whose absence stops the import get a schema and no
-implementation, so calling them still fails.
+timm and torch-fidelity import torchvision. The two operators whose absence stops that import get a schema and no
+implementation, so calling them still fails. They are made when something first looks for torchvision: importing
+`haste_core` alone does not import torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import Any
 
-import torch
+_library: Any = None  # the definitions live as long as this object
 
 
-def _missing_operators() -> torch.library.Library | None:
-    spec = importlib.util.find_spec("torchvision")
-    if "torchvision" in sys.modules or spec is None or spec.origin is None:
-        return None
-    for compiled in sorted(Path(spec.origin).parent.glob("_C*")):
+def _missing_operators(package: Path) -> Any:
+    import torch
+
+    for compiled in sorted(package.glob("_C*")):
         try:
             torch.ops.load_library(str(compiled))
         except (OSError, ImportError):
@@ -29,4 +31,18 @@ def _missing_operators() -> torch.library.Library | None:
     return library
 
 
-_library = _missing_operators()  # the definitions live as long as this object
+class _BeforeTorchvision(MetaPathFinder):
+    """Finds nothing itself; the first search for torchvision passes here."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        global _library
+        if name != "torchvision":
+            return
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            _library = _missing_operators(Path(spec.origin).parent)
+
+
+if "torchvision" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeTorchvision())

@@ -95,6 +95,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank() -> int:
+    """The number of this process among those that a launcher started; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
 def micro_batches(batch_size: int, accumulate: int, processes: int) -> list[slice]:
     """The equally large micro-batches of one process's share of a global batch, as slices of it.
 

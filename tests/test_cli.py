@@ -238,6 +238,22 @@ def test_signals_outside_the_main_thread_stay_as_they_are():
     assert seen == [False, True]
 
 
+def test_help_and_reading_a_study_wait_for_none_of_the_slow_imports():
+    code = """
+import sys
+from haste_core.study import cli, config, jobs
+config.load("digits")
+try:
+    cli.main(["--help"])
+except SystemExit:
+    pass
+print(*sys.modules, file=sys.stderr)"""
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+    assert "haste_core.study.runs" in names
+    slow = {"torch", "timm", "accelerate", "sklearn", "pandas", "matplotlib", "datasets", "diffusers", "snakemake"}
+    assert not slow & set(names)
+
+
 def test_no_modules_import_each_other_in_a_circle_not_even_inside_functions():
     imports = grimp.build_graph("haste_core", exclude_type_checking_imports=True, cache_dir=None)
     order = graphlib.TopologicalSorter({m: imports.find_modules_directly_imported_by(m) for m in imports.modules})

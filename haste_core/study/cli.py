@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from haste_core import __version__
 from haste_core.errors import HasteError, Interrupted, is_disk_full
-from haste_core.processes import launched
 from haste_core.study import cli_files, config
 from haste_core.study.runs import Run, study_dir
 
@@ -132,8 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             value = getattr(arguments, name, None)
             if value is not None and value < least:
                 raise HasteError(f"--{name.replace('_', '-')} {value}; expected {least} and above")
-        # A launcher reads the error of one of its processes from a file.
-        (record(arguments.action) if launched() > 1 else arguments.action)(arguments)
+        action = arguments.action
+        if "WORLD_SIZE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            action = record(action)  # torch's launcher reads the errors of its processes from files
+        action(arguments)
     except HasteError as error:
         print(f"haste: error: {error}", file=sys.stderr)
         return 2
@@ -164,10 +166,11 @@ def train(arguments: argparse.Namespace) -> None:
     run = Run(study_of(arguments), arguments.arm, arguments.seed)
     if arguments.dry_run:
         return _dry_run(run, arguments.processes)
+    from haste_core.processes import rank
     from haste_core.study import launching
 
     launching.fit(run, arguments.processes)
-    if launching.rank() == 0:  # one of the processes of a launch reports
+    if rank() == 0:  # one of the processes of a launch reports
         last = run.metrics()[-1]
         print(f"{run.dir}: step {last['step']}, denoising loss {last['denoising']:.4f}")
 

@@ -10,20 +10,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from tqdm.auto import tqdm
 
-from haste_core import released
 from haste_core.errors import HasteError, unknown
 from haste_core.files import write_json
-from haste_core.processes import launched
 from haste_core.study import config
 from haste_core.study.presets import SAMPLERS
 from haste_core.study.runs import Run
 
-# Commands import what they need: training, and with it scikit-learn, takes seconds.
+# Commands import what they need: torch alone takes seconds.
 if TYPE_CHECKING:
+    from haste_core import released
     from haste_core.study.images import Images
 
 # -- sample ------------------------------------------------------------------------------------------------------
@@ -54,6 +51,8 @@ an interruption. torchrun ... -m -- haste_core.study.cli sample ... divides it a
 
 def sample(arguments: argparse.Namespace) -> None:
     """haste sample: draw the images and print where they are."""
+    from haste_core.processes import launched
+
     out, processes = arguments.out, arguments.processes
     if out.suffix not in (".png", ".npz", ""):
         raise HasteError(f"--out {out}; expected a name ending in .png or .npz, or a folder")
@@ -84,9 +83,11 @@ def preset_overrides(name: str | None) -> list[str]:
 
 def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
     """Draw this process's shards into `folder`; the process that finds all of them writes `result` and returns True."""
+    import torch
+
+    from haste_core.processes import launched, rank
     from haste_core.study import evaluation
     from haste_core.study.images import save_grid
-    from haste_core.study.launching import rank
     from haste_core.study.samples import SampleSet, drawer, plan
 
     overrides = [*preset_overrides(arguments.sampler), *arguments.overrides]
@@ -113,6 +114,8 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
 
 
 def _draw_by_processes(arguments: argparse.Namespace, folder: Path) -> None:
+    from tqdm.auto import tqdm
+
     from haste_core.study.launching import launch
 
     def drawn() -> tuple[int, int]:
@@ -213,8 +216,8 @@ def add_latents(sub: argparse.ArgumentParser) -> None:
 
 def encode(arguments: argparse.Namespace) -> None:
     """haste latents: encode or check, and print one line about the folder."""
+    from haste_core.processes import launched, rank
     from haste_core.study import latents
-    from haste_core.study.launching import rank
 
     given = [place for place in (arguments.source, arguments.out) if place is not None]
     if len(given) != (2 if arguments.check is None else 0):
@@ -240,6 +243,8 @@ def encode(arguments: argparse.Namespace) -> None:
 
 
 def _encode_by_processes(arguments: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
     from haste_core.study.launching import launch
 
     work = Path(arguments.out) / ".work"
@@ -290,6 +295,8 @@ def add_convert(sub: argparse.ArgumentParser) -> None:
 
 def convert(arguments: argparse.Namespace) -> None:
     """haste convert: convert, and print one line."""
+    from haste_core import released
+
     source, out = arguments.source, arguments.out
     released.check_suffix(out, released.WRITABLE)
     if out.exists() and source.exists() and out.samefile(source):

@@ -21,7 +21,6 @@ import psutil
 
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, output_root, project_root, write_json
-from haste_core.processes import micro_batches
 from haste_core.study import config, signals
 from haste_core.study.runs import report_dir, study_dir
 
@@ -77,6 +76,8 @@ def run_study(
             call goes on from there.
         Interrupted: a signal arrived; local runs in progress saved a checkpoint, jobs on a cluster were cancelled.
     """
+    from haste_core.processes import micro_batches  # imports torch, which the Snakefile does not need
+
     study.check_baseline()
     study.check_claims()
     for arm in study.arms:

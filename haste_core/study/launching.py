@@ -30,11 +30,6 @@ from haste_core.study.runs import Run
 GRACE_SECONDS = 600
 
 
-def rank() -> int:
-    """The number of this process among those that a launcher started; 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
-
-
 def launch(
     words: Sequence[str],
     processes: int,

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from haste_core.errors import unknown
-from haste_core.models import SIZES
 
-# name -> the fields it fills.
-MODELS: dict[str, dict[str, Any]] = {
-    f"{name}-{size}/{patch}": {"kind": kind, "depth": depth, "width": width, "heads": heads, "patch": patch}
-    for name, kind in (("SiT", "sit"), ("DiT", "dit"))
-    for size, (depth, width, heads) in SIZES.items()
-    for patch in (2, 4, 8)
-} | {
-    # Width 32 x depth, one head per block of depth (text to image, Sec. 3.2); 24 is the paper's.
-    f"MMDiT-{depth}/2": {"kind": "mmdit", "depth": depth, "width": 32 * depth, "heads": depth, "patch": 2}
-    for depth in (12, 18, 24)
-}
 # Samplers by name: what the paper reports its numbers with (Tables 1, 13, 15, 16, arXiv 2505.16792).
 SAMPLERS: dict[str, dict[str, Any]] = {
     "sde-250": {"sampler": "sde", "solver_steps": 250},
@@ -32,14 +20,33 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 
 
-def fill(values: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
-    """`values` over the fields of the preset they name, if they name one.
+def models() -> dict[str, dict[str, Any]]:
+    """Generators by name: the fields that each name fills."""
+    from haste_core.models import SIZES  # reading a study file should not wait for torch
+
+    released = {
+        f"{name}-{size}/{patch}": {"kind": kind, "depth": depth, "width": width, "heads": heads, "patch": patch}
+        for name, kind in (("SiT", "sit"), ("DiT", "dit"))
+        for size, (depth, width, heads) in SIZES.items()
+        for patch in (2, 4, 8)
+    }
+    # Width 32 x depth, one head per block of depth (text to image, Sec. 3.2); 24 is the paper's.
+    text = {
+        f"MMDiT-{depth}/2": {"kind": "mmdit", "depth": depth, "width": 32 * depth, "heads": depth, "patch": 2}
+        for depth in (12, 18, 24)
+    }
+    return released | text
+
+
+def fill(values: Any, presets: Callable[[], Mapping[str, Mapping[str, Any]]]) -> Any:
+    """`values` over the fields of the preset they name, if they name one; `presets` is asked only then.
 
     Raises:
         ValueError: there is no such preset.
     """
     if not isinstance(values, Mapping) or not values.get("preset"):
         return values
-    if values["preset"] not in presets:
-        raise ValueError(str(unknown("preset", values["preset"], list(presets))))
-    return {**presets[values["preset"]], **values}
+    known = presets()
+    if values["preset"] not in known:
+        raise ValueError(str(unknown("preset", values["preset"], known)))
+    return {**known[values["preset"]], **values}

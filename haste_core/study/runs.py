@@ -27,10 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import yaml
 
-from haste_core import checkpoint
 from haste_core.errors import HasteError
 from haste_core.files import output_root, write_json, write_text
 from haste_core.study.config import RunSettings, SampleSettings, StudySettings, TeacherSettings
@@ -131,6 +129,8 @@ class Run:
         Raises:
             HasteError: there is none, it is damaged, or it belongs to another run.
         """
+        from haste_core import checkpoint  # torch takes seconds to import
+
         tensors, state = checkpoint.load(self.checkpoint_path(step), prefixes)
         if (state["lineage"], state["seed"]) != (self.config.lineage, self.seed):
             raise HasteError(
@@ -190,6 +190,8 @@ def environment() -> dict[str, str]:
 @cache
 def machine() -> dict[str, Any]:
     """Processor, cores and memory of this machine, and its GPU if it has one."""
+    import torch
+
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
     name = models[0] if models else platform.processor() or platform.machine()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from haste_core.errors import HasteError, unknown
-from haste_core.sampling import Sampler
-from haste_core.study.presets import MODELS, SAMPLERS, fill
+from haste_core.study.presets import SAMPLERS, fill, models
+
+if TYPE_CHECKING:
+    from haste_core.sampling import Sampler
 
 S = TypeVar("S", bound=BaseModel)
 Precision = Annotated[
@@ -164,7 +166,7 @@ class ModelSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        return fill(values, MODELS)
+        return fill(values, models)
 
     @model_validator(mode="after")
     def _check_heads(self) -> ModelSettings:
@@ -328,11 +330,13 @@ class SampleSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        return fill(values, SAMPLERS)
+        return fill(values, lambda: SAMPLERS)
 
     @property
     def options(self) -> Sampler:
         """The sampler these settings name."""
+        from haste_core.sampling import Sampler
+
         return Sampler(**self.model_dump(include=set(Sampler.__dataclass_fields__)))
 
 
