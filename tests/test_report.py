@@ -26,7 +26,8 @@ pytestmark = pytest.mark.xdist_group("report")
 
 ROOT = Path(__file__).parents[1]
 FID_COLUMNS = evaluation.columns(config.load("digits"))
-DIGITS = ROOT / "reports" / "digits"
+# The reports that README shows, each with its study and profile.
+COMMITTED = {"digits": ("digits", None)}
 README_TABLES = ("fid.csv", "claims.csv", "denoising.csv", "step_time.csv", "provenance.json")
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 STEPS = (250, 1000, 3000)
@@ -522,31 +523,33 @@ def test_plain_training_by_itself_has_a_report_too_and_titles_cannot_become_mark
 
 # The committed report
 
-committed = pytest.mark.skipif(not (DIGITS / "report.html").is_file(), reason="reports/digits is not there yet")
+committed = pytest.mark.parametrize("shown", COMMITTED)
 
 
 @committed
-def test_the_committed_report_is_complete_small_and_opens_offline():
-    tables = DIGITS / "tables"
+def test_a_committed_report_is_complete_small_and_opens_offline(shown):
+    folder = ROOT / "reports" / shown
+    tables = folder / "tables"
     for name in ("fid", "step_time", "claims", "floor", "attention", "metrics"):
         assert (tables / f"{name}.csv").is_file(), name
     assert header(tables / "claims.csv") == judging.COLUMNS
     for card in pd.read_csv(tables / "fid.csv", dtype={"card": str})["card"].unique():
         kept = json.loads((tables / "cards" / f"{card}.json").read_text())
         assert kept.pop("card_id") == card == config.digest(kept)
-    drawn = {p.name for p in (DIGITS / "figures").iterdir()}
+    drawn = {p.name for p in (folder / "figures").iterdir()}
     assert drawn >= {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
     # Executed notebooks are written beside it and never committed.
-    files = [p for p in DIGITS.rglob("*") if p.is_file() and "notebooks" not in p.relative_to(DIGITS).parts]
+    files = [p for p in folder.rglob("*") if p.is_file() and "notebooks" not in p.relative_to(folder).parts]
     assert sum(p.stat().st_size for p in files) < 5 * 2**20
-    assert_opens_offline((DIGITS / "report.html").read_text())
+    assert_opens_offline((folder / "report.html").read_text())
 
 
 @committed
-def test_the_committed_claims_follow_from_the_committed_tables():
-    tables, study = DIGITS / "tables", config.load("digits")
+def test_the_committed_claims_follow_from_the_committed_tables(shown):
+    folder, study = ROOT / "reports" / shown, config.load(*COMMITTED[shown])
+    tables = folder / "tables"
     fid = pd.read_csv(tables / "fid.csv", dtype={"card": str})
-    found = report.evidence(report.Report(study, DIGITS), fid)
+    found = report.evidence(report.Report(study, folder), fid)
     judged = pd.DataFrame(judging.judge_all(claims.CLAIMS, found, study.claims.confidence))
     written = pd.read_csv(tables / "claims.csv")
     assert list(written["verdict"]) == list(judged["verdict"])
@@ -557,17 +560,18 @@ def test_the_committed_claims_follow_from_the_committed_tables():
 # README
 
 
-def test_the_results_in_readme_are_those_of_the_tables(tmp_path):
+@committed
+def test_the_results_in_readme_are_those_of_the_tables(shown, tmp_path):
     text = (ROOT / "README.md").read_text()
-    found = re.search(r"<!-- results digits: begin -->\n(.*?)<!-- results digits: end -->", text, re.DOTALL)
-    assert found, "README.md has no block between its two results marks of digits"
+    found = re.search(rf"<!-- results {shown}: begin -->\n(.*?)<!-- results {shown}: end -->", text, re.DOTALL)
+    assert found, f"README.md has no block between its two results marks of {shown}"
     # A new run replaces the tables here; README then still shows those that were committed.
     for name in README_TABLES:
-        command = ["git", "-C", str(ROOT), "show", f"HEAD:reports/digits/tables/{name}"]
+        command = ["git", "-C", str(ROOT), "show", f"HEAD:reports/{shown}/tables/{name}"]
         (tmp_path / name).write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
-    here = DIGITS / "tables"
+    here = ROOT / "reports" / shown / "tables"
     folders = [tmp_path, *([here] if all((here / name).is_file() for name in README_TABLES) else [])]
-    assert found[1] in [report.readme_block(folder) for folder in folders]
+    assert found[1] in [report.readme_block(folder, whole=shown == "digits") for folder in folders]
 
 
 def test_the_readme_block_shows_answers_verdicts_and_times(tmp_path):
@@ -581,6 +585,8 @@ def test_the_readme_block_shows_answers_verdicts_and_times(tmp_path):
         shown = np.isfinite(row["effect"]) and row["verdict"] != "not tested"
         assert (f"| {row['id']}: " in block) == shown
     assert re.search(r"\d+ further claims or readings need other arms or tables", block)
+    assert re.search(r"- Verdicts: \d+ \w+", brief := report.readme_block(tmp_path, whole=False))
+    assert [line for line in block.splitlines() if line.startswith("- **")] == brief.splitlines()[:-1]
     # A resumed study has no time from nothing.
     write_json(tmp_path / "provenance.json", PROVENANCE | {"invocation": PROVENANCE["invocation"] | {"resumed": True}})
     assert "From nothing" not in report.readme_block(tmp_path)

@@ -386,8 +386,11 @@ def sentences(report: Report) -> list[str]:
     return found
 
 
-def readme_block(folder: Path) -> str:
-    """The answers, verdicts and origin as README shows them (markdown), from the tables in `folder` alone."""
+def readme_block(folder: Path, whole: bool = True) -> str:
+    """The answers, verdicts and origin as README shows them (markdown), from the tables in `folder` alone.
+
+    whole: with a row for each verdict, step times and the time of the study; else verdicts are counted.
+    """
     fid, denoising, judged, times = (
         pd.read_csv(folder / f"{name}.csv", dtype={"card": str}) for name in ("fid", "denoising", "claims", "step_time")
     )
@@ -395,6 +398,11 @@ def readme_block(folder: Path) -> str:
     fid, denoising = (table[table["arm"].isin(facts["main"])] for table in (fid, denoising))
     told = answers(fid, denoising, ClaimsSettings(**facts["claims"]), facts["tau"], facts["steps"])
     lines = [f"- **{question}** {text}" for question, text in told]
+    origin = f"Commit {', '.join(facts['commits'])}, study {facts['study_hash']}."
+    if not whole:
+        counts = judged["verdict"].value_counts(sort=False)
+        found = ", ".join(f"{counts[verdict]} {verdict}" for verdict in report_text.VERDICTS if verdict in counts)
+        return "\n".join([*lines, f"- Verdicts: {found}. {origin}"]) + "\n"
     lines += ["", "| claim | measure | effect (interval) | verdict |", "|---|---|---|---|"]
     for row in judged[measured(judged)].to_dict("records"):
         cells = (f"{row['id']}: {row['claim']}", report_text.measure_name(row["measure"]), effect(row))
@@ -418,5 +426,4 @@ def readme_block(folder: Path) -> str:
     right = [f"{name} {known['test_accuracy']:.1%}" for name, known in networks.items() if "test_accuracy" in known]
     if right:
         lines.append(f"Of held-out images classified correctly: {', '.join(right)}.")
-    lines.append(f"Commit {', '.join(facts['commits'])}, study {facts['study_hash']}.")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, origin]) + "\n"
