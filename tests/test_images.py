@@ -89,14 +89,18 @@ def together(found, *splits):
 def test_a_folder_with_train_and_test(tmp_path):
     write_images(tmp_path / "pets" / "train", range(12))
     write_images(tmp_path / "pets" / "validation", range(12, 18))
-    data = opened(tmp_path / "pets", test_split="validation")
+    data = opened(tmp_path / "pets")
     assert (data.name, data.channels, data.image_size, data.classes, len(data)) == ("pets", 3, SIZE, 3, 10)
     found = contents(data)
     assert together(found, "train", "validation") == list(range(12))
     assert found["test"] == [12, 15, 13, 16, 14, 17], "files in the order of their folders"
-    assert len(opened(tmp_path / "pets")) == 8, "without a split of that name part of train is held out"
-    with pytest.raises(HasteError, match="no split 'training'; expected one of: train, validation"):
-        opened(tmp_path / "pets", train_split="training")
+    assert contents(opened(tmp_path / "pets", test_split="validation")) == found
+    assert contents(opened(tmp_path / "pets", train_split="training")) == found, "another word for the same"
+    with pytest.raises(HasteError, match="no split 'big'; expected one of: train, validation"):
+        opened(tmp_path / "pets", train_split="big")
+    write_images(tmp_path / "pets" / "test", range(18, 24))
+    whole = contents(opened(tmp_path / "pets"))
+    assert [sorted(whole[split]) for split in SPLITS] == [[*range(12)], [*range(12, 18)], [*range(18, 24)]]
 
 
 def test_a_folder_without_a_test_split_is_divided(tmp_path):
@@ -112,13 +116,14 @@ def test_a_folder_without_a_test_split_is_divided(tmp_path):
 
 
 def test_a_folder_of_parquet_files(tmp_path):
-    folder = tmp_path / "pets"
+    folder = tmp_path / "pets" / "data"
     write_parquet(folder / "pets-train-00000-of-00002.parquet", range(12))
     write_parquet(folder / "pets-train-00001-of-00002.parquet", range(12, 24))
     write_parquet(folder / "pets-test.parquet", range(24, 30))
     found = contents(opened(folder))
     assert together(found, "train", "validation") == list(range(24))
     assert found["test"] == list(range(24, 30)), "rows keep their order"
+    assert contents(opened(folder.parent)) == found, "the clone of a hub data set"
 
 
 def test_parquet_written_by_datasets_itself(tmp_path):
@@ -128,6 +133,141 @@ def test_parquet_written_by_datasets_itself(tmp_path):
     data = opened(tmp_path / "pets.parquet")
     assert together(contents(data)) == list(range(12))
     assert (data.name, data.classes) == ("pets.parquet", 4), "a class without images counts"
+
+
+# ---- no image is lost in silence ----
+
+
+def write(folder, *names):
+    """Images by relative path, each of another content."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(picture(len(list(folder.rglob("*.*"))))))
+    return folder
+
+
+def seen(data):
+    """Number of images of all splits by class name."""
+    labels = torch.cat([data.images(split)[1] for split in SPLITS])
+    names = data._splits["train"].class_names
+    return {name: int((labels == i).sum()) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        # Words of splits in names of files say nothing.
+        ([f"{c}/{kind}_{i}.png" for c in NAMES[:2] for kind in ("test", "train", "val", "img") for i in range(5)],
+         {"ant": 20, "bee": 20}),
+        ([f"{c}/{name}.png" for c in NAMES[:2] for name in ("test_1", *range(29))],
+         {"ant": 30, "bee": 30}),
+        ([f"{c}/ILSVRC2012_val_{i:04d}.png" for c in NAMES for i in range(4)], dict.fromkeys(NAMES, 4)),
+        # Nor do those of class folders, unless all are such words and hold class folders.
+        ([f"{c}/{i}.png" for c in ("train", "car", "bus") for i in range(10)], {"bus": 10, "car": 10, "train": 10}),
+        ([f"{c}/{i}.png" for c in ("train", "test") for i in range(10)], {"test": 10, "train": 10}),
+        ([f"{c}/{i}.png" for c in ("latest", "greatest", "my-test-class", "dev") for i in range(5)],
+         {"dev": 5, "greatest": 5, "latest": 5, "my-test-class": 5}),
+        ([f"{split}/{c}/{i}.png" for split in ("Train", "VAL") for c in NAMES[:2] for i in range(6)],
+         {"ant": 12, "bee": 12}),
+        # Nested folders keep their way.
+        ([f"{c}/{i}.png" for c in ("animals/cat", "plants/cat", "plants/oak") for i in range(4)],
+         {"animals/cat": 4, "plants/cat": 4, "plants/oak": 4}),
+        ([f"{c}/{suffix}.{suffix}" for c in NAMES[:2] for suffix in ("png", "PNG", "jpeg", "Jpg", "webp", "bmp")],
+         {"ant": 6, "bee": 6}),
+    ],
+)  # fmt: skip
+def test_the_class_of_an_image_is_its_folder(tmp_path, names, classes):
+    assert seen(opened(write(tmp_path / "pets", *names))) == classes
+
+
+def test_what_is_not_read_is_said(tmp_path, capfd):
+    folder = write_images(tmp_path / "pets", range(12))
+    (folder / "metadata.csv").write_text("file_name,text\nant/000.png,an ant\nbee/001.png,a bee\n")
+    (folder / "ant" / "notes.txt").write_text("hello")
+    (folder / "ant" / ".DS_Store").write_text("")
+    (folder / "bee" / "README").write_text("")
+    data = opened(folder)
+    assert together(contents(data)) == list(range(12))
+    told = (
+        "pets: 12 images (8 train, 1 validation, 3 test) in 3 classes of 4 to 4; not read: 1 .csv, 1 .txt, 1 hidden, "
+    )
+    assert data.summary == told + "1 without a suffix"
+    assert capfd.readouterr().err.count(data.summary) == 1
+    opened(folder)
+    assert data.summary not in capfd.readouterr().err, "said once"
+
+
+def test_links_are_followed_and_bad_ones_named(tmp_path):
+    folder = write_images(tmp_path / "pets", range(12))
+    (folder / "cat").rename(tmp_path / "elsewhere")
+    (folder / "cat").symlink_to(tmp_path / "elsewhere")
+    assert together(contents(opened(folder))) == list(range(12))
+    (folder / "ant" / "again").symlink_to(folder)
+    with pytest.raises(HasteError, match=r"/ant/again is a link to a folder that holds it"):
+        opened(folder)
+    (folder / "ant" / "again").unlink()
+    (folder / "bee" / "gone.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(HasteError, match=r"/bee/gone.png is a broken link"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    "names", [["0.png", "1.png"], ["ant/0.png", "2.png"], ["train/ant/0.png", "train/1.png", "0.png"]]
+)
+def test_images_in_no_class_folder_are_an_error(tmp_path, names):
+    with pytest.raises(HasteError, match=r"holds \d images in no class folder \("):
+        opened(write(tmp_path / "pets", *names))
+
+
+def test_files_changed_at_the_same_place_are_read_anew(tmp_path):
+    folder = write_images(tmp_path / "pets", range(12))
+    before = contents(opened(folder))
+    for i in range(12):
+        (folder / NAMES[i % 3] / f"{i:03d}.png").write_bytes(png(picture(i + 12)))
+    after = contents(opened(folder))
+    assert together(after) == list(range(12, 24))
+    assert {split: [i + 12 for i in before[split]] for split in SPLITS} == after
+
+
+def columns(path, **kinds):
+    """A parquet file of 24 rows; "picture" stands for image i, other columns are given as a function of i."""
+    made = {
+        name: [{"bytes": png(picture(i)), "path": f"{i}.png"} for i in range(24)]
+        if of == "picture"
+        else list(map(of, range(24)))
+        for name, of in kinds.items()
+    }
+    return table(path, **made)
+
+
+def third(i):
+    return i % 3
+
+
+def test_columns_are_asked_for_where_more_than_one_could_be_meant(tmp_path):
+    path = tmp_path / "pets.parquet"
+    columns(path, id=int, image="picture", category=third)
+    with pytest.raises(HasteError, match=r"has 2 columns of classes or integers among: id \(24 integers\), image "
+                       r"\(images\), category \(3 integers\); expected data.label_column"):  # fmt: skip
+        opened(path)
+    assert together(contents(opened(path, label_column="category"))) == list(range(24))
+    columns(path, image="picture", width=lambda i: 16, height=lambda i: 16, label_id=third)
+    with pytest.raises(HasteError, match=r"width \(1 integers\), height \(1 integers\), label_id \(3 integers\)"):
+        opened(path)
+    columns(path, first="picture", second="picture", label=third)
+    with pytest.raises(HasteError, match=r"has 2 columns of images among: .*data.image_column to name one"):
+        opened(path)
+    assert together(contents(opened(path, image_column="second"))) == list(range(24))
+    columns(path, mask="picture", image="picture", id=int, label=third)
+    assert together(contents(opened(path))) == list(range(24)), "columns named image and label are meant"
+    with pytest.raises(HasteError, match=r"has data.label_column=nothing among: mask"):
+        opened(path, label_column="nothing")
+    columns(path, image="picture", kind=lambda i: NAMES[i % 3])
+    with pytest.raises(HasteError, match=r"no columns of classes or integers among: image \(images\), kind \(3 text\)"):
+        opened(path)
+    data = opened(path, label_column="kind")
+    assert together(contents(data)) == list(range(24))
+    assert data._splits["test"].class_names == [*NAMES]
 
 
 # ---- pixels ----
@@ -260,10 +400,11 @@ REFUSED = {
     "missing": (lambda path: path, "does not exist; expected a folder"),
     "hub name without network": (lambda path: "nobody/no-such-data", "cannot be read: .*; expected a folder"),
     "text for parquet": (text_file, "cannot be read: Parquet file size is 5 bytes"),
-    "empty folder": (lambda path: path.mkdir() or path, "cannot be read"),
+    "empty folder": (lambda path: path.mkdir() or path, "holds no images; expected a folder"),
     "no labels": (lambda path: table(path, img=[{"bytes": png(picture(0)), "path": "0.png"}]),
-                  "has columns img; expected one of images and one of integers"),
-    "no images": (lambda path: table(path, text=["a", "b"], label=[0, 1]), "has columns text, label; expected"),
+                  r"has no columns of classes or integers among: img \(images\); expected data.label_column to name"),
+    "no images": (lambda path: table(path, text=["a", "b"], label=[0, 1]),
+                  r"has no columns of images among: text \(2 text\), label \(2 integers\); expected data.image_column"),
     "no rows": (lambda path: pq.write_table(pq.read_table(labelled(path, 0)).slice(0, 0), path) or path,
                 "cannot be read"),
     "negative label": (lambda path: labelled(path, 0, -1, 0, 1), "image 1 has label -1; expected"),
@@ -287,14 +428,7 @@ def test_an_undecodable_image_is_named_when_it_is_read(folder, monkeypatch, larg
         monkeypatch.setattr(images, "KEPT_DECODED", 0)
     (folder / "train" / "bee" / "004.png").write_bytes(b"no image")
     data = opened(folder)
-    named = {name: data._splits[name].rows.cast_column("image", datasets.Image(decode=False)) for name in SPLITS}
-    split, index = next(
-        (name, i)
-        for name, rows in named.items()
-        for i, row in enumerate(rows["image"])
-        if row["path"].endswith("004.png")
-    )
-    with pytest.raises(HasteError, match=f"image {index} cannot be decoded") as caught:
-        data.images(split)
+    with pytest.raises(HasteError, match=r"/train/bee/004.png cannot be decoded .*; mend or remove it") as caught:
+        contents(data)
     assert "\n" not in str(caught.value)
     assert len(data.images("test")[1]) == 6

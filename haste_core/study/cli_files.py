@@ -211,6 +211,10 @@ def add_latents(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=32, help="images encoded at a time (default: %(default)s)")
     sub.add_argument("--shard-size", type=int, default=1000, help="images per sub-folder (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    sub.add_argument("--image-column", metavar="NAME", help="of SOURCE, where more than one could be meant")
+    sub.add_argument(
+        "--label-column", metavar="NAME", help="of SOURCE, where more than one could be meant; may be text"
+    )
     sub.add_argument("--check", metavar="FOLDER", help="read a folder again and compare it with its manifest")
 
 
@@ -231,7 +235,8 @@ def encode(arguments: argparse.Namespace) -> None:
         _encode_by_processes(arguments)
         manifest = latents.read_manifest(Path(out))
     else:
-        names = ("source", "out", "vae", "size", "split", "batch_size", "shard_size", "device")
+        names = ("source", "out", "vae", "size", "split", "batch_size", "shard_size", "device", "image_column",
+                 "label_column")  # fmt: skip
         manifest = latents.prepare(
             latents.Job(**{name: getattr(arguments, name) for name in names}), rank(), launched()
         )

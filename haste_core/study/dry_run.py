@@ -157,8 +157,7 @@ def find_example(settings: config.DataSettings, batch_size: int = 1) -> tuple[Ex
         return _assumed(settings), Check("data", False, str(error))
     size, channels, classes = dataset.image_size, dataset.channels, dataset.classes
     shown = (getattr(dataset, "pixel_size", size), 3 if settings.kind == "latents" else channels)
-    text = f"{dataset.name}: {len(dataset):,} training images, {classes} classes, {channels}x{size}x{size}"
-    return Example(size, channels, classes, *shown), Check("data", True, text)
+    return Example(size, channels, classes, *shown), Check("data", True, dataset.summary)
 
 
 def _in_cache(name: str) -> str:

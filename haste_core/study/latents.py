@@ -201,6 +201,7 @@ class Job:
 
     source: as `data.path` of kind images. out: the folder to make. vae: hub name or folder. size: side of the square
     images in pixels. split: of the source. batch_size: images encoded at a time. shard_size: images in a sub-folder.
+    image_column, label_column: of the source, where more than one could be meant.
     device: "auto" (GPUs in turn by the process's number, else the CPU), "cpu", "cuda", "cuda:1", ...
     """
 
@@ -212,6 +213,8 @@ class Job:
     batch_size: int = 32
     shard_size: int = 1000
     device: str = "cpu"
+    image_column: str | None = None
+    label_column: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "batch_size", "shard_size"):
@@ -246,10 +249,14 @@ class Preparation:
     @cached_property
     def split(self) -> Split:
         """The source's images and labels."""
-        from haste_core.study.data.images import Split, load_splits
+        from haste_core.study.data.images import Split, load_splits, pick_split, say
 
         job = self.job
-        return Split(load_splits(job.source, job.split)[job.split], job.size, job.source)
+        found, note = load_splits(job.source, job.split, job.label_column)
+        rows = found[pick_split(found, job.split, job.source)]
+        split = Split(rows, job.size, job.source, job.image_column, job.label_column)
+        say(f"{job.source}: {len(split.labels):,} images of split {job.split}{note}")
+        return split
 
     @cached_property
     def vae(self) -> Vae:

@@ -75,12 +75,15 @@ class DataSettings(Section):
 
     kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `images`: pixels of any labelled images
     that Hugging Face `datasets` reads. `latents`: a folder made by `haste latents`, or one prepared for REPA or HASTE
-    (images/, vae-sd/, dataset.json). path: for `images` a folder (one sub-folder a class), a parquet file or a folder
-    of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are cropped and resized
-    (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set; without a test split,
-    test_fraction of the images is held out for scores and analyses, chosen by split_seed. validation_fraction: share
-    of the rest that is held out for decisions during a study (triggers, acceptance of a teacher or an extractor).
-    contexts: a safetensors file with the text tokens of every label, for `model.kind: mmdit`.
+    (images/, vae-sd/, dataset.json). path: for `images` a folder (one sub-folder a class, below folders named train,
+    validation and test where there are such), a parquet file or a folder of them, or a hub name; for `latents` the
+    folder. image_size: side in pixels; larger images are cropped and resized (center-crop-dhariwal of EDM2).
+    train_split, test_split: names inside the data set. Without a test split the validation split stands for it, and
+    without either, test_fraction of the images is held out for scores and analyses, chosen by split_seed.
+    validation_fraction: share of the rest that is held out for decisions during a study (triggers, acceptance of a
+    teacher or an extractor), unless the data have a validation split beside a test split.
+    image_column, label_column: of parquet files and hub data sets, where more than one could be meant; a label column
+    may be text. contexts: a safetensors file with the text tokens of every label, for `model.kind: mmdit`.
     """
 
     kind: Literal["digits", "images", "latents"] = "digits"
@@ -93,6 +96,9 @@ class DataSettings(Section):
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     split_seed: NonNegative = 0
     augment: AugmentSettings = AugmentSettings()
+    # Left out of hashes where they are not given, so that runs made before there were such settings keep their names.
+    image_column: str | None = Field(None, exclude_if=lambda name: name is None)
+    label_column: str | None = Field(None, exclude_if=lambda name: name is None)
 
     @model_validator(mode="after")
     def _check_path(self) -> DataSettings:

@@ -32,6 +32,12 @@ class Dataset:
     classes: int
     augment: config.AugmentSettings
 
+    @property
+    def summary(self) -> str:
+        """One line on the data for people."""
+        side = self.image_size
+        return f"{self.name}: {len(self):,} training images, {self.classes} classes, {self.channels}x{side}x{side}"
+
     def __len__(self) -> int:
         """Number of training images."""
         raise NotImplementedError

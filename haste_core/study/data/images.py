@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from haste_core.errors import HasteError
 from haste_core.files import atomic, output_root
+from haste_core.processes import rank
 from haste_core.study import config
 from haste_core.study.data.base import (
     Dataset,
@@ -30,12 +35,24 @@ from haste_core.study.data.base import (
 
 # Splits up to this many bytes are decoded once and kept in runs/decoded/, larger ones are decoded batch by batch.
 KEPT_DECODED = 2**30
+# What the name of a folder, or a word in that of a parquet file, says of a split.
+SPLITS = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+IMAGE_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+}  # fmt: skip
+# Files of a folder whose content is part of its fingerprint.
+SAMPLED = 64
 _FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder of them, or a hub name (owner/name)"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Images(Dataset):
     """RGB images of one size in [-1, 1] with labels; training images are augmented as `data.augment` says.
+
+    `summary` is printed once by a process.
 
     Raises:
         HasteError: the data cannot be found or read, or hold no images with labels.
@@ -45,11 +62,24 @@ class Images(Dataset):
 
     def __init__(self, data: config.DataSettings) -> None:
         self.augment, self.image_size = data.augment, int(data.image_size or 0)
-        path = str(data.path)
+        path, columns = str(data.path), (data.image_column, data.label_column)
         self.name = Path(path).name
-        self._splits = {name: Split(rows, self.image_size, path) for name, rows in _divided(data).items()}
+        rows, note = _divided(data)
+        self._splits = {name: Split(part, self.image_size, path, *columns) for name, part in rows.items()}
         labels = torch.cat([split.labels for split in self._splits.values()])
         self.classes = max(int(labels.max()) + 1, *(split.classes for split in self._splits.values()))
+        counts = torch.bincount(labels, minlength=self.classes)
+        sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in self._splits.items())
+        self._found = (
+            f"{self.name}: {len(labels):,} images ({sizes}) in {self.classes:,} classes of {int(counts.min()):,} to "
+            f"{int(counts.max()):,}{note}"
+        )
+        say(self._found)
+
+    @property
+    def summary(self) -> str:
+        """Images by split, classes and their least and largest number of images, and what was not read."""
+        return self._found
 
     def __len__(self) -> int:
         return len(self._splits["train"].labels)
@@ -64,13 +94,16 @@ class Split:
 
     Args:
         rows: as `datasets` reads them. size: side of the squares in pixels. path: the data's name in errors.
+        image_column, label_column: their names, where more than one could be meant.
 
     Raises:
         HasteError: there are no images, or not a label for each.
     """
 
-    def __init__(self, rows: Any, size: int, path: str) -> None:
-        self.image_column, label_column = _columns(rows, path)
+    def __init__(
+        self, rows: Any, size: int, path: str, image_column: str | None = None, label_column: str | None = None
+    ) -> None:
+        self.image_column, label_column = _columns(rows, path, image_column, label_column)
         # Files written without datasets' own metadata hold images as {bytes, path}.
         self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
         labels = rows[label_column][:]
@@ -115,44 +148,105 @@ class Split:
             if len(chosen) > 1:  # one by one, to name the one that fails
                 return torch.cat([self._decode([index]) for index in chosen])
             cause = " ".join(str(error).split())
-            raise HasteError(f"data {self.path}: image {chosen[0]} cannot be decoded ({cause})") from error
+            stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))[chosen[0]]
+            name = stored[self.image_column]["path"] or f"image {chosen[0]}"
+            raise HasteError(f"data {self.path}: {name} cannot be decoded ({cause}); mend or remove it") from error
 
 
-def _columns(rows: Any, path: str) -> tuple[str, str]:
-    """The names of the image column and of the label column."""
-    kinds = rows.features.items()
-    images = [
-        n for n, kind in kinds if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
-    ]
-    labels = [n for n, kind in kinds if isinstance(kind, datasets.ClassLabel)] or [
-        n for n, kind in kinds if str(getattr(kind, "dtype", "")).startswith(("int", "uint"))
-    ]
-    if not images or not labels:
-        raise HasteError(
-            f"data {path} has columns {', '.join(rows.features)}; expected one of images and one of integers"
-        )
-    return images[0], "label" if "label" in labels else labels[0]
+@cache
+def say(summary: str) -> None:
+    """Print a line on data that were opened, once."""
+    if rank() == 0:
+        print(summary, file=sys.stderr)
 
 
-def _divided(data: config.DataSettings) -> dict[str, Any]:
-    """Rows of "train", "validation" and "test" as `datasets` reads them.
+def _columns(rows: Any, path: str, image: str | None, label: str | None) -> tuple[str, str]:
+    """The names of the image column and of the label column: those given, or the only ones that can be meant.
 
-    Validation images are held out of the training split, and so are test images where there is no test split.
+    Columns named "image" and "label" are meant where there are several of their kind.
+
+    Raises:
+        HasteError: none, or more than one, can be meant.
+    """
+    kinds = {name: _kind(feature) for name, feature in rows.features.items()}
+    found = []
+    for setting, given, usual, wanted in (
+        ("image_column", image, "image", ("images",)),
+        ("label_column", label, "label", ("classes", "integers")),
+    ):
+        fitting = [name for name in kinds if kinds[name] in wanted]
+        if "classes" in (kinds[name] for name in fitting) and not label:
+            fitting = [name for name in fitting if kinds[name] == "classes"]
+        chosen = given or (usual if usual in fitting else fitting[0] if len(fitting) == 1 else None)
+        if chosen not in fitting:
+            there = ", ".join(f"{name} ({_described(rows, name, kinds[name])})" for name in rows.features)
+            asked = f"data.{setting}={given}" if given else f"{len(fitting) or 'no'} columns of {' or '.join(wanted)}"
+            raise HasteError(
+                f"data {path} has {asked} among: {there}; expected data.{setting} to name one of {' or '.join(wanted)}"
+            )
+        found.append(str(chosen))
+    return found[0], found[1]
+
+
+def _kind(feature: Any) -> str:
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
+        return "images"  # files written without datasets' own metadata hold images as {bytes, path}
+    if isinstance(feature, datasets.ClassLabel):
+        return "classes"
+    dtype = str(getattr(feature, "dtype", "other values"))
+    return "integers" if dtype.startswith(("int", "uint")) else "text" if dtype.endswith("string") else dtype
+
+
+def _described(rows: Any, name: str, kind: str) -> str:
+    """A column's kind, and the number of its values where it could hold labels."""
+    return f"{len(rows.unique(name)):,} {kind}" if kind in ("classes", "integers", "text") else kind
+
+
+def _divided(data: config.DataSettings) -> tuple[dict[str, Any], str]:
+    """Rows of "train", "validation" and "test", and a note on files that were not read.
+
+    A split of the data's own for validation or test is used as it is; one named like validation serves as the test
+    split where there is none. What is missing is held out of the training split.
     """
     path = str(data.path)
-    found = load_splits(path, data.train_split)
-    train = found[data.train_split]
-    labels = Split(train, int(data.image_size or 0), path).labels
-    if data.test_split in found and data.test_split != data.train_split:
-        kept, held_out = hold_out(labels, data, "validation", f"data {path}")
-        own = {"train": train.select(kept.tolist()), "validation": train.select(held_out.tolist())}
-        return own | {"test": found[data.test_split]}
-    chosen = split_indices(labels, data, f"data {path} without a split {data.test_split!r}")
-    return {name: train.select(indices.tolist()) for name, indices in chosen.items()}
+    found, note = load_splits(path, data.train_split, data.label_column)
+    train = found[pick_split(found, data.train_split, path)]
+    others = {name: rows for name, rows in found.items() if rows is not train}
+    own = {SPLITS[name.lower()]: rows for name, rows in others.items() if name.lower() in SPLITS}
+    test = others.get(data.test_split, own.get("test", own.get("validation")))
+    validation = own.get("validation")
+    unused = [name for name, rows in others.items() if rows is not test and rows is not validation]
+    note += "".join(f"; split {name!r} is not used" for name in unused)
+    columns = (data.image_column, data.label_column)
+    labels = Split(train, int(data.image_size or 0), path, *columns).labels
+    if test is None:
+        chosen = split_indices(labels, data, f"data {path} without a split {data.test_split!r}")
+        return {name: train.select(indices.tolist()) for name, indices in chosen.items()}, note
+    if validation is not None and validation is not test:
+        return {"train": train, "validation": validation, "test": test}, note
+    kept, held_out = hold_out(labels, data, "validation", f"data {path}")
+    own = {"train": train.select(kept.tolist()), "validation": train.select(held_out.tolist())}
+    return own | {"test": test}, note
 
 
-def load_splits(path: str, needed: str) -> dict[str, Any]:
-    """Every split of a folder, parquet file or hub name, as `datasets` reads it.
+def pick_split(found: Mapping[str, Any], name: str, path: str) -> str:
+    """The split of that name, or of the one name that means the same.
+
+    Raises:
+        HasteError: there is none.
+    """
+    alike = [other for other in found if SPLITS.get(other.lower()) == SPLITS.get(name.lower(), name)]
+    if name in found or len(alike) != 1:
+        alike = [name]
+    if alike[0] not in found:
+        raise HasteError(f"data {path} has no split {name!r}; expected one of: {', '.join(found)}")
+    return alike[0]
+
+
+def load_splits(path: str, needed: str, label_column: str | None = None) -> tuple[dict[str, Any], str]:
+    """Every split of a folder, parquet file or hub name by its name, and a note on files that were not read.
+
+    Labels of text in `label_column` become classes in alphabetical order.
 
     Raises:
         HasteError: nothing is there, it cannot be read, or the split `needed` is missing.
@@ -160,26 +254,94 @@ def load_splits(path: str, needed: str) -> dict[str, Any]:
     place = Path(path)
     if not place.exists() and not _HUB_NAME.fullmatch(path):
         raise HasteError(f"data.path {path!r} does not exist; expected {_FORMATS}")
-    source: dict[str, Any]
+    source: dict[str, Any] = {"path": path}
+    note = ""
     if place.is_file():
         source = {"path": "parquet", "data_files": {"train": str(place)}}
-    elif files := sorted(place.glob("*.parquet")):
+    elif files := sorted(place.glob("*.parquet")) or sorted(place.glob("*/*.parquet")):  # a clone has them in data/
         splits: dict[str, list[str]] = {}
         for file in files:
             # The usual names: train-00000-of-00002.parquet, cifar10-test.parquet.
-            name = next((s for s in ("train", "test", "validation") if s in file.stem), "train")
-            splits.setdefault(name, []).append(str(file))
+            words = [re.sub("(set|data|split)$", "", word) for word in re.split(r"[^a-z]+", file.stem.lower())]
+            splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(str(file))
         source = {"path": "parquet", "data_files": splits}
     elif place.is_dir():
-        source = {"path": "imagefolder", "data_dir": str(place), "drop_labels": False}
-    else:
-        source = {"path": path}
+        found, note = _tree(place)
+        pick_split(found, needed, path)
+        return found, note
     try:
         found = dict(datasets.load_dataset(**source))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
         # datasets wraps the cause in "An error occurred while generating the dataset".
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise HasteError(f"data.path {path!r} cannot be read: {cause}; expected {_FORMATS}") from error
-    if needed not in found:
-        raise HasteError(f"data {path} has no split {needed!r}; expected one of: {', '.join(found)}")
-    return found
+    pick_split(found, needed, path)
+    if label_column and all(_kind(rows.features.get(label_column)) == "text" for rows in found.values()):
+        names = sorted({str(name) for rows in found.values() for name in rows.unique(label_column)})
+        classes = datasets.ClassLabel(names=names)
+        found = {split: rows.cast_column(label_column, classes) for split, rows in found.items()}
+    return found, note
+
+
+def _tree(root: Path) -> tuple[dict[str, Any], str]:
+    """The splits of a folder of images, and a note on files that were not read.
+
+    The class of an image is its folder, "animals/cat" for a nested one. A top level that consists of split names alone,
+    with class folders inside, is one of splits; else everything is "train".
+
+    Raises:
+        HasteError: there are no images, or one lies in no class folder; a link is broken or leads in a circle.
+    """
+    skipped: Counter[str] = Counter()
+    images = sorted(_walk(root, (), skipped), key=lambda file: file.parts)
+    note = "; not read: " + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
+    tops = {file.parts[0] for file in images}
+    divided = (
+        bool(images) and all(len(file.parts) > 2 for file in images) and {top.lower() for top in tops} <= set(SPLITS)
+    )
+    loose = [str(file) for file in images if len(file.parts) < 2 + divided]
+    if loose or not images:
+        what = f"{len(loose)} images in no class folder ({', '.join(loose[:3])})" if loose else f"no images{note}"
+        raise HasteError(f"data.path {str(root)!r} holds {what}; expected {_FORMATS}")
+    splits: dict[str, list[Path]] = {}
+    for file in images:
+        splits.setdefault(file.parts[0] if divided else "train", []).append(file)
+    folders = {file: "/".join(file.parts[int(divided) : -1]) for file in images}
+    names = sorted(set(folders.values()))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    numbers, found = {name: i for i, name in enumerate(names)}, {}
+    for split, files in splits.items():
+        columns = {"image": [str(root / file) for file in files], "label": [numbers[folders[file]] for file in files]}
+        found[split] = datasets.Dataset.from_dict(columns, features=features)
+        found[split]._fingerprint = _fingerprint(root, files)
+    return found, note
+
+
+def _walk(folder: Path, above: tuple[str, ...], skipped: Counter[str]) -> Iterator[Path]:
+    """Images below `folder`, relative to it; other files are counted by kind. above: the folders on the way here."""
+    here = os.path.realpath(folder)
+    if here in above:
+        raise HasteError(f"{folder} is a link to a folder that holds it; expected a folder without circles")
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            skipped["hidden"] += 1
+        elif entry.is_dir():
+            yield from (entry.name / inside for inside in _walk(Path(entry.path), (*above, here), skipped))
+        elif not entry.is_file():
+            raise HasteError(f"{entry.path} is a broken link; expected a file or a folder; mend or remove it")
+        elif (suffix := Path(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
+            yield Path(entry.name)
+        else:
+            skipped[suffix or "without a suffix"] += 1
+
+
+def _fingerprint(root: Path, files: Sequence[Path]) -> str:
+    """A hash of the names, sizes and times of files, and of the first bytes of some, 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for i, file in enumerate(files):
+        facts = (root / file).stat()
+        found.update(f"{file}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+        if i % (len(files) // SAMPLED + 1) == 0:
+            with (root / file).open("rb") as stream:
+                found.update(stream.read(4096))
+    return found.hexdigest()[:16]
