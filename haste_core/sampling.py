@@ -5,6 +5,7 @@ The formulas and time grids are those of Table 16 and Sec. 4, arXiv 2505.16792. 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -247,6 +248,10 @@ def draw(
 def sample_labels(n: int, classes: int, how: str, seed: int) -> Tensor:
     """n labels (n,) int64: "balanced" repeats 0, 1, ..., classes - 1; "random" draws them from `seed`."""
     if how == "balanced":
+        if n < classes:
+            warnings.warn(
+                f"{n} images with balanced labels show the first {n} of {classes} classes alone", stacklevel=2
+            )
         return torch.arange(n) % classes
     return torch.randint(classes, (n,), generator=Generator().manual_seed(seed))
 

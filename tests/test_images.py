@@ -295,6 +295,32 @@ def test_every_kind_of_picture_becomes_rgb_of_the_size(tmp_path):
     assert int(red_ones.sum()) == 9, "two of each but grey and bits, and the photo"
 
 
+def test_sixteen_bits_are_scaled_and_pixels_without_a_range_refused(tmp_path):
+    levels = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE)
+    for name in NAMES[:2]:
+        (tmp_path / "deep" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "deep" / name / f"{i}.png")
+    x, _ = opened(tmp_path / "deep").images("train", 1)
+    for channel in to_uint8(x)[0]:
+        assert np.abs(channel.numpy() - levels / 257).max() <= 0.5
+    for kind, mode in ((np.int32, "I"), (np.float32, "F")):
+        Image.fromarray(levels.astype(kind)).save(tmp_path / "deep" / "ant" / "1.tif")
+        with pytest.raises(HasteError, match=rf"/ant/1.tif cannot be decoded \(pixels of mode {mode}, 32 bits"):
+            seen(opened(tmp_path / "deep"))
+
+
+def test_small_and_long_images_are_said(tmp_path):
+    folder = write_images(tmp_path / "pets", range(9))
+    assert "looked at" not in opened(folder).summary
+    for i, size in enumerate(((3, 3), (5, 200), (200, 8), (20, 90))):
+        for name in NAMES:  # so that some are in the training split
+            Image.new("RGB", size).save(folder / name / f"odd{i}.png")
+    told = opened(folder, test_fraction=0.05, validation_fraction=0.05).summary
+    assert "looked at are enlarged to 16 (such as 3x3); " in told
+    assert "looked at are cropped to a small part (such as 5x200)" in told
+
+
 def test_turned_photographs_are_set_upright(tmp_path):
     """A camera's EXIF orientation 6: the stored left edge is the top of the scene."""
     scene = np.zeros((SIZE, SIZE, 3), np.uint8)

@@ -219,13 +219,28 @@ def mapped_images(path: Path, count: int) -> np.ndarray:
     return images
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as RGB with 8 bits a channel; 16-bit greys are scaled from 0 .. 65535.
+
+    Raises:
+        ValueError: pixels of 32 bits, whose range is not stated.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"pixels of mode {image.mode}, 32 bits without a stated range; expected 8 or 16 bits a channel"
+        )
+    return image.convert("RGB")
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """A square RGB image of side `size` from the middle of any image: "center-crop-dhariwal" of ADM and EDM2.
 
     Halved by box filter while the shorter side is at least twice `size`, then bicubic to `size` on the shorter side,
     then cropped. An image of this size comes back unchanged.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from haste_core.errors import HasteError
@@ -43,8 +45,10 @@ SPLITS = {
 IMAGE_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 }  # fmt: skip
-# Files of a folder whose content is part of its fingerprint.
+# Images whose size is looked at, and files whose content is part of a folder's fingerprint.
 SAMPLED = 64
+# Images longer than this many times their width are worth a note.
+LONG = 4
 _FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder of them, or a hub name (owner/name)"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -70,6 +74,7 @@ class Images(Dataset):
         self.classes = max(int(labels.max()) + 1, *(split.classes for split in self._splits.values()))
         counts = torch.bincount(labels, minlength=self.classes)
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in self._splits.items())
+        note += self._splits["train"].odd_sizes()
         self._found = (
             f"{self.name}: {len(labels):,} images ({sizes}) in {self.classes:,} classes of {int(counts.min()):,} to "
             f"{int(counts.max()):,}{note}"
@@ -114,6 +119,27 @@ class Split:
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
         self.classes = len(self.class_names or [])
+
+    def odd_sizes(self) -> str:
+        """A note on images that are enlarged, or of which most is cropped, among some that are looked at."""
+        stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
+        sizes = []
+        for i in range(0, len(stored), len(stored) // SAMPLED + 1):
+            row = stored[i][self.image_column]
+            try:
+                with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] else row["path"]) as image:
+                    sizes.append(image.size)
+            except OSError:  # named when it is decoded
+                continue
+        note = ""
+        for found, what in (
+            ([size for size in sizes if min(size) < self.size], f"enlarged to {self.size}"),
+            ([size for size in sizes if max(size) > LONG * min(size)], "cropped to a small part"),
+        ):
+            if found:
+                smallest = "x".join(map(str, min(found, key=min)))
+                note += f"; {len(found)} of {len(sizes)} looked at are {what} (such as {smallest})"
+        return note
 
     def pixels(self, chosen: Tensor | slice) -> Tensor:
         """uint8 (B, 3, S, S)."""
