@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -22,11 +23,13 @@ from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study import latents as encoding
 from haste_core.study.cli import main
+from haste_core.study.data import latents as latent_data
 from haste_core.study.data import open_dataset
 from haste_core.study.data.base import center_crop, to_signed, to_tensor
 from haste_core.study.data.images import Split
 from haste_core.study.data.latents import Folder, read_pairs
-from haste_core.study.latents import Job, Preparation, check, load_vae, prepare
+from haste_core.study.dry_run import find_example
+from haste_core.study.latents import Job, Preparation, check, load_vae, prepare, to_images, vae_facts
 from haste_core.study.runs import Run
 from haste_core.study.train import fit
 
@@ -149,11 +152,75 @@ def test_parts_and_counts_and_latents_without_images_are_those_of_the_whole(fold
     assert data.examples("train", 3, with_images=False).images.shape[0] == 0
 
 
-def test_opening_reads_one_pair_alone(folder):
+def test_opening_reads_one_image_and_some_latents(folder, monkeypatch):
+    monkeypatch.setattr(latent_data, "LOOKED_AT", 3)
+    read = []
+    monkeypatch.setattr(
+        Folder, "_read", lambda self, side, i, old=Folder._read: read.append((side, i)) or old(self, side, i)
+    )
+    data = latents(folder)
+    assert read == [("images", 0), ("vae-sd", 0), *(("vae-sd", i) for i in (0, 9, 18))]
     for path in folder.rglob("*/0000[01]/*"):
-        if "00000000" not in path.name:
-            path.unlink()
-    refused("cannot be read: it is missing", latents(folder).examples, "train")
+        path.unlink()
+    refused("cannot be read: it is missing", data.examples, "train")
+
+
+# ---- the first look ----
+
+
+def rewrite(folder, edit):
+    """Change every latent."""
+    for path in folder.glob("vae-sd/*/*.npy"):
+        np.save(path, edit(np.load(path)).astype(np.float32))
+
+
+def test_latents_of_another_scale_are_doubted(folder):
+    rewrite(folder, lambda latent: latent / 0.3)
+    assert latents(folder).doubts == ""
+    for factor, shown in ((0.18215, "mean .* and standard deviation 0.1"), (12.0, "standard deviation 1[01]")):
+        copy = shutil.copytree(folder, folder.with_name(f"times{factor}"))
+        rewrite(copy, lambda latent, factor=factor: latent * factor)
+        doubtful = latents(copy)
+        assert re.search(shown, doubtful.doubts)
+        assert "is 0.18215 their scale, and are they stored unscaled?" in doubtful.summary
+        settings = config.DataSettings(kind="latents", path=str(copy))
+        assert not find_example(settings)[1].ok
+    assert find_example(config.DataSettings(kind="latents", path=str(folder)))[1].ok
+
+
+def half(edit):
+    """A change to the second half of a latent."""
+    return lambda latent: np.concatenate([latent[:CHANNELS], edit(latent[CHANNELS:])])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (half(lambda std: 2 * np.log(std)), r"its second half goes down to -[\d.]+; expected standard deviations"),
+        (half(lambda std: std * np.nan), r"img-mean-std-00000000.npy has values that are not finite"),
+        (lambda latent: latent + np.inf, "has values that are not finite"),
+        (lambda latent: latent[:CHANNELS], "arrays of 4 channels, .*; expected 2C for the C channels of a VAE"),
+    ],
+)
+def test_latents_that_are_no_posteriors_are_refused(folder, edit, message):
+    rewrite(folder, edit)
+    refused(message, latents, folder)
+
+
+def test_labels_with_gaps_or_none_are_said_and_absurd_ones_refused(folder):
+    assert "classes have no image" not in latents(folder).summary
+    for side in ("images", "vae-sd"):
+        change(
+            labels_file(folder, side), lambda e: [entry.__setitem__(1, (0, 5, 900)[i % 3]) for i, entry in enumerate(e)]
+        )
+    assert "901 classes" in latents(folder).summary
+    assert "898 of the classes have no image" in latents(folder).summary
+    for side in ("images", "vae-sd"):
+        change(labels_file(folder, side), lambda e: [entry.__setitem__(1, 10**12) for entry in e])
+    refused("label 1000000000000; expected classes numbered from 0, at most 1,000,000 of them", latents, folder)
+    for side in ("images", "vae-sd"):
+        labels_file(folder, side).write_text('{"labels": null}')
+    assert "all in one class, since there are no labels" in latents(folder).summary
 
 
 # ---- lists ----
@@ -341,11 +408,47 @@ def test_scale_and_shift_are_undone_exactly_once(tmp_path):
 
 
 def test_the_fingerprint_is_of_the_weights(vae_folder, loaded, tmp_path):
-    assert load_vae(str(vae_folder), fingerprint=loaded.fingerprint).fingerprint == loaded.fingerprint
+    assert load_vae(str(vae_folder)).fingerprint == loaded.fingerprint
     weights = load_file(save_vae(tmp_path) / WEIGHTS)
     weights["encoder.conv_in.bias"][0] += 1
     save_file(weights, tmp_path / WEIGHTS)
-    refused(f"expected {loaded.fingerprint}", load_vae, str(tmp_path), "cpu", loaded.fingerprint)
+    assert load_vae(str(tmp_path)).fingerprint != loaded.fingerprint
+
+
+def test_another_vae_than_that_of_the_latents_decodes_only_if_asked_to(reference, vae_folder, loaded, tmp_path):
+    data = config.DataSettings(kind="latents", path=str(reference))
+    x = latents(reference).examples("test", 2).x
+    own = config.SampleSettings()
+    assert_close(to_images(x, data, own), loaded.decode(x))
+    assert vae_facts(data, own) == {"name": str(vae_folder), "weights": loaded.fingerprint}
+    for place, settings in (("scale", {"scaling_factor": 0.5}), ("shift", {"shift_factor": 0.1})):
+        other = config.SampleSettings(vae=str(save_vae(tmp_path / place, **settings)))
+        refused(
+            rf"{place} 0\.\d.*; expected {loaded.fingerprint}, 0.18215, 0, those of .*any_vae",
+            to_images,
+            x,
+            data,
+            other,
+        )
+    weights = load_file(save_vae(tmp_path / "weights") / WEIGHTS)
+    weights["decoder.conv_in.bias"][0] += 1
+    save_file(weights, tmp_path / "weights" / WEIGHTS)
+    name = str(tmp_path / "weights")
+    refused(f"expected {loaded.fingerprint}", to_images, x, data, config.SampleSettings(vae=name))
+    asked = config.SampleSettings(vae=name, any_vae=True)
+    assert_close(to_images(x, data, asked), load_vae(name).decode(x))
+    facts = vae_facts(data, asked)
+    assert facts["latents_by"]["fingerprint"] == loaded.fingerprint != facts["weights"]
+
+
+def test_latents_without_a_manifest_are_decoded_by_a_vae_of_the_usual_scale(folder, vae_folder, tmp_path):
+    data = config.DataSettings(kind="latents", path=str(folder))
+    x = latents(folder).examples("test", 2).x
+    assert to_images(x, data, config.SampleSettings(vae=str(vae_folder))).shape == (2, 3, SIZE, SIZE)
+    other = str(save_vae(tmp_path / "flux", scaling_factor=0.3611, shift_factor=0.1159))
+    refused("scale 0.3611 and shift 0.1159, but latents without a manifest", to_images, x, data,
+            config.SampleSettings(vae=other))  # fmt: skip
+    assert to_images(x, data, config.SampleSettings(vae=other, any_vae=True)).shape == (2, 3, SIZE, SIZE)
 
 
 def test_half_precision_files_and_old_names_of_attention_weights_are_read(tmp_path, loaded):
@@ -555,7 +658,7 @@ def test_unusable_jobs_are_an_error_of_one_line_and_leave_nothing(job, tmp_path)
 def test_an_undecodable_image_and_a_full_disk_are_errors_of_one_line(job, tmp_path, monkeypatch, capsys):
     copy = replace(job, source=str(shutil.copytree(job.source, tmp_path / "copy")), out=str(tmp_path / "other"))
     (tmp_path / "copy" / "train" / "bee" / "004.png").write_bytes(b"no image")
-    refused("image 9 cannot be decoded", prepare, copy, 0, 1, False)
+    refused("bee/004.png cannot be decoded", prepare, copy, 0, 1, False)
 
     def full(self, content):
         raise OSError(28, "No space left on device")

@@ -157,7 +157,7 @@ def find_example(settings: config.DataSettings, batch_size: int = 1) -> tuple[Ex
         return _assumed(settings), Check("data", False, str(error))
     size, channels, classes = dataset.image_size, dataset.channels, dataset.classes
     shown = (getattr(dataset, "pixel_size", size), 3 if settings.kind == "latents" else channels)
-    return Example(size, channels, classes, *shown), Check("data", True, dataset.summary)
+    return Example(size, channels, classes, *shown), Check("data", not dataset.doubts, dataset.summary)
 
 
 def _in_cache(name: str) -> str:
@@ -213,7 +213,7 @@ def _encoder(model: str, weights: str, key: str) -> str:
 
 
 def _vae(data: config.DataSettings, sample: config.SampleSettings) -> str:
-    name, _ = vae_of(data, sample)
+    name = vae_of(data, sample)
     folder = Path(name).expanduser()
     for file in _VAE_FILES:
         found = folder / file if folder.is_dir() else try_to_load_from_cache(name, file)

@@ -33,7 +33,7 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json, write_text
 from haste_core.study import config, signals
-from haste_core.study.data.base import parts, to_signed
+from haste_core.study.data.base import parts, say, to_signed
 from haste_core.study.data.latents import (
     IMAGES,
     LATENTS,
@@ -43,6 +43,7 @@ from haste_core.study.data.latents import (
     Folder,
     Manifest,
     Posterior,
+    VaeFacts,
     name_of,
     read_manifest,
 )
@@ -114,16 +115,15 @@ def _exact() -> Any:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def load_vae(name: str, device: str | torch.device = "cpu", fingerprint: str | None = None) -> Vae:
+def load_vae(name: str, device: str | torch.device = "cpu") -> Vae:
     """The VAE in a local folder or of a hub name such as "stabilityai/sd-vae-ft-mse", from safetensors alone.
 
     Args:
         name: the folder (config.json, diffusion_pytorch_model.safetensors), or owner/name.
         device: of the weights.
-        fingerprint: expected hash of the weights; None accepts any.
 
     Raises:
-        HasteError: it is missing, damaged, cannot be downloaded, or its weights are not the expected ones.
+        HasteError: it is missing, damaged, or cannot be downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -135,10 +135,7 @@ def load_vae(name: str, device: str | torch.device = "cpu", fingerprint: str | N
             model = _pretrained(name, local_files_only=True)
         except HasteError:  # not in the local cache
             model = _pretrained(name)
-    vae = Vae(model.to(device), name)
-    if fingerprint not in (None, vae.fingerprint):
-        raise HasteError(f"VAE {name} has weights {vae.fingerprint}; expected {fingerprint}, those of the latents")
-    return vae
+    return Vae(model.to(device), name)
 
 
 def _pretrained(name: str, **options: Any) -> Any:
@@ -165,34 +162,66 @@ def to_images(x: Tensor, data: config.DataSettings, sample: config.SampleSetting
     """Images (n, C, S, S) in [-1, 1] of generated x (n, C', S', S'): x in pixel space, else decoded by the VAE."""
     if data.kind != "latents":
         return x
-    return _cached_vae(*vae_of(data, sample)).decode(x.to(default_device())).to(x.device)
+    return _decoder(data, sample).decode(x.to(default_device())).to(x.device)
 
 
 def vae_facts(data: config.DataSettings, sample: config.SampleSettings) -> dict[str, Any] | None:
     """Name of the decoder and hash of its weights, for cards and manifests; None in pixel space."""
     if data.kind != "latents":
         return None
-    vae = _cached_vae(*vae_of(data, sample))
-    return {"name": vae.name, "weights": vae.fingerprint}
+    vae = _decoder(data, sample)
+    facts = {"name": vae.name, "weights": vae.fingerprint}
+    encoder = read_manifest(Path(str(data.path)))
+    if encoder is None or _same(vae, encoder.vae):
+        return facts
+    return facts | {"latents_by": encoder.vae.model_dump()}
 
 
-def vae_of(data: config.DataSettings, sample: config.SampleSettings) -> tuple[str, str | None]:
-    """Name of the VAE that decodes (`sample.vae`, else the one that made the latents), and its hash where it is known.
+def vae_of(data: config.DataSettings, sample: config.SampleSettings) -> str:
+    """Name of the VAE that decodes: `sample.vae`, else the one that made the latents.
 
     Raises:
         HasteError: neither is known.
     """
     if sample.vae is not None:
-        return sample.vae, None
+        return sample.vae
     manifest = read_manifest(Path(str(data.path)))
     if manifest is None:
         raise HasteError(f"the latents in {data.path} name no VAE; set sample.vae to a hub name or a folder")
-    return manifest.vae.name, manifest.vae.fingerprint
+    return manifest.vae.name
+
+
+def _decoder(data: config.DataSettings, sample: config.SampleSettings) -> Vae:
+    """The VAE that decodes generated latents.
+
+    Raises:
+        HasteError: it is not the one that made the latents (weights, scale or shift), and `sample.any_vae` is not set.
+    """
+    vae, manifest = _cached_vae(vae_of(data, sample)), read_manifest(Path(str(data.path)))
+    if sample.any_vae or (manifest is not None and _same(vae, manifest.vae)):
+        return vae
+    if manifest is not None:
+        made = manifest.vae
+        raise HasteError(
+            f"VAE {vae.name} has weights {vae.fingerprint}, scale {vae.scale:g}, shift {vae.shift:g}; expected "
+            f"{made.fingerprint}, {made.scale:g}, {made.shift:g}, those of {made.name} that made the latents in "
+            f"{data.path}; set sample.any_vae=true to decode them nevertheless"
+        )
+    if (vae.scale, vae.shift) != (SCALE, SHIFT):
+        raise HasteError(
+            f"VAE {vae.name} has scale {vae.scale:g} and shift {vae.shift:g}, but latents without a manifest are taken "
+            f"to have {SCALE} and {SHIFT:g}; set sample.any_vae=true to decode them nevertheless"
+        )
+    return vae
+
+
+def _same(vae: Vae, made: VaeFacts) -> bool:
+    return (vae.fingerprint, vae.scale, vae.shift) == (made.fingerprint, made.scale, made.shift)
 
 
 @lru_cache(maxsize=1)
-def _cached_vae(name: str, fingerprint: str | None) -> Vae:
-    return load_vae(name, default_device(), fingerprint)
+def _cached_vae(name: str) -> Vae:
+    return load_vae(name, default_device())
 
 
 @dataclass(frozen=True)
@@ -249,7 +278,7 @@ class Preparation:
     @cached_property
     def split(self) -> Split:
         """The source's images and labels."""
-        from haste_core.study.data.images import Split, load_splits, pick_split, say
+        from haste_core.study.data.images import Split, load_splits, pick_split
 
         job = self.job
         found, note = load_splits(job.source, job.split, job.label_column)

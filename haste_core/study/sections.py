@@ -315,8 +315,9 @@ class SampleSettings(Section):
     of the network is at 1 / N; or `quadratic`, t_i = (i / N)^2, whose last call is at 1 / N^2.
     Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
     guidance_channels: number of leading channels that are guided, all by default; 3 repeats DiT's released numbers.
-    vae: decoder of latents, by hub name or folder; by default the one the latents were made with. precision: of the
-    network (`no`: float32); the integrator is always float64. compile: torch.compile its blocks, for many images.
+    vae: decoder of latents, by hub name or folder; by default the one the latents were made with. any_vae: allow one
+    with other weights or another scale than that. precision: of the network (`no`: float32); the integrator is always
+    float64. compile: torch.compile its blocks, for many images.
     """
 
     preset: str | None = None
@@ -332,6 +333,7 @@ class SampleSettings(Section):
     # Left out of hashes and cards where they are not set, so that scores made before there were such settings stay.
     precision: Precision = Field("no", exclude_if=lambda precision: precision == "no")
     compile: bool = Field(False, exclude_if=lambda compiled: not compiled)
+    any_vae: bool = Field(False, exclude_if=lambda allowed: not allowed)
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,13 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from haste_core.errors import HasteError
+from haste_core.processes import rank
 from haste_core.seeding import stream
 from haste_core.study import config
 from haste_core.training import Batch
+
+# A generator has a row of weights for each class.
+MOST_CLASSES = 1_000_000
 
 
 class Dataset:
@@ -31,6 +37,7 @@ class Dataset:
     channels: int
     classes: int
     augment: config.AugmentSettings
+    doubts: str = ""  # why the data are likely not what they are taken for; empty where nothing says so
 
     @property
     def summary(self) -> str:
@@ -192,6 +199,24 @@ def augmented(
     theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
+
+
+@cache
+def say(summary: str) -> None:
+    """Print a line on data that were opened, once."""
+    if rank() == 0:
+        print(summary, file=sys.stderr)
+
+
+def count_classes(labels: Tensor, name: str) -> int:
+    """The number of classes of labels (n,), one more than the largest.
+
+    Raises:
+        HasteError: it is so large that the labels must be something else.
+    """
+    if (largest := int(labels.max())) >= MOST_CLASSES:
+        raise HasteError(f"{name}: label {largest}; expected classes numbered from 0, at most {MOST_CLASSES:,} of them")
+    return largest + 1
 
 
 def parts(items: range, size: int) -> list[range]:

@@ -6,11 +6,10 @@ import hashlib
 import io
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,15 @@ from torch import Tensor
 
 from haste_core.errors import HasteError
 from haste_core.files import atomic, output_root
-from haste_core.processes import rank
 from haste_core.study import config
 from haste_core.study.data.base import (
     Dataset,
     center_crop,
+    count_classes,
     hold_out,
     mapped_images,
     parts,
+    say,
     split_indices,
     to_signed,
     to_tensor,
@@ -71,7 +71,7 @@ class Images(Dataset):
         rows, note = _divided(data)
         self._splits = {name: Split(part, self.image_size, path, *columns) for name, part in rows.items()}
         labels = torch.cat([split.labels for split in self._splits.values()])
-        self.classes = max(int(labels.max()) + 1, *(split.classes for split in self._splits.values()))
+        self.classes = max(count_classes(labels, f"data {path}"), *(split.classes for split in self._splits.values()))
         counts = torch.bincount(labels, minlength=self.classes)
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in self._splits.items())
         note += self._splits["train"].odd_sizes()
@@ -177,13 +177,6 @@ class Split:
             stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))[chosen[0]]
             name = stored[self.image_column]["path"] or f"image {chosen[0]}"
             raise HasteError(f"data {self.path}: {name} cannot be decoded ({cause}); mend or remove it") from error
-
-
-@cache
-def say(summary: str) -> None:
-    """Print a line on data that were opened, once."""
-    if rank() == 0:
-        print(summary, file=sys.stderr)
 
 
 def _columns(rows: Any, path: str, image: str | None, label: str | None) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.data.base import Batch, Dataset, split_indices, to_signed, to_tensor
+from haste_core.study.data.base import Batch, Dataset, count_classes, say, split_indices, to_signed, to_tensor
 from haste_core.study.sections import Positive, S, Section, validate
 
 # The latent scale of Stable Diffusion's first VAEs (Rombach et al. 2022, Appendix D.1), for folders without manifest.
@@ -41,6 +41,10 @@ _PATTERNS = {
     for side, (before, after) in _AFFIXES.items()
 }
 UNLABELLED = -1
+# The first look at a folder: latents that are read, and values of each.
+LOOKED_AT, VALUES = 64, 4096
+# What scaled latents of a VAE have: a mean near 0 and a standard deviation near 1.
+MEAN_WITHIN, STD_WITHIN = 0.5, (0.5, 2.0)
 
 
 class Posterior(NamedTuple):
@@ -243,6 +247,31 @@ class Folder:
         self.image_size = self._read(IMAGES, 0).shape[-1]
         self._array_shape = tuple(self._read(LATENTS, 0).shape)
         self.latent_shape = (self._array_shape[0] // 2, *self._array_shape[1:])
+        if self.manifest is None and self._array_shape[0] == 4:
+            raise HasteError(
+                f"{path}: arrays of 4 channels, a mean and a standard deviation of 2 each; expected 2C for the C "
+                f"channels of a VAE, 8 for Stable Diffusion's: means alone are not enough"
+            )
+
+    def first_look(self) -> Tensor:
+        """Values of some latents drawn from their posteriors, (n, up to VALUES) float32, unscaled.
+
+        Raises:
+            HasteError: one is not finite, or its second half is no standard deviation.
+        """
+        count, found = len(self.pairs.keys), []
+        for index in range(0, count, count // LOOKED_AT + 1):
+            mean, std = (half.flatten()[:VALUES] for half in self._read(LATENTS, index).chunk(2))
+            path = self.path / LATENTS / name_of(LATENTS, self.pairs.keys[index])
+            if not bool(mean.isfinite().all() and std.isfinite().all()):
+                raise HasteError(f"{path} has values that are not finite; expected a VAE's mean and standard deviation")
+            if float(std.min()) < 0:
+                raise HasteError(
+                    f"{path}: its second half goes down to {float(std.min()):.3g}; expected standard deviations, which "
+                    f"are not negative; log-variances v are exp(v / 2)"
+                )
+            found.append(mean + std * torch.randn(mean.shape, generator=Generator().manual_seed(index)))
+        return torch.stack(found)
 
     def pixels(self, indices: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S)."""
@@ -318,11 +347,33 @@ class Latents(Dataset):
         self.channels, self.image_size, _ = self.folder.latent_shape
         self.scale, self.shift = SCALE, SHIFT
         self.labels = self.folder.pairs.labels
-        self.classes = int(self.labels.max()) + 1
+        self.classes = count_classes(self.labels, f"data {data.path}")
         if self.manifest is not None:
             self.scale, self.shift = self.manifest.vae.scale, self.manifest.vae.shift
             self.classes = max(self.classes, self.manifest.classes)
         self._splits = split_indices(self.labels, data, f"data {data.path}")
+        self.doubts = self._doubts()
+        say(f"data {data.path}: {self.summary}")
+
+    def _doubts(self) -> str:
+        """What the scaled latents have that those of a VAE have not."""
+        seen = (self.folder.first_look() - self.shift) * self.scale
+        mean, std = float(seen.mean()), float(seen.std())
+        if abs(mean) <= MEAN_WITHIN and STD_WITHIN[0] <= std <= STD_WITHIN[1]:
+            return ""
+        return (
+            f"scaled latents have mean {mean:.2f} and standard deviation {std:.2f}, a VAE's about 0 and 1; is "
+            f"{self.scale:g} their scale, and are they stored unscaled?"
+        )
+
+    @property
+    def summary(self) -> str:
+        """As for `Dataset`, with classes that have no image and with doubts."""
+        empty = int((torch.bincount(self.labels, minlength=self.classes) == 0).sum())
+        notes = [f"{empty:,} of the classes have no image"] if empty else []
+        if self.classes == 1:
+            notes.append("all in one class, since there are no labels")
+        return "; ".join([super().summary, *notes, *([self.doubts] if self.doubts else [])])
 
     def __len__(self) -> int:
         return len(self._splits["train"])
