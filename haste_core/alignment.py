@@ -45,7 +45,9 @@ def feature_loss(projected: Tensor, teacher_tokens: Tensor, weights: Tensor | No
 
     Eq. 1, arXiv 2505.16792. Both (B, N, D); weights (B,) of the samples, all one by default.
     """
-    return -_mean(F.cosine_similarity(projected.float(), teacher_tokens.float(), dim=-1), weights)
+    # The gradient at a token of zeros is 1 / eps, which has to be finite in the precision of the tokens.
+    eps = max(1e-8, torch.finfo(projected.dtype).smallest_normal)
+    return -_mean(F.cosine_similarity(projected.float(), teacher_tokens.float(), dim=-1, eps=eps), weights)
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:

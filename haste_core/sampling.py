@@ -226,6 +226,9 @@ def draw(
         model: a generator in eval mode.
         labels: (n,) int64. seeds: n numbers; sample i depends on labels[i] and seeds[i] alone.
         progress: the progress bar's label; None shows none.
+
+    Raises:
+        HasteError: the sampler does not fit the model, or images are not finite.
     """
     if len(labels) != len(seeds):
         raise HasteError(f"{len(labels)} labels for {len(seeds)} seeds; expected one seed per sample")
@@ -242,6 +245,13 @@ def draw(
         x = noise.start((model.channels, model.image_size, model.image_size)).to(device)
         with in_precision(sample.precision, device):  # leaves the integrator's float64 alone
             drawn.append(integrate(output, x, sample, noise).float().cpu())
+        wrong = int((~drawn[-1].isfinite()).flatten(1).any(1).sum())
+        if wrong:
+            name = "" if progress is None else f"{progress}: "
+            raise HasteError(
+                f"{name}{wrong} of {len(drawn[-1])} drawn images have values that are not finite; look at the weights, "
+                f"or draw with sample.precision=no"
+            )
     return torch.cat(drawn)
 
 

@@ -53,6 +53,10 @@ class Batch(NamedTuple):
         return Batch(*(part.pin_memory() for part in self))
 
 
+# Steps in a row without a finite gradient norm that end training; in fp16 the loss scaler skips some until it fits.
+OVERFLOWS = {"no": 5, "fp16": 100}
+
+
 class BatchStream(Protocol):
     """Endless stream of batches whose state can be saved. `with_images` False: images are not needed any more."""
 
@@ -223,6 +227,8 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, adamw)
         self.step = 0
         self.window: dict[str, Tensor] = {}
+        # Steps in a row whose gradient norm was not finite, and the most of them since the last `measure`.
+        self.overflows = self.most_overflows = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         self._compile()
 
     @property
@@ -255,6 +261,8 @@ class Trainer:
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
         measured |= {"grad_norm": grad_norm.detach()}
+        self.overflows = torch.where(measured["grad_norm"].isfinite(), 0, self.overflows + 1)
+        self.most_overflows = torch.maximum(self.most_overflows, self.overflows)
         add_up(self.window, measured)
         return measured
 
@@ -301,11 +309,17 @@ class Trainer:
             where the angle is watched "online" and "online_angle".
 
         Raises:
-            HasteError: the loss is not finite.
+            NotFinite: the loss is not finite, or several gradients in a row were not.
         """
         self.gather()
         means = means_of(self.window)
         check_finite(means["loss"], self.step)
+        most, self.most_overflows = int(self.most_overflows), self.overflows.clone()
+        if most >= OVERFLOWS.get(self.options.precision, OVERFLOWS["no"]):
+            raise NotFinite(
+                f"the norm of the gradient was not finite in {most} steps in a row at or before step {self.step}; try "
+                f"a lower train.lr, or precision 'no' or 'bf16'"
+            )
         line: dict[str, Any] = {"step": self.step, "images_seen": self.step * self.options.batch_size}
         line |= {"phase": self.switch.phase, **means}
         if self.haste is not None and self.haste.angle is not None:
@@ -318,12 +332,15 @@ class Trainer:
         return line
 
 
+class NotFinite(HasteError):
+    """Training cannot go on: a loss, or gradients, are NaN or infinite."""
+
+
 def check_finite(loss: float, step: int) -> None:
-    """Raise HasteError when a loss is NaN or infinite."""
+    """Raise NotFinite when a loss is NaN or infinite."""
     if not math.isfinite(loss):
-        raise HasteError(
-            f"the loss is {loss} at or before step {step}; try a lower train.lr, or precision 'no' or 'bf16'; the "
-            f"checkpoints before it are intact"
+        raise NotFinite(
+            f"the loss is {loss} at or before step {step}; try a lower train.lr, or precision 'no' or 'bf16'"
         )
 
 

@@ -64,6 +64,14 @@ def step(haste, model, t=None):
 # -- the losses -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_gradient_at_tokens_of_zeros_is_finite(dtype):
+    tokens = torch.zeros(2, 3, 8, dtype=dtype, requires_grad=True)
+    feature_loss(tokens, torch.ones(2, 3, 8, dtype=dtype)).backward()
+    assert tokens.grad.isfinite().all()
+    assert tokens.grad.abs().max() > 0
+
+
 def test_feature_loss_is_minus_the_mean_cosine():
     a, b = draw(2, 5, 7), draw(2, 5, 7, seed=1)
     total = 0.0

@@ -136,7 +136,7 @@ def test_an_unknown_name_or_value_is_refused_naming_the_known_ones(output, capsy
         (["teacher.kwargs.depht=3"], ["depht", "teacher"]),
         (["teacher.mean=[0.5, 0.5, 0.5]"], ["channel"]),
         (["train.batch_size=5000"], ["train.batch_size 5000", "training images"]),
-        (["train.lr=1e12"], ["the loss is", "step", "train.lr", "intact"]),
+        (["train.lr=1e12"], ["the loss is", "step", "train.lr", "no checkpoint before it"]),
     ],
 )
 def test_what_does_not_fit_together_is_refused_and_leaves_no_checkpoint(place, capsys, settings, overrides, words):

@@ -244,5 +244,5 @@ def test_a_launch_stops_at_a_signal_and_the_run_goes_on_and_its_error_is_that_of
     longer = Run(make_study(f"train.steps={step + 1}", "train.keep=[]"), "haste", 0)
     launching.fit(longer, progress=False)
     assert longer.steps() == [step + 1]
-    with pytest.raises(HasteError, match=r"the loss is nan.*checkpoints before it are intact"):
+    with pytest.raises(HasteError, match=r"the loss is nan.*there is no checkpoint before it"):
         launching.fit(Run(make_study("train.lr=1e30"), "haste", 0), processes=2, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -199,6 +200,20 @@ def test_seeded_noise_is_the_same_to_the_bit_in_any_batch():
         assert increments.dtype == torch.float64
         assert torch.equal(increments[1:], alone(step, like[:1]))
         assert not torch.equal(increments[0], increments[1])
+
+
+def test_images_that_are_not_finite_are_never_given_out(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(iter(broken.parameters())).fill_(float("nan"))
+    quick = Sampler(sampler="euler", solver_steps=2, batch_size=4)
+    with pytest.raises(HasteError, match="haste seed 1 step 8: 4 of 4 drawn images have values that are not finite"):
+        sampling.draw(broken, torch.arange(6), range(6), quick, "haste seed 1 step 8")
+
+
+def test_too_few_balanced_labels_are_said():
+    with pytest.warns(UserWarning, match="3 images with balanced labels show the first 3 of 10 classes alone"):
+        assert sampling.sample_labels(3, 10, "balanced", 0).tolist() == [0, 1, 2]
 
 
 def test_labels_are_balanced_or_drawn_from_a_seed_and_as_many_as_seeds(model):

@@ -9,7 +9,15 @@ import torch
 from haste_core.errors import HasteError
 from haste_core.study import adm, config, scores
 from haste_core.study.runs import Run
-from haste_core.study.scores import Gaussian, Moments, copy_scores, frechet_distance, nearest_distances, pixel_gaussian
+from haste_core.study.scores import (
+    Gaussian,
+    Moments,
+    compare,
+    copy_scores,
+    frechet_distance,
+    nearest_distances,
+    pixel_gaussian,
+)
 
 import torch_fidelity  # isort: skip
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase  # isort: skip
@@ -290,3 +298,27 @@ def test_the_card_of_a_run_differs_in_its_own_settings_alone(make_study):
     other = scores.card_of(content, Run(study, "vanilla", 0))
     assert {name for name in content if content[name] != other[name]} == {"ema_decay", "solver_steps", "card_id"}
     assert scores.card_of(content, Run(study, "repa", 0)) == content
+
+
+def test_a_covariance_far_from_zero_keeps_its_digits():
+    x = 1e4 + 1e-2 * noise(5000, 4, seed=3)
+    moments = Moments()
+    for part in x.split(700):
+        moments.add(part)
+    found = moments.gaussian()
+    assert found.covariance == pytest.approx(np.cov(x.T.numpy()), rel=1e-6, abs=1e-10)
+    assert found.mean == pytest.approx(x.mean(0).numpy(), rel=1e-12)
+
+
+def test_features_that_are_not_finite_or_too_few_are_refused():
+    good, bad, few = noise(50, 4, seed=0), noise(50, 4, seed=1), noise(3, 4, seed=2)
+    bad[[3, 7]] = torch.nan
+    evaluate = config.EvaluateSettings(kid_subsets=2, kid_subset_size=20)
+    for pair in ((bad, good), (good, bad)):
+        with pytest.raises(HasteError, match="features of 2 of 50 images are not finite"):
+            compare(*pair, evaluate)
+    for pair in ((few, good), (good, few)):
+        with pytest.raises(HasteError, match=r"precision and recall of \d+ generated .*; expected more"):
+            compare(*pair, evaluate)
+    with pytest.raises(HasteError, match="features of 2 of 50 images"):
+        Moments().add(bad)

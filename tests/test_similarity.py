@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 
 import numpy as np
@@ -301,3 +302,17 @@ def test_pictures_of_probing(probing):
         assert rows["accuracy"].tolist() in [list(line.get_ydata()) for line in axis.lines]
         labels = [text.get_text() for text in axis.get_legend().get_texts()]
         assert labels == ["vanilla", "repa", "teacher, clean images", "chance"]
+
+
+@pytest.mark.parametrize("name", similarity.MEASURES)
+@pytest.mark.parametrize(
+    "broken", [torch.ones(12, 3), torch.full((12, 3), 0.1), torch.zeros(12, 3), torch.full((12, 3), torch.nan)]
+)
+def test_features_with_nothing_to_compare_have_no_similarity(name, broken):
+    measure, other = similarity.MEASURES[name], features(12, 3, 0)
+    for a, b in ((broken, other), (other, broken), (broken, broken)):
+        assert math.isnan(measure(a, b, 3))
+    one_zero = other.clone()
+    one_zero[4] = 0
+    if "cka" not in name:  # a feature of zeros has no direction
+        assert math.isnan(measure(one_zero, other, 3))

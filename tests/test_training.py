@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from haste_core.study.runs import Run
 from haste_core.study.train import fit, open_trainer
 from haste_core.teacher import Teacher
 from haste_core.termination import Switch
-from haste_core.training import Batch, draw_noise
+from haste_core.training import OVERFLOWS, Batch, draw_noise
 
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
@@ -275,13 +276,35 @@ def poison(trainer):
 
 def test_checkpoints_before_a_loss_that_is_not_finite_stay_and_can_be_resumed(output, make_study):
     study = make_study("train.log_every=100")
-    with pytest.raises(HasteError, match=r"loss is nan.*train\.lr.*checkpoints before it are intact"):
+    with pytest.raises(HasteError, match=r"loss is nan.*train\.lr.*the checkpoint of step 4 is intact"):
         train(study, on_step=at(5, poison))
     run = Run(study, "haste", 0)
     assert run.steps() == [4]
     assert all(value.float().isfinite().all() for value in run.load(4)[0].values())
     train(study)
     assert run.missing_steps() == []
+
+
+@pytest.mark.parametrize("infinite", [OVERFLOWS["no"] - 1, OVERFLOWS["no"]])
+def test_gradients_that_are_not_finite_end_a_run_and_never_reach_the_log_as_infinity(output, make_study, infinite):
+    """An infinite norm clips every gradient to zero, so the loss stays finite."""
+    study = make_study("train.log_every=2", "train.keep=[4]")
+    steps = range(6, 6 + infinite)  # of 12
+
+    def begin(trainer):
+        if trainer.step == 1:
+            trainer.accelerator.clip_grad_norm_ = lambda *_: torch.tensor(math.inf if trainer.step in steps else 1.0)
+
+    if infinite < OVERFLOWS["no"]:
+        run = train(study, on_step=begin)
+    else:
+        with pytest.raises(HasteError, match=r"not finite in 5 steps in a row at or before step 12; try .*; "
+                           r"the checkpoint of step \d+ is intact"):  # fmt: skip
+            train(study, on_step=begin)
+        run = Run(study, "haste", 0)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in run.metrics_path.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["grad_norm"] is None] == [8, 10]
+    assert all(math.isfinite(line["loss"]) for line in lines)
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------

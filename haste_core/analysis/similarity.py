@@ -35,6 +35,10 @@ SIMILARITY = ["step", "t", "depth", "teacher_block", "aligned", "measure", "valu
 PROBING = ["network", "step", "t", "depth", "accuracy", "low", "high", "chance", "n", "n_train"]
 
 
+# Share of the features' energy that varies between images, below which the rest is rounding.
+RESOLVED = 1e-24
+
+
 class Kernels:
     """Kernel matrices (n, n) of one set of features, float64, each computed when first read.
 
@@ -53,6 +57,14 @@ class Kernels:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @cached_property
+    def told_apart(self) -> bool:
+        """False where there is nothing to compare: features that are constant, zero for an image, or not finite."""
+        if not bool(self.features.isfinite().all()):
+            return False
+        energy = self.features.square().sum(1)
+        return bool(energy.min() > 0) and float(self.gram.trace()) > RESOLVED * float(energy.sum())
 
     @cached_property
     def gram(self) -> Tensor:
@@ -115,10 +127,11 @@ class Kernels:
 def linear_cka(x: Any, y: Any) -> float:
     """Linear CKA from the unbiased HSIC_1 (Song et al. 2012), in [-1, 1]; about 0 for independent features.
 
-    Only the three HSIC are unbiased, not their ratio; it may be slightly negative.
+    Only the three HSIC are unbiased, not their ratio; it may be slightly negative. NaN where features of a side are
+    constant, zero for an image or not finite, here and in the measures below.
     """
     a, b = _sides(x, y)
-    return _correlation(a.u_centred, b.u_centred)
+    return _correlation(a.u_centred, b.u_centred) if a.told_apart and b.told_apart else math.nan
 
 
 def linear_cka_biased(x: Any, y: Any) -> float:
@@ -149,6 +162,8 @@ def cknna(x: Any, y: Any, k: int) -> float:
     a, b = _sides(x, y)
     if k < 2:
         raise HasteError(f"k of CKNNA is {k}; expected 2 to {len(a) - 1}")
+    if not (a.told_apart and b.told_apart):
+        return math.nan
     norms = a.local(a, k) * b.local(b, k)
     return a.local(b, k) / norms**0.5 if norms > 0 else math.nan
 
@@ -162,7 +177,8 @@ def mutual_knn(x: Any, y: Any, k: int) -> float:
         HasteError: k is not in 1 to n - 1.
     """
     a, b = _sides(x, y)
-    return float((a.neighbours(k) & b.neighbours(k)).sum()) / (k * len(a))
+    shared = float((a.neighbours(k) & b.neighbours(k)).sum()) / (k * len(a))
+    return shared if a.told_apart and b.told_apart else math.nan
 
 
 def _sides(x: Any, y: Any) -> tuple[Kernels, Kernels]:

@@ -48,17 +48,27 @@ class Gaussian(NamedTuple):
 
 
 class Moments:
-    """Mean and covariance of features that come in parts; sums and outer products in float64."""
+    """Mean and covariance of features that come in parts; sums and outer products in float64.
+
+    They are taken about the mean of the first part: about zero, features far from it would lose their covariance.
+    """
 
     def __init__(self) -> None:
         self.n = 0
-        self._sum = self._outer = torch.zeros(())
+        self._centre = self._sum = self._outer = torch.zeros(())
 
     def add(self, features: Tensor) -> None:
-        """Add features (B, d)."""
+        """Add features (B, d).
+
+        Raises:
+            HasteError: some are not finite.
+        """
         part = features.double()
+        check_features(part)
         if self.n == 0:
-            self._sum, self._outer = part.new_zeros(part.shape[1]), part.new_zeros(part.shape[1], part.shape[1])
+            self._centre = part.mean(0)
+            self._sum, self._outer = torch.zeros_like(self._centre), part.new_zeros(part.shape[1], part.shape[1])
+        part = part - self._centre
         self.n += len(part)
         self._sum += part.sum(0)
         self._outer.addmm_(part.T, part)
@@ -67,9 +77,16 @@ class Moments:
         """Mean and unbiased covariance (divided by n - 1) of all features added."""
         if self.n < 2:
             raise HasteError(f"a covariance of {self.n} images; expected at least 2")
-        mean = self._sum / self.n
-        covariance = (self._outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
-        return Gaussian(mean.cpu().numpy(), covariance.cpu().numpy())
+        off = self._sum / self.n
+        covariance = (self._outer - self.n * torch.outer(off, off)) / (self.n - 1)
+        return Gaussian((self._centre + off).cpu().numpy(), covariance.cpu().numpy())
+
+
+def check_features(features: Tensor) -> None:
+    """Raise HasteError where features (n, d) are not finite."""
+    wrong = int((~features.isfinite()).any(1).sum())
+    if wrong:
+        raise HasteError(f"features of {wrong} of {len(features)} images are not finite; expected a sound extractor")
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -142,7 +159,13 @@ def compare(generated: Tensor, real: Tensor, evaluate: config.EvaluateSettings) 
     """FID, KID, precision and recall of features (n, width) and (m, width) float64, by torch-fidelity.
 
     FID and KID are 0 for equal distributions, KID can be slightly negative.
+
+    Raises:
+        HasteError: features are not finite, or of so few images that a score has no meaning.
     """
+    for side in (generated, real):
+        check_features(side)
+    precision, recall = precision_recall(generated, real, evaluate.neighborhood)  # refuses too few images
     kid = metric_kid.kid_features_to_metric(
         generated,
         real,
@@ -150,7 +173,6 @@ def compare(generated: Tensor, real: Tensor, evaluate: config.EvaluateSettings) 
         kid_subset_size=min(evaluate.kid_subset_size, len(generated), len(real)),
         verbose=False,
     )
-    precision, recall = precision_recall(generated, real, evaluate.neighborhood)
     mean = float(kid[metric_kid.KEY_METRIC_KID_MEAN])
     return {"fid": frechet(generated, real), "kid": mean, "precision": precision, "recall": recall}
 

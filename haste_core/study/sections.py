@@ -379,6 +379,14 @@ class EvaluateSettings(Section):
     denoising_images: Positive = 10_000
     batch_size: Positive = 500
 
+    @model_validator(mode="after")
+    def _check_n(self) -> EvaluateSettings:
+        if self.suite == "study" and self.n <= self.neighborhood:
+            raise ValueError(
+                f"n {self.n}; expected more images than neighborhood {self.neighborhood}, for precision and recall"
+            )
+        return self
+
 
 class ClaimsSettings(Section):
     """Arms and steps that stand for the paper's settings.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from haste_core.study.pretrain import check_precision, find_teacher, prepare_tea
 from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 from haste_core.termination import Switch, Trigger, make_trigger
-from haste_core.training import Optimization, Trainer, check_finite
+from haste_core.training import NotFinite, Optimization, Trainer, check_finite
 
 
 def fit(
@@ -59,7 +60,12 @@ def fit(
             return
         trainer = open_trainer(run, processes)
         processes.from_main(lambda: run.keep_metrics_until(trainer.step))
-        stopped = _train(run, trainer, on_step, progress)
+        try:
+            stopped = _train(run, trainer, on_step, progress)
+        except NotFinite as error:
+            last = processes.from_main(lambda: max(run.steps(), default=None))
+            left = "there is no checkpoint before it" if last is None else f"the checkpoint of step {last} is intact"
+            raise HasteError(f"{error}; {left}") from error
         missing = processes.from_main(run.missing_steps)  # the others wait until the main process is done
     if stopped and missing:
         raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {trainer.step}, saved; run again to go on")
@@ -138,8 +144,10 @@ class _Log:
         self.time, self.step = time.perf_counter(), trainer.step
 
     def _append(self, line: dict[str, Any]) -> None:
+        # JSON knows no infinity: a norm that was not finite for once is null.
+        line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         try:
-            self.stream.write(json.dumps(line) + "\n")
+            self.stream.write(json.dumps(line, allow_nan=False) + "\n")
             self.stream.flush()
         except OSError as error:
             if is_disk_full(error):
