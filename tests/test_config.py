@@ -393,3 +393,55 @@ def test_an_arm_may_have_some_of_the_studys_seeds(make_study):
     more = ("seeds=[0, 1]", "train.keep=[4, 8]")
     assert make_study(*more, "arms.haste.seeds=[1]").donor("haste") == "holistic"
     assert make_study(*more, "arms.holistic.seeds=[1]").donor("haste") is None
+
+
+# What YAML and pydantic would let through
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=yes", r"train.steps: steps is True, a truth value .*; expected a number|steps is True"),
+        ("train.lr=.inf", r"train.lr: .*finite number"),
+        ("train.lr=.nan", r"train.lr"),
+        ("train.keep=[true]", r"keep is \[True\], a truth value"),
+        ("train.ema_decay=1", r"train.ema_decay: .*less than 1"),
+        ("train.betas=[1, 1]", r"train.betas.0: .*less than 1"),
+        ("seeds=[0, 0]", r"seeds: \[0, 0\] names a seed twice"),
+        ("alignment.layer_pairs=[1, 2]", r"\[\[student block, teacher block\], \.\.\.\]"),
+        ("alignment.layer_pairs=[[1, 2], [1, 2]]", r"layer_pairs \[\[1, 2\], \[1, 2\]\] name a pair twice"),
+        (
+            "sample={guidance: 2, guidance_low: 0.8, guidance_high: 0.2}",
+            r"guide at no noise level; expected low < high",
+        ),
+        ("evaluate.n=3", r"n 3; expected more images than neighborhood 3"),
+        ("arms={vanilla: {}, %s: {}}" % ("a" * 300), r"at most 100 characters"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(override, message):
+    with pytest.raises(HasteError, match=message) as caught:
+        config.load("digits", overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_guidance_away_from_a_label_that_was_never_trained_is_refused():
+    with pytest.raises(HasteError, match=r"sample.guidance 2 with train.label_dropout 0"):
+        config.load("digits", overrides=["sample.guidance=2", "train.label_dropout=0"])
+    config.load("digits", overrides=["sample.guidance=2"])
+    config.load("digits", overrides=["train.label_dropout=0"])
+
+
+def test_a_key_stands_once(tmp_path):
+    path, text = tmp_path / "own.yaml", (config.STUDIES / "digits.yaml").read_text()
+    path.write_text(text + "\nseeds: [0]\n")
+    with pytest.raises(
+        HasteError, match=r"own.yaml is not valid YAML: the key 'seeds' stands twice, in lines \d+ and \d+"
+    ):
+        config.load(path)
+    path.write_text("arms: {vanilla: {}, vanilla: {train: {lr: 5}}}\n")
+    with pytest.raises(HasteError, match=r"the key 'vanilla' stands twice, in lines 1 and 1"):
+        config.load(path)
+    with pytest.raises(HasteError, match="not valid YAML"):
+        config.load("digits", overrides=["sample={guidance: 2, guidance: 3}"])
+    path.write_text("base: &base {steps: 3}\nother: {<<: *base, lr: 1}\n")  # merging stays possible
+    assert config._read(path)["other"] == {"steps": 3, "lr": 1}

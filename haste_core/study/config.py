@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from haste_core.errors import HasteError, unknown
 from haste_core.seeding import STREAMS
@@ -138,7 +138,7 @@ class StudySettings(Section):
     analyses: notebooks that the study runs before its report, with their parameters. None of these changes a run.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     title: str = ""
     note: str = ""
     data: DataSettings
@@ -150,7 +150,7 @@ class StudySettings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     claims: ClaimsSettings = ClaimsSettings()
     analysis: AnalysisSettings = AnalysisSettings()
-    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$")], dict[str, Any]]
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*$", max_length=100)], dict[str, Any]]
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
     groups: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
     triggers: dict[str, TerminationSettings] = {}
@@ -164,6 +164,13 @@ class StudySettings(Section):
                 if arm not in self.arms:
                     raise ValueError(f"groups.{name} names arm {arm!r}; expected one of: {', '.join(self.arms)}")
         return self
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{seeds} names a seed twice; expected each once")
+        return seeds
 
     @property
     def main(self) -> list[str]:
@@ -312,10 +319,27 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
         content = _apply(content, override)
     loaded = validate(StudySettings, content, f"study {path.stem!r}")
     for arm in loaded.arms:
-        loaded.run(arm)
-        loaded.sample_of(arm)
+        run, sample = loaded.run(arm), loaded.sample_of(arm)
         loaded.seeds_of(arm)
+        if sample.guidance != 1 and run.train.label_dropout == 0:
+            raise HasteError(
+                f"arm {arm!r}: sample.guidance {sample.guidance:g} with train.label_dropout 0, so that the label which "
+                f"guidance leads away from is never trained; expected guidance 1 or a dropout above 0"
+            )
     return loaded
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once; elsewhere the last of them wins in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[tuple[str, Any], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in lines:
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice, in lines {lines[name]} and {line}")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 class _Overridden(BaseModel):
@@ -327,7 +351,7 @@ class _Overridden(BaseModel):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _Loader(path.read_text()).get_single_data()
     except UnicodeDecodeError as error:
         raise HasteError(f"{path} is not valid YAML: not text in UTF-8") from error
     except yaml.YAMLError as error:
@@ -343,7 +367,7 @@ def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
     if not equals or not key:
         raise HasteError(f"override {override!r} is not of the form key=value, for instance train.steps=200")
     try:
-        value = yaml.safe_load(text)
+        value = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise HasteError(f"override {override!r}: the value is not valid YAML") from error
     # YAML 1.1 reads 1e-3 (no dot) as text; it is meant as a number.

@@ -19,6 +19,7 @@ Precision = Annotated[
     BeforeValidator(lambda given: "no" if given is False else given),  # YAML reads a bare no as false
 ]
 Unit = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -26,15 +27,25 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A part of a study; unknown keys and wrong types are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, given: Any) -> Any:
-        for key in given if isinstance(given, Mapping) else ():
+        for key, value in given.items() if isinstance(given, Mapping) else ():
             if key not in cls.model_fields:
                 raise ValueError(str(unknown("key", key, cls.model_fields)))
+            wanted = repr(cls.model_fields[key].annotation)
+            if _truth(value) and ("int" in wanted or "float" in wanted) and "bool" not in wanted:
+                raise ValueError(
+                    f"{key} is {value}, a truth value (YAML reads yes, no, on and off so); expected a number"
+                )
         return given
+
+
+def _truth(value: Any) -> bool:
+    """True for true and false, and for lists that hold them."""
+    return isinstance(value, bool) or (isinstance(value, list) and any(map(_truth, value)))
 
 
 def validate(kind: type[S], content: Mapping[str, Any], where: str) -> S:
@@ -203,6 +214,13 @@ class AlignmentSettings(Section):
     t_low: Unit = 0.0
     t_high: Unit = 1.0
 
+    @field_validator("layer_pairs", mode="before")
+    @classmethod
+    def _pairs(cls, given: Any) -> Any:
+        if isinstance(given, list) and not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given):
+            raise ValueError("layer_pairs are lists of two: [[student block, teacher block], ...]")
+        return given
+
     @property
     def active(self) -> bool:
         """True when either loss has a weight, so that the run has a phase I."""
@@ -210,6 +228,8 @@ class AlignmentSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AlignmentSettings:
+        if len(set(self.layer_pairs)) < len(self.layer_pairs):
+            raise ValueError(f"layer_pairs {[list(pair) for pair in self.layer_pairs]} name a pair twice")
         if self.lambda_attention > 0 and not self.layer_pairs:
             raise ValueError("lambda_attention > 0 needs layer_pairs, a list of [student block, teacher block]")
         if self.t_low >= self.t_high:
@@ -273,10 +293,10 @@ class TrainSettings(Section):
     batch_size: Positive = 256
     accumulate: Positive = 1
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[Unit, Unit] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
-    ema_decay: Unit = 0.9999
+    ema_decay: Decay = 0.9999
     label_dropout: Unit = 0.1
     timestep_shift: float = Field(1.0, gt=0)
     precision: Precision = "no"
@@ -339,6 +359,15 @@ class SampleSettings(Section):
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         return fill(values, lambda: SAMPLERS)
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> SampleSettings:
+        if self.guidance != 1 and self.guidance_low >= self.guidance_high:
+            raise ValueError(
+                f"guidance_low {self.guidance_low:g} and guidance_high {self.guidance_high:g} guide at no noise level; "
+                f"expected low < high, or guidance 1"
+            )
+        return self
 
     @property
     def options(self) -> Sampler:
