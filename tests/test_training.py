@@ -266,6 +266,21 @@ def test_haste_branched_from_holistic_equals_haste_from_scratch(output, study, u
     assert (noted["shared_with"], noted["shared_until_step"]) == ("holistic seed 0", 8)
 
 
+def test_a_shorter_call_leaves_what_a_longer_one_logged(output, make_study):
+    long = train(make_study())
+    before, steps = long.metrics_path.read_bytes(), [line["step"] for line in long.metrics()]
+    short = train(make_study("train.steps=6", "train.keep=[]"))
+    assert short.dir == long.dir
+    assert short.metrics()[-1]["step"] == 6
+    assert [line["step"] for line in long.metrics()] == sorted({*steps, 6})
+
+    def kept(content):
+        return [line for line in map(json.loads, content.splitlines()) if line["step"] > 6]
+
+    assert kept(long.metrics_path.read_bytes()) == kept(before)
+    assert long.missing_steps() == []
+
+
 # -- losses that are not finite, disks that are full ------------------------------------------------------------------
 
 

@@ -140,16 +140,20 @@ class Run:
         return tensors, state
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged measurements, one dict per logged step."""
+        """The logged measurements up to the run's last step, one dict per logged step."""
         if not self.metrics_path.is_file():
             raise HasteError(f"no metrics at {self.metrics_path}; run haste train {self.study.name} {self.arm}")
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+        return [line for line in lines if line["step"] <= self.config.train.steps]
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop metrics of steps that will be repeated, and a last line that a crash cut short."""
+    def tidy_metrics(self, repeated: range = range(0)) -> None:
+        """Sort the lines of metrics by step, without steps that will be repeated and a line that a crash cut short.
+
+        Lines beyond the steps of this run stay: they belong to a longer run in the same directory.
+        """
         lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.is_file() else []
-        whole = [line for line in lines if line.endswith("}\n")]
-        write_text(self.metrics_path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        whole = {json.loads(line)["step"]: line for line in lines if line.endswith("}\n")}
+        write_text(self.metrics_path, "".join(whole[step] for step in sorted(whole) if step not in repeated))
 
     def describe(self) -> None:
         """Write the resolved configuration beside the run."""

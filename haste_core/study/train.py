@@ -59,13 +59,15 @@ def fit(
         if not processes.from_main(lambda: _begin(run)):
             return
         trainer = open_trainer(run, processes)
-        processes.from_main(lambda: run.keep_metrics_until(trainer.step))
+        repeated = range(trainer.step + 1, run.config.train.steps + 1)
+        processes.from_main(lambda: run.tidy_metrics(repeated))
         try:
             stopped = _train(run, trainer, on_step, progress)
         except NotFinite as error:
             last = processes.from_main(lambda: max(run.steps(), default=None))
             left = "there is no checkpoint before it" if last is None else f"the checkpoint of step {last} is intact"
             raise HasteError(f"{error}; {left}") from error
+        processes.from_main(run.tidy_metrics)
         missing = processes.from_main(run.missing_steps)  # the others wait until the main process is done
     if stopped and missing:
         raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {trainer.step}, saved; run again to go on")
