@@ -8,6 +8,8 @@ import io
 import json
 import os
 import platform
+import site
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,21 +23,32 @@ from haste_core.errors import HasteError, Interrupted, InUse, is_disk_full
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-def project_root() -> Path:
-    """The nearest folder with Snakefile and notebooks/: upwards from the current one, else beside the package."""
-    here = Path.cwd()
-    for folder in [here, *here.parents, Path(__file__).parents[1]]:
-        if (folder / "Snakefile").is_file() and (folder / "notebooks").is_dir():
-            return folder
-    raise HasteError(f"no project (a folder with Snakefile and notebooks/) at or above {here}; run in the project")
+CHECKOUT = Path(__file__).parents[1]
+
+
+def notebooks_folder() -> Path:
+    """The project's notebooks: those of the checkout, else those that were installed with the package."""
+    places = [CHECKOUT, *(Path(base) / "share" / "haste" for base in (sys.prefix, site.getuserbase()))]
+    for place in places:
+        if (place / "notebooks" / "01_train.ipynb").is_file():
+            return place / "notebooks"
+    raise HasteError(f"the package's notebooks are in none of {', '.join(map(str, places))}; install it again")
 
 
 def output_root() -> Path:
-    """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT, else the project's root."""
+    """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT; in a checkout its top; else this folder.
+
+    Raises:
+        HasteError: HASTE_OUTPUT is a file.
+    """
     given = os.environ.get("HASTE_OUTPUT")
     if given and Path(given).exists() and not Path(given).is_dir():
         raise HasteError(f"HASTE_OUTPUT is {given}, which is no folder; expected a folder, or a path that is free")
-    return Path(given).resolve() if given else project_root()
+    if given:
+        return Path(given).resolve()
+    here = Path.cwd()
+    mine = (CHECKOUT / "pyproject.toml").is_file() and CHECKOUT in (here, *here.parents)
+    return CHECKOUT if mine else here
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import graphlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ import yaml
 from PIL import Image
 
 from haste_core import __version__
-from haste_core.study import config, signals
+from haste_core.files import notebooks_folder, output_root
+from haste_core.study import config, jobs, notebook, signals
 from haste_core.study.cli import main
 from haste_core.study.runs import Run
 
@@ -258,3 +261,46 @@ def test_no_modules_import_each_other_in_a_circle_not_even_inside_functions():
     imports = grimp.build_graph("haste_core", exclude_type_checking_imports=True, cache_dir=None)
     order = graphlib.TopologicalSorter({m: imports.find_modules_directly_imported_by(m) for m in imports.modules})
     order.prepare()  # raises CycleError, which names the circle
+
+
+def test_a_users_own_snakefile_and_notebooks_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("HASTE_OUTPUT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Snakefile").write_text("raise SystemExit(1)")
+    (tmp_path / "notebooks").mkdir()
+    command = jobs.graph("digits")
+    graph = Path(command[command.index("--snakefile") + 1])
+    assert graph == Path(jobs.__file__).with_name("Snakefile")
+    assert graph.is_file()
+    assert output_root() == tmp_path
+    assert "01_train" in notebook.notebooks()
+    monkeypatch.chdir(notebooks_folder())
+    assert output_root() == Path(__file__).parents[1], "in a checkout its top"
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_one_line(monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/runs")
+
+    monkeypatch.setattr(config, "load", refuse)
+    assert main(["train", "digits", "haste"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("haste: error: /somewhere/runs: Permission denied; expected a place that can be written")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("alignment.layer_pairs=[[1, 9]]", "arm 'repa': .*teacher block"),
+        ("arms.haste.model.patch=3", "arm 'haste': model.patch is 3"),
+        ("sample={sampler: ddpm}", "arm 'vanilla': sample.sampler 'ddpm'"),
+        ("arms.repa.train.batch_size=33", "arm 'repa': train.batch_size 33"),
+    ],
+)
+def test_a_study_checks_its_arms_before_anything_is_trained(override, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path))
+    for more in ([], ["--dry-run"]):
+        more = ["--processes", "2", *more] if "batch_size" in override else more
+        assert main(["study", "digits", "--profile", "smoke", "--set", override, *more]) == 2
+        assert re.search(words, capsys.readouterr().err)
+    assert not list(tmp_path.rglob("*.safetensors"))

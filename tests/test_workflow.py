@@ -125,7 +125,7 @@ def test_a_job_that_is_stopped_outlives_the_signal_to_save(tmp_path):
     saves = "import signal, sys, time; got = []; signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
     saves += "print('ready', flush=True)\nwhile not got: time.sleep(0.01)\n"
     saves += "time.sleep(0.3); open('saved', 'w').close(); sys.exit(143)"
-    outlive = re.search(r'^OUTLIVE = "(.*)"$', (ROOT / "Snakefile").read_text(), re.M)[1]
+    outlive = re.search(r'^OUTLIVE = "(.*)"$', (ROOT / "haste_core" / "study" / "Snakefile").read_text(), re.M)[1]
     with subprocess.Popen(
         ["bash", "-c", f'{outlive}( exec python -c "{saves}" ) && touch stamp'],
         cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -146,9 +147,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            print(f"haste: error: no room left ({error}); what was saved before is intact", file=sys.stderr)
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            print(f"haste: error: {error.filename}: {error.strerror}; expected a place that can be written, such as "
+                  f"HASTE_OUTPUT=FOLDER for runs and reports", file=sys.stderr)  # fmt: skip
+        else:
             raise
-        print(f"haste: error: no room left ({error}); what was saved before is intact", file=sys.stderr)
         return 2
     return 0
 

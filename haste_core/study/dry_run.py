@@ -84,6 +84,24 @@ def dry_run(run: Run, processes: int = 1) -> tuple[list[Check], str]:
     return checks, text
 
 
+def check_study(study: config.StudySettings, processes: int = 1) -> None:
+    """Refuse arms that cannot be trained, as far as settings and the size of the data say, before anything is trained.
+
+    Raises:
+        HasteError: networks, layers, heads, token grids, sampler or number of processes of an arm do not fit; it is named.
+    """
+    example, _ = find_example(study.data)
+    for arm in study.arms:
+        settings = study.run(arm)
+        try:
+            micro_batches(settings.train.batch_size, settings.train.accumulate, processes)
+            if example is not None:
+                student, _, _ = estimate.networks_of(settings, example)
+                sampling.check_sampler(student, study.sample_of(arm).options)
+        except HasteError as error:
+            raise HasteError(f"arm {arm!r}: {error}") from error
+
+
 def _needed(run: Run) -> dict[str, Callable[[], str]]:
     """Checks of the files and weights beside the data that the run and its scores need."""
     settings, study, evaluate = run.config, run.study, run.study.evaluate

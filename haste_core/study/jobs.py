@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from haste_core.errors import HasteError, Interrupted
-from haste_core.files import locked, output_root, project_root, write_json
+from haste_core.files import locked, output_root, write_json
 from haste_core.study import config, signals
 from haste_core.study.runs import report_dir, study_dir
 
@@ -72,17 +72,15 @@ def run_study(
         options: Snakemake's own options; without --workflow-profile jobs run on this machine, on all cores by default.
 
     Raises:
-        HasteError: the study cannot be run by so many processes, or a job failed; finished work is kept, and the next
+        HasteError: an arm's settings do not fit together, the processes or the data, or a job failed; finished work is kept, and the next
             call goes on from there.
         Interrupted: a signal arrived; local runs in progress saved a checkpoint, jobs on a cluster were cancelled.
     """
-    from haste_core.processes import micro_batches  # imports torch, which the Snakefile does not need
+    from haste_core.study.dry_run import check_study  # imports torch, which the Snakefile does not need
 
     study.check_baseline()
     study.check_claims()
-    for arm in study.arms:
-        train = study.run(arm).train
-        micro_batches(train.batch_size, train.accumulate, processes)
+    check_study(study, processes)
     folder, report = study_dir(study), report_dir(study, profile)
     dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
     away = "--workflow-profile" in options
@@ -123,7 +121,7 @@ def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), 
         "output": output_root(), "processes": processes,
     }  # fmt: skip
     return [
-        sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile"),
+        sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile")),
         "--directory", str(output_root()), "--rerun-incomplete", "--keep-going", "--nolock",
         "--rerun-triggers", "input", "mtime", "params", "--quiet", "rules",
         "--config", *(f"{key}={value}" for key, value in settings.items()),

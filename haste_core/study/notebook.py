@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from haste_core.errors import HasteError, Interrupted, unknown
-from haste_core.files import project_root
+from haste_core.files import notebooks_folder
 from haste_core.study import signals
 
 # Set for kernels that papermill starts: there `explore` draws a figure instead of widgets.
@@ -18,7 +18,7 @@ BATCH = "HASTE_BATCH"
 
 def notebooks() -> list[str]:
     """Names of the project's notebooks."""
-    return sorted(p.stem for p in (project_root() / "notebooks").glob("*.ipynb"))
+    return sorted(p.stem for p in notebooks_folder().glob("*.ipynb"))
 
 
 def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    path = Path(name) if name.endswith(".ipynb") else project_root() / "notebooks" / f"{name}.ipynb"
+    path = Path(name) if name.endswith(".ipynb") else notebooks_folder() / f"{name}.ipynb"
     if not path.is_file():
         raise unknown("notebook", name, notebooks())
     try:

@@ -179,7 +179,7 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.ipynb", "*.yaml", "Snakefile")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.ipynb", "*.yaml", "*Snakefile")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
