@@ -36,7 +36,7 @@ def notebooks_folder() -> Path:
 
 
 def output_root() -> Path:
-    """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT; in a checkout its top; else this folder.
+    """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT; in a checkout its top; else here.
 
     Raises:
         HasteError: HASTE_OUTPUT is a file.

@@ -5,7 +5,8 @@ group of one, in which nothing here has an effect.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +23,14 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
 
 
+# accelerate's own variables: those that move no number, and those that ask for what is not there.
+HARMLESS = {
+    "ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL",
+    "ACCELERATE_CPU_AFFINITY", "ACCELERATE_ENABLE_RICH",
+}  # fmt: skip
+UNSUPPORTED = tuple(f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
+
+
 class Processes:
     """The group that this process trains in: `count` of them, numbered by `index`; number 0 is the main one.
 
@@ -29,6 +38,12 @@ class Processes:
     """
 
     def __init__(self) -> None:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if launched() > 1 and missing:
+            raise HasteError(
+                f"WORLD_SIZE is {launched()}, but {', '.join(missing)} is not set; expected all of them, as torchrun "
+                f"sets them, or none"
+            )
         # accelerate takes processes without GPUs for single ones unless it is told that the CPU is meant.
         several_on_cpu = launched() > 1 and not torch.cuda.is_available()
         environment = PartialState(cpu=several_on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -88,6 +103,24 @@ class Processes:
         """Leave the group."""
         if self.count > 1:
             PartialState().destroy_process_group()
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Context in which accelerate sees no settings of the environment: what changes numbers is given as arguments.
+
+    Raises:
+        HasteError: the environment asks for a way of training in parallel that is not supported.
+    """
+    for name in UNSUPPORTED:
+        if parse_flag_from_env(name):
+            raise HasteError(f"{name} is set; expected plain data parallel training, as by torchrun")
+    names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]
+    aside = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(aside)
 
 
 def launched() -> int:

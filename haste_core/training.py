@@ -23,7 +23,7 @@ from haste_core.devices import compile_blocks
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
 from haste_core.paths import Objective, objective_of, shifted
-from haste_core.processes import Processes, micro_batches
+from haste_core.processes import Processes, micro_batches, own_settings
 from haste_core.taps import Seen
 from haste_core.termination import Switch
 
@@ -224,7 +224,8 @@ class Trainer:
         )
         self.model: nn.Module
         self.optimizer: Any
-        self.model, self.optimizer = self.accelerator.prepare(model, adamw)
+        with own_settings():
+            self.model, self.optimizer = self.accelerator.prepare(model, adamw)
         self.step = 0
         self.window: dict[str, Tensor] = {}
         # Steps in a row whose gradient norm was not finite, and the most of them since the last `measure`.
@@ -347,7 +348,8 @@ def check_finite(loss: float, step: int) -> None:
 def make_accelerator(options: Optimization) -> Accelerator:
     """accelerate's handle on device, precision and averaging of gradients."""
     averaging = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[averaging])
+    with own_settings():
+        accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[averaging])
     if accelerator.device.type == "cpu":
         if options.precision == "fp16":
             # accelerate would train in float32 without a word.

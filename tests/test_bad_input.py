@@ -396,6 +396,50 @@ def test_a_bad_notebook_or_parameter_is_refused_before_it_runs(output, capfd, ar
     assert files(output) == {}
 
 
+def mine(
+    folder,
+    first="overrides = ['train.steps=2']  # text with an equals sign\nx = 1\n",
+    tags=("parameters",),
+    language="python",
+):
+    cells = [nbformat.v4.new_code_cell(first, metadata={"tags": list(tags)}), nbformat.v4.new_code_cell("x, overrides")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "some", "language": language}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "mine.ipynb")
+    return str(folder / "mine.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tags": ()}, "has no cell tagged `parameters`"),
+        ({"language": "julia"}, "has a kernel of language 'julia'; expected Python"),
+        ({"first": "x = ("}, "the cell tagged `parameters` is no Python"),
+    ],
+)
+def test_a_notebook_that_cannot_take_parameters_is_refused(output, capfd, changes, said):
+    check(refused(capfd, "notebook", mine(output, **changes), str(output / "out.ipynb")), said)
+
+
+def test_an_old_or_foreign_notebook_is_refused(output, capfd):
+    for text, said in (
+        ('{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}', "a notebook of format 3"),
+        ("hello", "is no notebook that can be read"), ("{}", "is no notebook that can be read"),
+    ):  # fmt: skip
+        (output / "mine.ipynb").write_text(text)
+        check(refused(capfd, "notebook", str(output / "mine.ipynb"), str(output / "out.ipynb")), said)
+
+
+def test_parameters_are_read_as_settings_are(output, capfd):
+    given = ["-p", "x=1e3", "-p", "overrides=[a=b]"]
+    assert main(["notebook", mine(output), str(output / "out.ipynb"), *given]) == 0
+    (shown,) = nbformat.read(output / "out.ipynb", as_version=4).cells[-1].outputs
+    assert shown["data"]["text/plain"] == "(1000.0, ['a=b'])"
+    assert main(["notebook", mine(output), str(output / "out.ipynb"), "-p", "x=2024-01-31"]) == 0
+    (shown,) = nbformat.read(output / "out.ipynb", as_version=4).cells[-1].outputs
+    assert shown["data"]["text/plain"].startswith("('2024-01-31'")
+    check(refused(capfd, "notebook", mine(output), str(output / "out.ipynb"), "-p", "x=.nan"), "parameter x=nan")
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

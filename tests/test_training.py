@@ -6,11 +6,14 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import weakref
 from collections import Counter
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import yaml
@@ -21,6 +24,7 @@ from haste_core import checkpoint
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.models import SiT
+from haste_core.processes import UNSUPPORTED
 from haste_core.study import config
 from haste_core.study import train as training
 from haste_core.study.runs import Run
@@ -279,6 +283,35 @@ def test_a_shorter_call_leaves_what_a_longer_one_logged(output, make_study):
 
     assert kept(long.metrics_path.read_bytes()) == kept(before)
     assert long.missing_steps() == []
+
+
+# -- the environment --------------------------------------------------------------------------------------------------
+
+
+def test_no_variable_of_accelerate_moves_a_number(output, make_study, monkeypatch):
+    """Every name of one in accelerate's source, with a value that it would take."""
+    source = "".join(path.read_text() for path in Path(accelerate.__file__).parent.rglob("*.py"))
+    names = set(re.findall(r"ACCELERATE_[A-Z0-9_]*[A-Z0-9]", source)) - HARMLESS
+    assert {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"} < names
+    plain = contents(train(make_study()))
+    taken = {"STEPS": "4", "BACKEND": "inductor", "PRECISION": "bf16", "MODE": "default", "CLIPPING": "0.1"}
+    for name in sorted(names - set(UNSUPPORTED)):
+        monkeypatch.setenv(name, taken.get(name.rpartition("_")[2], "1"))
+    monkeypatch.setenv("HASTE_OUTPUT", str(output / "other"))
+    assert_same(contents(train(make_study())), plain)
+    assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "4", "left as it was"
+
+
+def test_other_ways_of_training_in_parallel_are_refused(output, make_study, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(HasteError, match="ACCELERATE_USE_FSDP is set; expected plain data parallel training"):
+        train(make_study())
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(HasteError, match="WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        train(make_study())
 
 
 # -- losses that are not finite, disks that are full ------------------------------------------------------------------

@@ -147,15 +147,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if is_disk_full(error):
-            print(f"haste: error: no room left ({error}); what was saved before is intact", file=sys.stderr)
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            print(f"haste: error: {error.filename}: {error.strerror}; expected a place that can be written, such as "
-                  f"HASTE_OUTPUT=FOLDER for runs and reports", file=sys.stderr)  # fmt: skip
-        else:
+        if not (said := _worded(error)):
             raise
+        print(f"haste: error: {said}", file=sys.stderr)
         return 2
     return 0
+
+
+def _worded(error: OSError) -> str:
+    """A fault of a place that a user can mend, in words; empty for others."""
+    if is_disk_full(error):
+        return f"no room left ({error}); what was saved before is intact"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        place = "expected a place that can be written, such as HASTE_OUTPUT=FOLDER for runs and reports"
+        return f"{error.filename}: {error.strerror}; {place}"
+    return ""
 
 
 def study_of(arguments: argparse.Namespace) -> config.StudySettings:
@@ -297,16 +303,10 @@ def run_notebook(arguments: argparse.Namespace) -> None:
     """haste notebook."""
     from haste_core.study import notebook
 
-    parameters = {}
-    for text in arguments.parameters:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise HasteError(f"parameter {text!r} is not of the form name=value")
-        try:
-            parameters[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise HasteError(f"parameter {text!r}: the value is not valid YAML, for instance name=[1, 2]") from error
-    notebook.execute(arguments.name, arguments.out, parameters)
+    given = (
+        config.read_pair(text, "parameter", "name=value, for instance seeds=[1, 2]") for text in arguments.parameters
+    )
+    notebook.execute(arguments.name, arguments.out, dict(given))
 
 
 if __name__ == "__main__":

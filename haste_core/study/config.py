@@ -362,20 +362,32 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
+def read_pair(text: str, what: str, example: str) -> tuple[str, Any]:
+    """Name and value of "name=value", the value read as YAML.
+
+    what: it is called in errors. example: of the form.
+
+    Raises:
+        HasteError: it has no such form, or the value is no YAML.
+    """
+    key, equals, given = text.partition("=")
     if not equals or not key:
-        raise HasteError(f"override {override!r} is not of the form key=value, for instance train.steps=200")
+        raise HasteError(f"{what} {text!r} is not of the form {example}")
     try:
-        value = _Loader(text).get_single_data()
+        value = _Loader(given).get_single_data()
     except yaml.YAMLError as error:
-        raise HasteError(f"override {override!r}: the value is not valid YAML") from error
+        raise HasteError(f"{what} {text!r}: the value is not valid YAML") from error
     # YAML 1.1 reads 1e-3 (no dot) as text; it is meant as a number.
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             pass
+    return key, value
+
+
+def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
+    key, value = read_pair(override, "override", "key=value, for instance train.steps=200")
     parts = key.split(".")
     if parts[0] == "arms" and len(parts) > 1 and parts[1] not in content.get("arms", {}):
         raise unknown("arm", parts[1], content.get("arms", {}))

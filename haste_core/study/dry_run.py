@@ -88,7 +88,7 @@ def check_study(study: config.StudySettings, processes: int = 1) -> None:
     """Refuse arms that cannot be trained, as far as settings and the size of the data say, before anything is trained.
 
     Raises:
-        HasteError: networks, layers, heads, token grids, sampler or number of processes of an arm do not fit; it is named.
+        HasteError: networks, layers, heads, token grids, sampler or processes of an arm do not fit; it is named.
     """
     example, _ = find_example(study.data)
     for arm in study.arms:

@@ -72,8 +72,8 @@ def run_study(
         options: Snakemake's own options; without --workflow-profile jobs run on this machine, on all cores by default.
 
     Raises:
-        HasteError: an arm's settings do not fit together, the processes or the data, or a job failed; finished work is kept, and the next
-            call goes on from there.
+        HasteError: an arm's settings do not fit together, the processes or the data; or a job failed: finished work is
+            kept, and the next call goes on from there.
         Interrupted: a signal arrived; local runs in progress saved a checkpoint, jobs on a cluster were cancelled.
     """
     from haste_core.study.dry_run import check_study  # imports torch, which the Snakefile does not need

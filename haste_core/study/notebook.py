@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import datetime
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -40,13 +43,18 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     path = Path(name) if name.endswith(".ipynb") else notebooks_folder() / f"{name}.ipynb"
     if not path.is_file():
         raise unknown("notebook", name, notebooks())
-    try:
-        known = papermill.inspect_notebook(str(path))
-    except ValueError as error:
-        raise HasteError(f"notebook {path}: {error}; save it in JupyterLab with a Python kernel") from error
-    for parameter in parameters:
+    known = parameters_of(path)
+    given = {}
+    for parameter, value in parameters.items():
         if parameter not in known:  # papermill itself only warns
             raise unknown(f"parameter of notebook {path.stem}", parameter, known)
+        given[parameter] = str(value) if isinstance(value, datetime.date) else value
+        try:
+            json.dumps(given[parameter], allow_nan=False)
+        except ValueError as error:
+            raise HasteError(
+                f"parameter {parameter}={value}; expected finite numbers, text, lists or mappings"
+            ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ[BATCH] = "1"  # kernels inherit it
 
@@ -57,7 +65,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     with signals.catch(stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
         try:
             papermill.execute_notebook(
-                str(path), str(output), parameters=dict(parameters), kernel_name="python3", progress_bar=False,
+                str(path), str(output), parameters=given, kernel_name="python3", progress_bar=False,
                 cwd=str(Path.cwd()), kernel_manager_class=_kernel_manager(sockets),
                 extra_arguments=["--Application.log_level=50"],  # kernels log about their own shutdown
             )  # fmt: skip
@@ -71,6 +79,36 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
             if stopping.is_set():
                 raise Interrupted(f"{path.stem} was stopped") from error
             raise HasteError(f"{path.stem}: the kernel died, often because memory ran out; see {output}") from error
+
+
+def parameters_of(path: Path) -> list[str]:
+    """Names that the cell tagged `parameters` of a notebook assigns.
+
+    Raises:
+        HasteError: it is no notebook of Python code with such a cell.
+    """
+    import nbformat
+
+    try:
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=nbformat.NO_CONVERT)
+        written = int(notebook.nbformat)
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise HasteError(f"{path} is no notebook that can be read ({cause}); save it in JupyterLab") from error
+    if written < 4:
+        raise HasteError(f"{path} is a notebook of format {written}; expected 4: open and save it in JupyterLab")
+    language = notebook.metadata.get("kernelspec", {}).get("language", "python")
+    if language != "python":
+        raise HasteError(f"{path} has a kernel of language {language!r}; expected Python")
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if not cells:
+        raise HasteError(f"{path} has no cell tagged `parameters`; tag the cell of its settings so in JupyterLab")
+    try:
+        statements = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise HasteError(f"{path}: the cell tagged `parameters` is no Python ({error.msg})") from error
+    targets = [t for s in statements for t in getattr(s, "targets", [getattr(s, "target", None)])]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _kernel_manager(sockets: str) -> type:
