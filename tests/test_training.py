@@ -24,7 +24,7 @@ from haste_core import checkpoint
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked
 from haste_core.models import SiT
-from haste_core.processes import UNSUPPORTED
+from haste_core.processes import HARMLESS, UNSUPPORTED
 from haste_core.study import config
 from haste_core.study import train as training
 from haste_core.study.runs import Run
