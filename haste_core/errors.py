@@ -31,7 +31,10 @@ def unknown(what: str, given: object, known: Iterable[object]) -> HasteError:
 
 def is_disk_full(error: BaseException) -> bool:
     """True when writing failed for want of room: a full disk, a quota, or a file-size limit."""
-    if isinstance(error, OSError):
-        return error.errno in _NO_ROOM
-    # safetensors reports such failures by the operating system's text alone.
-    return any(f"os error {code}" in str(error) for code in _NO_ROOM)
+    found: BaseException | None = error
+    while found is not None:
+        # safetensors reports such failures by the operating system's text alone, torch.save by an error of its own.
+        if getattr(found, "errno", None) in _NO_ROOM or any(f"os error {code}" in str(found) for code in _NO_ROOM):
+            return True
+        found = found.__cause__ or found.__context__
+    return False

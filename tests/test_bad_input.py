@@ -378,6 +378,15 @@ def test_a_full_disk_for_samples_is_refused(small_disk, output, capsys, settings
     assert not list(path.parent.glob(".images*"))
 
 
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_a_full_disk_for_a_converted_checkpoint_is_refused(small_disk, tiny, output, capsys, name):
+    small_disk(40_960)
+    path = output / "disk" / name
+    check(refused(capsys, "convert", str(Run(tiny, "haste", 0).checkpoint_path(8)), str(path)), "no room", str(path))
+    assert not path.exists()
+    assert not list(path.parent.glob(".out*"))
+
+
 # -- notebooks --------------------------------------------------------------------------------------------------------
 
 

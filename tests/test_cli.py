@@ -22,7 +22,7 @@ from PIL import Image
 
 from haste_core import __version__
 from haste_core.files import notebooks_folder, output_root
-from haste_core.study import config, jobs, notebook, signals
+from haste_core.study import config, jobs, notebook, runs, signals
 from haste_core.study.cli import main
 from haste_core.study.runs import Run
 
@@ -304,3 +304,25 @@ def test_a_study_checks_its_arms_before_anything_is_trained(override, words, tmp
         assert main(["study", "digits", "--profile", "smoke", "--set", override, *more]) == 2
         assert re.search(words, capsys.readouterr().err)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_stamps_of_stages_whose_files_are_gone_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path))
+    study = config.load("digits", "smoke")
+    made = [Run(study, arm, 0) for arm in ("vanilla", "repa")]
+    for run in made:
+        for step in run.config.train.kept_steps:
+            path = run.checkpoint_path(step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        (run.dir / "trained-1-2.stamp").write_text("")
+    for path in (runs.teacher_path(study, study.teacher), runs.extractor_path(study), runs.autoencoder_path(study)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    prepared = runs.study_dir(study) / "prepared-1.json"
+    prepared.write_text("{}")
+    assert jobs.stale(study) == []
+    made[1].checkpoint_path(8).unlink()
+    assert jobs.stale(study) == [made[1].dir / "trained-1-2.stamp"]
+    runs.extractor_path(study).unlink()
+    assert jobs.stale(study) == [made[1].dir / "trained-1-2.stamp", prepared]

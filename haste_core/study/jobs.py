@@ -22,7 +22,7 @@ import psutil
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, output_root, write_json
 from haste_core.study import config, signals
-from haste_core.study.runs import report_dir, study_dir
+from haste_core.study.runs import Run, autoencoder_path, extractor_path, report_dir, study_dir, teacher_path
 
 # Cost of an aligned step relative to an unaligned one, for the order of jobs alone.
 ALIGNED_STEP = 1.5
@@ -104,12 +104,29 @@ def run_study(
         how = "its jobs were cancelled" if away else "runs in progress are saved"
         raise Interrupted(f"study {study.name} stopped, {how}; run again to go on")
     if status:
+        for stamp in stale(study):
+            stamp.unlink()
         raise HasteError(
             f"study {study.name}: a job failed, see the lines above and the executed notebooks in "
             f"{report / 'notebooks'}; finished work is kept, run again to go on"
         )
     print(f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes")
     return report / "report.html"
+
+
+def stale(study: config.StudySettings) -> list[Path]:
+    """Stamps of stages whose files are gone, such as checkpoints that were removed to free space.
+
+    Without its stamp such a stage is made again by the next call.
+    """
+    runs = [Run(study, arm, seed) for arm in study.arms for seed in study.seeds_of(arm)]
+    found = [stamp for run in runs if run.missing_steps() for stamp in run.dir.glob("trained-*.stamp")]
+    trained = [teacher_path(study, teacher) for teacher in study.teachers() if teacher.weights == "pretrain"]
+    if study.evaluate.suite == "study":
+        trained += [extractor_path(study), autoencoder_path(study)]
+    if not all(path.is_file() for path in trained):
+        found += study_dir(study).glob("prepared-*.json")
+    return found
 
 
 def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), processes: int = 1) -> list[str]:
