@@ -188,7 +188,7 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path, monkeypatch, capsy
 
 def study_text(**changes):
     content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text())
-    return yaml.safe_dump(content | changes).encode()
+    return yaml.safe_dump(content | {"name": "mine"} | changes).encode()
 
 
 @pytest.mark.parametrize(

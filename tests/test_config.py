@@ -445,3 +445,12 @@ def test_a_key_stands_once(tmp_path):
         config.load("digits", overrides=["sample={guidance: 2, guidance: 3}"])
     path.write_text("base: &base {steps: 3}\nother: {<<: *base, lr: 1}\n")  # merging stays possible
     assert config._read(path)["other"] == {"steps": 3, "lr": 1}
+
+
+def test_a_copy_of_a_shipped_study_needs_a_name_of_its_own(tmp_path):
+    path, text = tmp_path / "own.yaml", (config.STUDIES / "digits.yaml").read_text()
+    path.write_text(text)
+    with pytest.raises(HasteError, match=r"own.yaml bears the name 'digits' of a study that comes with the package"):
+        config.load(path)
+    path.write_text(text.replace("name: digits", "name: mine", 1))
+    assert config.load(path).name == "mine"

@@ -15,6 +15,7 @@ from PIL import Image
 from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
 from haste_core.study import config
+from haste_core.study.cli import main
 from haste_core.study.data import Batches, images, open_dataset
 
 SIZE, NAMES = 16, ("ant", "bee", "cat")
@@ -458,3 +459,35 @@ def test_an_undecodable_image_is_named_when_it_is_read(folder, monkeypatch, larg
         contents(data)
     assert "\n" not in str(caught.value)
     assert len(data.images("test")[1]) == 6
+
+
+# ---- data that change under a run ----
+
+
+def test_data_that_changed_since_a_run_began_are_refused(tmp_path, capsys):
+    folder = write_images(tmp_path / "pets", range(24))
+    small = ["teacher.kwargs={img_size: 16, patch_size: 8, in_chans: 3, depth: 2, embed_dim: 16, num_heads: 2}",
+             "data={kind: images, image_size: 16, augment: {shift: 0, rotation: 0, scale: 0}}", f"data.path={folder}",
+             "teacher.mean=null", "teacher.std=null", "train.batch_size=4", "alignment.layer_pairs=[[1, 1]]",
+             "teacher.fitting.augment=null", "teacher.fitting.batch_size=4"]  # fmt: skip
+    words = [word for override in small for word in ("--set", override)]
+
+    def train(steps):
+        return main(["train", "digits", "haste", "--profile", "smoke", *words, "--set", f"train.steps={steps}"])
+
+    assert train(8) == 0
+    for i in range(24):
+        (folder / NAMES[i % 3] / f"{i:03d}.png").write_bytes(png(picture(i + 24)))
+    capsys.readouterr()
+    assert train(12) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "changed since" in line
+    assert "24 images in 3 classes before, 24 images in 3 classes now, of other content" in line
+    for i in range(24):
+        (folder / NAMES[i % 3] / f"{i:03d}.png").write_bytes(png(picture(i)))
+    for path in (folder / "cat").iterdir():
+        path.unlink()
+    assert train(12) == 2
+    assert "24 images in 3 classes before, 16 images in 2 classes now" in capsys.readouterr().err
+    write_images(folder, range(24))
+    assert train(12) == 0, "the same images written again are the same data"

@@ -170,16 +170,17 @@ def test_a_notebook_is_found_by_its_path_too(tmp_path):
 
 @pytest.mark.slow
 def test_the_report_notebook_reports_plain_training_alone(study, tmp_path, execute):
-    shutil.rmtree(study.report)
-    content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text())
+    shutil.copytree(study.dir / "runs" / "digits", study.dir / "runs" / "alone")
+    content = yaml.safe_load((config.STUDIES / "digits.yaml").read_text()) | {"name": "alone"}
     content["arms"], content["profiles"]["smoke"]["arms"] = {"vanilla": {}}, {}
     (tmp_path / "alone.yaml").write_text(yaml.safe_dump(content))
     executed = execute("10_report", study=str(tmp_path / "alone.yaml"), overrides=["seeds=[0]"])
     assert executed.pictures == 6
-    assert len(pd.read_csv(study.report / "tables" / "fid.csv")) == 3
-    assert "data:image/png;base64," in (study.report / "report.html").read_text()
+    tables = study.report.with_name("alone-smoke") / "tables"
+    assert len(pd.read_csv(tables / "fid.csv")) == 3
+    assert "data:image/png;base64," in (tables.parent / "report.html").read_text()
     assert "written from 1 runs" in executed.text
-    assert str(study.report / "report.html") in executed.text
+    assert str(tables.parent / "report.html") in executed.text
 
 
 # -- figures to move --------------------------------------------------------------------------------------------------

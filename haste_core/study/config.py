@@ -310,6 +310,11 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
     if not path.is_file() or (path.parent == STUDIES and path.stem not in studies()):
         raise unknown("study", study, [*studies(), "or the path of a .yaml file"])
     content = _read(path)
+    if path.parent != STUDIES and content.get("name") in studies():
+        raise HasteError(
+            f"{path} bears the name {content['name']!r} of a study that comes with the package, and would write over "
+            f"its report; expected another name"
+        )
     if profile:
         profiles = content.get("profiles", {})
         if profile not in profiles:

@@ -21,7 +21,7 @@ from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json
 from haste_core.seeding import stream
 from haste_core.study import config, runs, signals
-from haste_core.study.data import Batches, Dataset, open_dataset
+from haste_core.study.data import Batches, Dataset, check_unchanged, open_dataset
 from haste_core.teacher import Teacher
 from haste_core.training import Batch
 
@@ -268,10 +268,13 @@ def _trained_once(
     train: training under one seed, with the study's data and the path of its checkpoint file.
     """
     role = path.stem
-    if not path.is_file():
+    if path.is_file():
+        check_unchanged(path.parent, study.data, begun=True)
+    else:
         with locked(path.parent / "run.lock", f"the {role}", wait=True):
             if not path.is_file():
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
+                check_unchanged(path.parent, study.data, begun=False)
                 with runs.session(path.parent, what=role):
                     weights, facts = _accepted(fitting, fitting_data(study, fitting), path.parent, train)
                     state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}

@@ -22,7 +22,7 @@ from haste_core.models import DiffusionTransformer, build
 from haste_core.processes import Processes
 from haste_core.seeding import stream
 from haste_core.study import config, images, runs, signals
-from haste_core.study.data import Batches, Dataset, open_dataset
+from haste_core.study.data import Batches, Dataset, check_unchanged, open_dataset
 from haste_core.study.data.contexts import Contexts
 from haste_core.study.pretrain import check_precision, find_teacher, prepare_teacher
 from haste_core.study.runs import Run
@@ -77,6 +77,7 @@ def _begin(run: Run) -> bool:
     """Prepare a run's directory; False when there is nothing left to train."""
     if not run.missing_steps():
         return False
+    check_unchanged(run.dir, run.config.data, begun=bool(run.steps()))
     prepare(run)
     run.describe()
     if run.resume_step() is None:

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,10 @@ class Dataset:
         """One line on the data for people."""
         side = self.image_size
         return f"{self.name}: {len(self):,} training images, {self.classes} classes, {self.channels}x{side}x{side}"
+
+    def identity(self) -> dict[str, Any]:
+        """Number of images and classes, and a hash of labels and of some of the content; empty for fixed data."""
+        return {}
 
     def __len__(self) -> int:
         """Number of training images."""

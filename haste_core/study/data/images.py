@@ -86,6 +86,16 @@ class Images(Dataset):
         """Images by split, classes and their least and largest number of images, and what was not read."""
         return self._found
 
+    def identity(self) -> dict[str, Any]:
+        """As for `Dataset`."""
+        found = hashlib.sha256()
+        for split in self._splits.values():
+            found.update(split.labels.numpy().tobytes())
+            for content in split.samples():
+                found.update(content)
+        images = sum(len(split.labels) for split in self._splits.values())
+        return {"images": images, "classes": self.classes, "content": found.hexdigest()[:16]}
+
     def __len__(self) -> int:
         return len(self._splits["train"].labels)
 
@@ -120,14 +130,19 @@ class Split:
         self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
         self.classes = len(self.class_names or [])
 
-    def odd_sizes(self) -> str:
-        """A note on images that are enlarged, or of which most is cropped, among some that are looked at."""
+    def samples(self) -> Iterator[bytes]:
+        """The files of some images, evenly spread."""
         stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
-        sizes = []
         for i in range(0, len(stored), len(stored) // SAMPLED + 1):
             row = stored[i][self.image_column]
+            yield row["bytes"] or Path(row["path"]).read_bytes()
+
+    def odd_sizes(self) -> str:
+        """A note on images that are enlarged, or of which most is cropped, among some that are looked at."""
+        sizes = []
+        for content in self.samples():
             try:
-                with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] else row["path"]) as image:
+                with Image.open(io.BytesIO(content)) as image:
                     sizes.append(image.size)
             except OSError:  # named when it is decoded
                 continue

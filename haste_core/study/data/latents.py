@@ -10,13 +10,14 @@ The pairs come from the dataset.json files alone, so a folder of a million pairs
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -374,6 +375,13 @@ class Latents(Dataset):
         if self.classes == 1:
             notes.append("all in one class, since there are no labels")
         return "; ".join([super().summary, *notes, *([self.doubts] if self.doubts else [])])
+
+    def identity(self) -> dict[str, Any]:
+        """As for `Dataset`."""
+        found = hashlib.sha256("\n".join(self.folder.pairs.keys).encode())
+        for part in (self.labels, self.folder.first_look()):
+            found.update(part.numpy().tobytes())
+        return {"images": len(self.labels), "classes": self.classes, "content": found.hexdigest()[:16]}
 
     def __len__(self) -> int:
         return len(self._splits["train"])
