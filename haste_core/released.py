@@ -13,9 +13,10 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,6 +37,15 @@ Convention = Literal["auto", "haste", "sit"]
 CONVENTIONS = get_args(Convention)
 READABLE = (".pt", ".pth", ".safetensors")
 WRITABLE = (".pt", ".safetensors")
+_scalar: Any = np.float64(0).__reduce__()[0]  # how numpy pickles a number
+# What checkpoints keep beside weights: a command line, paths, numbers of numpy. Making them runs no code.
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")),
+    *((PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
+]  # fmt: skip
 _NORM = "blocks.0.attn.q_norm.weight"
 _LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 
@@ -138,8 +148,7 @@ def read(path: Path) -> Mapping[str, Any]:
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as stream:
                 return {name: stream.get_tensor(name) for name in list(stream.keys())}
-        # Released REPA and HASTE checkpoints keep their command line, a Namespace of plain values.
-        with safe_globals([argparse.Namespace]):
+        with safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything
         raise _unreadable(path, error) from error
@@ -149,20 +158,41 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> HasteError:
+    what = _recognised(path)
+    if what:
+        return HasteError(f"{path} is {what}")
     # torch wraps the reason in advice on how to load files that one trusts.
     reason = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0] or str(error)
     wanted = re.search(r"GLOBAL (\S+)", reason)
     if wanted:
         return HasteError(
             f"checkpoint {path} wants {wanted[1]}, which could run code and is not loaded; expected tensors, numbers, "
-            f"strings and argparse.Namespace"
+            f"strings, paths and argparse.Namespace; where it was written, save its weights alone, such as "
+            f"torch.save({{'ema': checkpoint['ema']}}, FILE)"
         )
     first = " ".join(reason.split())[:200] or type(error).__name__
     return HasteError(f"checkpoint {path} is truncated or damaged ({first}); expected a whole one, written anew")
 
 
+def _recognised(path: Path) -> str:
+    """What a file is that is no checkpoint of its suffix, and what to do; empty for others."""
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, not the file itself: its download was refused or led elsewhere; download it again"
+    by_torch = head.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"))
+    length = int.from_bytes(head[:8], "little")
+    if path.suffix.lower() == ".safetensors" and by_torch:
+        return "a file of torch.save by its content; rename it to end in .pt"
+    if path.suffix.lower() != ".safetensors" and head[8:9] == b"{" and length < path.stat().st_size:
+        return "a safetensors file by its content; rename it to end in .safetensors"
+    return ""
+
+
 def _sets(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The state dicts in a checkpoint: "ema" and "model" or one of them, or else "plain"."""
+    """The state dicts in a checkpoint: "ema" and "model" or one of them, or else "plain", also under "state_dict"."""
     nested = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), Mapping)}
     if nested:
         return nested
@@ -172,7 +202,8 @@ def _sets(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         extra = {f"projectors.0.{n}": v for n, v in under(content, "alignment.projector.").items()}
         flat = {name: under(content, f"{name}.") for name in ("ema", "model")}
         return {name: {**found, **extra} for name, found in flat.items() if found}
-    return {"plain": content}
+    inner = content.get("state_dict")
+    return _sets(inner) if isinstance(inner, Mapping) else {"plain": content}
 
 
 def _unwrapped(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

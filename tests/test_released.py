@@ -6,8 +6,9 @@ import argparse
 import collections
 import re
 import resource
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -269,6 +270,50 @@ def test_code_in_a_file_is_never_run(tmp_path, made, legacy):
     refused("wants haste_core.models.sit.SiT, which could run code", path, "sit", 3)
     assert not trap.exists()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_harmless_things_beside_weights_are_read(tmp_path, made):
+    model = made()
+    beside = {
+        "args": argparse.Namespace(out=Path("runs/a")),
+        "fid": np.float64(2.5),
+        "step": np.int64(3),
+        "where": PureWindowsPath("a"),
+    }
+    for wrapped in (
+        lambda state: {"ema": state},
+        lambda state: {"state_dict": state},
+        lambda state: {"state_dict": {"ema": state}},
+    ):
+        torch.save(wrapped(model.state_dict()) | beside, tmp_path / "a.pt")
+        found = load_reference(tmp_path / "a.pt", "sit", 3).generator.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "a.pt",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "Git LFS pointer, .*: git lfs pull",
+        ),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("a.pt", b"\n<!DOCTYPE html><html>sign in</html>", "is a web page, not the file itself"),
+        ("a.safetensors", b"<html>", "is a web page"),
+    ],
+)
+def test_what_a_download_left_instead_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    refused(said, tmp_path / name, "sit", 3)
+
+
+def test_a_file_under_the_suffix_of_another_format_is_named(tmp_path, made):
+    for name, other, said in (("a.pt", "b.safetensors", "rename it to end in .pt"),
+                              ("a.safetensors", "b.pt", "rename it to end in .safetensors")):  # fmt: skip
+        save_reference(tmp_path / name, made())
+        (tmp_path / name).rename(tmp_path / other)
+        refused(said, tmp_path / other, "sit", 3)
 
 
 def test_truncated_and_other_files_are_refused(tmp_path, made):
