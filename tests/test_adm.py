@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from haste_core.errors import HasteError
@@ -387,17 +388,53 @@ def test_score_prints_and_writes_the_scores_of_any_npz(patched, tmp_path, capsys
     assert config.digest({k: v for k, v in card.items() if k != "card_id"}) == card["card_id"] == shown["card_id"]
 
 
+def test_folders_of_images_have_the_scores_of_the_same_npz(patched, tmp_path, capsys):
+    shown = {
+        name: pictures(n, seed, channels=3, side=8) for seed, (name, n) in enumerate({"made": 80, "real": 90}.items())
+    }
+    for name, of_one in shown.items():
+        write_npz(tmp_path / f"{name}.npz", of_one)
+        for i, image in enumerate(of_one):
+            place = tmp_path / name / f"{i // 50}" / f"{i:03d}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(place)
+
+    def score(suffix, *more):
+        words = [str(tmp_path / f"made{suffix}"), "--reference", str(tmp_path / f"real{suffix}")]
+        assert main(["score", *words, "--out", str(tmp_path / "scores.json"), *more]) == 0
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    folders, files = score(""), score(".npz")
+    assert folders["scores"] == files["scores"]
+    assert (folders["card"]["n"], folders["card"]["samples"], folders["card"]["reference"]) == (80, "made", "real")
+    halved = score("", "--resize", "4")
+    assert halved["scores"]["fid"] != files["scores"]["fid"]
+    assert halved["card"]["resize"] == 4
+    assert len({card["card"]["card_id"] for card in (folders, files, halved)}) == 3
+    (tmp_path / "made" / "0" / "007.png").write_bytes(b"no image")
+    assert main(["score", str(tmp_path / "made"), "--reference", str(tmp_path / "real")]) == 2
+    assert "0/007.png cannot be decoded" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["made.npz", "--reference", "digitz"], "did you mean 'digits'"),
         (["made.npz", "--reference", "digits", "--out", "x.txt"], ".json"),
         (["made.npz", "--reference", "digits", "--batch-size", "0"], "1 and above"),
-        ([".", "--reference", "digits"], "a folder that haste sample made"),
+        (["empty", "--reference", "digits"], "empty holds no images; expected PNG, JPEG or WebP files"),
+        (["mixed", "--reference", "digits"], "mixed holds 2 of 8x8, 1 of 9x9; expected square images of one size"),
+        (["long", "--reference", "made.npz"], "long holds 1 of 8x4; expected square images of one size; --resize N"),
+        (["made.npz", "--reference", "empty"], "empty holds no images"),
     ],
 )
 def test_score_refuses_wrong_input(patched, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     write_npz(tmp_path / "made.npz", pictures(90, 0, side=8))
+    for name in ("empty", "mixed", "long"):
+        (tmp_path / name).mkdir()
+    for i, size in enumerate(((8, 8), (9, 9), (8, 8))):
+        Image.new("RGB", size).save(tmp_path / "mixed" / f"{i}.png")
+    Image.new("RGB", (8, 4)).save(tmp_path / "long" / "a.webp")
     assert main(["score", *words]) != 0
     assert said in capsys.readouterr().err

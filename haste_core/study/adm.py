@@ -33,7 +33,7 @@ from haste_core.errors import HasteError
 from haste_core.files import atomic, locked, output_root
 from haste_core.study import config, runs
 from haste_core.study.data import open_dataset
-from haste_core.study.images import Images, MemoryImages, NpzImages, TrainingImages, file_hash
+from haste_core.study.images import FolderImages, Images, MemoryImages, NpzImages, TrainingImages, file_hash
 from haste_core.study.scores import (
     LIMIT,
     Gaussian,
@@ -321,10 +321,14 @@ def scoring_facts(
         evaluate: settings; `reference` is the path of an .npz file, or None.
         data: without a path, the data whose training images are the reference. extractor: name of the networks.
     """
-    if evaluate.reference:
+    if evaluate.reference and Path(evaluate.reference).is_dir():
+        found = FolderImages(Path(evaluate.reference), evaluate.resize).facts()
+        reference: dict[str, Any] = {"reference": Path(evaluate.reference).name, "reference_hash": found.pop("hash")}
+        reference |= {"reference_statistics": False, "reference_images": True, **found}
+    elif evaluate.reference:
         path = Path(evaluate.reference)
         names = array_names(path)
-        reference: dict[str, Any] = {"reference": path.name, "reference_hash": file_hash(path)}
+        reference = {"reference": path.name, "reference_hash": file_hash(path)}
         reference |= {"reference_statistics": "mu" in names, "reference_images": "arr_0" in names}
     elif data is not None:
         reference = {"reference": f"{data.kind} train split (held-in), not augmented"}
@@ -377,6 +381,9 @@ class AdmScorer:
 
     def _of_file(self, path: Path) -> Reference:
         """The reference in a file, with features extracted from its images where it holds no statistics of them."""
+        if path.is_dir():
+            folder = FolderImages(path, self.evaluate.resize)
+            return self._extracted(folder, len(folder))
         stored = load_reference(path)
         if "arr_0" not in array_names(path):
             if stored.manifold is None:

@@ -133,9 +133,11 @@ def add_score(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of haste score."""
     defaults = config.EvaluateSettings(suite="adm")
     sub.add_argument("samples", type=Path,
-                     help="an .npz file with uint8 images arr_0 (n, S, S, 3), or a folder of haste sample")  # fmt: skip
-    sub.add_argument("--reference", required=True, metavar="REF", help="an ADM .npz with mu, sigma, mu_s, sigma_s or "
-                     "images arr_0, or a study, whose training images it is")  # fmt: skip
+                     help="a folder of images (PNG, JPEG, WebP), or of haste sample, or an .npz file with uint8 images "
+                     "arr_0 (n, S, S, 3)")  # fmt: skip
+    sub.add_argument("--reference", required=True, metavar="REF", help="a folder of images, an ADM .npz with mu, "
+                     "sigma, mu_s, sigma_s or images arr_0, or a study, whose training images it is")  # fmt: skip
+    sub.add_argument("--resize", type=int, metavar="N", help="crop and resize images of folders to N pixels a side")
     sub.add_argument("--inception", default=defaults.inception, metavar="PATH", help="local weights of "
                      "torch-fidelity's Inception; hub downloads them (default: %(default)s)")  # fmt: skip
     sub.add_argument("--dinov2", default=defaults.dinov2, metavar="PATH", help="local DINOv2 weights; hub downloads "
@@ -152,17 +154,18 @@ def score(arguments: argparse.Namespace) -> None:
         raise HasteError(f"--out is {arguments.out}; expected a name ending in .json")
     from haste_core.study.adm import AdmScorer
 
-    is_file = arguments.reference.endswith(".npz")
+    is_file = arguments.reference.endswith(".npz") or Path(arguments.reference).is_dir()
     data = None if is_file else config.load(arguments.reference, arguments.profile, arguments.overrides).data
     evaluate = config.EvaluateSettings(
         suite="adm",
         reference=arguments.reference if is_file else None,
+        resize=arguments.resize,
         inception=arguments.inception,
         dinov2=arguments.dinov2,
         dinov2_model=arguments.dinov2_model,
         batch_size=arguments.batch_size,
     )
-    images, facts = _open_samples(arguments.samples)
+    images, facts = _open_samples(arguments.samples, arguments.resize)
     scorer = AdmScorer(evaluate, data)
     scores = scorer.score(images)
     card = {"suite": "adm", "n": len(images), **facts, **scorer.facts}
@@ -177,13 +180,17 @@ def score(arguments: argparse.Namespace) -> None:
         write_json(arguments.out, {"scores": known, "card": card})
 
 
-def _open_samples(path: Path) -> tuple[Images, dict[str, Any]]:
-    """The images of an .npz file or of a folder of `haste sample`, and what the card says of them."""
-    from haste_core.study.images import NpzImages, file_hash
+def _open_samples(path: Path, resize: int | None) -> tuple[Images, dict[str, Any]]:
+    """The images of an .npz file, of a folder of `haste sample` or of any folder, and what the card says of them."""
+    from haste_core.study.images import FolderImages, NpzImages, file_hash
     from haste_core.study.samples import SampleSet, read_manifest
 
     if not path.is_dir():
         return NpzImages(path), {"samples": path.name, "samples_hash": file_hash(path)}
+    if not (path / "manifest.json").is_file():
+        images = FolderImages(path, resize)
+        facts = images.facts()
+        return images, {"samples": path.name, "samples_hash": facts.pop("hash"), **facts}
     manifest = read_manifest(path)
     samples = SampleSet(path, manifest)
     facts = {"samples": path.name, "manifest": manifest}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from haste_core.files import atomic
 from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.data import Dataset, open_dataset
-from haste_core.study.data.base import parts
+from haste_core.study.data.base import center_crop, parts, to_tensor
+from haste_core.study.data.images import walk
 
 # Training sets up to this many bytes are hashed completely, larger ones by this many evenly spread images.
 HASHED_WHOLE = 2**30
@@ -95,6 +97,55 @@ class NpzImages:
             raise HasteError(
                 f"{self.path}: {cause}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)"
             ) from error
+
+
+class FolderImages:
+    """All images below a folder in the order of their names, as RGB of one size.
+
+    Args:
+        path: the folder. resize: side in pixels that images are cropped and resized to (center-crop-dhariwal); None
+            takes them as they are.
+
+    Raises:
+        HasteError: there are no images, or of several sizes or not square without `resize`; one cannot be decoded, also
+            while it is read.
+    """
+
+    def __init__(self, path: Path, resize: int | None = None) -> None:
+        self.path, self.resize = path, resize
+        self.files = sorted(walk(path, (), Counter()), key=lambda file: file.parts)
+        if not self.files:
+            raise HasteError(f"{path} holds no images; expected PNG, JPEG or WebP files, or a folder of haste sample")
+        sizes = Counter(self._decoded(file, lambda image: image.size) for file in self.files)
+        if resize is None and (len(sizes) > 1 or len(set(next(iter(sizes)))) > 1):
+            shown = ", ".join(f"{n} of {width}x{height}" for (width, height), n in sizes.most_common(3))
+            raise HasteError(f"{path} holds {shown}{', ...' * (len(sizes) > 3)}; expected square images of one size; "
+                             f"--resize N crops and resizes them")  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """As for `Images`."""
+        for part in parts(range(len(self.files)), size):
+            yield torch.stack([self._decoded(self.files[i], self._tensor) for i in part])
+
+    def _tensor(self, image: Image.Image) -> Tensor:
+        return to_tensor(center_crop(image, self.resize or image.width))
+
+    def _decoded(self, file: Path, use: Callable[[Image.Image], Any]) -> Any:
+        try:
+            with Image.open(self.path / file) as image:
+                return use(image)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise HasteError(f"{self.path / file} cannot be decoded ({' '.join(str(error).split())})") from error
+
+    def facts(self) -> dict[str, Any]:
+        """For the card: a hash of all files and of the size they are brought to, and that size."""
+        found = hashlib.sha256(f"{self.resize}\0".encode())
+        for file in self.files:
+            found.update(f"{file}\0{file_hash(self.path / file)}\0".encode())
+        return {"hash": found.hexdigest()[:16], **({"resize": self.resize} if self.resize else {})}
 
 
 class TrainingImages:

@@ -384,7 +384,8 @@ class EvaluateSettings(Section):
     of a denoising autoencoder of the same width that it trains without labels (autoencoder; its min_accuracy is the
     share of the validation images' pixel variance that it has to explain, label_smoothing has no effect there); `adm`
     gives FID, sFID, IS, precision and recall by the ADM convention on Inception, and a Frechet distance on DINOv2.
-    reference: an ADM .npz of reference statistics or images; the training images by default. inception, dinov2:
+    reference: an ADM .npz of reference statistics or images, or a folder of images; the training images by default.
+    resize: side that images of a folder are cropped and resized to. inception, dinov2:
     local weights; `hub` downloads them, and dinov2 `none` leaves that score out. denoising_images: largest number of
     held-out images that the denoising loss by noise level is measured on.
     """
@@ -402,6 +403,7 @@ class EvaluateSettings(Section):
         steps=600, batch_size=128, lr=2e-3, weight_decay=0.01, seed=3000, min_accuracy=0.5
     )
     reference: str | None = None
+    resize: Positive | None = Field(None, exclude_if=lambda resize: resize is None)
     inception: str = "hub"
     dinov2: str = "hub"
     dinov2_model: str = "vit_large_patch14_dinov2.lvd142m"

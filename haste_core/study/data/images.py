@@ -327,7 +327,7 @@ def _tree(root: Path) -> tuple[dict[str, Any], str]:
         HasteError: there are no images, or one lies in no class folder; a link is broken or leads in a circle.
     """
     skipped: Counter[str] = Counter()
-    images = sorted(_walk(root, (), skipped), key=lambda file: file.parts)
+    images = sorted(walk(root, (), skipped), key=lambda file: file.parts)
     note = "; not read: " + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
     tops = {file.parts[0] for file in images}
     divided = (
@@ -351,7 +351,7 @@ def _tree(root: Path) -> tuple[dict[str, Any], str]:
     return found, note
 
 
-def _walk(folder: Path, above: tuple[str, ...], skipped: Counter[str]) -> Iterator[Path]:
+def walk(folder: Path, above: tuple[str, ...], skipped: Counter[str]) -> Iterator[Path]:
     """Images below `folder`, relative to it; other files are counted by kind. above: the folders on the way here."""
     here = os.path.realpath(folder)
     if here in above:
@@ -360,7 +360,7 @@ def _walk(folder: Path, above: tuple[str, ...], skipped: Counter[str]) -> Iterat
         if entry.name.startswith("."):
             skipped["hidden"] += 1
         elif entry.is_dir():
-            yield from (entry.name / inside for inside in _walk(Path(entry.path), (*above, here), skipped))
+            yield from (entry.name / inside for inside in walk(Path(entry.path), (*above, here), skipped))
         elif not entry.is_file():
             raise HasteError(f"{entry.path} is a broken link; expected a file or a folder; mend or remove it")
         elif (suffix := Path(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
