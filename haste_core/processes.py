@@ -39,7 +39,7 @@ class Processes:
 
     def __init__(self) -> None:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if launched() > 1 and missing:
+        if launched() > 1 and missing and not distributed.is_initialized():
             raise HasteError(
                 f"WORLD_SIZE is {launched()}, but {', '.join(missing)} is not set; expected all of them, as torchrun "
                 f"sets them, or none"

@@ -20,7 +20,7 @@ def refused(*args, **kwargs):
 
 def written(tmp_path, change):
     """The path of a copy of the digits study, changed by `change` in place."""
-    content = yaml.safe_load((STUDIES / "digits.yaml").read_text())
+    content = yaml.safe_load((STUDIES / "digits.yaml").read_text()) | {"name": "mine"}
     change(content)
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content))

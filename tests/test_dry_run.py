@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import socket
@@ -37,16 +36,17 @@ def is_ok(study, name, arm="haste"):
 
 @pytest.fixture
 def prepared(tmp_path):
-    """A prepared folder with one real pair and 40 names; only lists and the first pair should be looked at."""
+    """A prepared folder with one real image, 40 latents and 40 names."""
     root = tmp_path / "prepared"
     for side, name in (("images", "img{:08d}.png"), ("vae-sd", "img-mean-std-{:08d}.npy")):
         (root / side / "00000").mkdir(parents=True)
         labels = [[f"00000/{name.format(i)}", i % 5] for i in range(40)]
         (root / side / "dataset.json").write_text(json.dumps({"labels": labels}))
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(root / "images" / "00000" / "img00000000.png")
-    stream = io.BytesIO()
-    np.save(stream, np.zeros((8, 8, 8), np.float32))
-    (root / "vae-sd" / "00000" / "img-mean-std-00000000.npy").write_bytes(stream.getvalue())
+    for i in range(40):
+        drawn = np.random.default_rng(i).normal(0, 5, (4, 8, 8))
+        latent = np.concatenate([drawn, np.full_like(drawn, 0.1)]).astype(np.float32)
+        np.save(root / "vae-sd" / "00000" / f"img-mean-std-{i:08d}.npy", latent)
     return root
 
 
@@ -170,7 +170,7 @@ def test_images_are_counted_and_a_hub_name_is_missing_until_it_is_in_the_cache(t
     settings = config.DataSettings(kind="images", path=str(tmp_path / "folder"), image_size=32, test_fraction=0.2)
     example, check = find_example(settings)
     assert (example, check.ok) == (Example(32, 3, 2, 32, 3), True)
-    assert "8 training images, 2 classes, 3x32x32" in check.found
+    assert "12 images (8 train, 1 validation, 3 test), 2 classes of 6 to 6 images, 3x32x32" in check.found
     assert not find_example(settings, 13)[1].ok
 
     monkeypatch.setattr("haste_core.study.dry_run.HF_DATASETS_CACHE", tmp_path / "datasets")

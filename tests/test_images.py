@@ -189,10 +189,8 @@ def test_what_is_not_read_is_said(tmp_path, capfd):
     (folder / "bee" / "README").write_text("")
     data = opened(folder)
     assert together(contents(data)) == list(range(12))
-    told = (
-        "pets: 12 images (8 train, 1 validation, 3 test) in 3 classes of 4 to 4; not read: 1 .csv, 1 .txt, 1 hidden, "
-    )
-    assert data.summary == told + "1 without a suffix"
+    told = "pets: 12 images (8 train, 1 validation, 3 test), 3 classes of 4 to 4 images, 3x16x16; not read: 1 .csv, "
+    assert data.summary == told + "1 .txt, 1 hidden, 1 without a suffix"
     assert capfd.readouterr().err.count(data.summary) == 1
     opened(folder)
     assert data.summary not in capfd.readouterr().err, "said once"

@@ -218,7 +218,7 @@ CHANGES_NOTHING = {
 # On the card through something else: the fingerprint of weights, the fields of a preset, the suite's own card.
 ELSEWHERE = {
     "evaluate.extractor", "evaluate.autoencoder", "evaluate.extractor_width", "evaluate.inception", "sample.preset",
-    "sample.vae", "evaluate.suite",
+    "sample.vae", "sample.any_vae", "evaluate.suite", "evaluate.resize",
 }  # fmt: skip
 
 

@@ -76,8 +76,8 @@ class Images(Dataset):
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in self._splits.items())
         note += self._splits["train"].odd_sizes()
         self._found = (
-            f"{self.name}: {len(labels):,} images ({sizes}) in {self.classes:,} classes of {int(counts.min()):,} to "
-            f"{int(counts.max()):,}{note}"
+            f"{self.name}: {len(labels):,} images ({sizes}), {self.classes:,} classes of {int(counts.min()):,} to "
+            f"{int(counts.max()):,} images, 3x{self.image_size}x{self.image_size}{note}"
         )
         say(self._found)
 
