@@ -212,7 +212,7 @@ def test_two_processes_go_on_from_what_one_saved(compared):
     ("name", "message"),
     [("indivisible", "train.batch_size 16 cannot go through 2 process(es) in 5 equal micro-batches each; expected a "
                      "multiple of 10 for train.batch_size, or 1, 2, 4, 8 for train.accumulate"),
-     pytest.param("unwell", "checkpoints before it are intact", marks=slow)],
+     pytest.param("unwell", "there is no checkpoint before it", marks=slow)],
 )  # fmt: skip
 def test_an_error_is_the_same_in_both(two, name, message):
     first, second = two(name)[1]

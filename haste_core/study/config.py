@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from haste_core.errors import HasteError, unknown
+from haste_core.files import output_root
 from haste_core.seeding import STREAMS
 from haste_core.study.sections import (
     TRAIN_BOOKKEEPING,
@@ -310,7 +311,9 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
     if not path.is_file() or (path.parent == STUDIES and path.stem not in studies()):
         raise unknown("study", study, [*studies(), "or the path of a .yaml file"])
     content = _read(path)
-    if path.parent != STUDIES and content.get("name") in studies():
+    # A launch writes the settings of its run beside it and gives them to its processes.
+    own = output_root() / "runs" in path.resolve().parents
+    if path.parent != STUDIES and not own and content.get("name") in studies():
         raise HasteError(
             f"{path} bears the name {content['name']!r} of a study that comes with the package, and would write over "
             f"its report; expected another name"
