@@ -1,4 +1,4 @@
-"""Any labelled images that Hugging Face `datasets` reads, in pixel space: folders, parquet files, hub names."""
+"""Any labelled images in pixel space: folders, and what Hugging Face `datasets` reads (parquet files, hub names)."""
 
 from __future__ import annotations
 
@@ -131,11 +131,14 @@ class Split:
         self.classes = len(self.class_names or [])
 
     def samples(self) -> Iterator[bytes]:
-        """The files of some images, evenly spread."""
+        """The files of some images, evenly spread; one that is missing is named when it is decoded."""
         stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))
         for i in range(0, len(stored), len(stored) // SAMPLED + 1):
             row = stored[i][self.image_column]
-            yield row["bytes"] or Path(row["path"]).read_bytes()
+            try:
+                yield row["bytes"] or Path(row["path"]).read_bytes()
+            except OSError:
+                continue
 
     def odd_sizes(self) -> str:
         """A note on images that are enlarged, or of which most is cropped, among some that are looked at."""
