@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub as hub
+import numpy as np
 import timm
 import torch
 from huggingface_hub import constants
@@ -267,6 +268,7 @@ def check_plain_attention(attn: Any) -> None:
 
 def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]) -> nn.Module:
     """timm encoder without head, with hub or local weights, or random ones ("random", "pretrain") from `seed`."""
+    _check_sizes(kwargs)
     options: dict[str, Any] = {"num_classes": 0, **kwargs}
     unloaded = []
     try:
@@ -298,6 +300,23 @@ def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]
             "or EVA of timm with a fixed input size and one attention per block"
         )
     return encoder
+
+
+def _check_sizes(kwargs: Mapping[str, Any]) -> None:
+    """Refuse sizes with which timm builds a network that cannot run, or stops without a reason."""
+    for name in ("dynamic_img_size", "dynamic_img_pad"):
+        if kwargs.get(name):
+            raise HasteError(f"teacher.kwargs.{name} is set; expected a fixed token grid")
+    for name in ("depth", "num_heads", "embed_dim", "patch_size", "img_size", "in_chans"):
+        smallest = min(np.atleast_1d(kwargs.get(name, 1)).tolist())
+        if not isinstance(smallest, int) or smallest < 1:
+            raise HasteError(f"teacher.kwargs.{name} is {kwargs[name]}; expected whole numbers of 1 and above")
+    size, patch = (np.atleast_1d(kwargs.get(name, 0)) for name in ("img_size", "patch_size"))
+    if size.min() and patch.max() > size.min():
+        raise HasteError(
+            f"teacher.kwargs has img_size {kwargs['img_size']} and patch_size {kwargs['patch_size']}; expected an "
+            f"image of at least one patch"
+        )
 
 
 def _create(model: str, options: dict[str, Any], seed: int) -> nn.Module:

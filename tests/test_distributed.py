@@ -12,10 +12,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from haste_core.errors import HasteError, Interrupted
+from haste_core.files import locked
 from haste_core.study import config, launching
 from haste_core.study.runs import Run
 from haste_core.study.train import fit
@@ -246,3 +248,24 @@ def test_a_launch_stops_at_a_signal_and_the_run_goes_on_and_its_error_is_that_of
     assert longer.steps() == [step + 1]
     with pytest.raises(HasteError, match=r"the loss is nan.*there is no checkpoint before it"):
         launching.fit(Run(make_study("train.lr=1e30"), "haste", 0), processes=2, progress=False)
+
+
+@slow
+def test_workers_save_and_stop_when_the_process_that_started_them_is_killed(output, make_study):
+    settings = ["train.steps=5000", "train.keep=[]", "train.log_every=1", "train.checkpoint_every=5000"]
+    run = Run(config.load("digits", "smoke", settings), "vanilla", 0)
+    words = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "haste_core.study.cli", "train", "digits", "vanilla", "--profile", "smoke", *words]
+    parent = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.DEVNULL)
+    while not run.metrics_path.is_file() or len(run.metrics_path.read_text().splitlines()) < 3:
+        assert parent.poll() is None
+        time.sleep(0.1)
+    below = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert alive == []
+    (step,) = run.steps()
+    assert 3 <= step < 5000
+    with locked(run.dir / "run.lock", "the run"):
+        pass
