@@ -294,6 +294,11 @@ def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]
         why = "its blocks have no attention module of their own"
     if why is None and not getattr(encoder.patch_embed, "img_size", None):
         why = "it has no fixed input size"
+    if why is None and not all(encoder.patch_embed.grid_size):
+        raise HasteError(
+            f"teacher {model!r} has patches of {encoder.patch_embed.patch_size} and an input of "
+            f"{encoder.patch_embed.img_size} pixels; expected an image of at least one patch"
+        )
     if why:
         raise HasteError(
             f"teacher {model!r} is no vision transformer that can be aligned with: {why}; expected any ViT "

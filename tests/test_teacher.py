@@ -294,7 +294,7 @@ def test_what_does_not_exist_is_an_error_of_one_line(model, kwargs, words):
         ({"depth": 1.5}, "teacher.kwargs.depth is 1.5; expected whole numbers"),
         ({"patch_size": -2}, "teacher.kwargs.patch_size is -2"),
         ({"dynamic_img_pad": True}, "teacher.kwargs.dynamic_img_pad is set; expected a fixed token grid"),
-        ({"img_size": 8}, "8.*16|patch"),
+        ({"img_size": 8}, r"patches of \(16, 16\) and an input of \(8, 8\) pixels; expected an image of at least one"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused(kwargs, said):
