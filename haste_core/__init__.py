@@ -29,45 +29,14 @@ __all__ = [
     "load_reference", "make_trigger", "save_reference", "tap", "tapped",
 ]  # fmt: skip
 
+# The modules that the names come from.
 _HOMES = {
-    "alignment": (
-        "attention_loss",
-        "feature_loss",
-    ),
-    "errors": ("HasteError",),
-    "haste": ("HASTE",),
-    "models": (
-        "DiT",
-        "MMDiT",
-        "SiT",
-    ),
-    "released": (
-        "load_reference",
-        "save_reference",
-    ),
-    "sampling": (
-        "Sampler",
-        "draw",
-    ),
-    "taps": (
-        "Taps",
-        "tap",
-        "tapped",
-    ),
-    "teacher": ("Teacher",),
-    "termination": (
-        "Angle",
-        "FixedIteration",
-        "Never",
-        "Plateau",
-        "Switch",
-        "make_trigger",
-    ),
-    "training": (
-        "Optimization",
-        "Trainer",
-    ),
-}
+    "alignment": ("attention_loss", "feature_loss"), "errors": ("HasteError",), "haste": ("HASTE",),
+    "models": ("DiT", "MMDiT", "SiT"), "released": ("load_reference", "save_reference"),
+    "sampling": ("Sampler", "draw"), "taps": ("Taps", "tap", "tapped"), "teacher": ("Teacher",),
+    "termination": ("Angle", "FixedIteration", "Never", "Plateau", "Switch", "make_trigger"),
+    "training": ("Optimization", "Trainer"),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

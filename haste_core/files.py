@@ -23,7 +23,7 @@ from haste_core.errors import HasteError, Interrupted, InUse, is_disk_full
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def notebooks_folder() -> Path:

@@ -39,7 +39,7 @@ READABLE = (".pt", ".pth", ".safetensors")
 WRITABLE = (".pt", ".safetensors")
 _scalar: Any = np.float64(0).__reduce__()[0]  # how numpy pickles a number
 # What checkpoints keep beside weights: a command line, paths, numbers of numpy. Making them runs no code.
-HARMLESS: list[Any] = [
+BESIDE_WEIGHTS: list[Any] = [
     argparse.Namespace,
     *((PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")),
     *((PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
@@ -148,7 +148,7 @@ def read(path: Path) -> Mapping[str, Any]:
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as stream:
                 return {name: stream.get_tensor(name) for name in list(stream.keys())}
-        with safe_globals(HARMLESS):
+        with safe_globals(BESIDE_WEIGHTS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything
         raise _unreadable(path, error) from error
@@ -175,7 +175,7 @@ def _unreadable(path: Path, error: Exception) -> HasteError:
 
 
 def _recognised(path: Path) -> str:
-    """What a file is that is no checkpoint of its suffix, and what to do; empty for others."""
+    """Name of the kind of a file that is no checkpoint of its suffix, and the way out; empty for other files."""
     with path.open("rb") as stream:
         head = stream.read(512)
     if head.startswith(b"version https://git-lfs"):

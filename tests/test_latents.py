@@ -430,8 +430,15 @@ def test_another_vae_than_that_of_the_latents_decodes_only_if_asked_to(reference
             data,
             other,
         )
-    weights = load_file(save_vae(tmp_path / "weights") / WEIGHTS)
+    # Another decoder of the same encoder, as of sd-vae-ft-mse and sd-vae-ft-ema, is named on the card alone.
+    weights = load_file(save_vae(tmp_path / "decoder") / WEIGHTS)
     weights["decoder.conv_in.bias"][0] += 1
+    save_file(weights, tmp_path / "decoder" / WEIGHTS)
+    tuned = config.SampleSettings(vae=str(tmp_path / "decoder"))
+    assert_close(to_images(x, data, tuned), load_vae(str(tmp_path / "decoder")).decode(x))
+    assert vae_facts(data, tuned)["latents_by"]["fingerprint"] == loaded.fingerprint
+    weights = load_file(save_vae(tmp_path / "weights") / WEIGHTS)
+    weights["encoder.conv_in.bias"][0] += 1
     save_file(weights, tmp_path / "weights" / WEIGHTS)
     name = str(tmp_path / "weights")
     refused(f"expected {loaded.fingerprint}", to_images, x, data, config.SampleSettings(vae=name))

@@ -21,8 +21,8 @@ from haste_core.files import atomic
 from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.data import Dataset, open_dataset
-from haste_core.study.data.base import center_crop, parts, to_tensor
-from haste_core.study.data.images import walk
+from haste_core.study.data.base import center_crop, parts, say, to_tensor
+from haste_core.study.data.images import not_read, walk
 
 # Training sets up to this many bytes are hashed completely, larger ones by this many evenly spread images.
 HASHED_WHOLE = 2**30
@@ -113,7 +113,9 @@ class FolderImages:
 
     def __init__(self, path: Path, resize: int | None = None) -> None:
         self.path, self.resize = path, resize
-        self.files = sorted(walk(path, (), Counter()), key=lambda file: file.parts)
+        skipped: Counter[str] = Counter()
+        self.files = sorted(walk(path, (), skipped), key=lambda file: file.parts)
+        say(f"{path}: {len(self.files):,} images{not_read(skipped)}")
         if not self.files:
             raise HasteError(f"{path} holds no images; expected PNG, JPEG or WebP files, or a folder of haste sample")
         sizes = Counter(self._decoded(file, lambda image: image.size) for file in self.files)

@@ -82,6 +82,12 @@ class Vae:
         """Hash of the weights."""
         return checkpoint.fingerprint(self.model.state_dict())
 
+    @cached_property
+    def encoder(self) -> str:
+        """Hash of the weights that encode, which VAEs with decoders of their own can share (sd-vae-ft-mse and -ema)."""
+        weights = self.model.state_dict().items()
+        return checkpoint.fingerprint({n: v for n, v in weights if n.startswith(("encoder.", "quant_conv."))})
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Posterior:
         """The posterior of images (n, 3, S, S) in [-1, 1]: mean and std (n, C, S / factor, S / factor), unscaled.
@@ -172,7 +178,7 @@ def vae_facts(data: config.DataSettings, sample: config.SampleSettings) -> dict[
     vae = _decoder(data, sample)
     facts = {"name": vae.name, "weights": vae.fingerprint}
     encoder = read_manifest(Path(str(data.path)))
-    if encoder is None or _same(vae, encoder.vae):
+    if encoder is None or vae.fingerprint == encoder.vae.fingerprint:
         return facts
     return facts | {"latents_by": encoder.vae.model_dump()}
 
@@ -195,10 +201,11 @@ def _decoder(data: config.DataSettings, sample: config.SampleSettings) -> Vae:
     """The VAE that decodes generated latents.
 
     Raises:
-        HasteError: it is not the one that made the latents (weights, scale or shift), and `sample.any_vae` is not set.
+        HasteError: it has another encoder, scale or shift than the one that made the latents, and `sample.any_vae` is
+            not set.
     """
     vae, manifest = _cached_vae(vae_of(data, sample)), read_manifest(Path(str(data.path)))
-    if sample.any_vae or (manifest is not None and _same(vae, manifest.vae)):
+    if sample.any_vae or (manifest is not None and _decodes(vae, manifest.vae)):
         return vae
     if manifest is not None:
         made = manifest.vae
@@ -215,8 +222,9 @@ def _decoder(data: config.DataSettings, sample: config.SampleSettings) -> Vae:
     return vae
 
 
-def _same(vae: Vae, made: VaeFacts) -> bool:
-    return (vae.fingerprint, vae.scale, vae.shift) == (made.fingerprint, made.scale, made.shift)
+def _decodes(vae: Vae, made: VaeFacts) -> bool:
+    same = vae.fingerprint == made.fingerprint or vae.encoder == made.encoder
+    return same and (vae.scale, vae.shift) == (made.scale, made.shift)
 
 
 @lru_cache(maxsize=1)
@@ -317,7 +325,13 @@ class Preparation:
             "latent_shape": [vae.channels, side, side],
             "classes": max(self.split.classes, int(labels.max()) + 1),
             "class_names": self.split.class_names,
-            "vae": {"name": vae.name, "fingerprint": vae.fingerprint, "scale": vae.scale, "shift": vae.shift},
+            "vae": {
+                "name": vae.name,
+                "fingerprint": vae.fingerprint,
+                "encoder": vae.encoder,
+                "scale": vae.scale,
+                "shift": vae.shift,
+            },
             "source": {"path": job.source, "split": job.split, "labels": labels_hash(labels)},
             "shard_size": job.shard_size,
             "versions": {package: version(package) for package in _PACKAGES},

@@ -51,7 +51,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
         given[parameter] = str(value) if isinstance(value, datetime.date) else value
         try:
             json.dumps(given[parameter], allow_nan=False)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise HasteError(
                 f"parameter {parameter}={value}; expected finite numbers, text, lists or mappings"
             ) from error
@@ -97,7 +97,8 @@ def parameters_of(path: Path) -> list[str]:
         raise HasteError(f"{path} is no notebook that can be read ({cause}); save it in JupyterLab") from error
     if written < 4:
         raise HasteError(f"{path} is a notebook of format {written}; expected 4: open and save it in JupyterLab")
-    language = notebook.metadata.get("kernelspec", {}).get("language", "python")
+    facts = notebook.metadata
+    language = facts.get("kernelspec", {}).get("language") or facts.get("language_info", {}).get("name", "python")
     if language != "python":
         raise HasteError(f"{path} has a kernel of language {language!r}; expected Python")
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]

@@ -336,7 +336,7 @@ class SampleSettings(Section):
     Guidance scale 1 means none; the interval is in t, 0 data, 1 noise (for `ddpm` t is the timestep over 1000).
     guidance_channels: number of leading channels that are guided, all by default; 3 repeats DiT's released numbers.
     vae: decoder of latents, by hub name or folder; by default the one the latents were made with. any_vae: allow one
-    with other weights or another scale than that. precision: of the network (`no`: float32); the integrator is always
+    with another encoder or scale than that. precision: of the network (`no`: float32); the integrator is always
     float64. compile: torch.compile its blocks, for many images.
     """
 
@@ -385,9 +385,9 @@ class EvaluateSettings(Section):
     share of the validation images' pixel variance that it has to explain, label_smoothing has no effect there); `adm`
     gives FID, sFID, IS, precision and recall by the ADM convention on Inception, and a Frechet distance on DINOv2.
     reference: an ADM .npz of reference statistics or images, or a folder of images; the training images by default.
-    resize: side that images of a folder are cropped and resized to. inception, dinov2:
-    local weights; `hub` downloads them, and dinov2 `none` leaves that score out. denoising_images: largest number of
-    held-out images that the denoising loss by noise level is measured on.
+    resize: side that images of a folder are cropped and resized to. inception, dinov2: local weights; `hub` downloads
+    them, and dinov2 `none` leaves that score out. denoising_images: largest number of held-out images that the
+    denoising loss by noise level is measured on.
     """
 
     suite: Literal["study", "adm"] = "study"

@@ -331,7 +331,7 @@ def _tree(root: Path) -> tuple[dict[str, Any], str]:
     """
     skipped: Counter[str] = Counter()
     images = sorted(walk(root, (), skipped), key=lambda file: file.parts)
-    note = "; not read: " + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
+    note = not_read(skipped)
     tops = {file.parts[0] for file in images}
     divided = (
         bool(images) and all(len(file.parts) > 2 for file in images) and {top.lower() for top in tops} <= set(SPLITS)
@@ -352,6 +352,11 @@ def _tree(root: Path) -> tuple[dict[str, Any], str]:
         found[split] = datasets.Dataset.from_dict(columns, features=features)
         found[split]._fingerprint = _fingerprint(root, files)
     return found, note
+
+
+def not_read(skipped: Mapping[str, int]) -> str:
+    """A note on files by kind; empty without any."""
+    return "; not read: " + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
 
 
 def walk(folder: Path, above: tuple[str, ...], skipped: Counter[str]) -> Iterator[Path]:

@@ -56,10 +56,14 @@ class Posterior(NamedTuple):
 
 
 class VaeFacts(Section):
-    """The VAE that made the latents; the generator's data are x = (latent - shift) scale."""
+    """The VAE that made the latents; the generator's data are x = (latent - shift) scale.
+
+    encoder: hash of the weights that encode; folders made before it was kept have none.
+    """
 
     name: str
     fingerprint: str
+    encoder: str | None = None
     scale: float = Field(gt=0, allow_inf_nan=False)
     shift: float = Field(allow_inf_nan=False)
 
@@ -357,7 +361,7 @@ class Latents(Dataset):
         say(f"data {data.path}: {self.summary}")
 
     def _doubts(self) -> str:
-        """What the scaled latents have that those of a VAE have not."""
+        """A sentence on scaled latents with another mean or deviation than a VAE's; empty where they look like them."""
         seen = (self.folder.first_look() - self.shift) * self.scale
         mean, std = float(seen.mean()), float(seen.std())
         if abs(mean) <= MEAN_WITHIN and STD_WITHIN[0] <= std <= STD_WITHIN[1]:
