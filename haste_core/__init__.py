@@ -39,9 +39,15 @@ _HOMES = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """The name's object, imported at its first use: timm takes seconds, and most commands do without."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"haste_core.{module}"), name)
-    raise AttributeError(f"module 'haste_core' has no attribute {name!r}")
+if not TYPE_CHECKING:  # editors and type checkers see the imports above, and that other names do not exist
+
+    def __getattr__(name: str) -> Any:
+        """The name's object, imported at its first use: timm takes seconds, and most commands do without."""
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(f"haste_core.{module}"), name)
+        raise AttributeError(f"module 'haste_core' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """Public names, for completion in a notebook."""
+        return __all__

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import haste_core
 from haste_core import HASTE, HasteError, Optimization, SiT, Taps, Teacher, Trainer, make_trigger, tap
 from haste_core.training import Batch, draw_noise
 
@@ -316,6 +317,14 @@ def test_a_compiled_model_is_read_and_trains_as_an_uncompiled_one(own_model, mak
 
     assert losses(True) == pytest.approx(losses(False), rel=1e-5)
     torch.compiler.reset()
+
+
+def test_an_editor_and_a_notebook_know_the_names_of_the_core(tmp_path):
+    (tmp_path / "mine.py").write_text("import haste_core\nreveal_type(haste_core.draw)\nhaste_core.drow\n")
+    done = subprocess.run([sys.executable, "-m", "mypy", str(tmp_path / "mine.py")], capture_output=True, text=True)
+    assert "def (model: haste_core.models.layers.DiffusionTransformer, labels: torch" in done.stdout
+    assert 'Module has no attribute "drow"' in done.stdout
+    assert set(haste_core.__all__) == set(dir(haste_core))
 
 
 @pytest.mark.slow
