@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from haste_core.alignment import projector
-from haste_core.checkpoint import under
+from haste_core.checkpoint import fingerprint, under
 from haste_core.errors import HasteError, unknown
 from haste_core.files import atomic
 from haste_core.models import KINDS, SIZES, DiffusionTransformer
@@ -47,6 +47,7 @@ BESIDE_WEIGHTS: list[Any] = [
     np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
 ]  # fmt: skip
 _NORM = "blocks.0.attn.q_norm.weight"
+_LABELS = "y_embedder.embedding_table.weight"
 _LAST = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
@@ -82,6 +83,57 @@ def load_reference(
     tensors, _ = read_weights(source, weights)
     layout = infer(tensors, family, num_heads, convention, image_size)
     return Reference(generator(tensors, layout), projectors(tensors, layout.sizes["width"]))
+
+
+def begin_from(student: DiffusionTransformer, source: Source, weights: Weights | None = None) -> str:
+    """Give a generator the weights of a checkpoint, released or of a run, to train it further.
+
+    The label table is taken over where the numbers of classes agree. Otherwise its rows stay as they are, apart from
+    the null label's, and with them what the weights know of images in general.
+
+    Args:
+        student: of the same kind and sizes, apart from classes and image size.
+        source, weights: as for `load_reference`.
+
+    Returns:
+        Which weights they are, with a hash of them, and what became of the label table, in words.
+
+    Raises:
+        HasteError: as `load_reference`, or the sizes differ.
+    """
+    tensors, layout, which, labels = _for_student(student, source, weights)
+    found, own = generator(tensors, layout).state_dict(), student.state_dict()
+    # Positions belong to the image size, not to what was learned.
+    taken = own | {name: found[name] for name in own if name in found and name != "pos_embed"}
+    if _LABELS in own and len(found[_LABELS]) != len(own[_LABELS]):
+        taken[_LABELS] = torch.cat([own[_LABELS][:-1], found[_LABELS][-1:].to(own[_LABELS])])
+    student.load_state_dict(taken)
+    return f"{which} weights {fingerprint(tensors)}{labels}"
+
+
+def check_start(student: DiffusionTransformer, source: Source, weights: Weights | None = None) -> str:
+    """What `begin_from` says or raises, without reading weights: `student` may be on torch's meta device."""
+    _, _, which, labels = _for_student(student, source, weights)
+    return f"{which} weights{labels}"
+
+
+def _for_student(
+    student: DiffusionTransformer, source: Source, weights: Weights | None
+) -> tuple[dict[str, Tensor], Layout, str, str]:
+    """Weights, their layout, which they are, and words on classes that differ; refuses other sizes."""
+    tensors, which = read_weights(source, weights)
+    family: Any = student.kind
+    side = None if "pos_embed" in tensors else student.image_size
+    own = infer(student.state_dict(), family, student.heads).sizes
+    layout = infer(tensors, family, student.heads, image_size=side)
+    names = [n for n in own if n not in ("image_size", "classes") and layout.sizes.get(n) != own[n]]
+    if names:
+        found, expected = (", ".join(f"{n} {sizes.get(n)}" for n in names) for sizes in (layout.sizes, own))
+        raise HasteError(f"the weights have {found}; expected {expected}, as the generator that begins with them")
+    labels, known, wanted = "", layout.sizes["classes"], own["classes"]
+    if family != "mmdit" and known != wanted:
+        labels = f"; they know {known} classes, the data have {wanted}: labels are drawn anew, the null label is kept"
+    return tensors, layout, which, labels
 
 
 def save_reference(
@@ -289,7 +341,7 @@ def infer(
     if joint:
         sizes |= {"classes": 1, "context_width": _shape(tensors, "context_embedder.weight", 2)[1]}
     else:
-        classes = _shape(tensors, "y_embedder.embedding_table.weight", 2)[0] - 1
+        classes = _shape(tensors, _LABELS, 2)[0] - 1
         hidden = _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0]
         ratio = hidden / width
         if int(width * ratio) != hidden:  # the quotient was rounded down

@@ -19,9 +19,11 @@ from haste_core.alignment import projector
 from haste_core.errors import HasteError
 from haste_core.models import KINDS, SiT
 from haste_core.models.layers import sincos_positions
-from haste_core.released import infer, load_reference, save_reference
+from haste_core.released import begin_from, infer, load_reference, save_reference
+from haste_core.study import config, runs
+from haste_core.study.dry_run import check_study
 from haste_core.study.runs import Run
-from haste_core.study.train import fit
+from haste_core.study.train import fit, open_trainer
 
 SMALL = {"image_size": 8, "channels": 4, "classes": 5, "depth": 2, "width": 24, "heads": 3, "patch": 2}
 JOINT = SMALL | {"classes": 1, "width": 64, "heads": 2, "context_width": 6}
@@ -466,3 +468,72 @@ def test_convert_never_harms_its_source(tmp_path, made, haste):
         with pytest.raises(HasteError, match=words):
             haste(source, tmp_path / out, "--heads", "3")
     assert source.read_bytes() == before
+
+
+# -- training that begins with a checkpoint ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sit", "dit", "mmdit"])
+def test_a_generator_of_other_classes_and_image_size_begins_with_released_weights(made, family):
+    source, student = made(family, seed=1), made(family, seed=2, classes=8, image_size=12)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    said = begin_from(student, {"ema": source.state_dict(), "model": made(family, seed=3).state_dict()})
+    labels, expected = "y_embedder.embedding_table.weight", source.state_dict()
+    for name, value in student.state_dict().items():
+        if name == labels:
+            assert torch.equal(value[:-1], before[name][:-1])
+            assert torch.equal(value[-1], expected[name][-1])
+        else:
+            assert torch.equal(value, before[name] if name == "pos_embed" else expected[name]), name
+    assert said.startswith("ema weights ")
+    assert ("they know 5 classes, the data have 8" in said) is (family != "mmdit")
+
+
+def test_labels_are_taken_over_where_classes_agree(made):
+    source, student = made(seed=1), made(seed=2)
+    assert "labels" not in begin_from(student, source.state_dict())
+    assert_same(student, source)
+
+
+def test_a_generator_begins_with_no_weights_of_other_sizes(made):
+    with pytest.raises(HasteError, match="the weights have depth 2, width 24; expected depth 3, width 48, as the gen"):
+        begin_from(made(depth=3, width=48), made().state_dict())
+
+
+def test_a_run_begins_with_a_checkpoint_says_so_and_resumes_without_it(tmp_path, make_study, output, made, capsys):
+    source = made(seed=4, channels=1, classes=7, depth=3, width=32, heads=4)
+    save_reference(tmp_path / "old.pt", source)
+    study = make_study(f"train.init_from={tmp_path / 'old.pt'}", "train.checkpoint_every=1")
+    run = Run(study, "vanilla", 0)
+    begun = open_trainer(run)
+    name = "blocks.2.attn.qkv.weight"
+    for model in (begun.generator, begun.ema):
+        assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+    assert "begins with" in capsys.readouterr().err
+    fit(run, progress=False)
+    assert runs.provenance(run.dir)["begun_from"]["weights"].startswith("ema weights ")
+    (tmp_path / "old.pt").unlink()
+    run.checkpoint_path(12).unlink()
+    fit(run, progress=False)
+    # Nothing else moved: without the setting the run has its old name and its old weights.
+    assert Run(make_study(), "vanilla", 0).config.hash != run.config.hash
+    assert "init_from" not in config.load("digits").run("vanilla").model_dump_json()
+
+
+def test_other_weights_under_the_same_path_are_no_second_beginning(tmp_path, make_study, output, made):
+    sizes = {"channels": 1, "classes": 10, "depth": 3, "width": 32, "heads": 4}
+    study = make_study(f"train.init_from={tmp_path / 'old.pt'}")
+    save_reference(tmp_path / "old.pt", made(seed=4, **sizes))
+    open_trainer(Run(study, "vanilla", 0))
+    save_reference(tmp_path / "old.pt", made(seed=5, **sizes))
+    with pytest.raises(HasteError, match=r"began with ema weights \w+; expected the same file for all runs"):
+        open_trainer(Run(study, "vanilla", 1))
+
+
+def test_a_study_whose_beginning_is_missing_or_does_not_fit_trains_nothing(tmp_path, make_study, output, made):
+    study = make_study(f"train.init_from={tmp_path / 'old.pt'}")
+    with pytest.raises(HasteError, match="arm 'vanilla': no checkpoint"):
+        check_study(study)
+    save_reference(tmp_path / "old.pt", made(channels=1))
+    with pytest.raises(HasteError, match="arm 'vanilla': the weights have depth 2, width 24"):
+        check_study(study)

@@ -15,7 +15,7 @@ import torch
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import try_to_load_from_cache
 
-from haste_core import sampling
+from haste_core import released, sampling
 from haste_core.errors import HasteError
 from haste_core.files import output_root
 from haste_core.models import DiffusionTransformer
@@ -68,6 +68,9 @@ def dry_run(run: Run, processes: int = 1) -> tuple[list[Check], str]:
     checks.append(data)
     if check("networks", lambda: _networks(settings, example)) and example is not None:
         student, _, _ = estimate.networks_of(settings, example)
+        if settings.train.init_from is not None:
+            start = Path(settings.train.init_from)
+            check("initial weights", lambda: f"{start}: {released.check_start(student, start)}")
         found = estimate.estimate(settings, example, processes)
         scoring = 0  # FLOPs of sampling the images of one score
         if check("sampler", lambda: _sampler(student, run.sample)):
@@ -88,7 +91,8 @@ def check_study(study: config.StudySettings, processes: int = 1) -> None:
     """Refuse arms that cannot be trained, as far as settings and the size of the data say, before anything is trained.
 
     Raises:
-        HasteError: networks, layers, heads, token grids, sampler or processes of an arm do not fit; it is named.
+        HasteError: networks, layers, heads, token grids, sampler, processes or the weights that an arm begins with do
+            not fit; it is named.
     """
     example, _ = find_example(study.data)
     for arm in study.arms:
@@ -98,6 +102,8 @@ def check_study(study: config.StudySettings, processes: int = 1) -> None:
             if example is not None:
                 student, _, _ = estimate.networks_of(settings, example)
                 sampling.check_sampler(student, study.sample_of(arm).options)
+                if settings.train.init_from is not None:
+                    released.check_start(student, Path(settings.train.init_from))
         except HasteError as error:
             raise HasteError(f"arm {arm!r}: {error}") from error
 

@@ -280,7 +280,8 @@ class TrainSettings(Section):
 
     batch_size: images of one optimizer step, over all processes. timestep_shift: s maps a uniform t to
     s t / (1 + (s - 1) t); above 1 high noise is trained on more often (arXiv 2403.03206, Sec. 5.3.2), a control that
-    the paper does not have.
+    the paper does not have. init_from: a checkpoint, released or of a run, whose weights the generator begins with
+    instead of drawn ones (of its average, where it has one).
 
     The following change the numbers of a run by rounding at most. accumulate: number of gradient-accumulation steps
     per process. activation_checkpointing: recompute the activations of blocks in the backward pass, to save memory.
@@ -299,6 +300,8 @@ class TrainSettings(Section):
     ema_decay: Decay = 0.9999
     label_dropout: Unit = 0.1
     timestep_shift: float = Field(1.0, gt=0)
+    # Left out of hashes where it is not given, so that runs made before there was such a setting keep their names.
+    init_from: str | None = Field(None, exclude_if=lambda path: path is None)
     precision: Precision = "no"
     compile: bool = False
     prefetch: bool = False

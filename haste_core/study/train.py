@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from tqdm.auto import tqdm
 
-from haste_core import checkpoint, gradient_angle, sampling
+from haste_core import checkpoint, gradient_angle, released, sampling
 from haste_core.errors import HasteError, Interrupted, is_disk_full
 from haste_core.files import locked, write_bytes, write_text
 from haste_core.haste import HASTE
@@ -23,6 +23,7 @@ from haste_core.processes import Processes
 from haste_core.seeding import stream
 from haste_core.study import config, images, runs, signals
 from haste_core.study.data import Batches, Dataset, check_unchanged, open_dataset
+from haste_core.study.data.base import say
 from haste_core.study.data.contexts import Contexts
 from haste_core.study.pretrain import check_precision, find_teacher, prepare_teacher
 from haste_core.study.runs import Run
@@ -235,7 +236,33 @@ def open_trainer(run: Run, processes: Processes | None = None) -> Trainer:
     trainer = create(run.config, run.seed, teacher, switch, processes=processes)
     if state:
         checkpoint.restore(trainer, tensors, state)
+    elif run.config.train.init_from is not None:
+        _begin_from(run, trainer, Path(run.config.train.init_from))
     return trainer
+
+
+def _begin_from(run: Run, trainer: Trainer, path: Path) -> None:
+    """Give generator and average the weights of a checkpoint, and record which they are.
+
+    Raises:
+        HasteError: they do not fit, or another run of the study began with other weights from the same path.
+    """
+    taken = released.begin_from(trainer.generator, path)
+    trainer.ema.load_state_dict(trainer.generator.state_dict())
+    facts = {"file": str(path), "weights": taken}
+
+    def record() -> None:
+        for other in sorted(runs.study_dir(run.study).glob("*/seed*")):
+            before = runs.provenance(other).get("begun_from", facts)
+            if before["file"] == facts["file"] and before != facts:
+                raise HasteError(
+                    f"{path} holds {taken}, {other} began with {before['weights']}; expected the same file for all "
+                    f"runs of a study, or another path"
+                )
+        runs.note(run.dir, begun_from=facts)
+
+    trainer.processes.from_main(record)
+    say(f"{run.arm} seed {run.seed} begins with {path}: {taken}")
 
 
 def create(
