@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -555,6 +556,25 @@ def test_the_committed_claims_follow_from_the_committed_tables(shown):
     assert list(written["verdict"]) == list(judged["verdict"])
     for name in ("effect", "low", "high"):
         assert written[name].to_numpy() == pytest.approx(judged[name].to_numpy(), rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+# Documentation
+
+
+def losses(shown, steps=(100, 400, 1000)):
+    """Rows of docs/metrics-and-cards.md: losses of main arms of a committed report, means over seeds."""
+    log, study = pd.read_csv(ROOT / "reports" / shown / "tables" / "metrics.csv"), config.load(*COMMITTED[shown])
+    for arm in study.main:
+        means = log[log["arm"] == arm].groupby("step")[["denoising", "feature", "attention"]].mean().reindex(steps)
+        cells = [" ".join("-" if math.isnan(v) else f"{v:.3f}" for v in means[name]) for name in means]
+        yield f"| {shown} | {arm} | " + " | ".join(cells) + " |"
+
+
+def test_documentation_states_the_losses_of_the_committed_studies():
+    page = (ROOT / "docs" / "metrics-and-cards.md").read_text()
+    shown = page.partition("<!-- losses: begin -->\n")[2].partition("<!-- losses: end -->")[0].strip().splitlines()
+    header = "| report | arm | denoising at steps 100, 400, 1000 | feature | attention |"
+    assert shown == [header, "|---|---|---|---|---|", *(row for name in COMMITTED for row in losses(name))]
 
 
 # README

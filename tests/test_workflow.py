@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -35,6 +37,12 @@ if "haste_core.study.cli" in words:
         open(os.path.join(out, left[words[1]]), "w").close()
     os._exit(0)
 """
+
+
+class Asked(dict):
+    """Resources of a job as Snakemake hands them to plugins."""
+
+    __getattr__ = dict.__getitem__
 
 
 @pytest.fixture
@@ -153,6 +161,19 @@ def test_a_profile_retries_stopped_jobs_and_gives_them_a_gpu(name):
         assert asked["nodes"] == 1
     else:  # GPUs by limits, stamps in the volume
         assert (asked["scale"], asked["gpu_manufacturer"], settings["default-storage-provider"]) == (0, "nvidia", "fs")
+
+
+def test_the_plugin_for_slurm_asks_for_one_task_however_many_gpus_a_job_has():
+    submit = pytest.importorskip("snakemake_executor_plugin_slurm.submit_string").get_submit_command
+    asked = yaml.safe_load((ROOT / "workflow" / "slurm" / "config.yaml").read_text())["default-resources"]
+    wanted = asked | {"gpu": 2, "mem_mb": 128000}
+    extra = str(wanted["slurm_extra"]).strip("'")
+    job = SimpleNamespace(resources=Asked(wanted | {"slurm_extra": extra}), threads=2)
+    told = dict.fromkeys(("run_uuid", "slurm_logfile", "comment_str", "account", "partition", "workdir"), "x")
+    words = shlex.split(submit(job, told))
+    assert {"--nodes=1", "--cpus-per-gpu=4", "--signal=TERM@600"} <= set(words)
+    assert not [word for word in words if "task" in word]  # Slurm's own default is one
+    assert asked["tasks_per_gpu"] == 0  # without which plugins before 2.8 ask for as many as GPUs
 
 
 @pytest.mark.slow
