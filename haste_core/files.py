@@ -28,7 +28,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def notebooks_folder() -> Path:
     """The project's notebooks: those of the checkout, else those that were installed with the package."""
-    places = [CHECKOUT, *(Path(base) / "share" / "haste" for base in (sys.prefix, site.getuserbase()))]
+    bases = (sys.prefix, site.getuserbase(), CHECKOUT)  # the last for pip install --target
+    places = [CHECKOUT, *(Path(base) / "share" / "haste" for base in bases)]
     for place in places:
         if (place / "notebooks" / "01_train.ipynb").is_file():
             return place / "notebooks"

@@ -91,6 +91,9 @@ class NpzImages:
                 shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
                 if dtype != np.uint8 or by_column or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
                     raise ValueError(f"arr_0 is {dtype} {shape}")
+                held = archive.getinfo("arr_0.npy").file_size - stream.tell()
+                if held != math.prod(shape):
+                    raise ValueError(f"arr_0 is {shape} and holds {held:,} bytes")
                 yield stream, shape
         except (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
             cause = " ".join(str(error).split())
