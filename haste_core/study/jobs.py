@@ -138,7 +138,8 @@ def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), 
         "output": output_root(), "processes": processes,
     }  # fmt: skip
     return [
-        sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile")),
+        # -P: files of the current folder are no modules, whatever their names.
+        sys.executable, "-P", "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile")),
         "--directory", str(output_root()), "--rerun-incomplete", "--keep-going", "--nolock",
         "--rerun-triggers", "input", "mtime", "params", "--quiet", "rules",
         "--config", *(f"{key}={value}" for key, value in settings.items()),

@@ -43,6 +43,38 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     path = Path(name) if name.endswith(".ipynb") else notebooks_folder() / f"{name}.ipynb"
     if not path.is_file():
         raise unknown("notebook", name, notebooks())
+    given = _checked(path, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ[BATCH] = "1"  # kernels inherit it
+    arguments = ["--Application.log_level=50"]  # kernels log about their own shutdown
+    if path.parent == notebooks_folder():  # files of the current folder are modules for a user's own notebook alone
+        arguments.append("--InteractiveShellApp.ignore_cwd=True")
+
+    def stop_kernel() -> None:
+        # A kernel handles SIGINT itself; SIGTERM makes training in it save and end.
+        signals.terminate(psutil.Process().children(recursive=True))
+
+    with signals.catch(stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
+        try:
+            papermill.execute_notebook(
+                str(path), str(output), parameters=given, kernel_name="python3", progress_bar=False,
+                cwd=str(Path.cwd()), kernel_manager_class=_kernel_manager(sockets),
+                extra_arguments=arguments,
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            message = " ".join(error.evalue.split())
+            if stopping.is_set() or error.ename == "Interrupted":
+                raise Interrupted(message) from error
+            kind = "" if error.ename == "HasteError" else f"{error.ename}: "
+            raise HasteError(f"{path.stem}: {kind}{message}") from error
+        except DeadKernelError as error:
+            if stopping.is_set():
+                raise Interrupted(f"{path.stem} was stopped") from error
+            raise HasteError(f"{path.stem}: the kernel died, often because memory ran out; see {output}") from error
+
+
+def _checked(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as papermill takes them."""
     known = parameters_of(path)
     given = {}
     for parameter, value in parameters.items():
@@ -55,30 +87,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
             raise HasteError(
                 f"parameter {parameter}={value}; expected finite numbers, text, lists or mappings"
             ) from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.environ[BATCH] = "1"  # kernels inherit it
-
-    def stop_kernel() -> None:
-        # A kernel handles SIGINT itself; SIGTERM makes training in it save and end.
-        signals.terminate(psutil.Process().children(recursive=True))
-
-    with signals.catch(stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
-        try:
-            papermill.execute_notebook(
-                str(path), str(output), parameters=given, kernel_name="python3", progress_bar=False,
-                cwd=str(Path.cwd()), kernel_manager_class=_kernel_manager(sockets),
-                extra_arguments=["--Application.log_level=50"],  # kernels log about their own shutdown
-            )  # fmt: skip
-        except PapermillExecutionError as error:
-            message = " ".join(error.evalue.split())
-            if stopping.is_set() or error.ename == "Interrupted":
-                raise Interrupted(message) from error
-            kind = "" if error.ename == "HasteError" else f"{error.ename}: "
-            raise HasteError(f"{path.stem}: {kind}{message}") from error
-        except DeadKernelError as error:
-            if stopping.is_set():
-                raise Interrupted(f"{path.stem} was stopped") from error
-            raise HasteError(f"{path.stem}: the kernel died, often because memory ran out; see {output}") from error
+    return given
 
 
 def parameters_of(path: Path) -> list[str]:
