@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import pandas as pd
 from haste_core.analysis.statistics import one_card
 from haste_core.figures.style import (
     DARK,
+    GREEN,
     VERDICT_COLOUR,
     Figure,
     arm_line,
@@ -294,18 +297,42 @@ def step_cost(times: pd.DataFrame) -> Figure:
 
 
 def claims_forest(claims: pd.DataFrame) -> Figure:
-    """Effect and interval of every claim on its own axis, coloured by verdict; dotted: the bounds of its rule."""
-    figure, axes = panels(1, 8.2, 0.95 * len(claims) + 0.2, len(claims))
-    for axis, row in zip(axes, claims.to_dict("records"), strict=True):
-        colour = VERDICT_COLOUR[str(row["verdict"])]
-        for bound in filter(np.isfinite, (row["region_low"], row["region_high"])):
+    """Effect and interval of every claim, coloured by verdict, a panel for each unit.
+
+    Shaded: where a claim holds by its rule. Triangle: the paper's effect, where it has the same unit.
+
+    Args:
+        claims: rows of claims.csv that were tested.
+    """
+    scales = [_scale(row["unit"]) for row in claims.to_dict("records")]
+    groups = [claims[[own == scale for own in scales]] for scale in dict.fromkeys(scales)]
+    heights = [len(rows) + 1.9 for rows in groups]
+    figure, axes = panels(1, 9.2, 0.34 * sum(heights), len(groups), height_ratios=heights)
+    for axis, rows, scale in zip(axes, groups, dict.fromkeys(scales), strict=True):
+        low, high = (float(rows[name].iloc[0]) for name in ("region_low", "region_high"))
+        for place, row in enumerate(rows.to_dict("records")):
+            colour = VERDICT_COLOUR[str(row["verdict"])]
+            axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2.5)
+            axis.plot(row["effect"], place, "o", color=colour, markersize=6)
+            axis.plot(row["paper_effect"], place, "v", color="none", markeredgecolor=DARK, markersize=6)
+        row_labels(axis, [f"{row['claim']}: {row['verdict']}  {row['id']}" for row in rows.to_dict("records")])
+        for label, verdict in zip(axis.get_yticklabels(), rows["verdict"], strict=True):
+            label.set(color=VERDICT_COLOUR[str(verdict)], fontsize=8)
+        bounds = [bound for bound in (low, high) if np.isfinite(bound)]
+        left, right = axis.get_xlim()
+        axis.set_xlim(min([left, *bounds]), max([right, *bounds]))
+        left, right = axis.get_xlim()
+        axis.axvspan(max(low, left), min(high, right), color=GREEN, alpha=0.07, linewidth=0)
+        for bound in bounds:
             axis.axvline(bound, color=DARK, linewidth=1, linestyle=":")
-        if np.isfinite([row["low"], row["high"]]).all():
-            axis.plot([row["low"], row["high"]], [0, 0], color=colour, linewidth=2.5)
-        axis.plot(row["effect"], 0, "o", color=colour, markersize=7)
-        axis.set(yticks=[], ylim=(-1, 1))
-        axis.spines["left"].set_visible(False)
         axis.tick_params(axis="x", labelsize=8)
-        title = f"{row['id']}  {row['claim']}: {row['verdict']}   [{row['unit']}]"
-        axis.set_title(title, fontsize=8.5, loc="left", color=colour)
+        axis.set_title(textwrap.fill(scale, 70), fontsize=9, loc="left")
     return figure
+
+
+def _scale(unit: str) -> str:
+    """What claims of one panel have in common: their unit up to the arms that it compares."""
+    parts = unit.split(", ")
+    arms = re.compile(r"each of \w+|\w+ minus \w+")
+    named = next((i for i, part in enumerate(parts) if arms.fullmatch(part)), 0)
+    return ", ".join(parts[:named]) or unit

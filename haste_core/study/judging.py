@@ -21,7 +21,7 @@ from haste_core.analysis.statistics import Curves, Interval, curves_of, interval
 
 COLUMNS = (
     "id", "claim", "measure", "effect", "low", "high", "seeds", "verdict", "p", "p_holm", "p_bh", "unit", "rule",
-    "region_low", "region_high", "paper",
+    "region_low", "region_high", "paper_effect", "paper",
 )  # fmt: skip
 SENSITIVITY = ("id", "measure", "early", "effect", "low", "high", "seeds", "verdict")
 
@@ -204,6 +204,7 @@ def judge(claim: Claim, evidence: Evidence, confidence: float) -> dict[str, Any]
     row: dict[str, Any] = {
         "id": claim.id, "claim": claim.text, "unit": claim.unit, "rule": claim.rule, "paper": claim.paper,
         "measure": claim.table or claim.measure, "region_low": claim.region[0], "region_high": claim.region[1],
+        "paper_effect": math.nan if claim.size is None else claim.size,
     }  # fmt: skip
     missing = _missing(claim, evidence)
     if missing:

@@ -273,7 +273,10 @@ def _capacity(report: Report, capacity: pd.DataFrame, spectrum: pd.DataFrame) ->
 def _termination(
     report: Report, swept: pd.DataFrame, fired: pd.DataFrame, near: pd.DataFrame, logs: pd.DataFrame
 ) -> dict[str, Figure]:
-    family = str(swept.groupby("family")["tau"].nunique().idxmax())
+    # The always-on arm whose log most triggers can read, of these the one with most switches.
+    read = fired[fired["readings"] > 0].groupby("family")["trigger"].nunique()
+    switches = swept.groupby("family", sort=False)["tau"].nunique()
+    family = max(switches.index, key=lambda name: (read.get(name, 0), switches[name]))
     ranking = switching.ranking(near, report.study.claims.confidence)
     return {
         "termination": figures.fid_over_tau(swept, fired, family),

@@ -159,7 +159,7 @@ def verdicts(judged: pd.DataFrame) -> list[dict[str, Any]]:
     for row in judged[measured(judged)].to_dict("records"):
         size, _, span = effect(row).removesuffix(")").partition(" (")
         cells = {name: str(row[name]) for name in ("id", "claim", "unit", "rule", "paper", "seeds")}
-        cells |= {"measure": measure_name(row["measure"]), "effect": size, "interval": span}
+        cells |= {"effect": size, "interval": span}
         rows[row["verdict"]].append(cells | {name: _p_value(row[name]) for name in ("p", "p_holm", "p_bh")})
     return [
         {"verdict": verdict, "meaning": meaning, "colour": VERDICT_COLOUR[verdict], "rows": rows[verdict]}
