@@ -454,3 +454,11 @@ def test_a_copy_of_a_shipped_study_needs_a_name_of_its_own(tmp_path):
         config.load(path)
     path.write_text(text.replace("name: digits", "name: mine", 1))
     assert config.load(path).name == "mine"
+
+
+def test_a_section_that_is_given_in_part_keeps_its_other_defaults():
+    own, default = config.EvaluateSettings(autoencoder={"steps": 7}).autoencoder, config.EvaluateSettings().autoencoder
+    assert own == default.model_copy(update={"steps": 7})
+    assert own.seed != config.EvaluateSettings().extractor.seed
+    study = config.load("cifar10", "two-cores")
+    assert study.evaluate.autoencoder.min_accuracy == 0.5

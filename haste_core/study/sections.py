@@ -42,6 +42,16 @@ class Section(BaseModel):
                 )
         return given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Complete a section that is given in part by what it is by default here, which its own fields do not know."""
+        if not isinstance(given, Mapping):
+            return given
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in given}
+        parts = {n: d.model_dump(exclude_unset=True) for n, d in defaults.items() if isinstance(d, Section)}
+        return {n: {**parts[n], **v} if n in parts and isinstance(v, Mapping) else v for n, v in given.items()}
+
 
 def _truth(value: Any) -> bool:
     """True for true and false, and for lists that hold them."""
