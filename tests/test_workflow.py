@@ -60,8 +60,7 @@ def small(tmp_path):
 
 def rules(command, *options):
     """The lines that Snakemake prints on each job of a graph in a dry run, by the rule's name."""
-    loud = [word for word in command if word not in ("--quiet", "rules")]
-    done = subprocess.run([*loud, *options, "--dry-run"], capture_output=True, text=True)
+    done = subprocess.run([*command, *options, "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = re.split(r"^(?:local)?rule (\w+):$", done.stdout + done.stderr, flags=re.M)
     return dict(zip(*[iter(printed[1:])] * 2, strict=True))
@@ -185,7 +184,7 @@ def test_snakemake_reads_a_filled_in_profile(small, output, tmp_path, capfd, nam
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text(text)
     assert main(["study", str(small), "--workflow-profile", str(tmp_path / "mine"), "--dry-run"]) == 0
-    assert "arm_repa" in capfd.readouterr().out
+    assert "arm repa" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -201,3 +200,48 @@ def test_numbers_that_no_job_could_work_with_are_refused(output, capfd, words, p
     (line,) = capfd.readouterr().err.splitlines()
     assert [part for part in parts if part not in line] == []
     assert not (files.output_root() / "runs").exists()
+
+
+# -- what the terminal shows ------------------------------------------------------------------------------------------
+
+STARTED = """host: vm
+Building DAG of jobs...
+Job stats:
+job            count
+-----------  -------
+arm_repa           1
+arm_vanilla        1
+report             1
+all                1
+total              4
+
+"""
+RAN = """
+[Thu Nov 26 13:00:00 2026]
+rule arm_vanilla:
+    output: x.stamp
+    jobid: 3
+haste: error: 01_train: no room
+Finished jobid: 3 (Rule: arm_vanilla)
+1 of 4 steps (25%) done
+localrule all:
+Finished jobid: 0 (Rule: all)
+"""
+
+
+def test_a_study_shows_a_line_for_each_job_and_errors_and_keeps_the_rest_in_its_log(tmp_path, small, capsys):
+    progress = jobs._Progress(config.load(str(small)), tmp_path / "study.log")
+    progress.follow((STARTED + RAN).splitlines(keepends=True))
+    said = capsys.readouterr()
+    first, job = said.out.splitlines()
+    assert first == f"study small: 3 jobs, log {tmp_path / 'study.log'}"
+    assert job.startswith("[1/3] arm vanilla: 0.0 min")
+    assert said.err == "haste: error: 01_train: no room\n"
+    assert (tmp_path / "study.log").read_text() == STARTED + RAN
+
+
+def test_snakemake_names_its_jobs_as_they_are_read(small, output):
+    done = subprocess.run([*jobs.graph(str(small)), "--dry-run"], capture_output=True, text=True)
+    assert sorted(jobs.counted(done.stdout + done.stderr)) == [
+        "analyse_06_capacity", "analyse_08_ablations", "arm_repa", "arm_vanilla", "prepare", "report", "step_time",
+    ]  # fmt: skip

@@ -237,9 +237,11 @@ def run_study(arguments: argparse.Namespace) -> None:
     if arguments.workflow_profile is not None:
         options += ["--workflow-profile", arguments.workflow_profile]
     options += ["--dry-run"] if arguments.dry_run else []
-    print(jobs.run_study(
+    report = jobs.run_study(
         study_of(arguments), arguments.study, arguments.profile, arguments.overrides, arguments.processes, options
-    ))  # fmt: skip
+    )
+    if report is not None:
+        print(report)
 
 
 def teacher(arguments: argparse.Namespace) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,19 @@ def priorities(study: config.StudySettings, donors: Mapping[str, str | None]) ->
 
     def length(arm: str) -> float:
         if arm not in lengths:
-            run = study.run(arm)
-            aligned = min(run.tau, run.train.steps)
-            own = run.train.steps - aligned + (0 if donors[arm] else ALIGNED_STEP * aligned)
             after = [length(other) for other, donor in donors.items() if donor == arm]
-            lengths[arm] = len(study.seeds_of(arm)) * own + max(after, default=0)
+            lengths[arm] = _steps(study, arm, donors[arm]) + max(after, default=0)
         return lengths[arm]
 
     longest = max(map(length, study.arms))
     return {arm: 3 + round(96 * length(arm) / longest) for arm in study.arms}
+
+
+def _steps(study: config.StudySettings, arm: str, donor: str | None) -> float:
+    """Length of an arm's job in unaligned steps over all its seeds."""
+    run = study.run(arm)
+    aligned = min(run.tau, run.train.steps)
+    return len(study.seeds_of(arm)) * (run.train.steps - aligned + (0 if donor else ALIGNED_STEP * aligned))
 
 
 def run_study(
@@ -61,8 +66,8 @@ def run_study(
     overrides: Sequence[str] = (),
     processes: int = 1,
     options: Sequence[str] = (),
-) -> Path:
-    """Run every job of a study that is not done yet; returns the path of its report.
+) -> Path | None:
+    """Run every job of a study that is not done yet; returns the path of its report, nothing after a dry run.
 
     Args:
         study: as loaded from `name`, `profile` and `overrides`, which the jobs load again.
@@ -84,21 +89,30 @@ def run_study(
     folder, report = study_dir(study), report_dir(study, profile)
     dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
     away = "--workflow-profile" in options
-    own = [] if away else ["--retries", "1"]
+    own = ["--quiet", "rules"] if away else ["--retries", "1"]
     if "--cores" not in options and (dry or not away):
         # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
         own += ["--cores", str(1000 if away else len(os.sched_getaffinity(0)))]
     command = [*graph(name, profile, overrides, processes), *own, *options]
     environment = os.environ | {"HASTE_OUTPUT": str(output_root())}
     if dry:
-        if subprocess.run(command, env=environment).returncode:
-            raise HasteError(f"study {study.name}: the graph of jobs cannot be built; see the lines above")
-        return report / "report.html"
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {done.stdout}")
+        listed = counted(done.stdout)
+        print(f"study {study.name}: {len(listed) or 'no'} jobs to run", *map(_named, listed), sep="\n  ")
+        return None
     resumed = any(folder.glob("*/seed*/checkpoints/*.safetensors"))
     with locked(folder / "study.lock", f"study {study.name}"), _watch(folder, resumed) as watched:
         # Ctrl-C reaches local jobs directly; Snakemake on a cluster gets its signal from here.
-        process = subprocess.Popen(command, env=environment, start_new_session=away)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=away, text=True, errors="replace",
+            stdout=None if away else subprocess.PIPE, stderr=None if away else subprocess.STDOUT,
+        )  # fmt: skip
+        progress = _Progress(study, folder / "study.log")
         with signals.catch(lambda: _stop(process.pid)) as stopping:
+            if process.stdout is not None:
+                progress.follow(process.stdout)
             status = process.wait()
     if stopping.is_set():
         how = "its jobs were cancelled" if away else "runs in progress are saved"
@@ -106,11 +120,14 @@ def run_study(
     if status:
         for stamp in stale(study):
             stamp.unlink()
+        if not away and not progress.rules:  # it has not begun, because of an option, say
+            print(progress.log.read_text(), file=sys.stderr)
         raise HasteError(
-            f"study {study.name}: a job failed, see the lines above and the executed notebooks in "
-            f"{report / 'notebooks'}; finished work is kept, run again to go on"
+            f"study {study.name}: a job failed, see {'the lines above' if away else folder / 'study.log'} and the "
+            f"executed notebooks in {report / 'notebooks'}; finished work is kept, run again to go on"
         )
-    print(f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes")
+    took = f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes"
+    print(took if away or progress.rules else "nothing was left to do")
     return report / "report.html"
 
 
@@ -141,9 +158,64 @@ def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), 
         # -P: files of the current folder are no modules, whatever their names.
         sys.executable, "-P", "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("Snakefile")),
         "--directory", str(output_root()), "--rerun-incomplete", "--keep-going", "--nolock",
-        "--rerun-triggers", "input", "mtime", "params", "--quiet", "rules",
+        "--rerun-triggers", "input", "mtime", "params",
         "--config", *(f"{key}={value}" for key, value in settings.items()),
     ]  # fmt: skip
+
+
+def counted(printed: str) -> list[str]:
+    """Rules of the jobs that Snakemake is about to run, from its first table of them."""
+    table = printed.partition("Job stats:")[2].partition("total")[0]
+    return [rule for rule in re.findall(r"^(\w+) +\d+ *$", table, re.M) if rule != "all"]
+
+
+def _named(rule: str) -> str:
+    """What a rule does, for people."""
+    kind, _, name = rule.partition("_")
+    known = {"prepare": "teacher and extractors", "step_time": "time of a step", "report": "report"}
+    return known.get(rule) or {"arm": f"arm {name}", "analyse": f"notebook {name}"}.get(kind, rule)
+
+
+class _Progress:
+    """Snakemake's output as a line for each job that has ended, with a guess at the time left; all of it in a log."""
+
+    def __init__(self, study: config.StudySettings, log: Path) -> None:
+        self.study, self.log = study, log
+        self.began: dict[str, float] = {}
+        self.rules: list[str] = []
+        self.ended: list[str] = []
+
+    def follow(self, lines: Iterable[str]) -> None:
+        """Read lines until there are no more."""
+        begun, before = time.monotonic(), ""
+        with self.log.open("w") as stream:
+            for line in lines:
+                stream.write(line)
+                stream.flush()
+                if not self.rules:
+                    before += line
+                    self.rules = counted(before) if line.startswith("total") else []
+                    if self.rules:
+                        print(f"study {self.study.name}: {len(self.rules)} jobs, log {self.log}", flush=True)
+                elif found := re.match(r"(?:local)?rule (\w+):", line):
+                    self.began[found[1]] = time.monotonic()
+                elif (found := re.match(r"Finished jobid: \d+ \(Rule: (\w+)\)", line)) and found[1] in self.rules:
+                    self._say(found[1], time.monotonic() - begun)
+                elif line.startswith("haste: error:"):
+                    print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def _say(self, rule: str, elapsed: float) -> None:
+        self.ended.append(rule)
+        took = (time.monotonic() - self.began.get(rule, time.monotonic())) / 60
+        done, whole = (sum(map(self._size, rules)) for rules in (self.ended, self.rules))
+        left = elapsed / 60 * (whole / done - 1)
+        more = f", about {left:.0f} min left" if left >= 1 else ""
+        print(f"[{len(self.ended)}/{len(self.rules)}] {_named(rule)}: {took:.1f} min{more}", flush=True)
+
+    def _size(self, rule: str) -> float:
+        """Rough duration of a job in unaligned training steps."""
+        kind, _, arm = rule.partition("_")
+        return _steps(self.study, arm, self.study.donor(arm)) if kind == "arm" else self.study.train.steps
 
 
 @contextmanager
