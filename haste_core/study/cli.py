@@ -91,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workflow-profile", metavar="FOLDER", help=f"{text} (default: this machine)")
     sub.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and run none")
 
+    sub = add("new", new_study, "write a study of your own labelled images, sized for them and for this machine")
+    sub.add_argument("file", type=Path, help="the study file to write, such as my-study.yaml")
+    sub.add_argument("--images", required=True, metavar="PLACE", help="a folder with one sub-folder per class, a "
+                     ".parquet file or a folder of them, or a hub name")  # fmt: skip
+    sub.add_argument("--minutes", type=float, default=10.0, help="that the study may take here (default: %(default)s)")
+
     add("teacher", teacher, "prepare a study's teacher and feature extractor, and print their facts", on="study")
 
     text = "prepare latents: encode labelled images by a VAE into a folder for data.kind 'latents'"
@@ -242,6 +248,13 @@ def run_study(arguments: argparse.Namespace) -> None:
     )
     if report is not None:
         print(report)
+
+
+def new_study(arguments: argparse.Namespace) -> None:
+    """haste new."""
+    from haste_core.study.new import write_study
+
+    print(write_study(arguments.file, arguments.images, arguments.minutes))
 
 
 def teacher(arguments: argparse.Namespace) -> None:
