@@ -16,6 +16,7 @@ import yaml
 
 from haste_core import __version__
 from haste_core.errors import HasteError, Interrupted, is_disk_full
+from haste_core.files import output_root
 from haste_core.study import cli_files, config
 from haste_core.study.runs import Run, study_dir
 
@@ -90,6 +91,11 @@ def parser() -> argparse.ArgumentParser:
     text = "Snakemake profile of a cluster that runs the jobs: workflow/slurm, workflow/kubernetes, or a copy of one"
     sub.add_argument("--workflow-profile", metavar="FOLDER", help=f"{text} (default: this machine)")
     sub.add_argument("--dry-run", action="store_true", help="list the jobs that would run, and run none")
+
+    sub = add("report", make_report, "write a report again from its tables, and reports/index.html with all of them")
+    sub.add_argument("study", nargs="?", help="as elsewhere; with --index none is needed")
+    sub.add_argument("--profile", help="the profile whose report it is")
+    sub.add_argument("--index", action="store_true", help="write the index alone")
 
     sub = add("new", new_study, "write a study of your own labelled images, sized for them and for this machine")
     sub.add_argument("file", type=Path, help="the study file to write, such as my-study.yaml")
@@ -248,6 +254,19 @@ def run_study(arguments: argparse.Namespace) -> None:
     )
     if report is not None:
         print(report)
+
+
+def make_report(arguments: argparse.Namespace) -> None:
+    """haste report."""
+    from haste_core.study import report
+
+    if arguments.index:
+        print(report.write_index(output_root() / "reports"))
+    elif arguments.study is None:
+        raise HasteError("haste report needs a study, or --index for the page that lists all reports")
+    else:
+        study = config.load(arguments.study, arguments.profile)
+        print(report.write_report(report.open_report(study, arguments.profile)))
 
 
 def new_study(arguments: argparse.Namespace) -> None:

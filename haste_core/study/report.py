@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from haste_core.study.report_text import answers, effect, lacking, measured
 from haste_core.study.runs import Run
 from haste_core.study.sections import ClaimsSettings
 
-TEMPLATE = Path(__file__).parent / "report.html"
+HERE = Path(__file__).parent
+STYLE = HERE / "report.css"
 FLOOR = "augmented held-in against held-in"  # the pair of floor.csv that FID is compared with
 
 
@@ -201,6 +202,7 @@ def study_provenance(report: Report) -> dict[str, Any]:
     invocation = runs.study_dir(study) / "invocation.json"
     return {
         "study": study.name,
+        "title": study.title,
         "study_hash": config.digest(study.model_dump(mode="json")),
         "main": study.main,
         "claims": study.claims.model_dump(mode="json"),
@@ -333,14 +335,12 @@ def write_report(report: Report) -> Path:
     steps, floor = report.detailed_steps(), report.table("floor")
 
     def picture(name: str) -> str:
-        content = (report.dir / "figures" / f"{name}.png").read_bytes()
-        return "data:image/png;base64," + base64.b64encode(content).decode()
+        content = (report.dir / "figures" / f"{name}.svg").read_bytes()
+        return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
 
-    template = jinja2.Template(
-        TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    html = template.render(
+    html = _template("report.html").render(
+        style=STYLE.read_text(encoding="utf-8"),
+        folder=report.dir.name,
         study=study,
         tau=report.tau,
         facts=json.loads((report.tables / "provenance.json").read_text()),
@@ -367,7 +367,45 @@ def write_report(report: Report) -> Path:
     )
     path = report.dir / "report.html"
     write_text(path, html)
+    write_index(report.dir.parent)
     return path
+
+
+def _template(name: str) -> jinja2.Template:
+    return jinja2.Template(
+        (HERE / name).read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+
+
+def write_index(folder: Path) -> Path:
+    """Write index.html of a folder of reports, with the answers and verdicts of each; returns its path."""
+    cards = []
+    for path in sorted(folder.glob("*/report.html")):
+        tables = path.parent / "tables"
+        facts = json.loads((tables / "provenance.json").read_text())
+        told, verdicts, _ = _told(tables, facts)
+        runs_of = {tuple(name.split(" seed ")) for name in facts["runs"]}
+        cards.append({
+            "folder": path.parent.name, "title": facts.get("title") or facts["study"], "answers": told,
+            "verdicts": verdicts, "steps": facts["steps"], "written": facts["written"][:10],
+            "arms": len({arm for arm, _ in runs_of}), "seeds": len({seed for _, seed in runs_of}),
+        })  # fmt: skip
+    target = folder / "index.html"
+    write_text(target, _template("index.html").render(cards=cards, style=STYLE.read_text(encoding="utf-8")))
+    return target
+
+
+def _told(folder: Path, facts: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str, str]:
+    """Answers with their questions, number of claims by verdict, and origin, from the tables in a folder."""
+    fid, denoising = (
+        table[table["arm"].isin(facts["main"])]
+        for table in (pd.read_csv(folder / f"{name}.csv", dtype={"card": str}) for name in ("fid", "denoising"))
+    )
+    told = answers(fid, denoising, ClaimsSettings(**facts["claims"]), facts["tau"], facts["steps"])
+    counts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts(sort=False)
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in report_text.VERDICTS if verdict in counts)
+    return told, f"Verdicts: {verdicts}.", f"Commit {', '.join(facts['commits'])}, study {facts['study_hash']}."
 
 
 def sentences(report: Report) -> list[str]:
@@ -394,18 +432,12 @@ def readme_block(folder: Path, whole: bool = True) -> str:
 
     whole: with a row for each verdict, step times and the time of the study; else verdicts are counted.
     """
-    fid, denoising, judged, times = (
-        pd.read_csv(folder / f"{name}.csv", dtype={"card": str}) for name in ("fid", "denoising", "claims", "step_time")
-    )
     facts = json.loads((folder / "provenance.json").read_text())
-    fid, denoising = (table[table["arm"].isin(facts["main"])] for table in (fid, denoising))
-    told = answers(fid, denoising, ClaimsSettings(**facts["claims"]), facts["tau"], facts["steps"])
+    told, verdicts, origin = _told(folder, facts)
     lines = [f"- **{question}** {text}" for question, text in told]
-    origin = f"Commit {', '.join(facts['commits'])}, study {facts['study_hash']}."
     if not whole:
-        counts = judged["verdict"].value_counts(sort=False)
-        found = ", ".join(f"{counts[verdict]} {verdict}" for verdict in report_text.VERDICTS if verdict in counts)
-        return "\n".join([*lines, f"- Verdicts: {found}. {origin}"]) + "\n"
+        return "\n".join([*lines, f"- {verdicts} {origin}"]) + "\n"
+    judged, times = (pd.read_csv(folder / f"{name}.csv") for name in ("claims", "step_time"))
     lines += ["", "| claim | measure | effect (interval) | verdict |", "|---|---|---|---|"]
     for row in judged[measured(judged)].to_dict("records"):
         cells = (f"{row['id']}: {row['claim']}", report_text.measure_name(row["measure"]), effect(row))
