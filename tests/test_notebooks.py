@@ -178,7 +178,7 @@ def test_the_report_notebook_reports_plain_training_alone(study, tmp_path, execu
     assert executed.pictures == 6
     tables = study.report.with_name("alone-smoke") / "tables"
     assert len(pd.read_csv(tables / "fid.csv")) == 3
-    assert "data:image/png;base64," in (tables.parent / "report.html").read_text()
+    assert "data:image/svg+xml;base64," in (tables.parent / "report.html").read_text()
     assert "written from 1 runs" in executed.text
     assert str(tables.parent / "report.html") in executed.text
 

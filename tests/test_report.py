@@ -18,6 +18,7 @@ from haste_core.analysis.statistics import interval
 from haste_core.errors import HasteError
 from haste_core.files import write_json, write_table
 from haste_core.study import claims, config, cost, evaluation, judging, pretrain, report, report_text
+from haste_core.study.cli import main
 from haste_core.study.runs import Run, study_dir
 from haste_core.study.sections import ClaimsSettings
 from haste_core.study.train import fit
@@ -393,7 +394,7 @@ def write_fast(result, patch):
 
     def save(figure, folder, name):
         folder.mkdir(exist_ok=True)
-        (folder / f"{name}.png").write_bytes(b"a picture")
+        (folder / f"{name}.svg").write_bytes(b"a picture")
 
     patch.setattr(report.figures, "save", save)
     patch.setattr(report.Report, "test_image", lambda _: np.eye(8))
@@ -486,7 +487,8 @@ class Links(HTMLParser):
 def assert_opens_offline(html):
     page = Links()
     page.feed(html)
-    assert not {"script", "iframe", "object", "embed", "link", "base"} & set(page.tags)
+    assert not {"iframe", "object", "embed", "link", "base"} & set(page.tags)
+    assert page.tags.count("script") == 1  # that of the template, which sorts tables
     assert page.handlers == []
     for target in page.loaded:
         assert target.startswith(("data:", "#")), target[:80]
@@ -516,10 +518,27 @@ def test_plain_training_by_itself_has_a_report_too_and_titles_cannot_become_mark
     write_table(alone.tables / "claims.csv", found, judging.COLUMNS)
     html = write_fast(alone, monkeypatch)
     assert_opens_offline(html)
-    drawn = {path.stem for path in (alone.dir / "figures").glob("*.png")}
+    drawn = {path.stem for path in (alone.dir / "figures").glob("*.svg")}
     assert drawn == set(FIGURES) - {"denoising", "gain", "claims"}
     assert html.count("<img") == len(drawn)
     assert '<span id="claim-C1">C1 (arms missing: repa)</span>' in html
+
+
+def test_the_index_has_a_card_for_each_report(synthetic, tmp_path, capsys, monkeypatch):
+    result, _ = synthetic
+    for name in ("one", "two"):
+        shutil.copytree(result.dir, tmp_path / "reports" / name)
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path))
+    assert main(["report", "--index"]) == 0
+    path = tmp_path / "reports" / "index.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    html = path.read_text()
+    for name in ("one", "two"):
+        assert f'href="{name}/report.html"' in html
+    assert html.count(HELP) == 2
+    assert re.search(r"Verdicts: \d+ \w+", html)
+    assert main(["report"]) == 2
+    assert "haste report needs a study, or --index" in capsys.readouterr().err
 
 
 # The committed report
