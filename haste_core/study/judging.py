@@ -257,7 +257,8 @@ def _missing(claim: Claim, evidence: Evidence) -> str:
     there = _seeds_by_arm(claim, evidence)
     arms = [arm for arm in map(evidence.name, claim.arms) if arm not in there]
     if arms:
-        return f"arms missing: {', '.join(arms)}" + (f" ({claim.needs})" if claim.needs else "")
+        where = f" in the table {claim.table}" if claim.table else ""
+        return f"arms missing{where}: {', '.join(arms)}" + (f" ({claim.needs})" if claim.needs else "")
     seeds = _seeds(claim, evidence)
     if not seeds:
         return "no seed has all of it"

@@ -189,10 +189,18 @@ def scores_of(row: Mapping[Any, float]) -> dict[str, str]:
 
 
 def score_cells(fid: pd.DataFrame, step: int) -> list[dict[str, str]]:
-    """A row for each arm at a step: range of FID over seeds, and means of all scores over seeds."""
+    """A row for each arm at a step: range of FID over seeds, and means of all scores over seeds.
+
+    Means are geometric, as in figures and answers, for scores that are compared by their ratio.
+    """
+
+    def mean(name: str, values: pd.Series) -> float:
+        ratios = name in MEASURES and MEASURES[name].log
+        return float(np.exp(np.log(values).mean()) if ratios else values.mean())
+
     return [
         {"arm": str(arm), "FID, lowest to highest seed": f"{group['fid'].min():.2f} to {group['fid'].max():.2f}"}
-        | scores_of(group.mean(numeric_only=True).to_dict())
+        | scores_of({name: mean(name, group[name]) for name in SCORES if name in group})
         for arm, group in fid[fid["step"] == step].groupby("arm", sort=False)
     ]
 
