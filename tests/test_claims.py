@@ -430,7 +430,8 @@ def test_a_claim_without_its_table_or_its_arms_is_not_tested(claim):
     assert (row["verdict"], row["seeds"]) == ("not tested", 0)
     assert f"table missing: {table}" in row["rule"]
     others = {table: pd.DataFrame({"arm": ["other"], "seed": [0]})}
-    assert f"arms missing: {BY_ID[claim].arms[0]}" in judge(BY_ID[claim], evidence(scores(), **others), 0.95)["rule"]
+    judged = judge(BY_ID[claim], evidence(scores(), **others), 0.95)
+    assert f"arms missing in the table {table}: {BY_ID[claim].arms[0]}" in judged["rule"]
 
 
 def test_a_trigger_that_never_fired_is_not_tested():
