@@ -29,7 +29,11 @@ pytestmark = pytest.mark.xdist_group("report")
 ROOT = Path(__file__).parents[1]
 FID_COLUMNS = evaluation.columns(config.load("digits"))
 # The reports that README shows, each with its study and profile.
-COMMITTED = {"digits": ("digits", None), "digits-full": ("digits", "full")}
+COMMITTED = {
+    "digits": ("digits", None),
+    "digits-full": ("digits", "full"),
+    "cifar10-two-cores": ("cifar10", "two-cores"),
+}
 README_TABLES = ("fid.csv", "claims.csv", "denoising.csv", "step_time.csv", "provenance.json")
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 STEPS = (250, 1000, 3000)
