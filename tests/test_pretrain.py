@@ -204,3 +204,10 @@ def test_the_extractor_is_drawn_from_its_own_seed(tiny, make_study):
 
     assert torch.equal(weights(tiny, 0), weights(tiny, 1))
     assert not torch.equal(weights(tiny, 0), weights(make_study("evaluate.extractor.seed=5"), 0))
+
+
+@pytest.mark.parametrize("side", [8, 12, 16, 20, 28])
+def test_extractors_take_every_side_that_is_a_multiple_of_four(side):
+    x = torch.zeros(3, 3, side, side)
+    assert pretrain.SmallCNN(5, 16, 3, side)(x).shape == (3, 5)
+    assert pretrain.Autoencoder(16, 3, side)(x).shape == x.shape

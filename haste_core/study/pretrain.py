@@ -44,7 +44,8 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         if image_size % 4:
             raise HasteError(f"the extractor needs images with a side that is a multiple of 4, given {image_size}")
-        self.early = 2 if image_size > 8 else 1  # 8x8 images are downsampled one time less
+        # 8x8 images, and those whose side is no multiple of 8, are downsampled one time less.
+        self.early = 2 if image_size > 8 and image_size % 8 == 0 else 1
         self.side = image_size // (4 * self.early)  # of the trunk's 96 output channels
         self.trunk = nn.Sequential(
             _stage(channels, 32, 1), _stage(32, 64, self.early), _stage(64, 64, 2), _stage(64, 96, 2)
