@@ -112,7 +112,7 @@ def begin_from(student: DiffusionTransformer, source: Source, weights: Weights |
 
 
 def check_start(student: DiffusionTransformer, source: Source, weights: Weights | None = None) -> str:
-    """What `begin_from` says or raises, without reading weights: `student` may be on torch's meta device."""
+    """The words of `begin_from`, or its errors, without reading weights: `student` may be on torch's meta device."""
     _, _, which, labels = _for_student(student, source, weights)
     return f"{which} weights{labels}"
 

@@ -11,7 +11,7 @@ from faults import KINDS, Bench
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """Two of the commands: all of them take an hour."""
+    """Two of the commands; `faults.py` by hand takes all of them."""
     return Bench(tmp_path_factory.mktemp("faults"), ["train", "sample"])
 
 

@@ -331,7 +331,7 @@ def claims_forest(claims: pd.DataFrame) -> Figure:
 
 
 def _scale(unit: str) -> str:
-    """What claims of one panel have in common: their unit up to the arms that it compares."""
+    """The unit of a claim up to the arms that it compares, which claims of one panel share."""
     parts = unit.split(", ")
     arms = re.compile(r"each of \w+|\w+ minus \w+")
     named = next((i for i, part in enumerate(parts) if arms.fullmatch(part)), 0)

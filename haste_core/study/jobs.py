@@ -170,7 +170,7 @@ def counted(printed: str) -> list[str]:
 
 
 def _named(rule: str) -> str:
-    """What a rule does, for people."""
+    """The name of a rule's job for people."""
     kind, _, name = rule.partition("_")
     known = {"prepare": "teacher and extractors", "step_time": "time of a step", "report": "report"}
     return known.get(rule) or {"arm": f"arm {name}", "analyse": f"notebook {name}"}.get(kind, rule)
