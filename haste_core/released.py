@@ -88,8 +88,8 @@ def load_reference(
 def begin_from(student: DiffusionTransformer, source: Source, weights: Weights | None = None) -> str:
     """Give a generator the weights of a checkpoint, released or of a run, to train it further.
 
-    The label table is taken over where the numbers of classes agree. Otherwise its rows stay as they are, apart from
-    the null label's, and with them what the weights know of images in general.
+    The label table is taken over where the numbers of classes agree. Otherwise only the null label's row is, which
+    holds what the weights know of images of any class.
 
     Args:
         student: of the same kind and sizes, apart from classes and image size.

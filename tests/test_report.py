@@ -532,6 +532,8 @@ def test_the_index_has_a_card_for_each_report(synthetic, tmp_path, capsys, monke
     result, _ = synthetic
     for name in ("one", "two"):
         shutil.copytree(result.dir, tmp_path / "reports" / name)
+    (tmp_path / "reports" / "older").mkdir()
+    (tmp_path / "reports" / "older" / "report.html").write_text("of another version")
     monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path))
     assert main(["report", "--index"]) == 0
     path = tmp_path / "reports" / "index.html"

@@ -209,11 +209,12 @@ Building DAG of jobs...
 Job stats:
 job            count
 -----------  -------
-arm_repa           1
+arm_repa_0.5       1
+arm_total          1
 arm_vanilla        1
 report             1
 all                1
-total              4
+total              5
 
 """
 RAN = """
@@ -230,12 +231,15 @@ Finished jobid: 0 (Rule: all)
 
 
 def test_a_study_shows_a_line_for_each_job_and_errors_and_keeps_the_rest_in_its_log(tmp_path, small, capsys):
-    progress = jobs._Progress(config.load(str(small)), tmp_path / "study.log")
+    study = config.load(str(small))
+    arms = study.arms | {"repa_0.5": study.arms["repa"], "total": study.arms["vanilla"]}
+    progress = jobs._Progress(study.model_copy(update={"arms": arms}), tmp_path / "study.log")
     progress.follow((STARTED + RAN).splitlines(keepends=True))
     said = capsys.readouterr()
+    assert progress.rules == ["arm_repa_0.5", "arm_total", "arm_vanilla", "report"]
     first, job = said.out.splitlines()
-    assert first == f"study small: 3 jobs, log {tmp_path / 'study.log'}"
-    assert job.startswith("[1/3] arm vanilla: 0.0 min")
+    assert first == f"study small: 4 jobs, log {tmp_path / 'study.log'}"
+    assert job.startswith("[1/4] arm vanilla: 0.0 min")
     assert said.err == "haste: error: 01_train: no room\n"
     assert (tmp_path / "study.log").read_text() == STARTED + RAN
 

@@ -111,9 +111,14 @@ def run_study(
         )  # fmt: skip
         progress = _Progress(study, folder / "study.log")
         with signals.catch(lambda: _stop(process.pid)) as stopping:
-            if process.stdout is not None:
-                progress.follow(process.stdout)
-            status = process.wait()
+            try:
+                if process.stdout is not None:
+                    progress.follow(process.stdout)
+            except BaseException:  # no room for the log, say: the jobs are not left to themselves
+                _stop(process.pid)
+                raise
+            finally:
+                status = process.wait()
     if stopping.is_set():
         how = "its jobs were cancelled" if away else "runs in progress are saved"
         raise Interrupted(f"study {study.name} stopped, {how}; run again to go on")
@@ -165,8 +170,8 @@ def graph(name: str, profile: str | None = None, overrides: Sequence[str] = (), 
 
 def counted(printed: str) -> list[str]:
     """Rules of the jobs that Snakemake is about to run, from its first table of them."""
-    table = printed.partition("Job stats:")[2].partition("total")[0]
-    return [rule for rule in re.findall(r"^(\w+) +\d+ *$", table, re.M) if rule != "all"]
+    table = printed.partition("Job stats:")[2].partition("\ntotal ")[0]
+    return [rule for rule in re.findall(r"^([\w.]+) +\d+ *$", table, re.M) if rule != "all"]
 
 
 def _named(rule: str) -> str:
@@ -194,12 +199,12 @@ class _Progress:
                 stream.flush()
                 if not self.rules:
                     before += line
-                    self.rules = counted(before) if line.startswith("total") else []
+                    self.rules = counted(before) if line.startswith("total ") else []
                     if self.rules:
                         print(f"study {self.study.name}: {len(self.rules)} jobs, log {self.log}", flush=True)
-                elif found := re.match(r"(?:local)?rule (\w+):", line):
+                elif found := re.match(r"(?:local)?rule ([\w.]+):", line):
                     self.began[found[1]] = time.monotonic()
-                elif (found := re.match(r"Finished jobid: \d+ \(Rule: (\w+)\)", line)) and found[1] in self.rules:
+                elif (found := re.match(r"Finished jobid: \d+ \(Rule: ([\w.]+)\)", line)) and found[1] in self.rules:
                     self._say(found[1], time.monotonic() - begun)
                 elif line.startswith("haste: error:"):
                     print(line.rstrip(), file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -28,8 +29,8 @@ LENGTH = 2.2
 TEMPLATE = """\
 # {images:,} images in {classes} classes, {seen}; written by `haste new`.
 # Any setting can be changed: docs/study-files.md.
-name: {name}
-title: Does representation alignment help on {name}, and until when?
+name: "{name}"
+title: "Does representation alignment help on {name}, and until when?"
 
 data:
   kind: images
@@ -112,7 +113,7 @@ def write_study(path: Path, images: str, minutes: float = 10.0) -> str:
     trained = len(opened)
     scored = min(500, max(50, 2 * opened.classes))
     facts: dict[str, Any] = {
-        "name": path.stem, "path": _quoted(place), "images": opened.identity()["images"], "seen": seen,
+        "name": path.stem, "path": json.dumps(place), "images": opened.identity()["images"], "seen": seen,
         "classes": opened.classes, "size": size, "patch": 4 if size >= 24 else 2, "shift": round(size / 16, 1),
         "batch": min(32, trained), "fitted": min(64, trained), "minutes": minutes, "scored": scored,
         "subset": max(2, min(200, scored // 2, trained // 2)), "seeds": list(SEEDS),
@@ -163,8 +164,3 @@ def _steps(study: config.StudySettings, minutes: float) -> int:
     at_a_time = min(cores, 3)  # arms
     fitting = 60 * minutes * TRAINING * at_a_time / (step * LENGTH * len(SEEDS))
     return max(100, min(5000, int(fitting) // 100 * 100))
-
-
-def _quoted(text: str) -> str:
-    """A YAML scalar in double quotes."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

@@ -383,7 +383,12 @@ def write_index(folder: Path) -> Path:
     cards = []
     for path in sorted(folder.glob("*/report.html")):
         tables = path.parent / "tables"
+        # A report that another version left behind must not keep a new one from being written.
+        if not all((tables / name).is_file() for name in ("provenance.json", "fid.csv", "denoising.csv", "claims.csv")):
+            continue
         facts = json.loads((tables / "provenance.json").read_text())
+        if not {"main", "claims", "tau", "steps", "runs", "written"} <= facts.keys():
+            continue
         told, verdicts, _ = _told(tables, facts)
         runs_of = {tuple(name.split(" seed ")) for name in facts["runs"]}
         cards.append({
