@@ -1,16 +1,18 @@
-"""`python -m benchmarks [step attention sampling cores growth]`: measure, keep the tables, and write the report."""
+"""`python -m benchmarks [NAME ...]`: measure, keep the tables, and write the report."""
 
 from __future__ import annotations
 
 import argparse
 
-from benchmarks import attention, cores, growth, machine, pictures, sampling, step
+from benchmarks import attention, cores, growth, machine, pictures, precision, sampling, step
 from haste_core.devices import default_device
 
 ALL = {
     "step": (step.measure, 24),
+    "compiled": (step.compiled, 24),
     "attention": (attention.measure, 10),
     "sampling": (sampling.measure, 5),
+    "precision": (precision.measure, 1),
     "cores": (cores.measure, 10),
     "growth": (growth.measure, 20),
 }
@@ -25,6 +27,7 @@ def main() -> None:
     machine.use_all_cores()
     for name in arguments.names or ALL:
         measure, rounds = ALL[name]
+        machine.forget()
         table = measure(arguments.rounds or rounds)
         print(table.to_string(index=False))
         machine.keep(table, name, matrix_rate=machine.matrix_rate("no", default_device().type))

@@ -50,12 +50,27 @@ def measure(rounds: int) -> pd.DataFrame:
         rows += [
             {"tokens": tokens, "batch": batch, "queries": chunk, "chosen": chunk == taken, "seconds": t.seconds,
              "ratio": t.ratio, "low": t.low, "high": t.high,
-             "peak_gib": machine.peak_gib(_alone, tokens, batch, chunk),
-             "returning_gib": machine.peak_gib(_alone, tokens, batch, chunk, environment=GIVES_BACK),
+             **_memory(tokens, batch, chunk),
              "rounds": t.rounds}
             for chunk, t in timed.items()
         ]  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _memory(tokens: int, batch: int, chunk: int) -> dict[str, float]:
+    """Columns `peak_gib` and `returning_gib`."""
+    if default_device().type == "cuda":
+        given = queries_and_keys(tokens, batch)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both_passes(*given, chunk)
+        gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+        return {"peak_gib": gib, "returning_gib": gib}
+    alone = (_alone, tokens, batch, chunk)
+    return {
+        "peak_gib": machine.peak_gib(*alone),
+        "returning_gib": machine.peak_gib(*alone, environment=GIVES_BACK),
+    }
 
 
 def _alone(tokens: int, batch: int, chunk: int) -> None:

@@ -33,6 +33,7 @@ def measure(rounds: int) -> pd.DataFrame:
         digits = partial(config.load, "digits", None)
         rows = _grown("batch", {n: partial(digits, [f"train.batch_size={n}"]) for n in BATCHES}, rounds)
         rows += _grown("depth", {n: partial(digits, [f"model.depth={n}"]) for n in DEPTHS}, rounds)
+        machine.forget()
         rows += _grown("tokens", {n: partial(step.study, folder, m, ["vanilla"]) for n, m in PRESETS.items()}, rounds)
     planning = {_jobs(n): partial(plan, n) for n in SEEDS}
     timed = cost.interleaved(planning, min(planning), max(2, rounds // 6), label="planning")

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from haste_core.files import write_json, write_text
@@ -73,6 +74,12 @@ def _measured(action: Callable[..., None], threads: int, *arguments: Any) -> flo
     return runs.peak_memory_gib()
 
 
+def forget() -> None:
+    """Let what comes next in this process have a precision and compiled graphs of its own."""
+    AcceleratorState._reset_state()
+    torch.compiler.reset()
+
+
 def use_all_cores() -> int:
     """Let torch use every core of this machine; returns how many."""
     cores = len(os.sched_getaffinity(0))
@@ -106,6 +113,6 @@ def write_pairs(folder: Path, example: Example, count: int) -> None:
         for path in (folder / side / name for name in names):
             if side == "images":
                 pixels = rng.integers(0, 256, (example.image_size, example.image_size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(path)
+                Image.fromarray(pixels).save(path, compress_level=1)
             else:
                 np.save(path, rng.random((2 * example.channels, example.size, example.size), dtype=np.float32))

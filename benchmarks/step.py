@@ -1,4 +1,6 @@
-"""A training step of SiT-B/2 on 32x32x4 latents beside a ViT-B/14 teacher at 224 pixels, by phase (Table 16).
+"""A training step on 32x32x4 latents beside a ViT-B/14 teacher at 224 pixels, by phase (Table 16).
+
+SiT-B/2 on a CPU, SiT-XL/2 on a GPU.
 
 Weights are random: they do not change what a step costs. Latents and photographs are noise in a folder that is laid
 out as prepared ones are, so reading them counts.
@@ -6,8 +8,10 @@ out as prepared ones are, so reading them counts.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +21,22 @@ import torch
 
 from benchmarks import machine
 from haste_core.devices import default_device
+from haste_core.processes import micro_batches
 from haste_core.study import config, cost
+from haste_core.study.data import Batches
 from haste_core.study.estimate import Example, estimate
 from haste_core.study.pretrain import build_teacher
 from haste_core.study.train import create, switch_of
 from haste_core.training import Trainer
 
 ARMS = ["vanilla", "repa", "haste"]
-PRECISION = {"cpu": "no", "cuda": "bf16"}
-BATCH = {"cpu": 4, "cuda": 64}
+# What this device trains: size of the student, profile of `imagenet256`, precision, images in a batch.
+SIZES: dict[str, tuple[str, str | None, str, int]] = {
+    "cpu": ("SiT-B/2", "sit-b", "no", 4),
+    "cuda": ("SiT-XL/2", None, "bf16", 32),
+}
+# The paper's batch, which a GPU is given as much of as fits beside three states.
+LARGEST = 256
 COMPILED = ", compiled"
 PHASES = {"vanilla": ("vanilla", 2), "repa phase 1": ("repa", 1), "haste phase 1": ("haste", 1),
           "haste phase 2": ("haste", 2)}  # fmt: skip
@@ -34,13 +45,24 @@ PHASES = {"vanilla": ("vanilla", 2), "repa phase 1": ("repa", 1), "haste phase 1
 EXAMPLE = Example(size=32, channels=4, classes=2, image_size=256, image_channels=3)
 
 
-def study(folder: Path, model: str = "SiT-B/2", arms: list[str] = ARMS, compiled: bool = False) -> config.StudySettings:
-    """Study `imagenet256` at the size of `model` on random pairs with a random teacher, sized for this device."""
-    device = default_device().type
+def sizes() -> tuple[str, str | None, str, int]:
+    """The entry of `SIZES` for this device."""
+    return SIZES[default_device().type]
+
+
+def study(
+    folder: Path,
+    model: str | None = None,
+    arms: list[str] = ARMS,
+    compiled: bool = False,
+    batch: int | None = None,
+) -> config.StudySettings:
+    """Study `imagenet256` on random pairs with a random teacher, by default sized for this device."""
+    usual, profile, precision, images = sizes()
     loaded = config.load(
-        "imagenet256", "sit-b",
-        [f"data.path={folder}", "data.test_fraction=0.5", "teacher.weights=random", f"model.preset={model}",
-         f"train.batch_size={BATCH[device]}", f"train.precision={PRECISION[device]}",
+        "imagenet256", profile,
+        [f"data.path={folder}", "data.test_fraction=0.5", "teacher.weights=random", f"model.preset={model or usual}",
+         f"train.batch_size={batch or images}", f"train.precision={precision}",
          f"train.threads={torch.get_num_threads()}", f"train.compile={compiled}"],
     )  # fmt: skip
     return loaded.model_copy(update={"groups": {"main": arms}})
@@ -50,35 +72,117 @@ def measure(rounds: int) -> pd.DataFrame:
     """Seconds, ratio to a vanilla step, images/s, memory and share of the matrix rate of every arm and phase.
 
     Returns:
-        what ("vanilla", "repa phase 1", ..., "teacher forward" alone; then what is compiled, in a turn of its own),
-        seconds (median), ratio, low, high (to vanilla of the same turn, uncompiled; 95 % interval),
-        over_least, over_low, over_high (ratio to a vanilla step and a teacher forward together, the least that phase I
-        could take),
-        images_per_s, peak_gib, tflop (of the batch), share (of the device's measured matrix rate), rounds.
+        what ("vanilla", "repa phase 1", ..., "teacher forward" alone; on a GPU then the same of the largest batch),
+        batch (images), seconds (median), ratio, low, high (to vanilla of the same batch; 95 % interval), over_least,
+        over_low, over_high (ratio to a vanilla step and a teacher forward together, the least that phase I could
+        take), images_per_s, peak_gib (of the run alone), tflop (of the batch), share (of the device's measured matrix
+        rate), rounds.
     """
+    rate = machine.matrix_rate(sizes()[2], default_device().type)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        machine.write_pairs(folder, EXAMPLE, 4 * BATCH[default_device().type])
-        chosen = study(folder)
-        plain = _timed(cost.states(chosen), rounds, with_teacher=True)
-        memory = {title: machine.peak_gib(_alone, folder, *which) for title, which in PHASES.items()}
-        compiled = _timed(_compiled(folder), max(3, rounds // 2))
-    rate = machine.matrix_rate(chosen.train.precision, default_device().type)
-    least = np.add(plain["vanilla"], plain["teacher forward"])
-    rows = []
-    for what, taken in plain.items():
-        over = cost.compared(taken, least)
-        row = _row(chosen, rate, what, cost.compared(taken, plain["vanilla"])) | {"peak_gib": memory.get(what)}
-        rows.append(row | {"over_least": over.ratio, "over_low": over.low, "over_high": over.high})
-    rows += [
-        _row(chosen, rate, what, cost.compared(taken, compiled["vanilla"])) for what, taken in compiled.items()
-        if what not in PHASES
-    ]  # fmt: skip
+        if default_device().type == "cuda":
+            machine.write_pairs(folder, EXAMPLE, 2 * LARGEST + 64)
+            rows = _on_gpu(study(folder), rounds, rate)
+        else:
+            machine.write_pairs(folder, EXAMPLE, 4 * sizes()[3])
+            rows = _rows(study(folder), cost.states(study(folder)), rounds, rate)
+            for row in rows:
+                if row["what"] in PHASES:
+                    row["peak_gib"] = machine.peak_gib(_alone, folder, *PHASES[row["what"]])
     return pd.DataFrame(rows)
 
 
+def compiled(rounds: int) -> pd.DataFrame:
+    """A compiled vanilla step and a compiled phase I step.
+
+    Returns:
+        what, batch, seconds, ratio, low, high (to an uncompiled vanilla step of the same turn), images_per_s, tflop,
+        share, rounds; columns as of `measure`.
+    """
+    rate = machine.matrix_rate(sizes()[2], default_device().type)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        machine.write_pairs(folder, EXAMPLE, 4 * sizes()[3])
+        timed = _timed(_compiled(folder), max(3, rounds // 2))
+        rows = [
+            _row(study(folder), rate, what, cost.compared(taken, timed["vanilla"]))
+            for what, taken in timed.items() if what not in PHASES
+        ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _rows(
+    chosen: config.StudySettings, running: Mapping[tuple[str, int], Trainer], rounds: int, rate: float
+) -> list[dict[str, Any]]:
+    taken = _timed(running, rounds, with_teacher=True)
+    least = np.add(taken["vanilla"], taken["teacher forward"])
+    rows = []
+    for what, seconds in taken.items():
+        over = cost.compared(seconds, least)
+        row = _row(chosen, rate, what, cost.compared(seconds, taken["vanilla"]))
+        rows.append(row | {"over_least": over.ratio, "over_low": over.low, "over_high": over.high})
+    return rows
+
+
+def _on_gpu(chosen: config.StudySettings, rounds: int, rate: float) -> list[dict[str, Any]]:
+    """Rows of all arms, then of vanilla and phase I with the largest batch that fits beside each other."""
+    running = cost.states(chosen)
+    rows = _rows(chosen, running, rounds, rate)
+    needed = {key: _step_gib(state) for key, state in running.items()}
+    both = {key: running.pop(key) for key in (("vanilla", 2), ("haste", 1))}
+    held = {key: _held_gib(running, key) for key in list(running)}
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    fits = int((0.92 * total - torch.cuda.memory_allocated() / 2**30) / needed["haste", 1] * chosen.train.batch_size)
+    larger = study(Path(str(chosen.data.path)), arms=["vanilla", "haste"], batch=min(LARGEST, fits // 32 * 32))
+    for state in both.values():
+        _resize(state, larger.train.batch_size)
+    more = _rows(larger, both, max(3, rounds // 3), rate)
+    more_needed = {key: _step_gib(state) for key, state in both.items()}
+    held |= {key: _held_gib(both, key) for key in list(both)}
+    for found, steps in ((rows, needed), (more, more_needed)):
+        peaks = {_title(*key): held[key] + gib for key, gib in steps.items()}
+        for row in found:
+            row["peak_gib"] = peaks.get(row["what"])
+    return rows + more
+
+
+def _resize(state: Trainer, images: int) -> None:
+    """Give a trainer another batch size."""
+    old = state.batches
+    state.options = replace(state.options, batch_size=images)
+    state.share = state.processes.share(images)
+    state.micro_batches = micro_batches(images, state.options.accumulate, state.processes.count)
+    state.batches = Batches(old.dataset, images, 0, state.haste is not None, state.share, ahead=True)  # type: ignore[attr-defined]
+
+
+def _step_gib(state: Trainer) -> float:
+    """GiB on the GPU that a step takes beside what is there between steps."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    state.train_step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _held_gib(running: dict[tuple[str, int], Trainer], key: tuple[str, int]) -> float:
+    """GiB on the GPU that a run has between steps; lets the run go."""
+    before = torch.cuda.memory_allocated()
+    del running[key]
+    gc.collect()
+    torch.cuda.empty_cache()
+    return (before - torch.cuda.memory_allocated()) / 2**30
+
+
 def _row(chosen: config.StudySettings, rate: float, what: str, t: cost.Timing) -> dict[str, Any]:
-    row = {"what": what, "seconds": t.seconds, "ratio": t.ratio, "low": t.low, "high": t.high, "rounds": t.rounds}
+    row = {
+        "what": what,
+        "batch": chosen.train.batch_size,
+        "seconds": t.seconds,
+        "ratio": t.ratio,
+        "low": t.low,
+        "high": t.high,
+        "rounds": t.rounds,
+    }
     row |= {"images_per_s": chosen.train.batch_size / t.seconds}
     phase = PHASES.get(what.removesuffix(COMPILED))
     if phase is not None:
@@ -96,7 +200,7 @@ def _timed(
     if with_teacher:
         actions |= {"teacher forward": _teacher_forward(running["haste", 1])}
     device = next(iter(running.values())).accelerator.device
-    return cost.timed(actions, rounds, device=device, label="SiT-B/2")
+    return cost.timed(actions, rounds, device=device, label=sizes()[0])
 
 
 def _compiled(folder: Path) -> dict[tuple[str, int], Trainer]:

@@ -27,6 +27,11 @@ def in_precision(precision: str, device: torch.device) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def exact() -> AbstractContextManager[object]:
+    """Context in which cuDNN takes deterministic kernels and real float32, where it takes TF32 by default."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
 def compile_blocks(model: DiffusionTransformer, leave: Collection[int] = ()) -> None:
     """Let the blocks of `model` but those in `leave` (from 0) be compiled at their next forward pass, in place."""
     check_compiler(next(model.buffers()).device)

@@ -179,8 +179,10 @@ def gradient_cosine(
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     # What a loss does not use (an MLP above the last aligned attention) has the gradient zero.
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([gradient.detach().flatten() for gradient in found])
+    # Scaled, as gradients of a run in fp16 would underflow; a power of two leaves the digits as they are.
+    scale = 2.0**14
+    found = torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.detach().flatten() for gradient in found]) / scale
 
 
 def _grams(gradients: Tensor) -> np.ndarray:

@@ -50,7 +50,11 @@ class Batch(NamedTuple):
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
-        return Batch(*(part.pin_memory() for part in self))
+        return Batch(*map(_pinned, self))
+
+
+def _pinned(part: Tensor) -> Tensor:
+    return part.pin_memory() if part.device.type == "cpu" else part
 
 
 # Steps in a row without a finite gradient norm that end training; in fp16 the loss scaler skips some until it fits.
@@ -247,6 +251,8 @@ class Trainer:
         batch = self.batches.next()
         null, dropout = self.ema.null_label, self.options.label_dropout
         draws = draw_noise(batch, null, dropout, self.noise, self.options.batch_size, self.share)
+        if self.accelerator.device.type == "cuda":  # a copy from other memory waits for all steps before it
+            batch, draws = batch.pinned(), Draws(*map(_pinned, draws))
         found = []
         for i, part in enumerate(self.micro_batches, 1):
             # Gradients are averaged over processes once a step, in the backward pass of the last micro-batch.

@@ -29,7 +29,6 @@ from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
 from haste_core.sampling import to_uint8
 from haste_core.study.data import open_dataset
-from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
 from haste_core.taps import Taps
 from haste_core.teacher import Teacher
@@ -203,7 +202,7 @@ def blocks(run: Run, steps: Sequence[int] | None, timesteps: Sequence[float]) ->
         run: finished. steps: of the student, 0 for the untrained network; by default 0 and every kept one.
         timesteps: noise levels of the student's input in [0, 1]. The teacher sees clean images.
     """
-    teacher = find_teacher(run.study, run.config.teacher)
+    teacher = probe.teacher_of(run)
     for block in range(teacher.blocks + 1):
         facts = {"step": 0, "t": 0.0, "who": "teacher", "block": block, "blocks": teacher.blocks + 1}
         yield Block(facts, teacher.grid, partial(teacher_tokens, teacher, block))

@@ -101,6 +101,11 @@ def _passes(
         yield tapped(model, x, t, y, taps)
 
 
+def teacher_of(run: Run) -> Teacher:
+    """The run's teacher, where students are measured: on the GPU if there is one."""
+    return find_teacher(run.study, run.config.teacher).to(default_device())
+
+
 def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.float().cpu() for part in parts])
 
@@ -165,7 +170,7 @@ class StudentTeacher:
     """
 
     def __init__(self, run: Run, every_block: bool = False, n: int | None = None) -> None:
-        teacher = find_teacher(run.study, run.config.teacher)
+        teacher = teacher_of(run)
         self.run, self.batch = run, held_out(run, n)
         self.pairs, self.heads = layer_pairs(run, teacher), aligned_heads(run, teacher)
         self.grid, self.teacher_grid = token_grid(run.config.model, self.batch.x), teacher.grid

@@ -27,7 +27,6 @@ from torch.nn import functional as F
 from haste_core.analysis import probe
 from haste_core.errors import HasteError
 from haste_core.study.data import open_dataset
-from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
 from haste_core.teacher import Teacher
 
@@ -290,7 +289,7 @@ def block_similarity(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFra
         (bootstrap interval over images, for "cka" of the aligned pair; else NaN), n (images), k (NaN for both CKA).
     """
     settings, rows = run.study.analysis, []
-    examples, teacher = probe.held_out(run), find_teacher(run.study, run.config.teacher)
+    examples, teacher = probe.held_out(run), probe.teacher_of(run)
     targets = {b: Kernels(means) for b, means in teacher_means(teacher, examples.images).items()}
     pair, middle = aligned_pair(run, teacher), probe.middle_level(settings.timesteps)
     generator = Generator().manual_seed(settings.seed)
@@ -366,7 +365,7 @@ def linear_probing(run: Run, train: int = 2000) -> pd.DataFrame:
         low, high = binomtest(round(accuracy * n), n).proportion_ci(settings.confidence, method="wilson")
         rows.append((network, step, t, depth, accuracy, float(low), float(high), chance, n, len(fitted.y)))
 
-    teacher = find_teacher(run.study, run.config.teacher)
+    teacher = probe.teacher_of(run)
     last = [teacher_means(teacher, part.images)[teacher.blocks - 1] for part in (fitted, tested)]
     add("teacher", 0, 0.0, teacher.blocks, *last)
     t, depths = probe.middle_level(settings.timesteps), range(1, run.config.model.depth + 1)

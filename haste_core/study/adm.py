@@ -28,7 +28,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from tqdm.auto import tqdm
 
 from haste_core import checkpoint, sampling
-from haste_core.devices import default_device
+from haste_core.devices import default_device, exact
 from haste_core.errors import HasteError
 from haste_core.files import atomic, locked, output_root
 from haste_core.study import config, runs
@@ -208,7 +208,10 @@ def extract(
     kept = torch.ones(len(images), dtype=torch.bool)
     if keep is not None and keep < len(images):
         kept[torch.randperm(len(images), generator=Generator().manual_seed(0))[keep:]] = False
-    with tqdm(total=len(images), desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar:
+    with (
+        exact(),
+        tqdm(total=len(images), desc=progress, unit="image", disable=progress is None, mininterval=1.0) as bar,
+    ):
         for batch in images.batches(batch_size):
             x = batch.expand(-1, 3, -1, -1).contiguous().to(device)
             found = networks.inception(x)

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from haste_core import checkpoint
-from haste_core.devices import default_device
+from haste_core.devices import default_device, exact
 from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json, write_text
 from haste_core.study import config, signals
@@ -94,7 +94,7 @@ class Vae:
 
         Float32 on the device of `images`; S is a multiple of `factor`.
         """
-        with _exact():
+        with exact():
             found = self.model.encode(images.to(self.model.device, torch.float32), return_dict=False)[0]
         return Posterior(found.mean.to(images.device), found.std.to(images.device))
 
@@ -108,17 +108,12 @@ class Vae:
         if x.shape[1] != self.channels:
             raise HasteError(f"latents of {x.shape[1]} channels for VAE {self.name}; expected {self.channels}")
         latents = x.float() / self.scale + self.shift
-        with _exact():
+        with exact():
             found = [
                 self.model.decode(part.to(self.model.device), return_dict=False)[0].clamp(-1, 1)
                 for part in latents.split(batch_size)
             ]
         return torch.cat(found).to(x.device)
-
-
-def _exact() -> Any:
-    """A context in which cuDNN takes deterministic kernels and real float32 instead of TF32."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def load_vae(name: str, device: str | torch.device = "cpu") -> Vae:
