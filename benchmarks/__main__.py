@@ -30,7 +30,7 @@ def main() -> None:
         machine.forget()
         table = measure(arguments.rounds or rounds)
         print(table.to_string(index=False))
-        machine.keep(table, name, matrix_rate=machine.matrix_rate("no", default_device().type))
+        machine.keep(table, name, matrix_rate=machine.matrix_rate(step.sizes()[2], default_device().type))
     print(pictures.write(machine.RESULTS / machine.name()))
 
 

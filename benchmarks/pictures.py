@@ -33,6 +33,8 @@ def write(folder: Path) -> Path:
 def readme_block(folder: Path) -> str:
     """README's lines on the step and the samplers, from a machine's tables alone."""
     steps, facts = machine.kept(folder, "step")
+    if (folder / "compiled.csv").is_file():
+        steps = pd.concat([steps, machine.kept(folder, "compiled")[0]])
     lines = [
         _origin(facts),
         "",
@@ -44,7 +46,8 @@ def readme_block(folder: Path) -> str:
         ratio, over = _interval(row), _interval(row, ("over_least", "over_low", "over_high"))
         cells = [f"{row['seconds']:.2f}", ratio, over, f"{row['images_per_s']:.2f}",
                  _cell(row["peak_gib"], ".1f"), _cell(row["share"], ".0%")]  # fmt: skip
-        lines.append(f"| {' | '.join([row['what'], *cells])} |")
+        images = f", {row['batch']:.0f} images" if "batch" in row and pd.notna(row["batch"]) else ""
+        lines.append(f"| {' | '.join([row['what'] + images, *cells])} |")
     drawn, facts = machine.kept(folder, "sampling")
     lines += [
         "",
@@ -115,6 +118,8 @@ def _grown(axis: Axes, grows: str, part: pd.DataFrame) -> None:
 
 
 def _attention(axis: Axes, table: pd.DataFrame, column: str, label: str, where: str | None = None) -> None:
+    if "compiled" in table:
+        table = table[~table["compiled"]]
     whole = table[table["queries"] == table["tokens"]]
     chunks = table[(table["queries"] == QUERIES_AT_ONCE) & (table["tokens"] > QUERIES_AT_ONCE)]
     lines = (("whole maps", whole, "#0072B2"), (f"{QUERIES_AT_ONCE} queries at once", chunks, "#D55E00"))

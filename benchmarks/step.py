@@ -135,8 +135,8 @@ def _on_gpu(chosen: config.StudySettings, rounds: int, rate: float) -> list[dict
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     fits = int((0.92 * total - torch.cuda.memory_allocated() / 2**30) / needed["haste", 1] * chosen.train.batch_size)
     larger = study(Path(str(chosen.data.path)), arms=["vanilla", "haste"], batch=min(LARGEST, fits // 32 * 32))
-    for state in both.values():
-        _resize(state, larger.train.batch_size)
+    for key in both:
+        _resize(both[key], larger.train.batch_size)
     more = _rows(larger, both, max(3, rounds // 3), rate)
     more_needed = {key: _step_gib(state) for key, state in both.items()}
     held |= {key: _held_gib(both, key) for key in list(both)}

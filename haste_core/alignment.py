@@ -7,7 +7,7 @@ interpolation. A grid is (rows, columns); its tokens are numbered row by row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,10 @@ from haste_core.errors import HasteError
 from haste_core.taps import QK
 
 Grid = tuple[int, int]
-# From this number of tokens on chunks of queries are faster than whole maps on a CPU, and their size (`make bench`).
+# Beyond this number of tokens chunks of queries are faster than whole maps on a CPU, and their size (`make bench`).
 DENSE_UP_TO, QUERIES_AT_ONCE = 512, 128
+# On a GPU whole maps are faster at any size, 3.6 times at 1,024 tokens; bytes of one map, of which a few are held.
+MAP_BYTES = 2**30
 
 
 class AlignmentLosses(NamedTuple):
@@ -55,21 +57,27 @@ def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.mean() if weights is None else (values.flatten(1).mean(1) * weights).mean()
 
 
-def attention_loss(student: QK, teacher: QK, weights: Tensor | None = None, chunk: int | None = None) -> Tensor:
+def attention_loss(
+    student: QK,
+    teacher: QK,
+    weights: Tensor | None = None,
+    chunk: int | None = None,
+    whole: Callable[[QK, QK, Tensor | None], Tensor] | None = None,
+) -> Tensor:
     """The cross-entropy H(teacher attention, student attention) in nats, mean over batch, heads and queries.
 
     Sec. 2.3, arXiv 2505.16792. Each q and k is (B, H, N, d) on the same tokens, the widths d of student and teacher may
-    differ. With more than `DENSE_UP_TO` tokens, queries go `chunk` at a time and their maps are computed again in the
-    backward pass: the same numbers, and memory that grows with N instead of N^2.
+    differ. With many tokens, queries go `chunk` at a time and their maps are computed again in the backward pass: the
+    same numbers, and memory that grows with N instead of N^2.
 
     Args:
         student, teacher: q and k. weights: (B,) of the samples, all one by default.
-        chunk: queries at once; by default all of them up to `DENSE_UP_TO` tokens, else `QUERIES_AT_ONCE`.
+        chunk: queries at once, by default those of `queries_at_once`. whole: `whole_maps`, or a compiled one.
     """
     tokens = student[0].shape[2]
-    chunk = chunk or (tokens if tokens <= DENSE_UP_TO else QUERIES_AT_ONCE)
+    chunk = chunk or queries_at_once(student[0].shape, student[0].device.type)
     if chunk >= tokens:
-        return attention_cross_entropy(student, attention_probabilities(*teacher), weights)
+        return (whole or whole_maps)(student, teacher, weights)
     (q_s, k_s), (q_t, k_t) = student, teacher
 
     def expected_log(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
@@ -80,6 +88,22 @@ def attention_loss(student: QK, teacher: QK, weights: Tensor | None = None, chun
         for s, t in zip(q_s.split(chunk, dim=2), q_t.split(chunk, dim=2), strict=True)
     ]
     return -_mean(torch.cat(rows, dim=2), weights)
+
+
+def queries_at_once(shape: Sequence[int], device: str) -> int:
+    """How many queries of q (B, H, N, d) go at a time.
+
+    On a CPU all of them up to `DENSE_UP_TO`, else `QUERIES_AT_ONCE`; on a GPU as many as `MAP_BYTES` hold.
+    """
+    batch, heads, tokens, _ = shape
+    if device == "cuda":
+        return max(1, min(tokens, MAP_BYTES // (4 * batch * heads * tokens)))
+    return tokens if tokens <= DENSE_UP_TO else QUERIES_AT_ONCE
+
+
+def whole_maps(student: QK, teacher: QK, weights: Tensor | None = None) -> Tensor:
+    """`attention_loss` of all queries at once."""
+    return attention_cross_entropy(student, attention_probabilities(*teacher), weights)
 
 
 def attention_cross_entropy(student: QK, target: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ from haste_core.alignment import (
     projector,
     resample_attention,
     resample_tokens,
+    whole_maps,
 )
 from haste_core.errors import HasteError, unknown
 from haste_core.gradient_angle import OnlineAngle
@@ -95,6 +96,7 @@ class HASTE(nn.Module):
         self.depth, self.lambda_feature, self.lambda_attention = depth, lambda_feature, lambda_attention
         self.t_low, self.t_high, self.aligned_heads, self.read = t_low, t_high, aligned_heads, read
         self.grid = grid
+        self.whole_maps = whole_maps  # or a compiled one
         self.pairs = [(int(s), int(t)) for s, t in layer_pairs] if lambda_attention > 0 else []
         self._teacher: list[Teacher] = []  # a list keeps it out of parameters and state dict
         self._gone: list[nn.Parameter] = []  # the projector's after the switch, until an optimizer lets them go
@@ -223,7 +225,7 @@ class HASTE(nn.Module):
         student, target = ((q[:, chosen], k[:, chosen]) for q, k in (student, target))
         grid = self._grid(student[0].shape[2])
         if grid == self.teacher.grid:
-            return attention_loss(student, target, weights)
+            return attention_loss(student, target, weights, whole=self.whole_maps)
         resampled = resample_attention(attention_probabilities(*target), self.teacher.grid, grid)
         return attention_cross_entropy(student, resampled, weights)
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from haste_core.alignment import AlignmentLosses
+from haste_core.alignment import AlignmentLosses, whole_maps
 from haste_core.devices import compile_blocks
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
@@ -301,6 +301,8 @@ class Trainer:
         # Hooks sit on q and k inside the block, so blocks that are read are not compiled.
         if self.options.compile:
             compile_blocks(self.generator, leave=self.haste.taps.blocks if self.haste is not None else ())
+        if self.options.compile and self.haste is not None and self.haste.pairs:
+            self.haste.whole_maps = torch.compile(whole_maps)
 
     def gather(self) -> None:
         """Replace sums since the last `measure` by their means over all processes, in each of them."""
