@@ -15,6 +15,7 @@ from haste_core.alignment import (
     attention_probabilities,
     feature_loss,
     projector,
+    queries_at_once,
     resample_attention,
     resample_tokens,
 )
@@ -363,3 +364,12 @@ def test_both_losses_reach_every_kind_of_generator_in_phase_one_and_end_with_it(
     lines = run.metrics()
     assert [("feature" in line, "attention" in line) for line in lines] == [(True, True)] * 4 + [(False, False)] * 2
     assert all(line["feature"] < 1 and line["attention"] > 0 for line in lines[:4])
+
+
+def test_a_gpu_holds_whole_maps_up_to_a_size_and_a_cpu_up_to_a_number_of_tokens():
+    assert [queries_at_once((8, 12, n, 64), "cpu") for n in (256, 512, 1024)] == [256, 512, 128]
+    assert queries_at_once((8, 12, 1024, 64), "cuda") == 1024  # 0.4 GB
+    held = queries_at_once((256, 12, 1024, 64), "cuda")  # of 13 GB
+    assert held == 85
+    assert 256 * 12 * 1024 * 4 * held <= 2**30 < 256 * 12 * 1024 * 4 * (held + 1)
+    assert queries_at_once((10**6, 12, 4096, 64), "cuda") == 1

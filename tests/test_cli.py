@@ -67,7 +67,7 @@ def trained(folder, output, monkeypatch):
         ([], ["notebook", "examples:", "haste study digits"]),
         (["train"], ["study", "digits", "arm", "--seed", "--profile", "--set KEY=VALUE", "--processes", "--dry-run"]),
         (["study"], ["study", "--profile", "--cores", "--workflow-profile", "--dry-run", "Snakemake's own"]),
-        (["plan"], ["study", "--gpus", "--rate", "--utilisation", "--json"]),
+        (["plan"], ["study", "--arms", "--gpus", "--rate", "--utilisation", "--json"]),
         (["notebook"], ["name", "out", "-p NAME=VALUE"]),
     ],
 )  # fmt: skip
@@ -325,3 +325,11 @@ def test_stamps_of_stages_whose_files_are_gone_are_found(tmp_path, monkeypatch):
     assert jobs.stale(study) == [made[1].dir / "trained-1-2.stamp"]
     runs.extractor_path(study).unlink()
     assert jobs.stale(study) == [made[1].dir / "trained-1-2.stamp", prepared]
+
+
+def test_only_the_named_arms_are_planned(output, capsys):
+    assert main(["plan", "digits", "--arms", "vanilla, haste", "--rate", "1e10", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["arm"], row["phase"]) for row in rows] == [("vanilla", 2), ("haste", 1), ("haste", 2)]
+    assert main(["plan", "digits", "--arms", "vanilla,hast", "--rate", "1e10"]) == 2
+    assert "unknown arm 'hast' (did you mean 'haste'?)" in capsys.readouterr().err

@@ -85,6 +85,25 @@ def test_an_unknown_study_names_the_known_ones(tmp_path):
     assert "none.yaml" in refused(tmp_path / "none.yaml")
 
 
+def test_a_missing_file_is_no_study(tmp_path):
+    message = refused(tmp_path / "mine.yml")
+    assert f"no file {tmp_path / 'mine.yml'}; expected a study file, or one of the studies: cifar10, digits" in message
+
+
+def test_arms_that_are_null_are_left_out_of_the_study_and_its_groups(tmp_path):
+    base = config.load("digits", "full")
+    group = next(name for name, arms in base.groups.items() if "atta" in arms)
+    left = config.load("digits", "full", ["arms.atta=null"])
+    assert list(left.arms) == [arm for arm in base.arms if arm != "atta"]
+    assert left.groups[group] == [arm for arm in base.groups[group] if arm != "atta"]
+    assert all(left.run(arm).hash == base.run(arm).hash for arm in left.arms)
+    path = written(tmp_path, lambda content: content["arms"].update({"atta": None, "w0.5": {}, "w0.5.late": {}}))
+    assert "atta" not in config.load(path).arms
+    dotted = config.load(path, overrides=["arms.w0.5=null", "arms.w0.5.late.train.lr=2e-3"])
+    assert "w0.5" not in dotted.arms
+    assert dotted.run("w0.5.late").train.lr == 2e-3
+
+
 def test_an_unknown_profile_names_the_known_ones(tmp_path):
     path = written(tmp_path, lambda content: content.update(profiles={"quick": {"train": {"steps": 5}}}))
     assert config.load(path, "quick").train.steps == 5

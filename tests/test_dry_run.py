@@ -204,6 +204,21 @@ def test_an_existing_run_says_where_it_would_go_on(tiny, make_study, output, unt
     assert not is_ok(longer, "run", "holistic")
 
 
+def test_a_switch_that_never_comes_and_a_teacher_that_sees_less_are_said(make_study, output, untraced):
+    checks, _ = dry_run.dry_run(
+        Run(make_study("arms.haste.termination.at=4", "train.steps=4", "train.keep=[4]"), "haste", 0)
+    )
+    said = {check.name: check.found for check in checks}
+    assert "aligned throughout: the switch at 4 lies beyond the last step" in said["settings"]
+    assert "shrunk" not in said["networks"]
+    shrinking = make_study(
+        "teacher.kwargs={img_size: 4, patch_size: 2, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 4}"
+    )
+    checks, _ = dry_run.dry_run(Run(shrinking, "haste", 0))
+    said = {check.name: check.found for check in checks}
+    assert "it sees images of 8 pixels shrunk, see teacher.kwargs.img_size" in said["networks"]
+
+
 def test_a_full_disk_is_a_problem_before_training(tiny, output, untraced, monkeypatch):
     found = estimate.estimate(tiny.run("haste"), Example(8, 1, 10, 8, 1))
     needed = int(found["checkpoint_bytes"].sum() + found["writing_bytes"].max())

@@ -203,6 +203,15 @@ def test_memory_depends_on_the_images_of_one_device_and_time_on_the_fullest(tiny
     assert 2 * few["activations"] == many["activations"]
 
 
+def test_the_plan_of_a_cpu_says_how_long_its_cores_take_and_what_a_run_holds(tiny):
+    table = planned(tiny)
+    assert "on this machine" not in estimate.plan_text(table)
+    total = estimate.sums(table)
+    taken = estimate.hours_text(24 * (total["days"] + total["scoring_days"]) / 2)
+    said = estimate.plan_text(table, 2, 0.5)
+    assert f"on this machine: 2 runs at a time, about {taken} for training and sampling; a run takes 0.5 GiB" in said
+
+
 # -- the speed of this device -----------------------------------------------------------------------------------------
 
 

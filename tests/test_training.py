@@ -17,6 +17,7 @@ import accelerate
 import pytest
 import torch
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -444,3 +445,48 @@ def test_a_run_leaves_a_plain_generator_its_settings_and_a_preview(output, tiny)
     assert [written.pop(key) for key in ("study", "arm", "seed")] == ["digits", "holistic", 0]
     assert config.RunSettings.model_validate(written) == run.config
     assert [p.name for p in (run.dir / "samples").iterdir()] == ["step_00000012.png"]
+
+
+def test_the_log_goes_to_trackers_too(make_study, output, monkeypatch):
+    begun = []
+
+    class Tracker:
+        name = "tensorboard"
+
+        def __init__(self, project, **where):
+            self.where, self.logged, self.images, self.ended = (project, where), [], [], False
+            begun.append(self)
+
+        def start(self): ...
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def log_images(self, values, step, dataformats):
+            self.images.append((step, values["samples"].shape, dataformats))
+
+        def finish(self):
+            self.ended = True
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    plain = make_study("train.watch_angle=true")
+    followed = make_study("train.watch_angle=true", "train.trackers=[tensorboard]")
+    assert followed.run("haste").hash == plain.run("haste").hash
+    run = train(followed)
+    (tracker,) = begun
+    assert tracker.where == ("tensorboard", {"logging_dir": run.dir})
+    assert tracker.ended
+    assert [step for step, _ in tracker.logged] == [line["step"] for line in run.metrics()]
+    assert {"loss", "phase", "feature", "attention", "online_angle"} <= tracker.logged[0][1].keys()
+    assert all(isinstance(value, int | float) for _, values in tracker.logged for value in values.values())
+    step, shape, formats = tracker.images[-1]
+    assert (step, shape[0], shape[-1], formats) == (run.config.train.steps, 1, 3, "NHWC")
+
+
+def test_a_tracker_that_is_not_installed_is_named(make_study, output, monkeypatch):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("No module named 'wandb'")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", missing)
+    with pytest.raises(HasteError, match=r"train\.trackers names wandb, which is not installed; pip install wandb"):
+        train(make_study("train.trackers=[wandb]"))

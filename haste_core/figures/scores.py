@@ -236,7 +236,10 @@ def training_curves(metrics: pd.DataFrame, tau: int | None) -> Figure:
     for axis, name in zip(axes, present, strict=True):
         for (arm, seed), rows in metrics.dropna(subset=[name]).groupby(["arm", "seed"], sort=False):
             label = str(arm) if seed == metrics["seed"].min() else None
-            axis.plot(rows["step"], rows[name], linewidth=1, label=label, **style(str(arm), arms))
+            # A mean that was logged after the switch is of steps before it.
+            late = tau is not None and name != "denoising"
+            steps = rows["step"].where(rows["phase"] == 1, tau) if late else rows["step"]
+            axis.plot(steps, rows[name], linewidth=1, label=label, **style(str(arm), arms))
         mark_switch(axis, tau)
         axis.set(xlabel="training steps", title=_LOSSES[name])
         axis.legend(fontsize=8)

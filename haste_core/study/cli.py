@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 
 from haste_core import __version__
-from haste_core.errors import HasteError, Interrupted, is_disk_full
+from haste_core.errors import HasteError, Interrupted, is_disk_full, unknown
 from haste_core.files import output_root
 from haste_core.study import cli_files, config
-from haste_core.study.runs import Run, study_dir
+from haste_core.study.runs import Run, machine, peak_memory_gib, study_dir
 
 _EXAMPLES = """examples:
   haste study digits                                    the whole default study, ending in reports/digits/report.html
@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--profile", help="a named set of overrides in the study file, for instance smoke")
             text = "override a setting of the study, for instance train.steps=200; may be repeated"
             sub.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=text)
+        if on == "study":
+            sub.add_argument("--arms", metavar="ARM,ARM", help="these arms alone, for instance vanilla,haste")
         return sub
 
     sub = add("train", train, "train one arm with one seed, or go on where it stopped", on="run")
@@ -177,7 +179,15 @@ def _worded(error: OSError) -> str:
 
 
 def study_of(arguments: argparse.Namespace) -> config.StudySettings:
-    """The study that a command is about."""
+    """The study that a command is about; arms that `--arms` does not name are left out by further overrides."""
+    study = config.load(arguments.study, arguments.profile, arguments.overrides)
+    if getattr(arguments, "arms", None) is None:
+        return study
+    named = [arm.strip() for arm in arguments.arms.split(",")]
+    for arm in named:
+        if arm not in study.arms:
+            raise unknown("arm", arm, study.arms)
+    arguments.overrides += [f"arms.{arm}=null" for arm in study.arms if arm not in named]
     return config.load(arguments.study, arguments.profile, arguments.overrides)
 
 
@@ -249,8 +259,9 @@ def run_study(arguments: argparse.Namespace) -> None:
     if arguments.workflow_profile is not None:
         options += ["--workflow-profile", arguments.workflow_profile]
     options += ["--dry-run"] if arguments.dry_run else []
+    study = study_of(arguments)
     report = jobs.run_study(
-        study_of(arguments), arguments.study, arguments.profile, arguments.overrides, arguments.processes, options
+        study, arguments.study, arguments.profile, arguments.overrides, arguments.processes, options
     )
     if report is not None:
         print(report)
@@ -330,7 +341,9 @@ def plan(arguments: argparse.Namespace) -> None:
         print(json.dumps({"study": study.name, "gpus": gpus, "speed": speed._asdict(), "notes": notes, "rows": rows,
                           "sums": estimate.sums(table)}, indent=2))  # fmt: skip
     else:
-        print("\n".join([*notes, "", estimate.plan_text(table)]))
+        here = machine()
+        side_by_side = 0 if rate or here["gpu"] else max(1, here["cores"] // study.train.threads)
+        print("\n".join([*notes, "", estimate.plan_text(table, side_by_side, peak_memory_gib())]))
 
 
 def run_notebook(arguments: argparse.Namespace) -> None:

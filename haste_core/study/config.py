@@ -302,13 +302,15 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
         study: a name from `studies()` or a path ending in .yaml.
         profile: a named set of overrides in the file itself, for instance "smoke".
         overrides: texts such as "train.steps=200"; the value is read as YAML. Keys address the study's base, or an
-            arm with "arms.haste.termination.at=100".
+            arm with "arms.haste.termination.at=100"; "arms.atta=null" leaves one out.
 
     Raises:
         HasteError: the study, profile, key or type does not exist or does not fit.
     """
     path = Path(study) if str(study).endswith((".yaml", ".yml")) else STUDIES / f"{study}.yaml"
-    if not path.is_file() or (path.parent == STUDIES and path.stem not in studies()):
+    if path.parent != STUDIES and not path.is_file():
+        raise HasteError(f"no file {path}; expected a study file, or one of the studies: {', '.join(studies())}")
+    if not path.is_file() or (path.stem not in studies() and path.parent == STUDIES):
         raise unknown("study", study, [*studies(), "or the path of a .yaml file"])
     content = _read(path)
     # A launch writes the settings of its run beside it and gives them to its processes.
@@ -325,7 +327,7 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
         content = _merge(content, profiles[profile])
     for override in overrides:
         content = _apply(content, override)
-    loaded = validate(StudySettings, content, f"study {path.stem!r}")
+    loaded = validate(StudySettings, _with_arms(content), f"study {path.stem!r}")
     for arm in loaded.arms:
         run, sample = loaded.run(arm), loaded.sample_of(arm)
         loaded.seeds_of(arm)
@@ -335,6 +337,20 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
                 f"guidance leads away from is never trained; expected guidance 1 or a dropout above 0"
             )
     return loaded
+
+
+def _with_arms(content: dict[str, Any]) -> dict[str, Any]:
+    """A study's content without the arms that are null, which its groups do not name any more."""
+    arms, groups = content.get("arms"), content.get("groups")
+    if not isinstance(arms, Mapping) or None not in arms.values():
+        return content
+    kept = {arm: own for arm, own in arms.items() if own is not None}
+    found = content | {"arms": kept}
+    if isinstance(groups, Mapping):
+        found["groups"] = {
+            name: [arm for arm in named if arms.get(arm, 0) is not None] for name, named in groups.items()
+        }
+    return found
 
 
 class _Loader(yaml.SafeLoader):
@@ -353,7 +369,7 @@ class _Loader(yaml.SafeLoader):
 class _Overridden(BaseModel):
     """The parts of a study file that profiles and overrides read before the whole is validated."""
 
-    arms: dict[str, dict[str, Any]] = {}
+    arms: dict[str, dict[str, Any] | None] = {}
     profiles: dict[str, dict[str, Any]] = {}
 
 
@@ -397,8 +413,14 @@ def read_pair(text: str, what: str, example: str) -> tuple[str, Any]:
 def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
     key, value = read_pair(override, "override", "key=value, for instance train.steps=200")
     parts = key.split(".")
-    if parts[0] == "arms" and len(parts) > 1 and parts[1] not in content.get("arms", {}):
-        raise unknown("arm", parts[1], content.get("arms", {}))
+    if parts[0] == "arms" and len(parts) > 1:
+        arms = content.get("arms", {})
+        # An arm's name may have dots of its own.
+        meant = [arm for arm in arms if f"{key}.".startswith(f"arms.{arm}.")]
+        if not meant:
+            raise unknown("arm", parts[1], arms)
+        arm = max(meant, key=len)
+        parts = ["arms", arm, *key[len(f"arms.{arm}.") :].split(".")] if key != f"arms.{arm}" else ["arms", arm]
     for part in reversed(parts):
         value = {part: value}
     return _merge(content, value)

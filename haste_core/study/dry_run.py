@@ -134,6 +134,8 @@ def _settings(run: Run) -> str:
     run.study.check_claims()
     train, tau = run.config.train, run.config.tau
     phase = "no alignment" if tau == 0 else "aligned throughout" if tau == math.inf else f"aligned until {tau:,}"
+    if train.steps <= tau < math.inf:
+        phase = f"aligned throughout: the switch at {tau:,} lies beyond the last step"
     return (
         f"{train.steps:,} steps of {train.batch_size} images, {phase}, precision {train.precision}, "
         f"{len(train.kept_steps)} checkpoints stay"
@@ -150,6 +152,8 @@ def _networks(settings: config.RunSettings, example: Example | None) -> str:
         return f"{text}; no teacher"
     (rows, columns), (height, width) = teacher.grid, teacher.image_size
     grids = "equal" if student.grid == teacher.grid else "different, resampled"
+    if min(height, width) < example.image_size:
+        grids += f"; it sees images of {example.image_size} pixels shrunk, see teacher.kwargs.img_size"
     return (
         f"{text}; teacher {settings.teacher.model}, {teacher.blocks} blocks, {teacher.heads} heads, {rows}x{columns} "
         f"tokens of {height}x{width} pixels; token grids {grids}"

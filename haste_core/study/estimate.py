@@ -385,7 +385,8 @@ def run_text(table: pd.DataFrame, precision: str, scoring: int) -> str:
     lines.append("the working memory of one block and CUDA's own come on top")
     rates = RATES["16 bits" if precision in _DTYPES else "float32"]
     work = float((table["steps"].astype(float) * table["device_flops"]).sum())
-    for name, rate in rates.items():
+    # Of a run of seconds, times on GPUs say nothing.
+    for name, rate in rates.items() if work / (UTILISATION * min(rates.values())) > 60 else ():
         taken, drawing = (hours_text(flops / (UTILISATION * rate) / 3600) for flops in (work, scoring))
         lines.append(
             f"time on {name}: {taken}, and {drawing} of sampling for each scored checkpoint, at {UTILISATION:.0%} (an "
@@ -394,14 +395,27 @@ def run_text(table: pd.DataFrame, precision: str, scoring: int) -> str:
     return "\n".join([*lines, "small networks take longer: they wait for kernels to start"])
 
 
-def plan_text(table: pd.DataFrame) -> str:
-    """A plan as a table, with its sums below."""
+def plan_text(table: pd.DataFrame, side_by_side: int = 0, process_gib: float = 0) -> str:
+    """A plan as a table, with its sums below.
+
+    side_by_side: runs that share the cores of this machine, and process_gib: memory of such a process beside that of a
+    step; 0 where runs take a GPU each.
+    """
     total = sums(table)
+    here = []
+    if side_by_side:
+        most = process_gib + total["memory_bytes"] / 2**30
+        days = (total["days"] + total["scoring_days"]) / side_by_side
+        here = [
+            f"on this machine: {side_by_side} run{'s' * (side_by_side > 1)} at a time, about {hours_text(24 * days)} "
+            f"for training and sampling; a run takes {most:.1f} GiB of memory, scores and analyses more"
+        ]
     return "\n".join([
         table_text(table), "",
         f"in all: {total['runs']} runs, {si(total['flops'], 'FLOP')}, {hours_text(24 * total['days'])} one after the "
         f"other, {size_text(total['checkpoint_bytes'])} of checkpoints and {size_text(total['writing_bytes'])} more "
         f"while a run writes, at most {size_text(total['memory_bytes'])} of memory on a device",
+        *here,
         "memory is the peak of a step; the working memory of one block and CUDA's own come on top",
         f"sampling the images that score {total['checkpoints']} checkpoints: {si(total['scoring_flops'], 'FLOP')}, "
         f"{hours_text(24 * total['scoring_days'])}",

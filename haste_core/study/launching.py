@@ -62,7 +62,7 @@ def launch(
         "--redirects", "3", "--log-dir", str(folder / "workers"), "-m", "--", "haste_core.study.cli", *words,
     ]  # fmt: skip
     # Files of the current folder are no modules, whatever their names.
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "TQDM_DISABLE": "1", "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", "PYTHONSAFEPATH": "1"}
     environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS), "TORCHELASTIC_ERROR_FILE": str(failure)}
 
     def show() -> None:

@@ -297,7 +297,7 @@ class TrainSettings(Section):
     per process. activation_checkpointing: recompute the activations of blocks in the backward pass, to save memory.
     compile: torch.compile the blocks, for runs much longer than compiling takes (`make bench`). prefetch: a thread
     reads the next batch while a step runs, for data on disk. watch_angle: log the online estimate of the gradient
-    angle in phase I (`haste_core.gradient_angle`).
+    angle in phase I (`haste_core.gradient_angle`). trackers: what the log goes to besides `metrics.jsonl`.
     """
 
     steps: Positive
@@ -320,6 +320,7 @@ class TrainSettings(Section):
     keep: list[Positive] = []
     watch_angle: bool = False
     log_every: Positive = 50
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], exclude_if=lambda trackers: not trackers)
     checkpoint_every: Positive = 500
     sample_every: Positive = 1000
 
@@ -337,7 +338,7 @@ class TrainSettings(Section):
 # Fields of `TrainSettings` that change a run's numbers by rounding at most, which hashes leave out.
 TRAIN_BOOKKEEPING = {
     "steps", "keep", "watch_angle", "log_every", "checkpoint_every", "sample_every", "accumulate", "compile",
-    "prefetch", "activation_checkpointing",
+    "prefetch", "activation_checkpointing", "trackers",
 }  # fmt: skip
 
 

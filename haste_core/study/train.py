@@ -6,12 +6,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
 from tqdm.auto import tqdm
 
 from haste_core import checkpoint, gradient_angle, released, sampling
@@ -99,6 +102,7 @@ def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None
     session: AbstractContextManager[dict[str, Any]] = (
         runs.session(run.dir, **facts) if processes.is_main else nullcontext({})
     )
+    followed: AbstractContextManager[list[GeneralTracker]] = trackers(run) if processes.is_main else nullcontext([])
     with (
         session as record,
         signals.catch() as stopping,
@@ -107,8 +111,9 @@ def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None
             mininterval=1.0, desc=f"{run.arm} seed {run.seed}",
         ) as bar,
         (run.metrics_path if processes.is_main else Path(os.devnull)).open("a") as stream,
+        followed as tracking,
     ):  # fmt: skip
-        log, kept = _Log(stream, bar, trainer), set(train.kept_steps)
+        log, kept = _Log(stream, bar, trainer, tracking), set(train.kept_steps)
         stopped = processes.any(stopping.is_set())
         while trainer.step < train.steps and not stopped:
             trainer.train_step()
@@ -117,7 +122,7 @@ def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None
             if trainer.step in kept or trainer.step % train.checkpoint_every == 0:
                 _save_checkpoint(run, trainer)
             if trainer.step % train.sample_every == 0 or trainer.step == train.steps:
-                processes.from_main(lambda: _preview(run, trainer.step, trainer.ema))
+                processes.from_main(lambda: _preview(run, trainer.step, trainer.ema, tracking))
             if on_step is not None:
                 on_step(trainer)
             # All leave after the same step, whichever of them the signal reached.
@@ -128,11 +133,37 @@ def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None
     return stopped
 
 
+@contextmanager
+def trackers(run: Run) -> Iterator[list[GeneralTracker]]:
+    """accelerate's trackers that `train.trackers` names: event files in the run's directory, a W&B run of its own.
+
+    Raises:
+        HasteError: its package is not installed.
+    """
+    with ExitStack() as ended:
+        begun = []
+        for name in run.config.train.trackers:
+            label = f"{run.arm}-{run.config.hash}-seed{run.seed}"
+            where: dict[str, Any] = {"logging_dir": run.dir}
+            if name == "wandb":
+                where = {"dir": str(run.dir), "group": run.arm, "name": label, "id": label, "resume": "allow"}
+            try:
+                tracker = LOGGER_TYPE_TO_CLASS[name](
+                    "tensorboard" if name == "tensorboard" else run.study.name, **where
+                )
+                tracker.start()
+            except ImportError as error:
+                raise HasteError(f"train.trackers names {name}, which is not installed; pip install {name}") from error
+            ended.callback(tracker.finish)
+            begun.append(tracker)
+        yield begun
+
+
 class _Log:
     """Lines of metrics.jsonl and updates of the bar. Nothing is read off the device between two of them."""
 
-    def __init__(self, stream: TextIO, bar: Any, trainer: Trainer) -> None:
-        self.stream, self.bar, self.trainer = stream, bar, trainer
+    def __init__(self, stream: TextIO, bar: Any, trainer: Trainer, tracking: Sequence[GeneralTracker] = ()) -> None:
+        self.stream, self.bar, self.trainer, self.tracking = stream, bar, trainer, tracking
         self.time, self.step = time.perf_counter(), trainer.step
 
     def write(self, **readings: float) -> None:
@@ -141,6 +172,8 @@ class _Log:
         line = trainer.measure(**readings)
         rate = (trainer.step - self.step) / max(time.perf_counter() - self.time, 1e-9)
         trainer.processes.from_main(lambda: self._append(line | {"steps_per_s": round(rate, 3)}))
+        for tracker in self.tracking:
+            tracker.log({name: value for name, value in line.items() if isinstance(value, int | float)}, trainer.step)
         names = [name for name in ("loss", "denoising", "feature", "attention", "grad_norm") if name in line]
         shown = {name: f"{line[name]:.3f}" for name in names}
         self.bar.set_postfix(phase=line["phase"], **shown, refresh=False)
@@ -385,7 +418,7 @@ def student_of(
     return build(model.kind, seed, **sizes, mlp_ratio=model.mlp_ratio, qk_norm=model.qk_norm)
 
 
-def _preview(run: Run, step: int, average: DiffusionTransformer) -> None:
+def _preview(run: Run, step: int, average: DiffusionTransformer, tracking: Sequence[GeneralTracker] = ()) -> None:
     """Write samples/step_<n>.png: four samples of each class from the EMA model, the same noise every time.
 
     Of latents the first three channels are shown as they are; `haste sample` decodes.
@@ -396,4 +429,11 @@ def _preview(run: Run, step: int, average: DiffusionTransformer) -> None:
     drawn = sampling.draw(average, labels, range(len(labels)), quick)
     if drawn.shape[1] > 3:
         drawn = drawn[:, :3] / 3  # latents, of about unit variance: no decoder beside a run that needs the memory
-    images.save_grid(sampling.to_uint8(drawn), run.dir / "samples" / f"step_{step:08d}.png", classes)
+    path = run.dir / "samples" / f"step_{step:08d}.png"
+    images.save_grid(sampling.to_uint8(drawn), path, classes)
+    for tracker in tracking:
+        with Image.open(path) as grid:
+            shown = np.array(grid.convert("RGB"))[None]
+        tracker.log_images(
+            {"samples": shown}, step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {})
+        )
