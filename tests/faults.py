@@ -257,7 +257,9 @@ def wait_for_moment(process: subprocess.Popen[bytes], out: Path, draw: random.Ra
     changes = draw.randint(1, 40) if draw.random() < 0.5 else 10**9
     before = None
     while process.poll() is None and time.monotonic() < deadline and changes > 0:
-        now = {p: s.st_mtime_ns for p in out.rglob("*") if (s := stat(p))}
+        # Folders that vanish meanwhile end `Path.rglob`; `os.walk` leaves them out.
+        there = (Path(folder, name) for folder, folders, files in os.walk(out) for name in (*folders, *files))
+        now = {p: s.st_mtime_ns for p in there if (s := stat(p))}
         changes -= before is not None and now != before
         before = now
         time.sleep(0.002)

@@ -16,6 +16,7 @@ from PIL import Image
 from haste_core import figures
 from haste_core.analysis.statistics import interval
 from haste_core.errors import HasteError
+from haste_core.figures.style import panels, style
 from haste_core.files import write_json, write_table
 from haste_core.study import claims, config, cost, evaluation, judging, pretrain, report, report_text
 from haste_core.study.cli import main
@@ -492,14 +493,33 @@ def assert_opens_offline(html):
     page = Links()
     page.feed(html)
     assert not {"iframe", "object", "embed", "link", "base"} & set(page.tags)
-    assert page.tags.count("script") == 1  # that of the template, which sorts tables
+    assert page.tags.count("script") == 1  # that of the template
     assert page.handlers == []
     for target in page.loaded:
         assert target.startswith(("data:", "#")), target[:80]
     for style in page.styles:
         assert "@import" not in style
         assert all(url.strip("'\" ").startswith("data:") for url in re.findall(r"url\(([^)]*)", style))
-    assert page.tags.count("img") >= len(FIGURES) - 3
+    assert page.tags.count("img") + page.tags.count("svg") >= len(FIGURES) - 3
+
+
+def test_lines_of_arms_are_found_in_a_page_by_name_and_point(tmp_path):
+    figure, (axis,) = panels(1, 3, 2)
+    axis.plot([1, 2], [0.5, 0.25], marker="o", **style("repa", ["repa"]))
+    axis.plot([1, 2], [3, 3], color="black")
+    before = [line.get_gid() for line in axis.lines]
+    figures.save(figure, tmp_path, "one")
+    assert [line.get_gid() for line in axis.lines] == before
+    svg = (tmp_path / "one.svg").read_text()
+    page = report.embedded(svg, "one", 'what "is" shown')
+    assert page.count('data-arm="repa" data-points="1,0.5;2,0.25"') == page.count("data-arm") == 1
+    assert 'aria-label="what &#34;is&#34; shown"' in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert all(name.startswith("one-") for name in ids)
+    assert {name for pair in re.findall(r'url\(#([^)]+)|href="#([^"]+)"', page) for name in pair if name} <= set(ids)
+    assert report.embedded(svg.replace("data-arm", "data-x"), "one", "x").startswith(
+        '<img src="data:image/svg+xml;base64,'
+    )
 
 
 def test_sentences_name_every_claim_and_every_arm(synthetic):

@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure as PlainFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
@@ -69,13 +70,13 @@ def panels(columns: int, width: float, height: float, rows: int = 1, **more: Any
 
 
 def style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
-    """Colour and line style of an arm, the same in every figure."""
+    """Colour and line style of an arm, the same in every figure, and the name by which a report finds its lines."""
     if arm in ARM_STYLE:
         colour, line = ARM_STYLE[arm]
     else:
         others = [a for a in arms if a not in ARM_STYLE]
         colour, line = _SPARE[others.index(arm) % len(_SPARE)], "-"
-    return {"color": colour, "linestyle": line}
+    return {"color": colour, "linestyle": line, "gid": f"arm-{arm}"}
 
 
 def arm_line(arm: str, arms: Sequence[str]) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def seed_line(
     if seeds.shape[1] == 1 and "low" in rows:
         low, high = rows.groupby(along)["low"].min(), rows.groupby(along)["high"].max()
     axis.plot(mean.index, mean, label=label, marker="o", markersize=3.5, **look)
-    axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.13, linewidth=0)
+    axis.fill_between(mean.index, low, high, color=look["color"], alpha=0.13, linewidth=0, gid=look.get("gid"))
 
 
 def heatmap(axis: Any, cells: pd.DataFrame, **more: Any) -> Any:
@@ -123,14 +124,23 @@ def row_labels(axis: Any, labels: Sequence[str]) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write folder/name.png and folder/name.svg atomically, the same bytes for the same figure."""
+    """Write folder/name.png and folder/name.svg atomically, the same bytes for the same figure.
+
+    In the latter an arm's lines bear its name and their points, `data-arm` and `data-points`, which a page can use.
+    """
     # Automatic layouts change a little with every drawing; a layout that was drawn once is kept.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     vector, stream = io.StringIO(), io.BytesIO()
+    lines = [line for line in figure.findobj(Line2D) if str(line.get_gid()).startswith("arm-")]
+    for line in lines:
+        points = ";".join(f"{x:.5g},{y:.4g}" for x, y in np.asarray(line.get_xydata()))
+        line.set_gid(f"{line.get_gid()}|{points}")
     figure.savefig(vector, format="svg", bbox_inches="tight", metadata={"Date": None})
+    for line in lines:
+        line.set_gid(str(line.get_gid()).partition("|")[0])
     # Clip paths are named by a hash of unrounded coordinates, whose last digits the layout's solver may change.
-    text = vector.getvalue()
+    text = re.sub(r'<g id="arm-([^"|]+)\|?([^"]*)"', r'<g data-arm="\1" data-points="\2"', vector.getvalue())
     for i, found in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text))):
         text = text.replace(found, f"clip{i}")
     write_text(folder / f"{name}.svg", text)

@@ -390,9 +390,9 @@ def run_text(table: pd.DataFrame, precision: str, scoring: int) -> str:
         taken, drawing = (hours_text(flops / (UTILISATION * rate) / 3600) for flops in (work, scoring))
         lines.append(
             f"time on {name}: {taken}, and {drawing} of sampling for each scored checkpoint, at {UTILISATION:.0%} (an "
-            f"assumption) of {rate / 1e12:.4g} TFLOP/s"
+            f"assumption) of {rate / 1e12:.4g} TFLOP/s; small networks take longer"
         )
-    return "\n".join([*lines, "small networks take longer: they wait for kernels to start"])
+    return "\n".join(lines)
 
 
 def plan_text(table: pd.DataFrame, side_by_side: int = 0, process_gib: float = 0) -> str:

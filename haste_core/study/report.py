@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+from markupsafe import Markup, escape
 
 from haste_core import figures
 from haste_core.analysis import attention, switching
@@ -325,6 +327,19 @@ def draw_analyses(report: Report) -> dict[str, dict[str, Figure]]:
     }
 
 
+def embedded(svg: str, name: str, shown: str) -> Markup:
+    """A figure inside of a page: as part of it where a script is to find the lines of arms, else as an image.
+
+    shown: what is to be seen, in words.
+    """
+    if "data-arm" not in svg:
+        source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+        return Markup('<img src="{}" alt="{}">').format(source, shown)
+    # A page has an id once.
+    own = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
+    return Markup(own.replace("<svg", f'<svg role="img" aria-label="{escape(shown)}"', 1))
+
+
 def write_report(report: Report) -> Path:
     """Write figures and report.html from the tables; returns the path of report.html."""
     drawn, analyses = draw_figures(report), draw_analyses(report)
@@ -334,9 +349,8 @@ def write_report(report: Report) -> Path:
     study, fid, judged = report.study, report.main(report.table("fid")), report.table("claims")
     steps, floor = report.detailed_steps(), report.table("floor")
 
-    def picture(name: str) -> str:
-        content = (report.dir / "figures" / f"{name}.svg").read_bytes()
-        return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
+    def picture(name: str, shown: str) -> Markup:
+        return embedded((report.dir / "figures" / f"{name}.svg").read_text(encoding="utf-8"), name, shown)
 
     html = _template("report.html").render(
         style=STYLE.read_text(encoding="utf-8"),
