@@ -497,9 +497,9 @@ def assert_opens_offline(html):
     assert page.handlers == []
     for target in page.loaded:
         assert target.startswith(("data:", "#")), target[:80]
-    for style in page.styles:
-        assert "@import" not in style
-        assert all(url.strip("'\" ").startswith("data:") for url in re.findall(r"url\(([^)]*)", style))
+    for rules in page.styles:
+        assert "@import" not in rules
+        assert all(url.strip("'\" ").startswith("data:") for url in re.findall(r"url\(([^)]*)", rules))
     assert page.tags.count("img") + page.tags.count("svg") >= len(FIGURES) - 3
 
 
