@@ -15,13 +15,9 @@ from typing import Any, NamedTuple
 
 import huggingface_hub as hub
 import numpy as np
-import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
-from timm.models import get_pretrained_cfg, load_state_dict
-from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +26,7 @@ from haste_core.errors import HasteError, unknown
 from haste_core.seeding import stream
 from haste_core.taps import QK
 
-# Attention modules read here by their layout; another kind, even one derived from these, may do more.
-PLAIN = (Attention, AttentionRope, EvaAttention)
+# timm takes seconds to import: what needs it imports it, so that a page of figures does not wait.
 # Seconds the hub has to answer before it counts as out of reach. Without it the client tries again for a minute.
 HUB_TIMEOUT = 5.0
 LONGEST_CAUSE = 300  # characters of a library's own message that are repeated
@@ -242,6 +237,8 @@ def _patch_qk(attn: Any, x: Tensor, rope: Tensor | None, prefix: int) -> QK:
         q, k = (p(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj))
     q, k = attn.q_norm(q)[:, :, prefix:], attn.k_norm(k)[:, :, prefix:]
     if rope is not None:  # timm rotates every token but the prefix ones
+        from timm.layers import apply_rot_embed_cat
+
         half = bool(getattr(attn, "rotate_half", False))
         q, k = (apply_rot_embed_cat(part, rope, half=half).type_as(part) for part in (q, k))
     return q, k
@@ -249,7 +246,11 @@ def _patch_qk(attn: Any, x: Tensor, rope: Tensor | None, prefix: int) -> QK:
 
 def check_plain_attention(attn: Any) -> None:
     """Raise HasteError where a timm attention module is more than one softmax of q k^T / sqrt(d) per head."""
-    if type(attn) not in PLAIN:
+    from timm.layers import Attention, AttentionRope
+    from timm.models.eva import EvaAttention
+
+    # Read by their layout; another kind, even one derived from these, may do more.
+    if type(attn) not in (Attention, AttentionRope, EvaAttention):
         why = "its maps are not known to be a softmax of q and k alone"
     elif getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
         why = "fewer key heads than query heads"
@@ -325,6 +326,8 @@ def _check_sizes(kwargs: Mapping[str, Any]) -> None:
 
 
 def _create(model: str, options: dict[str, Any], seed: int) -> nn.Module:
+    import timm
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return timm.create_model(model, **options)
@@ -337,6 +340,8 @@ def _unloaded(model: str, options: dict[str, Any], file: Path) -> list[str]:
     random teacher. A checkpoint of the same keys and shapes that holds NaN throughout shows what arrives where,
     whatever timm renames or resizes on the way.
     """
+
+    from timm.models import load_state_dict
 
     def marked(state: Any) -> Any:
         if isinstance(state, Mapping):
@@ -375,6 +380,8 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
                 "(.safetensors, or .pth and .bin that hold tensors alone)"
             )
         return Path(weights)
+    from timm.models import get_pretrained_cfg
+
     try:
         cfg = get_pretrained_cfg(model)
     except RuntimeError as error:

@@ -19,7 +19,7 @@ from haste_core.study import adm, config, images
 from haste_core.study.adm import LOGITS, POOL, SPATIAL, Networks, extract, inception_score, scores_of
 from haste_core.study.cli import main
 from haste_core.study.images import MemoryImages, NpzImages, TrainingImages
-from haste_core.study.scores import Gaussian, frechet_distance, precision_recall
+from haste_core.study.scores import ADM_METRICS, Gaussian, frechet_distance, precision_recall
 
 import timm  # isort: skip
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip
@@ -96,7 +96,7 @@ def test_scores_of_known_features_are_their_closed_forms(networks, capsys):
     known = adm.Reference(statistics, real.flatten(1).float(), 200)
     found = scores_of(extract(MemoryImages(made), networks, 64), known, 3)
     assert capsys.readouterr().err == ""
-    assert list(found) == list(adm.METRICS)
+    assert list(found) == list(ADM_METRICS)
     assert found["fid"] == pytest.approx(frechet_distance(gaussian(made, 16), statistics["pool"]))
     assert found["sfid"] == pytest.approx(frechet_distance(gaussian(made, 4), statistics["spatial"]))
     assert (found["precision"], found["recall"]) == precision_recall(

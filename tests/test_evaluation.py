@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from haste_core.errors import HasteError
-from haste_core.study import adm, config, evaluation, pretrain
+from haste_core.study import adm, config, evaluation, pretrain, scores
 from haste_core.study.evaluation import evaluate_run, evaluation_samples, find_samples
 from haste_core.study.runs import Run
 from haste_core.study.scores import METRICS, compare, extract_features
@@ -198,8 +198,8 @@ def adm_study(make_study, monkeypatch):
 def test_the_adm_suite_scores_runs_once_by_the_same_rows_and_card(workshop, tiny, adm_study, monkeypatch):
     rows, run = evaluate(adm_study, "vanilla"), Run(adm_study, "vanilla", 0)
     assert [row["step"] for row in rows] == [4, 8, 12]
-    assert evaluation.metrics_of(adm_study) == adm.METRICS
-    finite = set(adm.METRICS) - {"fd_dinov2"} | set(evaluation.SUMMARIES)
+    assert evaluation.metrics_of(adm_study) == scores.ADM_METRICS
+    finite = set(scores.ADM_METRICS) - {"fd_dinov2"} | set(evaluation.SUMMARIES)
     for row in rows:
         assert set(row) == set(evaluation.columns(adm_study))
         assert np.isfinite([row[name] for name in finite]).all()
@@ -209,7 +209,7 @@ def test_the_adm_suite_scores_runs_once_by_the_same_rows_and_card(workshop, tiny
     assert (content["suite"], content["extractor"]) == ("adm", "grey")
     images = evaluation_samples(Run(tiny, "vanilla", 0), 12)
     expected = adm.AdmScorer(adm_study.evaluate, adm_study.data, progress=False).score(images)
-    assert {name: rows[-1][name] for name in adm.METRICS} == pytest.approx(expected, nan_ok=True)
+    assert {name: rows[-1][name] for name in scores.ADM_METRICS} == pytest.approx(expected, nan_ok=True)
     assert np.array_equal(np.load(evaluation.find_samples(run, 12), allow_pickle=False), images.numpy())
     monkeypatch.setattr(evaluation, "evaluation_set", lambda *_: pytest.fail("drawn again"))
     assert [row["fid"] for row in evaluate(adm_study, "vanilla")] == [row["fid"] for row in rows]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -21,7 +22,7 @@ from haste_core import teacher as encoders
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
 from haste_core.study.pretrain import check_precision
-from haste_core.teacher import Teacher, check_plain_attention, get_pretrained_cfg, low_passed, read_qk
+from haste_core.teacher import Teacher, check_plain_attention, low_passed, read_qk
 from haste_core.training import Batch
 
 NARROW = {"embed_dim": 32, "num_heads": 2}
@@ -328,7 +329,7 @@ def online(monkeypatch, tmp_path):
         cfg = get_pretrained_cfg(IJEPA)  # published at a plain address
         cfg.url = f"{url}/ijepa.pth.tar"
         found = {IJEPA: cfg}
-        monkeypatch.setattr(encoders, "get_pretrained_cfg", lambda name: found.get(name) or get_pretrained_cfg(name))
+        monkeypatch.setattr("timm.models.get_pretrained_cfg", lambda name: found.get(name) or get_pretrained_cfg(name))
 
     return at
 

@@ -46,7 +46,6 @@ from haste_core.study.scores import (
 )
 from haste_core.teacher import build_encoder
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
 POOL, SPATIAL, LOGITS = "2048", "spatial", "logits_unbiased"
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[1]
 # On a CPU Inception takes at most this many images at a time: its activations of one image take some 30 MB.
@@ -237,7 +236,7 @@ def inception_score(logits: Tensor) -> float:
 
 
 def scores_of(found: Features, real: Reference, neighborhood: int) -> dict[str, float]:
-    """The scores of features against a reference: METRICS by name, nan where the reference lacks what one needs."""
+    """The scores of features against a reference: ADM_METRICS by name, nan where the reference lacks what one needs."""
     distances = dict.fromkeys(STATISTICS, float("nan"))
     for name in found.moments.keys() & real.statistics.keys():
         n = min(found.moments[name].n, real.n or found.moments[name].n)
@@ -374,7 +373,7 @@ class AdmScorer:
         )
 
     def score(self, generated: Images | Tensor) -> dict[str, float]:
-        """Every score of METRICS for uint8 images; nan where the reference does not hold what a score needs."""
+        """Every score of ADM_METRICS for uint8 images; nan where the reference does not hold what a score needs."""
         images = MemoryImages(generated) if isinstance(generated, Tensor) else generated
         return scores_of(self._extract(images, "images"), self.reference, self.evaluate.neighborhood)
 
@@ -426,7 +425,7 @@ class AdmStudyScorer(AdmScorer):
     def floor(self) -> list[dict[str, Any]]:
         """Scores of at most 10,000 real images against the reference, which takes the place of held-in images.
 
-        Rows of `pair`, `n`, `n_reference` and METRICS.
+        Rows of `pair`, `n`, `n_reference` and ADM_METRICS.
         """
         dataset = open_dataset(self.study.data)
         pairs = {

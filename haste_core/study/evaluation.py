@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,39 +16,46 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
-from haste_core.study import adm, config, latents
+from haste_core.study import config, latents
 from haste_core.study.data import open_dataset
 from haste_core.study.denoising import SUMMARIES, summaries
 from haste_core.study.runs import Run, session, study_dir
 from haste_core.study.samples import SampleSet, drawer, plan
-from haste_core.study.scores import STUDY_METRICS, StudyScorer, card_of
+from haste_core.study.scores import ADM_METRICS, STUDY_METRICS, StudyScorer, card_of
 from haste_core.study.train import build_generator
 
 SHARD_SIZE = 1000
+if TYPE_CHECKING:
+    from haste_core.study.adm import AdmStudyScorer
+
 KEPT = 100  # images kept beside the scores of every checkpoint
 DENOISING_COLUMNS = ("arm", "seed", "step", "t", "split", "loss", "nats", "n", "draws", "card")
 _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
 # A checkpoint's scores by name, and the rows of its denoising loss under "levels".
 Scores = dict[str, Any]
-Scorer = StudyScorer | adm.AdmStudyScorer
+Scorer: TypeAlias = "StudyScorer | AdmStudyScorer"
 
 
 def metrics_of(study: config.StudySettings) -> tuple[str, ...]:
     """Names of the scores of the study's suite, without those against held-out images."""
-    return adm.METRICS if study.evaluate.suite == "adm" else STUDY_METRICS
+    return ADM_METRICS if study.evaluate.suite == "adm" else STUDY_METRICS
 
 
 def columns(study: config.StudySettings) -> tuple[str, ...]:
     """Columns of the study's table of scores, the keys of `rows`."""
     if study.evaluate.suite == "adm":
-        return (*_HEAD, *adm.METRICS, *_TAIL, *SUMMARIES)
+        return (*_HEAD, *ADM_METRICS, *_TAIL, *SUMMARIES)
     held_out = (f"{name}_heldout" for name in STUDY_METRICS)
     return (*_HEAD, *STUDY_METRICS, *_TAIL, *held_out, "nearest", "copies", *SUMMARIES)
 
 
 def open_scorer(study: config.StudySettings, progress: bool = True) -> Scorer:
     """The scorer of the study's suite."""
-    return adm.AdmStudyScorer(study, progress) if study.evaluate.suite == "adm" else StudyScorer(study)
+    if study.evaluate.suite == "study":
+        return StudyScorer(study)
+    from haste_core.study.adm import AdmStudyScorer  # with Inception, which takes seconds to import
+
+    return AdmStudyScorer(study, progress)
 
 
 def floor(scorer: Scorer, study: config.StudySettings) -> list[dict[str, Any]]:
@@ -137,7 +144,7 @@ def _drawn_and_scored(run: Run, step: int, scorer: Scorer, progress: str | None)
     """The scores of a checkpoint, and its images or the first of them."""
     levels = scorer.probe.measure(generator_at(run, step)[0])
     measured: Scores = {**summaries(levels), "levels": levels}
-    if isinstance(scorer, adm.AdmStudyScorer):
+    if not isinstance(scorer, StudyScorer):
         samples = evaluation_set(run, step, progress)
         return scorer.score(samples) | measured, next(samples.batches(KEPT))
     generated = evaluation_samples(run, step, progress)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch_fidelity import metric_fid, metric_kid
 
 from haste_core import sampling
 from haste_core.devices import default_device, exact
@@ -28,6 +27,7 @@ from haste_core.study.runs import Run
 
 METRICS = ("fid", "kid", "precision", "recall")
 # The scores above on the extractor trained on labels; then a distance on the one trained without, and one on pixels.
+ADM_METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
 STUDY_METRICS = (*METRICS, "fid_unlabelled", "fd_pixel")
 # Maximum number of real images of a score: precision and recall compare all pairs.
 LIMIT = 10_000
@@ -132,6 +132,8 @@ def extract_features(images: Tensor, network: FeatureNetwork, batch_size: int) -
 
 def frechet(generated: Tensor, real: Tensor) -> float:
     """The Frechet distance of features (n, width) and (m, width), by torch-fidelity."""
+    from torch_fidelity import metric_fid  # takes seconds to import
+
     statistics = [metric_fid.fid_features_to_statistics(side) for side in (generated, real)]
     return float(metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[metric_fid.KEY_METRIC_FID])
 
@@ -191,6 +193,8 @@ def compare(
     Raises:
         HasteError: features are not finite, or of so few images that a score has no meaning.
     """
+    from torch_fidelity import metric_kid
+
     for side in (generated, real):
         check_features(side)
     check_neighbours(generated, real, evaluate.neighborhood)
