@@ -160,19 +160,6 @@ def test_precision_is_of_generated_and_recall_of_real_images():
         scores.precision_recall(noise(3, 2), noise(9, 2), 3)
 
 
-def test_precision_and_recall_are_torch_fidelitys_with_radii_taken_once():
-    generator = torch.Generator().manual_seed(0)
-    made, real = (torch.randn(n, 6, generator=generator, dtype=torch.float64) * s for n, s in ((70, 0.8), (90, 1.0)))
-    expected = torch_fidelity.metric_prc.prc_features_to_metric(
-        made, real, prc_neighborhood=3, prc_batch_size=32, save_cpu_ram=True, verbose=False
-    )
-    known = tuple(scores.radii(side, 3) for side in (made, real))
-    for given in (None, known):
-        found = scores.precision_recall(made, real, 3, 32, given)
-        assert found == pytest.approx((expected["precision"], expected["recall"]))
-    assert 0 < found[1] < found[0] < 1
-
-
 # Copies
 
 

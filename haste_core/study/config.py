@@ -348,7 +348,8 @@ def _with_arms(content: dict[str, Any]) -> dict[str, Any]:
     found = content | {"arms": kept}
     if isinstance(groups, Mapping):
         found["groups"] = {
-            name: [arm for arm in named if arms.get(arm, 0) is not None] for name, named in groups.items()
+            name: [arm for arm in named if arms.get(arm, 0) is not None] if isinstance(named, list) else named
+            for name, named in groups.items()
         }
     return found
 

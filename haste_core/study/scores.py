@@ -138,57 +138,35 @@ def frechet(generated: Tensor, real: Tensor) -> float:
     return float(metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[metric_fid.KEY_METRIC_FID])
 
 
-def radii(features: Tensor, neighborhood: int, batch_size: int = 10_000) -> Tensor:
-    """The distance (n,) of each of the features (n, d) to its `neighborhood`-th neighbour, on their device."""
-    return torch.cat(
-        [torch.cdist(part, features).kthvalue(neighborhood + 1).values for part in features.split(batch_size)]
-    )
-
-
 def precision_recall(
-    generated: Tensor,
-    real: Tensor,
-    neighborhood: int,
-    batch_size: int = 10_000,
-    known: tuple[Tensor, Tensor] | None = None,
+    generated: Tensor, real: Tensor, neighborhood: int, batch_size: int = 10_000
 ) -> tuple[float, float]:
-    """Improved precision and recall in [0, 1] of features (n, d) and (m, d) on one device.
+    """Improved precision and recall in [0, 1] of features (n, d) and (m, d), by torch-fidelity.
 
     Kynkaanniemi et al., arXiv 1904.06991: the share of generated features within the distance of a real one to its
     `neighborhood`-th neighbour, and the share of real ones within that of a generated one. Tables of distances have
-    `batch_size` rows. known: `radii` of generated and real features.
+    `batch_size` rows.
 
     Raises:
         HasteError: there are too few images.
     """
-    check_neighbours(generated, real, neighborhood)
-    own, others = known or (radii(side, neighborhood, batch_size) for side in (generated, real))
+    from torch_fidelity import metric_prc
 
-    def inside(points: Tensor, centres: Tensor, reach: Tensor) -> float:
-        near = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in points.split(batch_size)]
-        return torch.cat(near).float().mean().item()
-
-    return inside(generated, real, others), inside(real, generated, own)
-
-
-def check_neighbours(generated: Tensor, real: Tensor, neighborhood: int) -> None:
-    """Raise HasteError where there are not more images on either side than neighbours are asked for."""
     if min(len(generated), len(real)) <= neighborhood:
         raise HasteError(
             f"precision and recall of {len(generated)} generated and {len(real)} real images; expected more than "
             f"evaluate.neighborhood ({neighborhood}) of each"
         )
+    found = metric_prc.prc_features_to_metric(
+        generated, real, prc_neighborhood=neighborhood, prc_batch_size=batch_size, save_cpu_ram=True, verbose=False
+    )
+    return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
 
 
-def compare(
-    generated: Tensor,
-    real: Tensor,
-    evaluate: config.EvaluateSettings,
-    known: tuple[Tensor, Tensor] | None = None,
-) -> dict[str, float]:
-    """FID and KID, by torch-fidelity, precision and recall of features (n, width) and (m, width) float64.
+def compare(generated: Tensor, real: Tensor, evaluate: config.EvaluateSettings) -> dict[str, float]:
+    """FID, KID, precision and recall of features (n, width) and (m, width) float64, by torch-fidelity.
 
-    FID and KID are 0 for equal distributions, KID can be slightly negative. known: as for `precision_recall`.
+    FID and KID are 0 for equal distributions, KID can be slightly negative.
 
     Raises:
         HasteError: features are not finite, or of so few images that a score has no meaning.
@@ -197,10 +175,7 @@ def compare(
 
     for side in (generated, real):
         check_features(side)
-    check_neighbours(generated, real, evaluate.neighborhood)
-    device = default_device()
-    sides = (generated.to(device), real.to(device))
-    precision, recall = precision_recall(*sides, evaluate.neighborhood, known=known)
+    precision, recall = precision_recall(generated, real, evaluate.neighborhood)  # refuses too few images
     kid = metric_kid.kid_features_to_metric(
         generated,
         real,
@@ -301,10 +276,9 @@ def augmented(dataset: Dataset, seed: int) -> Tensor:
 
 
 class Side(NamedTuple):
-    """Features of a set of images by the extractors of EXTRACTORS, `radii` of the first, and pixel statistics."""
+    """Features of a set of images by the extractors of EXTRACTORS, and pixel statistics."""
 
     labelled: Tensor
-    radii: Tensor
     unlabelled: Tensor
     pixels: Gaussian
 
@@ -330,13 +304,11 @@ class StudyScorer:
     def _side(self, images: Tensor) -> Side:
         batch_size = self.study.evaluate.batch_size
         labelled, unlabelled = (extract_features(images, network, batch_size) for network in self.networks)
-        check_features(labelled)
-        reach = radii(labelled.to(default_device()), min(self.study.evaluate.neighborhood, len(labelled) - 1))
-        return Side(labelled, reach, unlabelled, pixel_gaussian(images))
+        return Side(labelled, unlabelled, pixel_gaussian(images))
 
     def _compare(self, a: Side, b: Side) -> dict[str, float]:
         """The scores of STUDY_METRICS of one side against another."""
-        return compare(a.labelled, b.labelled, self.study.evaluate, (a.radii, b.radii)) | {
+        return compare(a.labelled, b.labelled, self.study.evaluate) | {
             "fid_unlabelled": frechet(a.unlabelled, b.unlabelled),
             "fd_pixel": frechet_distance(a.pixels, b.pixels),
         }
