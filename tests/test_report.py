@@ -513,7 +513,7 @@ def test_lines_of_arms_are_found_in_a_page_by_name_and_point(tmp_path):
     svg = (tmp_path / "one.svg").read_text()
     page = report.embedded(svg, "one", 'what "is" shown')
     assert page.count('data-arm="repa" data-points="1,0.5;2,0.25"') == page.count("data-arm") == 1
-    assert 'aria-label="what &#34;is&#34; shown"' in page
+    assert 'aria-label="what &quot;is&quot; shown"' in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert all(name.startswith("one-") for name in ids)
     assert {name for pair in re.findall(r'url\(#([^)]+)|href="#([^"]+)"', page) for name in pair if name} <= set(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -15,7 +16,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup, escape
 
 from haste_core import figures
 from haste_core.analysis import attention, switching
@@ -327,17 +327,17 @@ def draw_analyses(report: Report) -> dict[str, dict[str, Figure]]:
     }
 
 
-def embedded(svg: str, name: str, shown: str) -> Markup:
-    """A figure inside of a page: as part of it where a script is to find the lines of arms, else as an image.
+def embedded(svg: str, name: str, shown: str) -> str:
+    """HTML of a figure inside of a page: as part of it where a script is to find the lines of arms, else as an image.
 
     shown: what is to be seen, in words.
     """
     if "data-arm" not in svg:
         source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-        return Markup('<img src="{}" alt="{}">').format(source, shown)
+        return f'<img src="{source}" alt="{html.escape(shown)}">'
     # A page has an id once.
     own = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
-    return Markup(own.replace("<svg", f'<svg role="img" aria-label="{escape(shown)}"', 1))
+    return own.replace("<svg", f'<svg role="img" aria-label="{html.escape(shown)}"', 1)
 
 
 def write_report(report: Report) -> Path:
@@ -349,10 +349,10 @@ def write_report(report: Report) -> Path:
     study, fid, judged = report.study, report.main(report.table("fid")), report.table("claims")
     steps, floor = report.detailed_steps(), report.table("floor")
 
-    def picture(name: str, shown: str) -> Markup:
+    def picture(name: str, shown: str) -> str:
         return embedded((report.dir / "figures" / f"{name}.svg").read_text(encoding="utf-8"), name, shown)
 
-    html = _template("report.html").render(
+    page = _template("report.html").render(
         style=STYLE.read_text(encoding="utf-8"),
         folder=report.dir.name,
         study=study,
@@ -380,7 +380,7 @@ def write_report(report: Report) -> Path:
         picture=picture,
     )
     path = report.dir / "report.html"
-    write_text(path, html)
+    write_text(path, page)
     write_index(report.dir.parent)
     return path
 
