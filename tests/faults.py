@@ -2,7 +2,7 @@
 
     python tests/faults.py [--rounds N] [--seed S] [--only KIND ...] [--write]
 
-Prints a table with a row for each command and fault; --write puts it into docs/reliability.md. A problem is anything
+Prints a row for each command and fault; --write puts them into the table of docs/reliability.md. A problem is anything
 but this: the same files as without the fault once the command was run again, and one line for the user in between.
 `test_faults.py` runs a few rounds of it.
 """
@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -43,6 +42,7 @@ from haste_core.study.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
+HEAD = ("| what | fault | tried | results compared | problems | on |", "|---|---|---|---|---|---|")
 MARKS = ("<!-- faults: begin -->\n", "<!-- faults: end -->")
 # Facts of one particular run, which no other run repeats.
 OWN = {"provenance.json", "step_time.csv", "minutes.json"}
@@ -655,11 +655,26 @@ def tried(
             yield from KINDS[kind](bench, rounds, random.Random(f"{seed} {kind}"))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
-    lines = ["| what | fault | tried | results compared | problems |", "|---|---|---|---|---|"]
-    lines += [f"| {r.what} | {r.fault} | {r.tried} | {r.compared or '-'} | {len(r.problems)} |" for r in rows]
-    return "\n".join(lines)
+def line(row: Row) -> str:
+    """A row in Markdown, with today's date."""
+    cells = (row.what, row.fault, row.tried, row.compared or "-", len(row.problems), date.today().isoformat())
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def write(row: Row) -> None:
+    """Put a row into the page's table, in place of an older one of the same command and fault."""
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    shown, _, after = rest.partition(MARKS[1])
+    kept = [
+        old for old in shown.splitlines() if old.startswith("| ") and old.split(" | ")[:2] != HEAD[0].split(" | ")[:2]
+    ]
+    places = [old.split(" | ")[:2] for old in kept]
+    new = line(row)
+    if new.split(" | ")[:2] in places:
+        kept[places.index(new.split(" | ")[:2])] = new
+    else:
+        kept.append(new)
+    PAGE.write_text(before + MARKS[0] + "\n".join([*HEAD, *kept]) + "\n" + MARKS[1] + after)
 
 
 def cli() -> int:
@@ -671,18 +686,13 @@ def cli() -> int:
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    rows = []
+    problems = 0
     for row in tried(arguments.rounds, arguments.seed, arguments.only, arguments.commands):
-        rows.append(row)
-        said = f"{row.what}: {row.fault}: {row.tried} tried, {row.compared} compared"
-        print(said, *row.problems, sep="\n  ", flush=True)
-    shown = table(rows)
-    print(shown)
-    if arguments.write:
-        before, _, rest = PAGE.read_text().partition(MARKS[0])
-        said = f"{date.today().isoformat()}, {platform.system()}, seed {arguments.seed}:\n\n{shown}\n"
-        PAGE.write_text(before + MARKS[0] + said + MARKS[1] + rest.partition(MARKS[1])[2])
-    return int(any(row.problems for row in rows))
+        print(line(row), *row.problems, sep="\n  ", flush=True)
+        problems += len(row.problems)
+        if arguments.write:
+            write(row)
+    return int(problems > 0)
 
 
 if __name__ == "__main__":
