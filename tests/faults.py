@@ -45,8 +45,8 @@ PAGE = ROOT / "docs" / "reliability.md"
 HEAD = ("| what | fault | tried | results compared | problems | on |", "|---|---|---|---|---|---|")
 MARKS = ("<!-- faults: begin -->\n", "<!-- faults: end -->")
 # Facts of one particular run, which no other run repeats.
-OWN = {"provenance.json", "step_time.csv", "minutes.json"}
-MOMENTARY = {"steps_per_s", "seconds", "start", "sessions", "minutes", "peak_memory_gib"}
+OWN = {"provenance.json", "step_time.csv", "step_time.json", "step_time.png", "step_time.svg", "minutes.json"}
+MOMENTARY = {"written", "steps_per_s", "seconds", "start", "sessions", "minutes", "peak_memory_gib"}
 
 
 @dataclass
