@@ -24,10 +24,10 @@ from haste_core.study.samples import SampleSet, drawer, plan
 from haste_core.study.scores import ADM_METRICS, STUDY_METRICS, StudyScorer, card_of
 from haste_core.study.train import build_generator
 
-SHARD_SIZE = 1000
 if TYPE_CHECKING:
     from haste_core.study.adm import AdmStudyScorer
 
+SHARD_SIZE = 1000
 KEPT = 100  # images kept beside the scores of every checkpoint
 DENOISING_COLUMNS = ("arm", "seed", "step", "t", "split", "loss", "nats", "n", "draws", "card")
 _HEAD, _TAIL = ("arm", "seed", "step", "images_seen"), ("n", "card")
