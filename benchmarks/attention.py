@@ -36,7 +36,7 @@ def both_passes(student: QK, teacher: QK, chunk: int, compiled: bool = False) ->
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(whole_maps)
+    return torch.compile(whole_maps, dynamic=False)
 
 
 def measure(rounds: int) -> pd.DataFrame:

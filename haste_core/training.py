@@ -251,7 +251,7 @@ class Trainer:
         batch = self.batches.next()
         null, dropout = self.ema.null_label, self.options.label_dropout
         draws = draw_noise(batch, null, dropout, self.noise, self.options.batch_size, self.share)
-        if self.accelerator.device.type == "cuda":  # a copy from other memory waits for all steps before it
+        if self.accelerator.device.type == "cuda":  # a copy from other memory may wait for the steps before it
             batch, draws = batch.pinned(), Draws(*map(_pinned, draws))
         found = []
         for i, part in enumerate(self.micro_batches, 1):

@@ -421,7 +421,7 @@ def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:
         if not meant:
             raise unknown("arm", parts[1], arms)
         arm = max(meant, key=len)
-        parts = ["arms", arm, *key[len(f"arms.{arm}.") :].split(".")] if key != f"arms.{arm}" else ["arms", arm]
+        parts = ["arms", arm, *key.removeprefix(f"arms.{arm}").split(".")[1:]]
     for part in reversed(parts):
         value = {part: value}
     return _merge(content, value)
