@@ -2,6 +2,6 @@
 
 import os
 
-# Jobs share the cores of a machine, and small networks are slower on more threads than one. A job that may have more
-# says so (`train.threads`, the Snakefile); this holds for every other way in, such as a notebook in JupyterLab.
+# As in the study's jobs, which share the cores: one thread each unless `train.threads` says more. This holds for every
+# other way in, such as a notebook; set before the libraries that read it are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
