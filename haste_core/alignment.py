@@ -21,8 +21,8 @@ from haste_core.taps import QK
 Grid = tuple[int, int]
 # Beyond this number of tokens chunks of queries are faster than whole maps on a CPU, and their size (`make bench`).
 DENSE_UP_TO, QUERIES_AT_ONCE = 512, 128
-# On a GPU whole maps were faster from 256 to 4,096 tokens (`benchmarks/results/nvidia-h200`); bytes of one map, of which
-# a few are held.
+# On a GPU whole maps were faster from 256 to 4,096 tokens (`benchmarks/results/nvidia-h200`); bytes of one map, of
+# which a few are held.
 MAP_BYTES = 2**30
 
 
