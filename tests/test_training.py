@@ -271,6 +271,22 @@ def test_haste_branched_from_holistic_equals_haste_from_scratch(output, study, u
     assert (noted["shared_with"], noted["shared_until_step"]) == ("holistic seed 0", 8)
 
 
+@pytest.mark.parametrize(("when", "missing"), [(6, [4]), (12, [4, 8, 12])])
+def test_a_folder_removed_while_its_run_trains_is_said_and_made_again(output, study, uninterrupted, when, missing):
+    run = Run(study, "haste", 0)
+
+    def remove(trainer):
+        if trainer.step == when:
+            shutil.rmtree(run.dir)
+
+    with pytest.raises(HasteError, match=re.escape(f"checkpoints {missing} are gone")):
+        fit(run, on_step=remove)
+    if run.steps():
+        with pytest.raises(HasteError, match="no metrics at .*delete .* and run haste train"):
+            run.metrics()
+    assert_same(contents(train(study)), uninterrupted)
+
+
 def test_a_shorter_call_leaves_what_a_longer_one_logged(output, make_study):
     long = train(make_study())
     before, steps = long.metrics_path.read_bytes(), [line["step"] for line in long.metrics()]

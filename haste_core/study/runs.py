@@ -140,10 +140,16 @@ class Run:
         return tensors, state
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged measurements up to the run's last step, one dict per logged step."""
-        if not self.metrics_path.is_file():
-            raise HasteError(f"no metrics at {self.metrics_path}; run haste train {self.study.name} {self.arm}")
-        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+        """The logged measurements up to the run's last step, one dict per logged step.
+
+        Raises:
+            HasteError: there are none, or they were removed.
+        """
+        text = self.metrics_path.read_text() if self.metrics_path.is_file() else ""
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if not lines:
+            way = f"delete {self.dir} and run" if self.steps() else "run"  # checkpoints without a log: it was removed
+            raise HasteError(f"no metrics at {self.metrics_path}; {way} haste train {self.study.name} {self.arm}")
         return [line for line in lines if line["step"] <= self.config.train.steps]
 
     def tidy_metrics(self, repeated: range = range(0)) -> None:

@@ -53,7 +53,8 @@ def fit(
         processes: those that train together; by default those that a launcher started.
 
     Raises:
-        HasteError: bad configuration, another process on the run, a full disk, or a loss that is not finite.
+        HasteError: bad configuration, another process on the run, a full disk, a loss that is not finite, or a
+            checkpoint that was removed in between.
         Interrupted: a signal arrived; the run is saved.
     """
     processes = processes or Processes()
@@ -75,6 +76,9 @@ def fit(
         missing = processes.from_main(run.missing_steps)  # the others wait until the main process is done
     if stopped and missing:
         raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {trainer.step}, saved; run again to go on")
+    if missing:
+        gone = f"{run.dir}: checkpoints {missing} are gone, as if the folder was removed while it trained"
+        raise HasteError(f"{gone}; run again to make them")
 
 
 def _begin(run: Run) -> bool:
