@@ -247,6 +247,7 @@ def killed(bench: Bench, rounds: int, draw: random.Random) -> Iterator[Row]:
                 status = process.wait()
                 if ended and status:
                     row.problems.append(f"on its own: status {status}: {bench.log.read_text()[-300:]!r}")
+                ended = ended or draw.random() < 0.5  # the next call is left alone, or killed like this one
             bench.finish(name, out, row)
         yield row
 

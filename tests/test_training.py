@@ -282,7 +282,7 @@ def test_a_folder_removed_while_its_run_trains_is_said_and_made_again(output, st
     with pytest.raises(HasteError, match=re.escape(f"checkpoints {missing} are gone")):
         fit(run, on_step=remove)
     if run.steps():
-        with pytest.raises(HasteError, match="no metrics at .*delete .* and run haste train"):
+        with pytest.raises(HasteError, match=r"no metrics at .*delete .* and run haste train"):
             run.metrics()
     assert_same(contents(train(study)), uninterrupted)
 
