@@ -167,7 +167,9 @@ def explore(draw: Callable[..., Any], start: dict[str, Any] | None = None, **cho
         else:
             controls[name] = ipywidgets.Dropdown(**given)
     picture = ipywidgets.interactive_output(lambda **chosen: display(draw(**chosen)), controls)
-    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), picture])
+    # In a row that does not wrap, five sliders shrink to the width of a thumb.
+    row = ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+    return ipywidgets.VBox([row, picture])
 
 
 def drawn_from(table: Callable[..., Any], figure: Callable[[Any], Any]) -> Callable[..., Any]:
