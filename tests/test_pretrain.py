@@ -66,11 +66,11 @@ def stops_at(dataset, number):
 @both_kinds
 def test_stopping_at_a_signal_and_resuming_equals_an_uninterrupted_fit(digits, tmp_path, make):
     whole, stopped, partial = make(), make(), tmp_path / "partial.safetensors"
-    expected = pretrain.fit(whole, digits, FITTING, "network")
+    expected = pretrain.fit(whole, digits, FITTING, "extractor")
     with pytest.raises(Interrupted, match="step 5 of 12"):
-        pretrain.fit(stopped, stops_at(digits, 5), FITTING, "network", partial)
+        pretrain.fit(stopped, stops_at(digits, 5), FITTING, "extractor", partial)
     again = make(seed=1)  # other weights: everything has to come from the file
-    assert pretrain.fit(again, digits, FITTING, "network", partial) == expected
+    assert pretrain.fit(again, digits, FITTING, "extractor", partial) == expected
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
     assert not partial.exists()
 
@@ -79,16 +79,18 @@ def test_stopping_at_a_signal_and_resuming_equals_an_uninterrupted_fit(digits, t
 def test_acceptance_is_decided_without_test_images(digits, make):
     read = []
     dataset = Wrapped(digits, before_images=read.append)
-    with pytest.raises(HasteError, match=r"network: validation_\w+ \d\.\d+ is below the required 1\.0"):
-        pretrain.fit(make(), dataset, config.FittingSettings(steps=1, min_accuracy=1.0), "network")
+    with pytest.raises(
+        HasteError, match=r"extractor: validation_\w+ \d\.\d+ is below .* 1\.0; raise evaluate\.extractor\.steps"
+    ):
+        pretrain.fit(make(), dataset, config.FittingSettings(steps=1, min_accuracy=1.0), "extractor")
     assert "test" not in read
-    pretrain.fit(make(), dataset, FITTING, "network")
+    pretrain.fit(make(), dataset, FITTING, "extractor")
     assert "test" in read
 
 
 def test_a_classifier_learns(digits):
     fitting = config.FittingSettings(steps=60, batch_size=64, lr=1e-2, min_accuracy=0.5)
-    found = pretrain.fit(network(), digits, fitting, "digits")
+    found = pretrain.fit(network(), digits, fitting, "extractor")
     assert list(found) == ["train_accuracy", "validation_accuracy", "test_accuracy"]
     assert all(value > 0.8 for value in found.values())
 

@@ -37,7 +37,7 @@ def counting(calls):
 def test_a_table_names_its_origin_and_is_measured_once_for_the_same_settings(run, tmp_path):
     calls = []
     for settings in ({"what": "halves"}, {"what": "thirds"}, {"what": "thirds"}):
-        found = tables.obtain(tmp_path, "values", counting(calls), [run], settings, progress=False)
+        found = tables.obtain(tmp_path, "values", counting(calls), [run], settings)
     assert len(calls) == 2
     assert list(found.columns) == ["arm", "seed", "step", "value"]
     assert found["value"].tolist() == [0.5, 0.333333]
@@ -47,12 +47,32 @@ def test_a_table_names_its_origin_and_is_measured_once_for_the_same_settings(run
     assert len(facts["commit"]) >= 7
 
 
+def test_what_was_measured_of_a_run_outlives_an_interrupt_and_serves_further_tables(run, tmp_path):
+    other, calls = Run(run.study, "vanilla", 2), []
+    fit(other, progress=False)
+
+    def interrupted(of):
+        if of.seed == 2:
+            raise KeyboardInterrupt
+        return counting(calls)(of)
+
+    with pytest.raises(KeyboardInterrupt):
+        tables.obtain(tmp_path, "kept", interrupted, [run, other])
+    assert len(calls) == 1
+    both = tables.obtain(tmp_path, "kept", counting(calls), [run, other])
+    assert len(calls) == 2
+    alone = tables.obtain(tmp_path, "kept", counting(calls), [other])
+    assert len(calls) == 2
+    assert both["seed"].tolist() == [0, 0, 2, 2]
+    assert alone.equals(both[both["seed"] == 2].reset_index(drop=True))
+
+
 def test_without_runs_the_table_that_is_there_is_read(run, tmp_path, capsys):
     elsewhere = Run(run.study, "vanilla", 1)
     with pytest.raises(HasteError, match="vanilla seed 1; train them with: haste study digits"):
-        tables.obtain(tmp_path, "values", counting([]), [elsewhere], progress=False)
-    before = tables.obtain(tmp_path, "values", counting([]), [run], progress=False)
-    after = tables.obtain(tmp_path, "values", counting([]), [elsewhere], progress=False)
+        tables.obtain(tmp_path, "values", counting([]), [elsewhere])
+    before = tables.obtain(tmp_path, "values", counting([]), [run])
+    after = tables.obtain(tmp_path, "values", counting([]), [elsewhere])
     assert after.equals(before)
     assert "not on this machine" in capsys.readouterr().out
 

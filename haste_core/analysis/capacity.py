@@ -206,7 +206,7 @@ def blocks(run: Run, steps: Sequence[int] | None, timesteps: Sequence[float]) ->
     for block in range(teacher.blocks + 1):
         facts = {"step": 0, "t": 0.0, "who": "teacher", "block": block, "blocks": teacher.blocks + 1}
         yield Block(facts, teacher.grid, partial(teacher_tokens, teacher, block))
-    for step in [0, *run.config.train.kept_steps] if steps is None else steps:
+    for step in probe.checkpoints(run, [0, *run.config.train.kept_steps] if steps is None else steps):
         model = probe.student_at(run, step)
         for t, block in product(timesteps, range(len(model.blocks))):
             facts = {"step": step, "t": t, "who": "student", "block": block, "blocks": len(model.blocks)}

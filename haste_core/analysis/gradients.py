@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from haste_core import checkpoint
-from haste_core.analysis.probe import BATCH, held_out
+from haste_core.analysis.probe import BATCH, checkpoints, held_out
 from haste_core.devices import default_device
 from haste_core.errors import unknown
 from haste_core.gradient_angle import CHUNKS, OnlineAngle, gradient_cosine, losses_at, noise, reaching, split
@@ -65,7 +65,7 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
     analysis, batch = run.study.analysis, held_out(run)
     block, teacher = block_of(run), find_teacher(run.study, run.config.teacher)
     rows = []
-    for step in run.config.train.kept_steps if steps is None else steps:
+    for step in checkpoints(run, run.config.train.kept_steps if steps is None else steps):
         now = moment(run, step, teacher)
         if now is None or not reaching(now.haste, block):
             continue
@@ -107,7 +107,7 @@ def online_conflict(run: Run, steps: Sequence[int] | None = None) -> pd.DataFram
     """
     analysis, batch, rows = run.study.analysis, held_out(run), []
     eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
-    for step in run.config.train.kept_steps if steps is None else steps:
+    for step in checkpoints(run, run.config.train.kept_steps if steps is None else steps):
         _, state = run.load(step, prefixes=("none",))
         if state["termination"]["phase"] != 1:
             continue

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
 from haste_core.alignment import Grid, attention_logits, paired_heads, resample_attention
 from haste_core.devices import default_device
@@ -45,6 +46,11 @@ def student_at(run: Run, step: int) -> DiffusionTransformer:
         return generator_at(run, step)[0]
     initial = build_generator(run.config, open_dataset(run.config.data), seeds_of(run.seed).weights)
     return initial.requires_grad_(False).eval().to(default_device())
+
+
+def checkpoints(run: Run, steps: Iterable[int]) -> Iterator[int]:
+    """The steps under a bar, since some measures take many seconds at each."""
+    return iter(tqdm(list(steps), desc=f"{run.arm} seed {run.seed}", unit="checkpoint", leave=False, mininterval=1.0))
 
 
 def noised(model: DiffusionTransformer, x: Tensor, t: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -294,7 +294,7 @@ def block_similarity(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFra
     pair, middle = aligned_pair(run, teacher), probe.middle_level(settings.timesteps)
     generator = Generator().manual_seed(settings.seed)
     orders = [torch.randperm(len(examples.x), generator=generator) for _ in range(permutations)]
-    for step in (0, *run.config.train.kept_steps):
+    for step in probe.checkpoints(run, (0, *run.config.train.kept_steps)):
         model = probe.student_at(run, step)
         for t in settings.timesteps:
             depths = range(1, len(model.blocks) + 1) if t == middle else [pair[0]]
@@ -369,7 +369,7 @@ def linear_probing(run: Run, train: int = 2000) -> pd.DataFrame:
     last = [teacher_means(teacher, part.images)[teacher.blocks - 1] for part in (fitted, tested)]
     add("teacher", 0, 0.0, teacher.blocks, *last)
     t, depths = probe.middle_level(settings.timesteps), range(1, run.config.model.depth + 1)
-    for step in (0, *run.config.train.kept_steps):
+    for step in probe.checkpoints(run, (0, *run.config.train.kept_steps)):
         model = probe.student_at(run, step)
         # Different seeds, so that image i of both sets does not share its noise.
         test = probe.patch_means(model, tested.x, t, depths, settings.seed)

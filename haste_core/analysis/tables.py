@@ -2,6 +2,7 @@
 
 reports/<study>/tables/NAME.csv     tidy rows
 reports/<study>/tables/NAME.json    runs, settings (the card of the analysis), commit, versions, seconds
+<run>/analyses/NAME-DIGEST.csv      the rows of one run, under the digest of what was measured and how
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def obtain(
     measure: Callable[[Run], pd.DataFrame],
     runs: Sequence[Run],
     settings: Mapping[str, Any] | None = None,
-    progress: bool = True,
 ) -> pd.DataFrame:
     """Rows of the table `name`: `measure` of every run, with columns `arm` and `seed` in front.
 
-    An existing table of the same runs and settings is read, not measured again. If the runs are not on this machine,
-    the table that came with the project is read, and a printed line says so.
+    An existing table of the same runs and settings is read, not measured again, and so are the rows of a run that
+    another table holds or an interrupt left. If the runs are not on this machine, the table that came with the project
+    is read, and a printed line says so.
 
     Args:
         folder: the report's tables.
@@ -40,7 +41,6 @@ def obtain(
         measure: maps a finished run to tidy rows; all that affects its numbers must be in `settings`.
         runs: of one study.
         settings: what was measured and how; `analysis` of the study is always part of it.
-        progress: show a bar over the runs.
 
     Raises:
         HasteError: runs are missing and there is no such table.
@@ -48,14 +48,26 @@ def obtain(
 
     def whole() -> pd.DataFrame:
         parts = []
-        for run in tqdm(runs, desc=name, unit="run", disable=not progress, mininterval=1.0):
-            rows = measure(run)
+        for run in tqdm(runs, desc=name, unit="run", mininterval=1.0):
+            digest = config.digest([name, _card(runs, settings), run.config.train.kept_steps])
+            path = run.dir / "analyses" / f"{name}-{digest}.csv"
+            if not path.is_file():
+                _write(path, measure(run))
+            rows = pd.read_csv(path)
             rows.insert(0, "seed", run.seed)
             rows.insert(0, "arm", run.arm)
             parts.append(rows)
-        return pd.concat(parts, ignore_index=True)
+        return pd.concat([rows for rows in parts if len(rows)] or parts, ignore_index=True)
 
     return obtain_whole(folder, name, whole, runs, settings)
+
+
+def _card(runs: Sequence[Run], settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"analysis": runs[0].study.analysis.model_dump(mode="json"), **(settings or {})}
+
+
+def _write(path: Path, table: pd.DataFrame) -> None:
+    write_table(path, table.to_dict("records"), list(table.columns))  # type: ignore[arg-type]
 
 
 def obtain_whole(
@@ -71,7 +83,7 @@ def obtain_whole(
         HasteError: runs are missing and there is no such table.
     """
     path, facts_path = folder / f"{name}.csv", folder / f"{name}.json"
-    card = {"analysis": runs[0].study.analysis.model_dump(mode="json"), **(settings or {})}
+    card = _card(runs, settings)
     whose = {
         f"{run.arm} seed {run.seed}": {"hash": run.config.hash, "steps": run.config.train.kept_steps} for run in runs
     }
@@ -92,7 +104,7 @@ def obtain_whole(
         return pd.read_csv(path)
     begun = time.perf_counter()
     table = measure()
-    write_table(path, table.to_dict("records"), list(table.columns))  # type: ignore[arg-type]
+    _write(path, table)
     facts = {"table": name, "key": key, "card": card, "runs": whose, "rows": len(table)}
     facts |= {"commit": commit(), "environment": environment(), "written": now()}
     write_json(facts_path, facts | {"seconds": round(time.perf_counter() - begun, 1)})

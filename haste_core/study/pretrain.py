@@ -31,6 +31,8 @@ SAVE_EVERY = 500
 NOISE = 0.5
 # Minimum cosine similarity between half-precision and float32 teacher outputs, and the images it is checked on.
 LEAST_COSINE, CHECKED_ON = 0.999, 8
+# Where the settings of each role's training are written.
+KEYS = {"teacher": "teacher.fitting", "extractor": "evaluate.extractor", "autoencoder": "evaluate.autoencoder"}
 # Feature extractors by role, each with its name on cards.
 EXTRACTORS = {"extractor": "small-cnn", "autoencoder": "autoencoder"}
 # Weights and measures by split.
@@ -167,7 +169,7 @@ def fit(
     is decided on validation images; test images are measured after it.
 
     Args:
-        what: the network's role, used for streams, progress bar and errors.
+        what: the network's role, of `KEYS`, used for streams, progress bar and errors.
         partial: checkpoint file, written every `SAVE_EVERY` steps and on SIGTERM or SIGINT, from which the next call
             resumes, on the CPU to the bit; removed at the end.
 
@@ -215,8 +217,8 @@ def fit(
     reached = result[f"validation_{name}"]
     if not reached >= fitting.min_accuracy:
         raise HasteError(
-            f"{what}: validation_{name} {reached:.4f} is below the required {fitting.min_accuracy}; use more steps "
-            f"than {fitting.steps}, a larger model, or a lower fitting.min_accuracy"
+            f"{what}: validation_{name} {reached:.4f} is below the required {fitting.min_accuracy}; raise "
+            f"{KEYS[what]}.steps ({fitting.steps}), use a larger network, or lower {KEYS[what]}.min_accuracy"
         )
     result[f"test_{name}"] = measure("test")
     model.cpu()
