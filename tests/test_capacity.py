@@ -240,7 +240,9 @@ def test_band_errors_of_a_run(run):
     table = table.assign(arm="vanilla", seed=0)
     drawn = figures.error_per_band(table, "vanilla", 6)
     assert [len(axis.get_legend().get_texts()) for axis in drawn.axes] == [5, 3]
-    assert len(figures.error_by_arm(table, 6).axes) == 5
+    panels = figures.error_by_arm(table, 6).axes
+    assert [axis.axison for axis in panels] == [True] * 5 + [False]
+    assert len(panels[-1].get_legend().get_texts()) == 2
 
 
 def test_a_students_readout_is_of_clean_images_from_noised_ones(run):

@@ -95,13 +95,17 @@ def error_per_band(spectrum: pd.DataFrame, arm: str, step: int) -> Figure:
 def error_by_arm(spectrum: pd.DataFrame, step: int) -> Figure:
     """Error of a readout over depth at a step, a panel per frequency band: a line per arm, the teacher in black."""
     bands = _bands(spectrum)
-    figure, axes = panels(len(bands), 3.0 * len(bands), 3.2, sharey=True)
-    for axis, (low, high) in zip(axes, bands, strict=True):
+    rows = len(bands) // 3 + 1  # of three panels, the last of which holds the legend
+    figure, axes = panels(3, 10.4, 2.9 * rows, rows, sharey=True)
+    for axis, (low, high) in zip(axes, bands, strict=False):
         for label, own, look in _lines(spectrum[spectrum["band_low"] == low], step=step):
             seed_line(axis, own, "depth", label, look, "relative_error")
-        axis.set(xlabel="depth (share of the blocks)", title=f"{low:.2f} to {high:.2f} of Nyquist")
-    axes[0].set_ylabel("energy missed / energy there")
-    axes[-1].legend(fontsize=8)
+        axis.set(xlabel="depth (share of the blocks)", title=f"{low:.2f} to {high:.2f} of Nyquist", yscale="log")
+    for axis in axes[::3]:
+        axis.set_ylabel("energy missed / energy there")
+    for axis in axes[len(bands) :]:
+        axis.set_axis_off()
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center", fontsize=9)
     return figure
 
 
