@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL := /bin/bash
+# Studies and profiles that read files out of packages of the extra `data`.
+NEED_DATA := two-cores-imagenet
 
 .PHONY: study test test-slow lint lab bench lock clean help
 
@@ -18,7 +20,7 @@ help:
 	@echo "make bench   what things cost on this machine; writes benchmarks/results/<machine>/report.md"
 	@echo "make clean   remove .venv and runs/ (reports/ stay)"
 
-study: $(READY)
+study: $(READY) $(if $(filter $(NEED_DATA),$(STUDY) $(PROFILE)),$(VENV)/.data)
 	@$(BIN)/haste study $(STUDY) $(if $(PROFILE),--profile $(PROFILE)) $(ARGS)
 
 test: $(READY)
@@ -43,6 +45,9 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . && \
 	$(PYTHON) -c "print(round(($$(date +%s) - $$begun) / 60, 2))" > $(VENV)/install_minutes
 	@touch $(READY)
+
+$(VENV)/.data: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[data]" && touch $@
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks $(ARGS)

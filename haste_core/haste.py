@@ -35,7 +35,7 @@ from haste_core.alignment import (
 from haste_core.errors import HasteError, unknown
 from haste_core.gradient_angle import OnlineAngle
 from haste_core.taps import QK, Reader, Seen, Taps, tap
-from haste_core.teacher import Teacher
+from haste_core.teacher import Similarity, Teacher
 from haste_core.termination import FixedIteration, Never, Switch, Trigger
 from haste_core.training import add_up, means_of
 
@@ -57,6 +57,8 @@ class HASTE(nn.Module):
         lambda_feature, lambda_attention: weights of the two losses; 0 leaves one out.
         projector_width: hidden width of the projector. seed: of its weights.
         aligned_heads: indices aligned, student head m with teacher head m; by default all that both have.
+        temperature: align attention with the cosine similarities of the teacher's tokens at this temperature
+            (`haste_core.teacher.Similarity`); by default with the teacher's own attention.
         t_low, t_high: noise levels between which samples are aligned (Fig. 5); losses stay means over the batch.
         stop_at: step from which phase II begins. trigger: in its place, an object of `haste_core.termination`.
         fade: number of steps over which the weight falls to zero once the trigger has fired.
@@ -82,6 +84,7 @@ class HASTE(nn.Module):
         projector_width: int = 2048,
         seed: int = 0,
         aligned_heads: Sequence[int] | None = None,
+        temperature: float | None = None,
         t_low: float = 0.0,
         t_high: float = 1.0,
         stop_at: int | None = None,
@@ -95,7 +98,7 @@ class HASTE(nn.Module):
         self.switch = switch or _switch(teacher is not None, stop_at, trigger, fade)
         self.depth, self.lambda_feature, self.lambda_attention = depth, lambda_feature, lambda_attention
         self.t_low, self.t_high, self.aligned_heads, self.read = t_low, t_high, aligned_heads, read
-        self.grid = grid
+        self.grid, self.temperature = grid, temperature
         self.whole_maps = whole_maps  # or a compiled one
         self.pairs = [(int(s), int(t)) for s, t in layer_pairs] if lambda_attention > 0 else []
         self._teacher: list[Teacher] = []  # a list keeps it out of parameters and state dict
@@ -107,13 +110,7 @@ class HASTE(nn.Module):
         if teacher is None:
             return
         self._teacher.append(teacher)
-        for _, block in layer_pairs:
-            if block >= teacher.blocks:
-                raise unknown("teacher block in alignment.layer_pairs", block, range(teacher.blocks))
-        if lambda_attention > 0 and not self.pairs:
-            raise HasteError("lambda_attention > 0 without layer_pairs; expected [(student block, teacher block), ...]")
-        if heads is not None:
-            paired_heads(aligned_heads, heads, teacher.heads)
+        self._check_attention(layer_pairs, heads)
         if grid is not None:
             self._warn_of_grids(grid)
         if lambda_feature > 0:
@@ -122,6 +119,21 @@ class HASTE(nn.Module):
                 parameter.register_hook(_mean_over_processes)
         if watch_angle:
             self.angle = OnlineAngle(teacher.mean.device, processes=_processes())
+
+    def _check_attention(self, layer_pairs: Sequence[tuple[int, int]], heads: int | None) -> None:
+        """Refuse blocks and heads that the teacher or a student of `heads` does not have."""
+        for _, block in layer_pairs:
+            if block >= self.teacher.blocks:
+                raise unknown("teacher block in alignment.layer_pairs", block, range(self.teacher.blocks))
+        if self.lambda_attention > 0 and not self.pairs:
+            raise HasteError("lambda_attention > 0 without layer_pairs; expected [(student block, teacher block), ...]")
+        if self.pairs and self.temperature is None and not self.teacher.heads:
+            raise HasteError(
+                "lambda_attention > 0 with a teacher of feature maps, which has no attention; expected a temperature "
+                "(alignment.attention_from=similarity), or lambda_attention 0"
+            )
+        if heads is not None and (self.pairs or self.teacher.heads):
+            paired_heads(self.aligned_heads, heads, self.teacher.heads if self.temperature is None else heads)
 
     @property
     def phase(self) -> int:
@@ -204,7 +216,10 @@ class HASTE(nn.Module):
         weights = None if everywhere or t is None else ((t >= self.t_low) & (t <= self.t_high)).float()
         if self.angle is not None and watch and t is not None:
             seen = self.angle.watch(seen, t)
-        target = self.teacher(images, self.teacher_blocks)
+        similarity = None
+        if self.pairs and self.temperature is not None:
+            similarity = Similarity(self.temperature, heads=seen.qk[self.pairs[0][0]][0].shape[1])
+        target = self.teacher(images, self.teacher_blocks, similarity)
         feature = attention = None
         total = torch.zeros((), device=images.device)
         if self.projector is not None:

@@ -1,11 +1,13 @@
-"""The frozen teacher: any timm vision transformer behind one call that returns patch tokens, q and k.
+"""The frozen teacher: any timm encoder behind one call that returns patch tokens, q and k.
 
 Nothing in timm's forward is replaced: q and k are read by hooks, fused attention stays on. Prefix tokens (class,
 registers) are cut off, so the student is aligned with attention over patches alone (Sec. 2.3, arXiv 2505.16792).
+Encoders without such attention (ConvNeXt, EfficientNet, ResNet, Swin) give feature maps: their positions are tokens.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from haste_core.alignment import Grid, resample_tokens
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError, unknown
 from haste_core.seeding import stream
@@ -39,21 +42,38 @@ class TeacherOutput(NamedTuple):
     qk: dict[int, QK]
 
 
+class Similarity(NamedTuple):
+    """Attention made of a block's tokens, in place of q and k: softmax of their cosine similarities / temperature.
+
+    The same map for every head. Not in the paper: it makes attention alignment possible with any encoder.
+    """
+
+    temperature: float
+    heads: int
+
+    def of(self, tokens: Tensor) -> QK:
+        """q and k (B, heads, N, D) float32 of tokens (B, N, D), whose softmax(q k^T / sqrt(D)) is that attention."""
+        unit = F.normalize(tokens.float(), dim=-1)[:, None].expand(-1, self.heads, -1, -1)
+        return unit * (unit.shape[-1] ** 0.5 / self.temperature), unit
+
+
 class Teacher(nn.Module):
     """A frozen encoder: images in [-1, 1] to patch tokens, q and k.
 
     Args:
-        model: name of a timm vision transformer (ViT, DINOv2, DINOv3, CLIP, SigLIP, MAE, I-JEPA, EVA), or such an
-            encoder.
+        model: name of a timm encoder, or such an encoder: a vision transformer (ViT, DINOv2, DINOv3, CLIP, SigLIP, MAE,
+            I-JEPA, EVA), or one of feature maps, whose stages stand for blocks.
         weights: "hub" (timm's published weights), "random", or the path of a checkpoint.
         state: the encoder's state dict, in place of `weights`.
         mean, std: per channel, of images in [0, 1]; timm's for the model by default.
         resize: of images of another size: "antialias" (timm's interpolation of the model), or "reference", bicubic
             without antialias after normalisation, as in the released code of REPA.
         low_pass: share of the Nyquist frequency above which the encoder sees nothing; None shows it all.
+        stage: of an encoder of feature maps, from 0, whose positions are the tokens; the last by default. Tokens of
+            other stages are resampled to its grid.
         precision: "no" (float32), "bf16" or "fp16" whatever autocast is on around it; None takes what is on.
         seed: of random weights.
-        kwargs: further arguments of `timm.create_model`, such as img_size.
+        kwargs: further arguments of `timm.create_model`, such as img_size (of feature maps, too).
 
     Raises:
         HasteError: there is no such encoder, its weights cannot be loaded, or mean and std do not fit its channels.
@@ -70,10 +90,12 @@ class Teacher(nn.Module):
         resize: str = "antialias",
         low_pass: float | None = None,
         precision: str | None = None,
+        stage: int | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # null takes one back
         source = "random" if state is not None else weights
         encoder: Any = build_encoder(model, source, seed, kwargs) if isinstance(model, str) else model
         if state is not None:
@@ -87,8 +109,15 @@ class Teacher(nn.Module):
                 f"teacher {model!r} takes {channels} channels, its mean is {mean} and its std {std}; expected "
                 f"teacher.mean and teacher.std with {channels} values each"
             )
-        self.image_size: tuple[int, int] = tuple(encoder.patch_embed.img_size)
-        self.grid: tuple[int, int] = tuple(encoder.patch_embed.grid_size)
+        self.maps, self.grid = not is_transformer(encoder), (0, 0)
+        if self.maps:
+            self.stage = _stage(encoder, stage, str(model))
+            side = kwargs.get("img_size", cfg["input_size"][1:])
+            self.image_size: Grid = (side, side) if isinstance(side, int) else tuple(side)
+        elif stage is not None:
+            raise HasteError(f"teacher.stage {stage}: {model!r} has no stages; expected none for a vision transformer")
+        else:
+            self.image_size, self.grid = tuple(encoder.patch_embed.img_size), tuple(encoder.patch_embed.grid_size)
         self.antialias = resize == "antialias"
         # torch resizes with antialias in these two ways only.
         bilinear = self.antialias and cfg["interpolation"] == "bilinear"
@@ -99,6 +128,20 @@ class Teacher(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         self.requires_grad_(False).eval()
+        if self.maps:
+            self.grid = self._grid(channels)
+
+    def _grid(self, channels: int) -> Grid:
+        """The grid of the stage's positions."""
+        empty = next(self.encoder.parameters()).new_zeros(1, channels, *self.image_size)
+        try:
+            rows, columns = self.feature_maps(empty, [self.stage])[0].shape[-2:]
+        except (RuntimeError, AssertionError) as error:
+            raise HasteError(
+                f"the teacher cannot look at images of {self.image_size}: {_cause(error)}; expected another "
+                f"teacher.kwargs.img_size"
+            ) from error
+        return rows, columns
 
     def train(self, mode: bool = True) -> Teacher:
         """No effect: a frozen teacher stays in eval mode."""
@@ -106,18 +149,20 @@ class Teacher(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """Number of transformer blocks."""
-        return len(self.encoder.blocks)  # type: ignore[arg-type]
+        """Number of transformer blocks, or of stages of feature maps."""
+        return len(self.encoder.feature_info if self.maps else self.encoder.blocks)  # type: ignore[arg-type]
 
     @property
     def width(self) -> int:
         """Width of the patch tokens."""
+        if self.maps:
+            return int(self.encoder.feature_info[self.stage]["num_chs"])  # type: ignore[index]
         return int(self.encoder.num_features)  # type: ignore[arg-type]
 
     @property
     def heads(self) -> int:
-        """Attention heads of a block."""
-        return int(self.encoder.blocks[0].attn.num_heads)  # type: ignore[index, union-attr]
+        """Attention heads of a block; 0 of feature maps."""
+        return 0 if self.maps else int(self.encoder.blocks[0].attn.num_heads)  # type: ignore[index, union-attr]
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, C, S, S) in [-1, 1], normalised and then resized to what the encoder expects."""
@@ -133,25 +178,72 @@ class Teacher(nn.Module):
         return x
 
     @torch.no_grad()
-    def forward(self, images: Tensor, blocks: tuple[int, ...] = ()) -> TeacherOutput:
-        """Patch tokens of images (B, C, S, S) in [-1, 1], and q, k of `blocks` (counted from 0)."""
+    def forward(
+        self, images: Tensor, blocks: tuple[int, ...] = (), similarity: Similarity | None = None
+    ) -> TeacherOutput:
+        """Patch tokens of images (B, C, S, S) in [-1, 1], and q, k of `blocks` (counted from 0).
+
+        similarity: in place of the attention's own q and k, those made of the blocks' tokens.
+
+        Raises:
+            HasteError: a block does not exist, or has no q and k that can be read.
+        """
+        if self.maps or similarity is not None:
+            if blocks and similarity is None:
+                raise HasteError(
+                    "this teacher has feature maps and no attention that could be aligned with; expected "
+                    "alignment.attention_from=similarity, or lambda_attention 0"
+                )
+            tokens, found = self._seen(images, blocks)
+            return TeacherOutput(tokens, {b: similarity.of(found[b]) for b in blocks} if similarity else {})
         with self._own_precision(images.device), read_qk(self.encoder, blocks) as qk:
             tokens = self.encoder.forward_features(self.prepare(images))  # type: ignore[operator]
-        # Encoders pooled by averaging keep their final norm in `fc_norm`.
-        final = getattr(self.encoder, "fc_norm", None)
-        if final is not None and isinstance(self.encoder.norm, nn.Identity):
-            tokens = final(tokens)
-        return TeacherOutput(tokens[:, int(self.encoder.num_prefix_tokens) :], qk)  # type: ignore[arg-type]
+        return TeacherOutput(self._final(tokens), qk)
 
     @torch.no_grad()
     def block_tokens(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Patch tokens (B, N, D) after each of `blocks` (from 0), before the final norm, prefix tokens cut."""
-        chosen = sorted(set(blocks))
+        return self._seen(images, blocks)[1]
+
+    def _seen(self, images: Tensor, blocks: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """The tokens, and those after each of `blocks`."""
+        for block in blocks:
+            if block >= self.blocks:
+                raise unknown("teacher block", block, range(self.blocks))
+        chosen = sorted({*blocks, self.stage} if self.maps else {*blocks})
         with self._own_precision(images.device):
-            found = self.encoder.forward_intermediates(  # type: ignore[operator]
-                self.prepare(images), indices=chosen, norm=False, output_fmt="NLC", intermediates_only=True
+            if self.maps:
+                maps = self.feature_maps(images, chosen)
+                found = dict(zip(chosen, map(self._tokens, maps), strict=True))
+                return found[self.stage], found
+            tokens, parts = self.encoder.forward_intermediates(  # type: ignore[operator]
+                self.prepare(images), indices=chosen, norm=False, output_fmt="NLC"
             )
-        return dict(zip(chosen, found, strict=True))
+        return self._final(tokens), dict(zip(chosen, parts, strict=True))
+
+    def _tokens(self, maps: Tensor) -> Tensor:
+        """The positions of maps (B, D, rows, columns) as tokens (B, N, D) on the teacher's grid."""
+        rows, columns = maps.shape[-2:]
+        return resample_tokens(maps.flatten(2).transpose(1, 2), (rows, columns), self.grid)
+
+    def feature_maps(self, images: Tensor, stages: list[int]) -> list[Tensor]:
+        """Feature maps (B, D, rows, columns) of images (B, C, S, S) in [-1, 1] after stages."""
+        return self.encoder.forward_intermediates(  # type: ignore[operator]
+            self.prepare(images),
+            indices=stages,
+            norm=False,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+
+    def _final(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, N, D) of a transformer's output (B, prefix + N, D)."""
+        # Encoders pooled by averaging keep their final norm in `fc_norm`.
+        final = getattr(self.encoder, "fc_norm", None)
+        if final is not None and isinstance(self.encoder.norm, nn.Identity):
+            tokens = final(tokens)
+        return tokens[:, int(self.encoder.num_prefix_tokens) :]  # type: ignore[arg-type]
 
     def _own_precision(self, device: torch.device) -> AbstractContextManager[object]:
         return nullcontext() if self.precision is None else in_precision(self.precision, device)
@@ -275,8 +367,9 @@ def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]
     try:
         file = weights_file(model, weights)
         if file is not None:
-            unloaded = _unloaded(model, options, file)
-            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+            state = _in_timms_names(model, file)
+            unloaded = _unloaded(model, options, state)
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
         elif weights == "hub":
             options["pretrained"] = True
         encoder: Any = _create(model, options, stream("teacher weights", seed))
@@ -289,23 +382,46 @@ def build_encoder(model: str, weights: str, seed: int, kwargs: Mapping[str, Any]
             f"{file} has no weights for {len(unloaded)} of the teacher's tensors ({', '.join(unloaded[:3])}, ...); "
             f"expected a checkpoint of {model} that fits teacher.kwargs {dict(kwargs)}"
         )
-    parts = ("blocks", "num_prefix_tokens", "patch_embed", "forward_features")
-    why = next((f"it has no {part}" for part in parts if not hasattr(encoder, part)), None)
-    if why is None and not hasattr(getattr(encoder.blocks[0], "attn", None), "num_heads"):
+    _check_kind(encoder, model)
+    return encoder
+
+
+def _check_kind(encoder: Any, model: str) -> None:
+    """Refuse an encoder that has neither the tokens of a vision transformer nor feature maps."""
+    if not is_transformer(encoder):
+        if not (hasattr(encoder, "forward_intermediates") and getattr(encoder, "feature_info", None)):
+            raise HasteError(f"teacher {model!r} shows timm no stages; expected a vision transformer or feature maps")
+        return
+    missing = [part for part in ("blocks", "patch_embed") if not hasattr(encoder, part)]
+    if missing:
+        why = f"it has no {missing[0]}"
+    elif not hasattr(getattr(encoder.blocks[0], "attn", None), "num_heads"):
         why = "its blocks have no attention module of their own"
-    if why is None and not getattr(encoder.patch_embed, "img_size", None):
+    elif not getattr(encoder.patch_embed, "img_size", None):
         why = "it has no fixed input size"
-    if why is None and not all(encoder.patch_embed.grid_size):
+    elif not all(encoder.patch_embed.grid_size):
         raise HasteError(
             f"teacher {model!r} has patches of {encoder.patch_embed.patch_size} and an input of "
             f"{encoder.patch_embed.img_size} pixels; expected an image of at least one patch"
         )
-    if why:
-        raise HasteError(
-            f"teacher {model!r} is no vision transformer that can be aligned with: {why}; expected any ViT "
-            "or EVA of timm with a fixed input size and one attention per block"
-        )
-    return encoder
+    else:
+        return
+    raise HasteError(
+        f"teacher {model!r} is no vision transformer that can be aligned with: {why}; expected any ViT "
+        "or EVA of timm with a fixed input size and one attention per block, or feature maps"
+    )
+
+
+def is_transformer(encoder: nn.Module) -> bool:
+    """True for a vision transformer, whose blocks keep all tokens; else an encoder has feature maps, if anything."""
+    return hasattr(encoder, "num_prefix_tokens")
+
+
+def _stage(encoder: nn.Module, stage: int | None, model: str) -> int:
+    stages = range(len(encoder.feature_info))  # type: ignore[arg-type]
+    if stage is not None and stage not in stages:
+        raise unknown(f"stage of teacher {model!r} (teacher.stage, from 0)", stage, stages)
+    return stages[-1] if stage is None else stage
 
 
 def _check_sizes(kwargs: Mapping[str, Any]) -> None:
@@ -330,18 +446,44 @@ def _create(model: str, options: dict[str, Any], seed: int) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return timm.create_model(model, **options)
+        try:
+            return timm.create_model(model, **options)
+        except TypeError as error:
+            if "img_size" not in options or "img_size" not in str(error):
+                raise
+        # Convolutions take images of any size, and no argument for it.
+        torch.manual_seed(seed)
+        return timm.create_model(model, **{name: value for name, value in options.items() if name != "img_size"})
 
 
-def _unloaded(model: str, options: dict[str, Any], file: Path) -> list[str]:
-    """Names of parameters that a checkpoint leaves as they were initialised.
+def _in_timms_names(model: str, file: Path) -> Any:
+    """The content of a checkpoint; tensors under other names than timm's are taken in timm's order, if that fits.
+
+    It fits where the shapes and the last parts of the names (weight, running_mean, ...) are those of timm's model one
+    by one, as for EfficientNet's weights of efficientnet_pytorch.
+    """
+    import timm
+    from timm.models import load_state_dict
+
+    state = load_state_dict(str(file), weights_only=True)
+    with torch.device("meta"):
+        own = timm.create_model(model).state_dict()
+
+    def kinds(tensors: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        return [(name.rpartition(".")[2], getattr(value, "shape", None)) for name, value in tensors.items()]
+
+    return (
+        dict(zip(own, state.values(), strict=True)) if not own.keys() & state and kinds(own) == kinds(state) else state
+    )
+
+
+def _unloaded(model: str, options: dict[str, Any], state: Any) -> list[str]:
+    """Names of parameters that a checkpoint's content leaves as they were initialised.
 
     timm loads checkpoints without insisting on every key and only logs what is missing, so a wrong file would give a
     random teacher. A checkpoint of the same keys and shapes that holds NaN throughout shows what arrives where,
     whatever timm renames or resizes on the way.
     """
-
-    from timm.models import load_state_dict
 
     def marked(state: Any) -> Any:
         if isinstance(state, Mapping):
@@ -351,7 +493,7 @@ def _unloaded(model: str, options: dict[str, Any], file: Path) -> list[str]:
         return state
 
     overlay = {
-        "pretrained_cfg_overlay": {"state_dict": marked(load_state_dict(str(file), weights_only=True))},
+        "pretrained_cfg_overlay": {"state_dict": marked(state)},
         "pretrained": True,
     }
     encoder = _create(model, options | overlay, seed=0)
@@ -362,7 +504,8 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
     """Checkpoint that a timm encoder's `weights` stand for.
 
     Args:
-        model: timm's name. weights: "hub", "pretrain", "random", or a path. key: setting that takes a path, for errors.
+        model: timm's name. weights: "hub", "pretrain", "random", "package:NAME/PATH" (of an installed package) or a
+            path. key: setting that takes a path, for errors.
         download: False looks for published weights in local caches alone.
 
     Returns:
@@ -373,11 +516,13 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
     """
     if weights in ("pretrain", "random") or (weights == "hub" and ":" in model):
         return None
+    if weights.startswith("package:"):
+        return _in_package(weights.removeprefix("package:"), key)
     if weights != "hub":
         if not Path(weights).is_file():
             raise HasteError(
-                f"{key} {weights!r} is no file; expected hub, pretrain, random, or the path of a checkpoint "
-                "(.safetensors, or .pth and .bin that hold tensors alone)"
+                f"{key} {weights!r} is no file; expected hub, pretrain, random, package:NAME/PATH, or the path of a "
+                "checkpoint (.safetensors, or .pth and .bin that hold tensors alone)"
             )
         return Path(weights)
     from timm.models import get_pretrained_cfg
@@ -399,6 +544,19 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
             f"teacher {model!r} (weights: hub): {type(error).__name__}: {_cause(error)}; download {source} elsewhere "
             f"and give {key} the path of that local checkpoint"
         ) from error
+
+
+def _in_package(path: str, key: str) -> Path:
+    """A file inside of an installed package, none of whose code is run."""
+    name, _, inside = path.partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise HasteError(f"{key}: package {name!r} is not installed; type: pip install {name.replace('_', '-')}")
+    root = Path(found.submodule_search_locations[0]).resolve()
+    file = (root / inside).resolve()
+    if not (file.is_file() and file.is_relative_to(root)):
+        raise HasteError(f"{key}: package {name} has no file {inside!r}; expected package:NAME/PATH within the package")
+    return file
 
 
 def _from_repository(repository: str, names: list[str], download: bool) -> Path:

@@ -19,6 +19,8 @@ from haste_core.alignment import (
     resample_attention,
     resample_tokens,
 )
+from haste_core.analysis.attention import attention_similarity
+from haste_core.analysis.probe import StudentTeacher
 from haste_core.errors import HasteError
 from haste_core.haste import HASTE
 from haste_core.models import SiT
@@ -364,6 +366,32 @@ def test_both_losses_reach_every_kind_of_generator_in_phase_one_and_end_with_it(
     lines = run.metrics()
     assert [("feature" in line, "attention" in line) for line in lines] == [(True, True)] * 4 + [(False, False)] * 2
     assert all(line["feature"] < 1 and line["attention"] > 0 for line in lines[:4])
+
+
+FEATURE_MAPS = [
+    "teacher={model: resnet10t, mean: [0.5], std: [0.5], stage: 1}",
+    "teacher.kwargs={img_size: 16, patch_size: null, embed_dim: null, depth: null, num_heads: null}",
+]
+
+
+def test_a_study_aligns_with_feature_maps_and_compares_attention_by_similarity(output, make_study):
+    with pytest.raises(HasteError, match="a teacher of feature maps, which has no attention"):
+        fit(Run(make_study(*FEATURE_MAPS), "haste", 0), progress=False)
+    study = make_study(
+        *FEATURE_MAPS, "alignment.attention_from=similarity", "alignment.temperature=0.2", "analysis.n=20"
+    )
+    run = Run(study, "haste", 0)
+    fit(run, progress=False)
+    lines = run.metrics()
+    assert all(line["feature"] < 1 and line["attention"] > 0 for line in lines[:4])
+    assert "feature" not in lines[-1]
+    both = StudentTeacher(run)
+    assert both.heads == [0, 1, 2, 3]
+    maps = both.teacher_maps(2, torch.arange(3))
+    assert maps.shape == (3, 4, 16, 16)
+    assert_close(maps.sum(-1), torch.ones(3, 4, 16, dtype=torch.float64))
+    assert_close(maps[:, 0], maps[:, 3])
+    assert set(attention_similarity(run)["head"]) == {0, 1, 2, 3}
 
 
 def test_a_gpu_holds_whole_maps_up_to_a_size_and_a_cpu_up_to_a_number_of_tokens():

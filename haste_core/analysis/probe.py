@@ -24,9 +24,10 @@ from haste_core.study.data import open_dataset
 from haste_core.study.evaluation import generator_at
 from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
+from haste_core.study.sections import TEMPERATURE
 from haste_core.study.train import build_generator, seeds_of
 from haste_core.taps import QK, Tapped, Taps, tapped
-from haste_core.teacher import Teacher, TeacherOutput
+from haste_core.teacher import Similarity, Teacher, TeacherOutput
 from haste_core.training import Batch
 
 # Images per forward pass.
@@ -134,9 +135,21 @@ def layer_pairs(run: Run, teacher: Teacher) -> list[tuple[int, int]]:
     return [(int(s), int(t)) for s, t in named] or [(run.config.model.depth - 1, teacher.blocks - 1)]
 
 
+def similarity_of(run: Run, teacher: Teacher) -> Similarity | None:
+    """What stands for the teacher's attention in a run: None for its own q and k.
+
+    A teacher without any is compared by similarity in every arm, also in those that are not aligned with it.
+    """
+    temperature = run.config.alignment.similarity or run.study.alignment.similarity
+    if temperature is None and not teacher.heads:
+        temperature = TEMPERATURE
+    return None if temperature is None else Similarity(temperature, run.config.model.heads)
+
+
 def aligned_heads(run: Run, teacher: Teacher) -> list[int]:
     """Heads that a run aligns, or would align: head m of the student with head m of the teacher."""
-    return paired_heads(run.config.alignment.heads, run.config.model.heads, teacher.heads)
+    own = run.config.model.heads
+    return paired_heads(run.config.alignment.heads, own, own if similarity_of(run, teacher) else teacher.heads)
 
 
 def token_grid(model: config.ModelSettings, x: Tensor) -> Grid:
@@ -182,7 +195,8 @@ class StudentTeacher:
         self.grid, self.teacher_grid = token_grid(run.config.model, self.batch.x), teacher.grid
         blocks = tuple(range(teacher.blocks)) if every_block else tuple(sorted({t for _, t in self.pairs}))
         device = teacher.mean.device
-        parts = [teacher(images.to(device), blocks) for images in self.batch.images.split(BATCH)]
+        similarity = similarity_of(run, teacher)
+        parts = [teacher(images.to(device), blocks, similarity) for images in self.batch.images.split(BATCH)]
         self.teacher = TeacherOutput(_joined(part.tokens for part in parts), _joined_qk(parts, blocks))
         self._loaded: tuple[int, DiffusionTransformer] | None = None
 

@@ -151,11 +151,12 @@ def _networks(settings: config.RunSettings, example: Example | None) -> str:
     if teacher is None:
         return f"{text}; no teacher"
     (rows, columns), (height, width) = teacher.grid, teacher.image_size
+    parts = f"{teacher.blocks} stages" if teacher.maps else f"{teacher.blocks} blocks, {teacher.heads} heads"
     grids = "equal" if student.grid == teacher.grid else "different, resampled"
     if min(height, width) < example.image_size:
         grids += f"; it sees images of {example.image_size} pixels shrunk, see teacher.kwargs.img_size"
     return (
-        f"{text}; teacher {settings.teacher.model}, {teacher.blocks} blocks, {teacher.heads} heads, {rows}x{columns} "
+        f"{text}; teacher {settings.teacher.model}, {parts}, {rows}x{columns} "
         f"tokens of {height}x{width} pixels; token grids {grids}"
     )
 

@@ -113,7 +113,10 @@ class PatchClassifier(nn.Module):
         self.patch_head = nn.Linear(teacher.width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes), the mean of both heads."""
+        """Logits (B, classes), the mean of both heads, or those of the tokens of feature maps."""
+        if self.teacher[0].maps:
+            (maps,) = self.teacher[0].feature_maps(images, [self.teacher[0].stage])
+            return self.patch_head(maps.mean((2, 3)))
         tokens = self.encoder.forward_features(self.teacher[0].prepare(images))  # type: ignore[operator]
         prefix = int(self.encoder.num_prefix_tokens)  # type: ignore[arg-type]
         logits = self.patch_head(tokens[:, prefix:].mean(1))
@@ -345,7 +348,7 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
 
 def build_teacher(teacher: config.TeacherSettings, state: Mapping[str, Tensor] | None = None) -> Teacher:
     """Frozen teacher with the given settings; `state` holds weights trained in the study (`weights: pretrain`)."""
-    settings = teacher.model_dump(include={"weights", "mean", "std", "resize", "low_pass", "precision"})
+    settings = teacher.model_dump(include={"weights", "mean", "std", "resize", "low_pass", "precision", "stage"})
     return Teacher(teacher.model, state=state, seed=teacher.fitting.seed, **settings, **teacher.kwargs)
 
 

@@ -24,6 +24,10 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
+# Of attention made of cosine similarities, where a study names none.
+TEMPERATURE = 0.1
+
+
 class Section(BaseModel):
     """A part of a study; unknown keys and wrong types are errors, values never change after loading."""
 
@@ -149,16 +153,16 @@ class FittingSettings(Section):
 
 
 class TeacherSettings(Section):
-    """A frozen encoder: any timm vision transformer by name.
+    """A frozen encoder: any timm encoder by name, a vision transformer or one of feature maps.
 
-    weights: `hub` (timm's published weights), `pretrain` (trained in the study's first stage by `fitting`),
-    `random` (timing and tests only), or the path of a local checkpoint. mean, std: of inputs in [0, 1]; taken from
-    timm's `pretrained_cfg` when not given. Input size and interpolation come from it too; `kwargs: {img_size: 224}`
-    overrides the size. resize: `reference` normalises and then resizes bicubic without antialias, as the paper's code.
-    precision: of its passes, whatever the run's (`no`: float32); the run's own by default. Its tokens, q and k must
-    keep a cosine of 0.999 to float32.
+    weights: `hub` (timm's published weights), `pretrain` (trained in the study's first stage by `fitting`), `random`
+    (timing and tests only), the path of a local checkpoint, or `package:NAME/PATH`, a file inside of an installed
+    package. mean, std: of inputs in [0, 1]; taken from timm's `pretrained_cfg` when not given. Input size and
+    interpolation come from it too; `kwargs: {img_size: 224}` overrides the size. resize: `reference` normalises and
+    then resizes bicubic without antialias, as the paper's code. precision: of its passes, whatever the run's (`no`:
+    float32); the run's own by default. Its tokens, q and k must keep a cosine of 0.999 to float32.
     low_pass: the teacher sees only frequencies up to this share of the Nyquist frequency (Fig 5, arXiv 2505.16792;
-    `haste_core.teacher.low_passed`).
+    `haste_core.teacher.low_passed`). stage: of feature maps, from 0, whose positions are tokens; the last by default.
     """
 
     model: str
@@ -170,6 +174,7 @@ class TeacherSettings(Section):
     # Left out of hashes where it is not given, so that runs made before there was such a setting keep their names.
     precision: Precision | None = Field(None, exclude_if=lambda precision: precision is None)
     low_pass: float | None = Field(None, gt=0, le=1)
+    stage: NonNegative | None = Field(None, exclude_if=lambda stage: stage is None)
     fitting: FittingSettings = FittingSettings()
 
 
@@ -211,7 +216,9 @@ class AlignmentSettings(Section):
 
     depth: the block, counted from 1, whose output tokens are aligned. layer_pairs: (student block, teacher block),
     both counted from 0. heads: indices aligned, student head m with teacher head m; by default the first
-    min(student heads, teacher heads), the rest stay free. t_low, t_high: only samples whose noise level lies in this
+    min(student heads, teacher heads), the rest stay free. attention_from: `qk`, the teacher's own attention, or
+    `similarity` (not in the paper), the softmax of the cosine similarities of its tokens over temperature, one map for
+    all heads, which any encoder has. t_low, t_high: only samples whose noise level lies in this
     interval are aligned (Fig 5); the losses stay means over the whole batch, the others counting as zero.
     """
 
@@ -221,6 +228,8 @@ class AlignmentSettings(Section):
     layer_pairs: list[tuple[NonNegative, NonNegative]] = []
     heads: list[NonNegative] | None = None
     projector_width: Positive = 2048
+    attention_from: Literal["qk", "similarity"] = Field("qk", exclude_if=lambda source: source == "qk")
+    temperature: float | None = Field(None, gt=0, exclude_if=lambda temperature: temperature is None)
     t_low: Unit = 0.0
     t_high: Unit = 1.0
 
@@ -230,6 +239,11 @@ class AlignmentSettings(Section):
         if isinstance(given, list) and not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given):
             raise ValueError("layer_pairs are lists of two: [[student block, teacher block], ...]")
         return given
+
+    @property
+    def similarity(self) -> float | None:
+        """The temperature of `attention_from: similarity`, None where attention comes from q and k."""
+        return (self.temperature or TEMPERATURE) if self.attention_from == "similarity" else None
 
     @property
     def active(self) -> bool:
@@ -244,6 +258,8 @@ class AlignmentSettings(Section):
             raise ValueError("lambda_attention > 0 needs layer_pairs, a list of [student block, teacher block]")
         if self.t_low >= self.t_high:
             raise ValueError(f"t_low {self.t_low} is not below t_high {self.t_high}; expected 0 <= t_low < t_high <= 1")
+        if self.temperature is not None and self.attention_from == "qk":
+            raise ValueError(f"temperature {self.temperature} belongs to attention_from: similarity, not to qk")
         if self.heads is not None and (not self.heads or len(set(self.heads)) < len(self.heads)):
             raise ValueError(f"heads {self.heads} must name at least one head, each once")
         return self

@@ -359,6 +359,7 @@ def build_haste(
         heads=student.heads,
         grid=student.grid,
         aligned_heads=settings.heads,
+        temperature=settings.similarity,
         watch_angle=run.train.watch_angle or run.termination.kind == "online_angle",
         seed=seed,
         switch=switch,
