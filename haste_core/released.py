@@ -232,20 +232,27 @@ def _recognised(path: Path) -> str:
         head = stream.read(512)
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
-        return "a web page, not the file itself: its download was refused or led elsewhere; download it again"
+    if not head:
+        return "empty; download it again"
+    if head.startswith(b"\x1f\x8b"):
+        return "compressed by gzip; unpack it first"
     by_torch = head.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"))
     length = int.from_bytes(head[:8], "little")
     if path.suffix.lower() == ".safetensors" and by_torch:
         return "a file of torch.save by its content; rename it to end in .pt"
     if path.suffix.lower() != ".safetensors" and head[8:9] == b"{" and length < path.stat().st_size:
         return "a safetensors file by its content; rename it to end in .safetensors"
+    if head.lstrip()[:1] in (b"<", b"{") or (head.isascii() and head.decode().isprintable()):
+        return "a web page or text, not the file itself: its download was refused or led elsewhere; download it again"
     return ""
 
 
 def _sets(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The state dicts in a checkpoint: "ema" and "model" or one of them, or else "plain", also under "state_dict"."""
-    nested = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), Mapping)}
+    names = {"ema": ("ema", "ema_state_dict"), "model": ("model", "model_state_dict", "module")}
+    nested = {
+        kind: content[name] for kind, known in names.items() for name in known if isinstance(content.get(name), Mapping)
+    }
     if nested:
         return nested
     if any(isinstance(name, str) and name.startswith(("ema.", "model.")) for name in content):
@@ -439,6 +446,11 @@ def projectors(tensors: Mapping[str, Tensor], width: int) -> nn.ModuleList:
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    odd = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if odd:
+        raise HasteError(
+            f"{what}: {odd[0]} and {len(odd) - 1} more hold values that are not finite; expected sound ones"
+        )
     # Copies, for tensors of a file that is mapped into memory would change with it.
     own = {name: value.to("cpu", torch.float32, copy=True).contiguous() for name, value in weights.items()}
     try:

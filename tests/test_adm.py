@@ -411,6 +411,8 @@ def test_folders_of_images_have_the_scores_of_the_same_npz(patched, tmp_path, ca
     assert halved["scores"]["fid"] != files["scores"]["fid"]
     assert halved["card"]["resize"] == 4
     assert len({card["card"]["card_id"] for card in (folders, files, halved)}) == 3
+    (tmp_path / "made" / "manifest.json").write_text('{"icons": []}')  # somebody else's
+    assert score("") == folders
     (tmp_path / "made" / "0" / "007.png").write_bytes(b"no image")
     assert main(["score", str(tmp_path / "made"), "--reference", str(tmp_path / "real")]) == 2
     assert "0/007.png cannot be decoded" in capsys.readouterr().err
@@ -426,11 +428,18 @@ def test_folders_of_images_have_the_scores_of_the_same_npz(patched, tmp_path, ca
         (["mixed", "--reference", "digits"], "mixed holds 2 of 8x8, 1 of 9x9; expected square images of one size"),
         (["long", "--reference", "made.npz"], "long holds 1 of 8x4; expected square images of one size; --resize N"),
         (["made.npz", "--reference", "empty"], "empty holds no images"),
+        (["made.npz", "--reference", "large.npz"], "images of 8 pixels against a reference of 12"),
+        (["made.npz", "--reference", "large.npz", "--resize", "8"], "--resize 8 is for folders of images"),
+        (["made.npz", "--reference", "digits", "--resize", "0"], "--resize 0; expected 1 and above"),
+        (["made.npz", "--reference", "no/where"], "--reference no/where is not there; expected a folder"),
+        (["made.npz", "--reference", "nan.npz"], "mu or sigma has values that are not finite"),
     ],
 )
 def test_score_refuses_wrong_input(patched, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     write_npz(tmp_path / "made.npz", pictures(90, 0, side=8))
+    write_npz(tmp_path / "large.npz", pictures(90, 0, side=12))
+    np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
     for name in ("empty", "mixed", "long"):
         (tmp_path / name).mkdir()
     for i, size in enumerate(((8, 8), (9, 9), (8, 8))):

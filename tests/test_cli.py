@@ -314,6 +314,7 @@ def test_stamps_of_stages_whose_files_are_gone_are_found(tmp_path, monkeypatch):
             path = run.checkpoint_path(step)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
+        run.evaluation_path.write_text("{}")
         (run.dir / "trained-1-2.stamp").write_text("")
     for path in (runs.teacher_path(study, study.teacher), runs.extractor_path(study), runs.autoencoder_path(study)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,6 +322,9 @@ def test_stamps_of_stages_whose_files_are_gone_are_found(tmp_path, monkeypatch):
     prepared = runs.study_dir(study) / "prepared-1.json"
     prepared.write_text("{}")
     assert jobs.stale(study) == []
+    made[0].evaluation_path.unlink()
+    assert jobs.stale(study) == [made[0].dir / "trained-1-2.stamp"]
+    made[0].evaluation_path.write_text("{}")
     made[1].checkpoint_path(8).unlink()
     assert jobs.stale(study) == [made[1].dir / "trained-1-2.stamp"]
     runs.extractor_path(study).unlink()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from haste_core import checkpoint
 from haste_core.errors import HasteError
 from haste_core.study import adm, config, evaluation, pretrain, scores
 from haste_core.study.evaluation import evaluate_run, evaluation_samples, find_samples
@@ -136,6 +137,16 @@ def test_a_missing_checkpoint_or_score_is_an_error_with_the_command_that_makes_i
         evaluate(tiny, "vanilla")
     with pytest.raises(HasteError, match="haste evaluate digits haste --seed 3"):
         evaluation.rows(Run(tiny, "haste", 3))
+
+
+def test_weights_that_are_not_finite_are_named_with_their_checkpoint(workshop, tiny):
+    run = Run(tiny, "vanilla", 7)
+    fit(run, progress=False)
+    tensors, state = run.load(12)
+    name = next(name for name in tensors if name.startswith("ema."))
+    checkpoint.save(run.checkpoint_path(12), tensors | {name: tensors[name] * torch.nan}, state)
+    with pytest.raises(HasteError, match=r"step_00000012\.safetensors holds weights that are not finite"):
+        evaluation_samples(run, 12)
 
 
 def test_images_depend_on_weights_and_evaluation_noise_alone(workshop, tiny, make_study, monkeypatch):

@@ -129,6 +129,12 @@ def test_the_explained_share_against_closed_forms(digits):
     assert share == pytest.approx(1 - pretrain.NOISE**2 / spread, abs=0.03)
 
 
+def test_a_single_image_has_no_variance_to_explain(make_study):
+    alone = open_dataset(make_study("data.test_fraction=0.0001").data)
+    with pytest.raises(HasteError, match=r"the test split has 1 image, all equal; .* data\.test_fraction"):
+        pretrain.explained(lambda noised: noised, alone, "test", 0)
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32)])
 def test_the_networks_fit_the_images(channels, size):
     made = pretrain.SmallCNN(7, 5, channels, size).eval()

@@ -286,6 +286,9 @@ def test_harmless_things_beside_weights_are_read(tmp_path, made):
         lambda state: {"ema": state},
         lambda state: {"state_dict": state},
         lambda state: {"state_dict": {"ema": state}},
+        lambda state: {"model_state_dict": state},
+        lambda state: {"ema_state_dict": state, "model_state_dict": {}},
+        lambda state: {"module": state},
     ):
         torch.save(wrapped(model.state_dict()) | beside, tmp_path / "a.pt")
         found = load_reference(tmp_path / "a.pt", "sit", 3).generator.state_dict()
@@ -301,13 +304,25 @@ def test_harmless_things_beside_weights_are_read(tmp_path, made):
             "Git LFS pointer, .*: git lfs pull",
         ),
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        ("a.pt", b"\n<!DOCTYPE html><html>sign in</html>", "is a web page, not the file itself"),
+        ("a.pt", b"\n<!DOCTYPE html><html>sign in</html>", "is a web page or text, not the file itself"),
         ("a.safetensors", b"<html>", "is a web page"),
+        ("a.pt", b"<!-- gate --><html>", "is a web page"),
+        ("a.pt", b'{"error": "Access denied"}', "is a web page or text"),
+        ("a.pt", b"Access to model is restricted", "is a web page or text"),
+        ("a.pt", b"", "is empty; download it again"),
+        ("a.pt", b"\x1f\x8b\x08\x00", "is compressed by gzip"),
     ],
 )
 def test_what_a_download_left_instead_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     refused(said, tmp_path / name, "sit", 3)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, made):
+    state = made().state_dict()
+    state["x_embedder.proj.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "a.pt")
+    refused("x_embedder.proj.bias and 0 more hold values that are not finite", tmp_path / "a.pt", "sit", 3)
 
 
 def test_a_file_under_the_suffix_of_another_format_is_named(tmp_path, made):
@@ -323,7 +338,7 @@ def test_truncated_and_other_files_are_refused(tmp_path, made):
         path = tmp_path / name
         save_reference(path, made())
         content = path.read_bytes()
-        for keep in (0, 10, len(content) // 2, -1):
+        for keep in (10, len(content) // 2, -1):
             path.write_bytes(content[:keep])
             assert str(path) in refused("truncated or damaged", path, "sit", 3)
     refused("no checkpoint .*nothing.pt; expected", tmp_path / "nothing.pt", "sit")

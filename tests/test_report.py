@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -306,6 +307,9 @@ def test_the_report_of_a_finished_study_shows_the_numbers_of_its_tables(finished
 
 def test_without_runs_the_tables_that_came_with_the_project_are_used(finished, output, tiny):
     assert "came with the project" in report.refresh(finished)
+    other = finished.study.evaluate.model_copy(update={"n": 44})
+    with pytest.raises(HasteError, match=r"vanilla seed 0, .* is of other evaluation settings; run again: haste study"):
+        report.refresh(replace(finished, study=finished.study.model_copy(update={"evaluate": other})))
     with pytest.raises(HasteError, match="haste study digits"):
         report.refresh(report.open_report(tiny))
     with pytest.raises(HasteError, match="haste study digits"):

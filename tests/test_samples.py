@@ -94,6 +94,15 @@ def test_an_interrupted_set_resumes_and_draws_no_shard_twice(samples):
     assert torch.equal(torch.cat(list(again.batches(9))), numbers(samples.labels(), range(7, 30)))
 
 
+def test_a_fault_in_drawing_names_what_is_drawn(tmp_path):
+    def broken(labels, seeds):
+        raise HasteError("2 of 4 drawn images have values that are not finite")
+
+    named = SampleSet(tmp_path / "named", manifest(**{"from": "digits haste seed 0 step 8"}))
+    with pytest.raises(HasteError, match=r"^digits haste seed 0 step 8: 2 of 4 drawn images"):
+        named.fill(broken, 4)
+
+
 def test_processes_take_turns_at_the_shards_and_change_no_byte(tmp_path, filled):
     divided, drawn = SampleSet(tmp_path / "divided", manifest()), []
     for rank, first_seeds in ((1, [12, 27]), (0, [7, 22]), (2, [17])):

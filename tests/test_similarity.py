@@ -314,5 +314,7 @@ def test_features_with_nothing_to_compare_have_no_similarity(name, broken):
         assert math.isnan(measure(a, b, 3))
     one_zero = other.clone()
     one_zero[4] = 0
-    if "cka" not in name:  # a feature of zeros has no direction
-        assert math.isnan(measure(one_zero, other, 3))
+    assert math.isnan(measure(one_zero, other, 3))
+    assert math.isnan(measure(torch.ones(12, 3) + 1e-15 * other, other, 3))
+    if "cka" not in name:  # these look at directions alone
+        assert math.isnan(measure(torch.outer(torch.arange(1.0, 13), torch.ones(3)), other, 3))

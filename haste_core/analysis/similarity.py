@@ -66,6 +66,11 @@ class Kernels:
         return bool(energy.min() > 0) and float(self.gram.trace()) > RESOLVED * float(energy.sum())
 
     @cached_property
+    def directions_apart(self) -> bool:
+        """As `told_apart`, of the directions of the features alone, which cosines compare."""
+        return self.told_apart and Kernels(F.normalize(self.features, dim=1)).told_apart
+
+    @cached_property
     def gram(self) -> Tensor:
         """Inner products of the centred features: no measure depends on the mean, and centring saves precision."""
         centred = self.features - self.features.mean(0)
@@ -139,7 +144,7 @@ def linear_cka_biased(x: Any, y: Any) -> float:
     For comparison with older numbers only: it goes to 1 if features outnumber images, even for independent ones.
     """
     a, b = _sides(x, y)
-    return _correlation(a.double_centred, b.double_centred)
+    return _correlation(a.double_centred, b.double_centred) if a.told_apart and b.told_apart else math.nan
 
 
 def cknna(x: Any, y: Any, k: int) -> float:
@@ -161,7 +166,7 @@ def cknna(x: Any, y: Any, k: int) -> float:
     a, b = _sides(x, y)
     if k < 2:
         raise HasteError(f"k of CKNNA is {k}; expected 2 to {len(a) - 1}")
-    if not (a.told_apart and b.told_apart):
+    if not (a.directions_apart and b.directions_apart):
         return math.nan
     norms = a.local(a, k) * b.local(b, k)
     return a.local(b, k) / norms**0.5 if norms > 0 else math.nan
@@ -177,7 +182,7 @@ def mutual_knn(x: Any, y: Any, k: int) -> float:
     """
     a, b = _sides(x, y)
     shared = float((a.neighbours(k) & b.neighbours(k)).sum()) / (k * len(a))
-    return shared if a.told_apart and b.told_apart else math.nan
+    return shared if a.directions_apart and b.directions_apart else math.nan
 
 
 def _sides(x: Any, y: Any) -> tuple[Kernels, Kernels]:

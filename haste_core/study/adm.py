@@ -306,6 +306,8 @@ def load_reference(path: Path) -> Reference:
                 mean, covariance = stored[first].astype(np.float64), stored[second].astype(np.float64)
                 if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
                     raise ValueError(f"a mean of shape {mean.shape} with a covariance of shape {covariance.shape}")
+                if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                    raise ValueError(f"{first} or {second} has values that are not finite")
                 statistics[name] = Gaussian(mean, covariance)
         manifold = torch.from_numpy(stored["manifold"]) if "manifold" in names else None
         return Reference(statistics, manifold, int(stored["n"]) if "n" in names else None)
@@ -366,6 +368,7 @@ class AdmScorer:
         self.evaluate, self.progress = evaluate, progress
         self.networks = build_networks(evaluate)
         self.facts = scoring_facts(evaluate, data, self.networks.name)
+        self.side: int | None = None  # of the reference's images, unless it holds statistics alone
         self.reference = (
             self._extracted(TrainingImages(data), MANIFOLD)
             if data is not None and not evaluate.reference
@@ -373,8 +376,18 @@ class AdmScorer:
         )
 
     def score(self, generated: Images | Tensor) -> dict[str, float]:
-        """Every score of ADM_METRICS for uint8 images; nan where the reference does not hold what a score needs."""
+        """Every score of ADM_METRICS for uint8 images; nan where the reference does not hold what a score needs.
+
+        Raises:
+            HasteError: the images have another size than those of the reference.
+        """
         images = MemoryImages(generated) if isinstance(generated, Tensor) else generated
+        side = next(images.batches(1)).shape[-1]
+        if self.side not in (None, side):
+            raise HasteError(
+                f"images of {side} pixels against a reference of {self.side}; expected equal sizes: draw them so, or "
+                f"bring folders to one size by --resize N"
+            )
         return scores_of(self._extract(images, "images"), self.reference, self.evaluate.neighborhood)
 
     def _extract(self, images: Images, what: str, keep: int | None = None) -> Features:
@@ -400,6 +413,7 @@ class AdmScorer:
 
     def _extracted(self, images: Images, keep: int) -> Reference:
         """Statistics of real images and pool features of `keep` of them, extracted once and kept on disk."""
+        self.side = next(images.batches(1)).shape[-1]
         key = config.digest([self.facts["reference_hash"], self.networks.name, keep])
         path = output_root() / "runs" / "references" / f"{key}.npz"
         with locked(path.with_suffix(".lock"), f"the reference {path.stem}", wait=True):

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,17 @@ _EXAMPLES = """examples:
   haste convert 0400000.pt haste.safetensors            a released checkpoint of DiT, SiT, REPA or HASTE
 """
 # Smallest values of options, whichever command they belong to.
-_LEAST = {"processes": 1, "cores": 1, "gpus": 1, "rounds": 1, "n": 1, "first_seed": 0, "shard_size": 1, "batch_size": 1}
+_LEAST = {
+    "processes": 1,
+    "cores": 1,
+    "gpus": 1,
+    "rounds": 1,
+    "n": 1,
+    "first_seed": 0,
+    "shard_size": 1,
+    "batch_size": 1,
+    "resize": 1,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,6 +144,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _in_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package without the line of code that Python shows below one."""
+    return f"haste: warning: {message}\n" if "haste_core" in filename else f"{filename}:{lineno}: {message}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 an error the user can mend, 143 stopped and saved."""
     top, words = parser(), sys.argv[1:] if argv is None else list(argv)
@@ -140,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if others and arguments.command != "study":
         top.error(f"unrecognized arguments: {' '.join(others)}")
     arguments.words, arguments.snakemake = words, others
+    warnings.formatwarning = _in_one_line
     try:
         for name, least in _LEAST.items():
             value = getattr(arguments, name, None)

@@ -154,7 +154,12 @@ def score(arguments: argparse.Namespace) -> None:
         raise HasteError(f"--out is {arguments.out}; expected a name ending in .json")
     from haste_core.study.adm import AdmScorer
 
-    is_file = arguments.reference.endswith(".npz") or Path(arguments.reference).is_dir()
+    folders = arguments.samples.is_dir(), Path(arguments.reference).is_dir()
+    if arguments.resize is not None and not any(folders):
+        raise HasteError(f"--resize {arguments.resize} is for folders of images; expected none for .npz files")
+    is_file = arguments.reference.endswith(".npz") or folders[1]
+    if not is_file and "/" in arguments.reference and not Path(arguments.reference).exists():
+        raise HasteError(f"--reference {arguments.reference} is not there; expected a folder, an .npz or a study")
     data = None if is_file else config.load(arguments.reference, arguments.profile, arguments.overrides).data
     evaluate = config.EvaluateSettings(
         suite="adm",
@@ -187,11 +192,13 @@ def _open_samples(path: Path, resize: int | None) -> tuple[Images, dict[str, Any
 
     if not path.is_dir():
         return NpzImages(path), {"samples": path.name, "samples_hash": file_hash(path)}
-    if not (path / "manifest.json").is_file():
+    manifest = read_manifest(path) if (path / "manifest.json").is_file() else {}
+    if "shard_size" not in manifest:  # no manifest of ours
         images = FolderImages(path, resize)
         facts = images.facts()
         return images, {"samples": path.name, "samples_hash": facts.pop("hash"), **facts}
-    manifest = read_manifest(path)
+    if resize is not None:
+        raise HasteError(f"--resize {resize}: {path} was drawn by haste sample, which is scored as it is; leave it out")
     samples = SampleSet(path, manifest)
     facts = {"samples": path.name, "manifest": manifest}
     if samples.merged.is_file():

@@ -71,6 +71,8 @@ def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
     tensors, state = run.load(step, prefixes=("ema.",))
     model = build_generator(run.config, open_dataset(run.config.data), seed=0)
     model.load_state_dict(checkpoint.under(tensors, "ema."))
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise HasteError(f"{run.checkpoint_path(step)} holds weights that are not finite; expected a sound checkpoint")
     return model.requires_grad_(False).eval().to(default_device()), state["ema_fingerprint"]
 
 
@@ -142,7 +144,10 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) 
 
 def _drawn_and_scored(run: Run, step: int, scorer: Scorer, progress: str | None) -> tuple[Scores, Tensor]:
     """The scores of a checkpoint, and its images or the first of them."""
-    levels = scorer.probe.measure(generator_at(run, step)[0])
+    try:
+        levels = scorer.probe.measure(generator_at(run, step)[0])
+    except HasteError as error:
+        raise HasteError(f"{run.arm} seed {run.seed} step {step}: {error}") from error
     measured: Scores = {**summaries(levels), "levels": levels}
     if not isinstance(scorer, StudyScorer):
         samples = evaluation_set(run, step, progress)

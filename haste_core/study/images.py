@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
 from haste_core.errors import HasteError
@@ -141,6 +141,7 @@ class FolderImages:
     def _decoded(self, file: Path, use: Callable[[Image.Image], Any]) -> Any:
         try:
             with Image.open(self.path / file) as image:
+                ImageOps.exif_transpose(image, in_place=True)  # upright, as training reads them
                 return use(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise HasteError(f"{self.path / file} cannot be decoded ({' '.join(str(error).split())})") from error

@@ -137,12 +137,13 @@ def run_study(
 
 
 def stale(study: config.StudySettings) -> list[Path]:
-    """Stamps of stages whose files are gone, such as checkpoints that were removed to free space.
+    """Stamps of stages whose files are gone, such as scores, or checkpoints that were removed to free space.
 
     Without its stamp such a stage is made again by the next call.
     """
     runs = [Run(study, arm, seed) for arm in study.arms for seed in study.seeds_of(arm)]
-    found = [stamp for run in runs if run.missing_steps() for stamp in run.dir.glob("trained-*.stamp")]
+    gone = [run for run in runs if run.missing_steps() or not run.evaluation_path.is_file()]
+    found = [stamp for run in gone for stamp in run.dir.glob("trained-*.stamp")]
     trained = [teacher_path(study, teacher) for teacher in study.teachers() if teacher.weights == "pretrain"]
     if study.evaluate.suite == "study":
         trained += [extractor_path(study), autoencoder_path(study)]

@@ -140,12 +140,21 @@ def explained(model: Callable[[Tensor], Tensor], dataset: Dataset, split: str, s
 
     One minus the mean square error over the variance around the mean image, 0 where the error is larger. Noise comes
     from `seed` and `split`.
+
+    Raises:
+        HasteError: all images are equal, as a single one is.
     """
     x, _ = dataset.images(split)
     device, generator = default_device(), Generator().manual_seed(stream(f"autoencoder {split} noise", seed))
     parts = ((part, model(_noised(part, generator).to(device)).cpu()) for part in x.split(512))
     error = sum(float((made - part).double().square().sum()) for part, made in parts)
-    return max(1 - error / float((x - x.mean(0)).double().square().sum()), 0.0)
+    variance = float((x - x.mean(0)).double().square().sum())
+    if not variance:
+        raise HasteError(
+            f"the {split} split has {len(x)} image{'s' * (len(x) != 1)}, all equal; expected at least two that differ, "
+            f"see data.test_fraction and data.validation_fraction"
+        )
+    return max(1 - error / variance, 0.0)
 
 
 def _noised(x: Tensor, generator: Generator) -> Tensor:

@@ -122,7 +122,7 @@ def refresh(report: Report) -> str:
     """Rewrite the tables if every run of the study is scored; returns a sentence on their origin.
 
     Raises:
-        HasteError: runs are missing and there are no earlier tables.
+        HasteError: runs are missing and there are no earlier tables, or only of other evaluation settings.
     """
     waiting = [f"{r.arm} seed {r.seed}" for r in report.all_runs() if not evaluation.is_scored(r)]
     if not waiting:
@@ -134,6 +134,11 @@ def refresh(report: Report) -> str:
             f"not scored yet: {', '.join(waiting)}, and no tables from before; run: haste study {report.study.name}"
         )
     known = json.loads(facts.read_text())
+    if known.get("evaluation", report.study.evaluation_hash) != report.study.evaluation_hash:
+        raise HasteError(
+            f"not scored: {', '.join(waiting)}, and {report.tables} is of other evaluation settings; run again: haste "
+            f"study {report.study.name}"
+        )
     return (
         f"{len(waiting)} runs of this study are not here, so these are the tables that came with the project: study "
         f"{known['study_hash']}, commit {', '.join(known['commits'])}, written {known['written']}."
@@ -208,6 +213,7 @@ def study_provenance(report: Report) -> dict[str, Any]:
         "study_hash": config.digest(study.model_dump(mode="json")),
         "main": study.main,
         "claims": study.claims.model_dump(mode="json"),
+        "evaluation": study.evaluation_hash,
         "tau": report.tau,
         "steps": study.train.steps,
         "commits": sorted({s["commit"] for s in sessions}),

@@ -111,7 +111,7 @@ class SampleSet:
 
         Raises:
             Interrupted: SIGTERM or SIGINT arrived; complete shards are kept, the unfinished one is not.
-            HasteError: an existing shard is damaged.
+            HasteError: an existing shard is damaged, or images cannot be drawn.
         """
         mine, paths, labels = range(len(self.shards))[rank::processes], self.paths(), self.labels()
         size, first_seed = sum(len(self.shards[i]) for i in mine), self.manifest["first_seed"]
@@ -129,7 +129,11 @@ class SampleSet:
                         done = f"{self.drawn()} of {self.n} images are drawn"
                         raise Interrupted(f"{self.folder}: {done}; run again to go on")
                     seeds = range(first_seed + batch.start, first_seed + batch.stop)
-                    drawn.append(draw(labels[batch.start : batch.stop], seeds).permute(0, 2, 3, 1))
+                    try:
+                        images = draw(labels[batch.start : batch.stop], seeds)
+                    except HasteError as error:
+                        raise HasteError(f"{self.manifest.get('from', self.folder)}: {error}") from error
+                    drawn.append(images.permute(0, 2, 3, 1))
                     bar.update(len(batch))
                 with atomic(paths[index]) as temporary, temporary.open("wb") as stream:
                     np.save(stream, torch.cat(drawn).contiguous().numpy(), allow_pickle=False)
