@@ -46,7 +46,7 @@ HEAD = ("| what | fault | tried | results compared | problems | on |", "|---|---
 MARKS = ("<!-- faults: begin -->\n", "<!-- faults: end -->")
 # Facts of one particular run, which no other run repeats.
 OWN = {"provenance.json", "step_time.csv", "step_time.json", "step_time.png", "step_time.svg", "minutes.json"}
-MOMENTARY = {"written", "steps_per_s", "seconds", "start", "sessions", "minutes", "peak_memory_gib"}
+MOMENTARY = {"written", "steps_per_s", "seconds", "start", "sessions", "minutes", "peak_memory_gib", "resumed"}
 
 
 @dataclass
@@ -226,7 +226,9 @@ class Bench:
 
 
 def size(folder: Path) -> int:
-    return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob("*") if p.is_file())
+    """Bytes that the files below a folder take; one that has several names counts once."""
+    files = {(s.st_dev, s.st_ino): s.st_size for p in folder.rglob("*") if p.is_file() and (s := p.stat())}
+    return sum(-(-length // 4096) * 4096 for length in files.values())
 
 
 # -- kill -9 ----------------------------------------------------------------------------------------------------------
