@@ -368,7 +368,7 @@ def find_teacher(study: config.StudySettings, teacher: config.TeacherSettings | 
         return build_teacher(teacher)
     path = runs.teacher_path(study, teacher)
     if not path.is_file():
-        raise HasteError(f"no teacher weights at {path}; train them by: haste teacher <study>")
+        raise HasteError(f"no teacher weights at {path}; train them by: haste teacher {study.name}, with its profile")
     return build_teacher(teacher, load_file(path))
 
 

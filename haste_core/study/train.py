@@ -332,7 +332,7 @@ def create(
     haste = None
     if switch.phase == 1:
         if teacher is None:
-            raise HasteError("an aligned run needs its teacher; haste teacher <study> prepares it")
+            raise HasteError("an aligned run needs its teacher; haste teacher STUDY prepares it")
         haste = build_haste(run, student, teacher, seeds.projector, switch)
     train = run.train
     share, aligned = processes.share(train.batch_size), haste is not None
