@@ -130,6 +130,19 @@ def test_a_shared_checkpoint_is_scored_once_and_its_samples_are_found(workshop, 
     assert np.array_equal(*(np.load(find_samples(Run(tiny, arm, 0), 8)) for arm in ("haste", "holistic")))
 
 
+def test_images_that_are_gone_are_drawn_again_with_their_scores(workshop, tiny, scorer, counted):
+    run = Run(tiny, "holistic", 0)
+    evaluate_run(run, False, scorer)
+    before = np.load(find_samples(run, 8))
+    find_samples(run, 8).unlink()
+    with pytest.raises(HasteError, match="haste evaluate digits holistic --seed 0"):
+        find_samples(run, 8)
+    counted.clear()
+    evaluate_run(run, False, scorer)
+    assert counted == [("holistic", 8)]
+    assert np.array_equal(np.load(find_samples(run, 8)), before)
+
+
 def test_a_missing_checkpoint_or_score_is_an_error_with_the_command_that_makes_it(workshop, tiny):
     run = Run(tiny, "vanilla", 0)
     run.checkpoint_path(8).unlink()

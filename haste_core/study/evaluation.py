@@ -131,7 +131,8 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) 
         steps = {str(step): _fingerprint(run, step) for step in run.config.train.kept_steps}
         with session(run.dir, what="evaluation"):
             for step, fingerprint in steps.items():
-                if fingerprint not in known:
+                # Scores may come from a run whose images lie with one that another profile names otherwise.
+                if fingerprint not in known or _images_of(run, fingerprint) is None:
                     label = f"{run.arm} seed {run.seed} step {step}" if progress else None
                     known[fingerprint], images = _drawn_and_scored(run, int(step), scorer, label)
                     stream = io.BytesIO()
@@ -180,13 +181,20 @@ def _samples_path(run: Run, fingerprint: str) -> Path:
 
 
 def find_samples(run: Run, step: int) -> Path:
-    """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint."""
-    fingerprint = _fingerprint(run, step)
-    for arm in (run.arm, *run.study.arms):
-        path = _samples_path(Run(run.study, arm, run.seed), fingerprint)
-        if path.is_file():
-            return path
-    raise _not_scored(run)
+    """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint.
+
+    Raises:
+        HasteError: there are none.
+    """
+    found = _images_of(run, _fingerprint(run, step))
+    if found is None:
+        raise _not_scored(run)
+    return found
+
+
+def _images_of(run: Run, fingerprint: str) -> Path | None:
+    paths = (_samples_path(Run(run.study, arm, run.seed), fingerprint) for arm in (run.arm, *run.study.arms))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _not_scored(run: Run) -> HasteError:
