@@ -133,9 +133,7 @@ class Split:
         if not labels or wrong or empty >= 0:
             found = f"image {wrong[0]} has label {labels[wrong[0]]}" if wrong else "a split has no images"
             found = f"image {empty} of column {self.image_column!r} is empty" if empty >= 0 else found
-            raise HasteError(
-                f"data {path}: {found}; expected images, each with a label from 0 to at most {MOST_CLASSES - 1:,}"
-            )
+            raise HasteError(f"data {path}: {found}; expected images, each with a label from 0 to {MOST_CLASSES - 1:,}")
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
         self.classes = max(len(self.class_names or []), int(self.labels.max()) + 1)
@@ -145,11 +143,16 @@ class Split:
         column = self.rows.data.column(self.image_column)
         return pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
 
+    def _numbers(self) -> Sequence[int]:
+        """Positions of the split's images among those of `_stored`."""
+        chosen = self.rows._indices
+        return range(len(self.rows)) if chosen is None else chosen.column(0).to_pylist()
+
     def files(self) -> Iterator[str]:
         """Name and size of each image as it is stored."""
         content, paths = self._stored()
         sizes, names = pc.binary_length(content).to_pylist(), paths.to_pylist()
-        for i in range(len(names)) if self.rows._indices is None else self.rows._indices.column(0).to_pylist():
+        for i in self._numbers():
             name = names[i] or ""
             size = os.path.isfile(name) and os.path.getsize(name) if sizes[i] is None else sizes[i]
             yield f"{os.path.basename(name)} {size:d}"
@@ -217,7 +220,7 @@ class Split:
                 return torch.cat([self._decode([index]) for index in chosen])
             cause = " ".join(str(error).split())
             stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))[chosen[0]]
-            name = stored[self.image_column]["path"] or f"image {chosen[0]}"
+            name = stored[self.image_column]["path"] or f"image {self._numbers()[chosen[0]]}"
             said = f"data {self.path}: {name} cannot be decoded ({cause}); mend, shrink or remove it"
             raise HasteError(said) from error
 
