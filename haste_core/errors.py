@@ -1,4 +1,4 @@
-"""Errors that a user can cause."""
+"""Errors that a user can cause, and words of messages."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def unknown(what: str, given: object, known: Iterable[object]) -> HasteError:
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return HasteError(f"unknown {what} {str(given)!r}{hint}; expected one of: {', '.join(names) or 'none'}")
+
+
+def number_of(count: int, noun: str) -> str:
+    """Words such as "1 image", "1,797 images" and "10 classes"."""
+    return f"{count:,} {noun}{('es' if noun.endswith('s') else 's') * (count != 1)}"
 
 
 def is_disk_full(error: BaseException) -> bool:

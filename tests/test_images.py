@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import shutil
 
 import datasets
 import numpy as np
@@ -16,7 +19,8 @@ from haste_core.errors import HasteError
 from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.cli import main
-from haste_core.study.data import Batches, images, open_dataset
+from haste_core.study.data import Batches, check_same, check_unchanged, images, open_dataset
+from haste_core.study.images import FolderImages
 
 SIZE, NAMES = 16, ("ant", "bee", "cat")
 SPLITS = ("train", "validation", "test")
@@ -99,6 +103,10 @@ def test_a_folder_with_train_and_test(tmp_path):
     assert contents(opened(tmp_path / "pets", train_split="training")) == found, "another word for the same"
     with pytest.raises(HasteError, match="no split 'big'; expected one of: train, validation"):
         opened(tmp_path / "pets", train_split="big")
+    with pytest.raises(HasteError, match="no split 'nothere'; expected one of: train, validation"):
+        opened(tmp_path / "pets", test_split="nothere")
+    with pytest.raises(HasteError, match="name the same split; expected two of: train, validation"):
+        opened(tmp_path / "pets", train_split="val", test_split="val")
     write_images(tmp_path / "pets" / "test", range(18, 24))
     whole = contents(opened(tmp_path / "pets"))
     assert [sorted(whole[split]) for split in SPLITS] == [[*range(12)], [*range(12, 18)], [*range(18, 24)]]
@@ -194,6 +202,12 @@ def test_what_is_not_read_is_said(tmp_path, capfd):
     assert capfd.readouterr().err.count(data.summary) == 1
     opened(folder)
     assert data.summary not in capfd.readouterr().err, "said once"
+    alone = write(tmp_path / "alone", *[f"ant/{i}.png" for i in range(3)])
+    assert opened(alone).summary.startswith(
+        "alone: 3 images (1 train, 1 validation, 1 test), 1 class of 3 to 3 images,"
+    )
+    FolderImages(write(tmp_path / "one", "ant/0.png"))
+    assert "/one: 1 image\n" in capfd.readouterr().err
 
 
 def test_links_are_followed_and_bad_ones_named(tmp_path):
@@ -208,13 +222,37 @@ def test_links_are_followed_and_bad_ones_named(tmp_path):
     (folder / "bee" / "gone.png").symlink_to(folder / "nowhere.png")
     with pytest.raises(HasteError, match=r"/bee/gone.png is a broken link"):
         opened(folder)
+    (folder / "bee" / "gone.png").unlink()
+    (folder / "bee" / "itself").symlink_to("itself")
+    for read in (opened, FolderImages):
+        with pytest.raises(HasteError, match=r"/bee/itself is a broken link"):
+            read(folder)
+    (folder / "bee" / "itself").unlink()
+    os.mkfifo(folder / "bee" / "pipe.png")
+    with pytest.raises(HasteError, match=r"/bee/pipe.png is neither of the two; expected a file or a folder"):
+        opened(folder)
+
+
+def test_parquet_is_read_where_a_folder_holds_no_images_of_its_own(tmp_path):
+    folder = write_images(tmp_path / "pets", range(12))
+    table(folder / "ant" / "vectors.parquet", embedding=[1.0, 2.0])
+    write_parquet(folder / "data" / "train.parquet", range(12, 24))
+    data = opened(folder)
+    assert together(contents(data)) == list(range(12))
+    assert data.summary.endswith("; not read: 2 .parquet")
+    clone = tmp_path / "clone"
+    write_parquet(clone / "data" / "train.PARQUET", range(12, 24))
+    write(clone, "logo.png", "assets/figure.jpg", "README.md", "data/old/train.parquet")
+    data = opened(clone)
+    assert together(contents(data)) == list(range(12, 24))
+    assert data.summary.endswith("; not read: 1 .jpg, 1 .md, 1 .parquet, 1 .png")
 
 
 @pytest.mark.parametrize(
     "names", [["0.png", "1.png"], ["ant/0.png", "2.png"], ["train/ant/0.png", "train/1.png", "0.png"]]
 )
 def test_images_in_no_class_folder_are_an_error(tmp_path, names):
-    with pytest.raises(HasteError, match=r"holds \d images in no class folder \("):
+    with pytest.raises(HasteError, match=r"holds (1 image|[2-9] images) in no class folder \("):
         opened(write(tmp_path / "pets", *names))
 
 
@@ -246,23 +284,26 @@ def third(i):
 def test_columns_are_asked_for_where_more_than_one_could_be_meant(tmp_path):
     path = tmp_path / "pets.parquet"
     columns(path, id=int, image="picture", category=third)
-    with pytest.raises(HasteError, match=r"has 2 columns of classes or integers among: id \(24 integers\), image "
-                       r"\(images\), category \(3 integers\); expected data.label_column"):  # fmt: skip
+    with pytest.raises(HasteError, match=r"there are 2 columns of classes or integers; the columns are: id \(integers, "
+                       r"24 distinct values\), image \(images\), category \(integers, 3 distinct values\); expected "
+                       r"data.label_column to name a column of labels"):  # fmt: skip
         opened(path)
     assert together(contents(opened(path, label_column="category"))) == list(range(24))
     columns(path, image="picture", width=lambda i: 16, height=lambda i: 16, label_id=third)
-    with pytest.raises(HasteError, match=r"width \(1 integers\), height \(1 integers\), label_id \(3 integers\)"):
+    with pytest.raises(HasteError, match=r"width \(integers, 1 distinct value\), height .*, label_id \("):
         opened(path)
     columns(path, first="picture", second="picture", label=third)
-    with pytest.raises(HasteError, match=r"has 2 columns of images among: .*data.image_column to name one"):
+    with pytest.raises(HasteError, match=r"are 2 columns of images; .*data.image_column to name a column of images"):
         opened(path)
     assert together(contents(opened(path, image_column="second"))) == list(range(24))
     columns(path, mask="picture", image="picture", id=int, label=third)
     assert together(contents(opened(path))) == list(range(24)), "columns named image and label are meant"
-    with pytest.raises(HasteError, match=r"has data.label_column=nothing among: mask"):
+    with pytest.raises(HasteError, match=r"data.label_column=nothing is no column of classes or integers; the columns"):
         opened(path, label_column="nothing")
     columns(path, image="picture", kind=lambda i: NAMES[i % 3])
-    with pytest.raises(HasteError, match=r"no columns of classes or integers among: image \(images\), kind \(3 text\)"):
+    with pytest.raises(
+        HasteError, match=r"there is no column of classes or integers; .*, kind \(text, 3 distinct values\)"
+    ):
         opened(path)
     data = opened(path, label_column="kind")
     assert together(contents(data)) == list(range(24))
@@ -300,8 +341,8 @@ def test_sixteen_bits_are_scaled_and_pixels_without_a_range_refused(tmp_path):
         (tmp_path / "deep" / name).mkdir(parents=True)
         for i in range(3):
             Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "deep" / name / f"{i}.png")
-    x, _ = opened(tmp_path / "deep").images("train", 1)
-    for channel in to_uint8(x)[0]:
+            Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "deep" / name / f"{i}.pgm")
+    for channel in torch.cat([to_uint8(opened(tmp_path / "deep").images(split)[0]) for split in SPLITS]).flatten(0, 1):
         assert np.abs(channel.numpy() - levels / 257).max() <= 0.5
     for kind, mode in ((np.int32, "I"), (np.float32, "F")):
         Image.fromarray(levels.astype(kind)).save(tmp_path / "deep" / "ant" / "1.tif")
@@ -392,6 +433,26 @@ def test_changed_files_are_decoded_anew(tmp_path):
     assert after != before
 
 
+def test_parquet_that_changed_behind_its_time_and_size_is_read_anew(tmp_path):
+    def bmp(i):
+        stream = io.BytesIO()
+        Image.fromarray(picture(i)).save(stream, format="BMP")
+        return {"bytes": stream.getvalue(), "path": ""}
+
+    def changed(first):
+        rows = {"img": [bmp(first + i) for i in range(24)], "label": [i % 3 for i in range(24)]}
+        pq.write_table(pa.table(rows), tmp_path / "pets.parquet", compression="none", use_dictionary=False,
+                       write_statistics=False)  # fmt: skip
+        os.utime(tmp_path / "pets.parquet", (0, 0))
+        data = opened(tmp_path / "pets.parquet")
+        return (tmp_path / "pets.parquet").stat().st_size, data.identity()["content"], together(contents(data))
+
+    (size, content, before), (same_size, other_content, after) = changed(0), changed(30)
+    assert size == same_size
+    assert content != other_content
+    assert (before, after) == (list(range(24)), list(range(30, 54)))
+
+
 def test_large_data_give_the_same_batches_and_keep_nothing(folder, tmp_path, monkeypatch):
     stream = Batches(opened(folder), 7, seed=3)
     expected = [stream.next() for _ in range(5)]
@@ -427,12 +488,20 @@ REFUSED = {
     "text for parquet": (text_file, "cannot be read: Parquet file size is 5 bytes"),
     "empty folder": (lambda path: path.mkdir() or path, "holds no images; expected a folder"),
     "no labels": (lambda path: table(path, img=[{"bytes": png(picture(0)), "path": "0.png"}]),
-                  r"has no columns of classes or integers among: img \(images\); expected data.label_column to name"),
+                  r"is no column of classes or integers; the columns are: img \(images\); expected data.label_column"),
     "no images": (lambda path: table(path, text=["a", "b"], label=[0, 1]),
-                  r"has no columns of images among: text \(2 text\), label \(2 integers\); expected data.image_column"),
+                  r"is no column of images; the columns are: text \(text, 2 distinct values\), .*; expected data."),
+    "text for an image": (lambda path: table(path, img=[{"bytes": b"no" if i == 5 else png(picture(i)), "path": None}
+                                                        for i in range(24)], label=[i % 3 for i in range(24)]),
+                          "image 5 cannot be decoded"),
     "no rows": (lambda path: pq.write_table(pq.read_table(labelled(path, 0)).slice(0, 0), path) or path,
                 "cannot be read"),
     "negative label": (lambda path: labelled(path, 0, -1, 0, 1), "image 1 has label -1; expected"),
+    "absurd label": (lambda path: labelled(path, 0, 10**12, 1), "image 1 has label 1000000000000; expected .* 999,999"),
+    "missing image": (lambda path: table(path, img=[{"bytes": png(picture(0)), "path": "a"}, None], label=[0, 1]),
+                      "image 1 of column 'img' is empty; expected"),
+    "empty image": (lambda path: table(path, img=[{"bytes": png(picture(0)), "path": "a"}, {"bytes": None}],
+                                        label=[0, 1]), "image 1 of column 'img' is empty; expected"),
     "missing label": (lambda path: labelled(path, 0, None, 1), "image 1 has label None; expected"),
     "one image": (lambda path: labelled(path, 0), "data.test_fraction 0.25: 1 image cannot be divided"),
     "two images": (lambda path: labelled(path, 0, 1), "data.validation_fraction 0.1: 1 image cannot be"),
@@ -443,7 +512,7 @@ REFUSED = {
 def test_unusable_data_are_an_error_of_one_line(tmp_path, what):
     make, message = REFUSED[what]
     with pytest.raises(HasteError, match=message) as caught:
-        opened(make(tmp_path / "pets.parquet"))
+        contents(opened(make(tmp_path / "pets.parquet")))
     assert "\n" not in str(caught.value)
 
 
@@ -453,10 +522,24 @@ def test_an_undecodable_image_is_named_when_it_is_read(folder, monkeypatch, larg
         monkeypatch.setattr(images, "KEPT_DECODED", 0)
     (folder / "train" / "bee" / "004.png").write_bytes(b"no image")
     data = opened(folder)
-    with pytest.raises(HasteError, match=r"/train/bee/004.png cannot be decoded .*; mend or remove it") as caught:
+    with pytest.raises(
+        HasteError, match=r"/train/bee/004.png cannot be decoded .*; mend, shrink or remove it"
+    ) as caught:
         contents(data)
     assert "\n" not in str(caught.value)
     assert len(data.images("test")[1]) == 6
+
+
+def test_an_image_of_too_many_pixels_is_named(folder, monkeypatch):
+    (folder / "train" / "bee" / "004.png").write_bytes(png(picture(4, 3 * SIZE)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE**2)
+    named = (
+        r"/train/bee/004.png cannot be decoded \(Image size \(2304 pixels\) exceeds limit .*; mend, shrink or remove"
+    )
+    with pytest.raises(HasteError, match=named):
+        contents(opened(folder))
+    with pytest.raises(HasteError, match=named):
+        FolderImages(folder)
 
 
 # ---- data that change under a run ----
@@ -470,8 +553,11 @@ def test_data_that_changed_since_a_run_began_are_refused(tmp_path, capsys):
              "teacher.fitting.augment=null", "teacher.fitting.batch_size=4"]  # fmt: skip
     words = [word for override in small for word in ("--set", override)]
 
+    def act(command, *given, steps=8):
+        return main([command, "digits", *given, "--profile", "smoke", *words, "--set", f"train.steps={steps}"])
+
     def train(steps):
-        return main(["train", "digits", "haste", "--profile", "smoke", *words, "--set", f"train.steps={steps}"])
+        return act("train", "haste", steps=steps)
 
     assert train(8) == 0
     for i in range(24):
@@ -481,6 +567,15 @@ def test_data_that_changed_since_a_run_began_are_refused(tmp_path, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert "changed since" in line
     assert "24 images in 3 classes before, 24 images in 3 classes now, of other content" in line
+    write(folder, "dog/0.png")
+    reads = [("evaluate", "haste"), ("sample", "haste", "--out", str(tmp_path / "one.png"), "--n", "1"),
+             ("train", "haste", "--dry-run"), ("study", "--dry-run")]  # fmt: skip
+    kept = sorted(tmp_path.joinpath("output").rglob("*"))
+    for given in reads:
+        assert act(*given) == 2
+        assert "24 images in 3 classes before, 25 images in 4 classes now" in "".join(capsys.readouterr())
+    assert sorted(tmp_path.joinpath("output").rglob("*")) == kept, "nothing is trained on the new images"
+    shutil.rmtree(folder / "dog")
     for i in range(24):
         (folder / NAMES[i % 3] / f"{i:03d}.png").write_bytes(png(picture(i)))
     for path in (folder / "cat").iterdir():
@@ -489,3 +584,34 @@ def test_data_that_changed_since_a_run_began_are_refused(tmp_path, capsys):
     assert "24 images in 3 classes before, 16 images in 2 classes now" in capsys.readouterr().err
     write_images(folder, range(24))
     assert train(12) == 0, "the same images written again are the same data"
+
+
+def test_names_and_sizes_belong_to_the_identity_and_older_ones_are_compared_without(tmp_path):
+    folder = write_images(tmp_path / "pets", range(300))
+    settings = config.DataSettings(kind="images", path=str(folder), image_size=SIZE)
+    check_unchanged(tmp_path, settings, begun=False)
+    before = json.loads((tmp_path / "data.json").read_text())
+
+    def check():
+        check_same(tmp_path, settings, opened(folder).identity())
+
+    def refuse():
+        with pytest.raises(
+            HasteError, match=r"300 images in 3 classes now, of other content or names; expected the same"
+        ):
+            check()
+
+    check()
+    one = folder / "ant" / "150.png"
+    one.write_bytes(one.read_bytes() + b"longer")
+    assert opened(folder).identity()["content"] == before["content"], "not among those that are looked at"
+    refuse()
+    one.write_bytes(png(picture(150)))
+    check()
+    (folder / "cat").rename(folder / "dog")
+    refuse()
+    del before["files"]
+    (tmp_path / "data.json").write_text(json.dumps(before))
+    check()
+    check_unchanged(tmp_path, settings, begun=True)
+    assert "files" in json.loads((tmp_path / "data.json").read_text())

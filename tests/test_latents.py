@@ -23,11 +23,11 @@ from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study import latents as encoding
 from haste_core.study.cli import main
+from haste_core.study.data import base, open_dataset
 from haste_core.study.data import latents as latent_data
-from haste_core.study.data import open_dataset
 from haste_core.study.data.base import center_crop, to_signed, to_tensor
 from haste_core.study.data.images import Split
-from haste_core.study.data.latents import Folder, read_pairs
+from haste_core.study.data.latents import Folder, Manifest, read_pairs
 from haste_core.study.dry_run import find_example
 from haste_core.study.latents import Job, Preparation, check, load_vae, prepare, to_images, vae_facts
 from haste_core.study.runs import Run
@@ -126,6 +126,13 @@ def test_image_latent_and_label_belong_together(folder):
         assert all(map(torch.equal, data.images(split), (batch.images, batch.y)))
 
 
+def test_images_of_sixteen_bits_are_scaled(folder):
+    levels = np.arange(SIZE**2, dtype=np.uint16).reshape(SIZE, SIZE)
+    Image.fromarray(levels * 257).save(folder / "images" / "00000" / "img00000000.png")
+    for channel in latents(folder).folder.pixels(torch.tensor([0]))[0]:
+        assert channel.tolist() == levels.tolist()
+
+
 def test_batches_are_draws_from_the_posterior(folder, monkeypatch):
     """Mean and standard deviation over 2,000 draws; the largest of 512 errors is below 5 standard errors."""
     data, n = latents(folder), 2000
@@ -207,8 +214,12 @@ def test_latents_that_are_no_posteriors_are_refused(folder, edit, message):
     refused(message, latents, folder)
 
 
-def test_labels_with_gaps_or_none_are_said_and_absurd_ones_refused(folder):
+def test_labels_with_gaps_or_none_are_said_and_absurd_ones_refused(folder, capfd):
+    base.say.cache_clear()
     assert "classes have no image" not in latents(folder).summary
+    assert capfd.readouterr().err.startswith("prepared: 16 training images, ")
+    with pytest.raises(ValueError, match="classes\n  Input should be less than or equal to 1000000"):
+        Manifest.model_validate({"classes": 10**12})
     for side in ("images", "vae-sd"):
         change(
             labels_file(folder, side), lambda e: [entry.__setitem__(1, (0, 5, 900)[i % 3]) for i, entry in enumerate(e)]
@@ -217,7 +228,7 @@ def test_labels_with_gaps_or_none_are_said_and_absurd_ones_refused(folder):
     assert "898 of the classes have no image" in latents(folder).summary
     for side in ("images", "vae-sd"):
         change(labels_file(folder, side), lambda e: [entry.__setitem__(1, 10**12) for entry in e])
-    refused("label 1000000000000; expected classes numbered from 0, at most 1,000,000 of them", latents, folder)
+    refused(r"labels.0.1: .* less than 1000000, given 1000000000000 \(and 23 more\)", latents, folder)
     for side in ("images", "vae-sd"):
         labels_file(folder, side).write_text('{"labels": null}')
     assert "all in one class, since there are no labels" in latents(folder).summary
@@ -274,6 +285,7 @@ LISTS = [
     ([[NAME]], r"labels\.0\.1: Field required"),
     ([[NAME, [0, 1]]], r"labels\.0\.1: .* integer, given \[0, 1\]"),
     ([[NAME, -1]], r"labels\.0\.1: .* equal to 0, given -1"),
+ ([[NAME, 10**30]], r"labels\.0\.1: .* less than 1000000"),
     ([[NAME, True]], r"labels\.0\.1: .* integer, given True"),
     ([["00000/img00000000.png", 1]], "names within the folder like"),
     ([["a/img-mean-std-1.npy", 1]] * 2, "a/img-mean-std-1.npy twice"),

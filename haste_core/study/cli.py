@@ -256,6 +256,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"run {run.arm} seed {run.seed} has no checkpoint at step(s) {run.missing_steps()}; run "
             f"haste train {shlex.join(words)}"
         )
+    pretrain.check_begun(run.study, [run])  # before extractors are trained on other data
     pretrain.prepare_extractors(run.study)
     rows = evaluation.evaluate_run(run)
     further = () if run.study.evaluate.suite == "adm" else ("fid_heldout", "nearest", "copies")

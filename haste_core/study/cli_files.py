@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from haste_core.errors import HasteError, unknown
+from haste_core.errors import HasteError, number_of, unknown
 from haste_core.files import write_json
 from haste_core.study import config
 from haste_core.study.presets import SAMPLERS
@@ -257,7 +257,8 @@ def encode(arguments: argparse.Namespace) -> None:
     if manifest is None:  # the first process prints it
         return
     channels, side, _ = manifest.latent_shape
-    print(f"{out}: {manifest.count} images of {manifest.image_size} pixels in {manifest.classes} classes, latents "
+    print(f"{out}: {number_of(manifest.count, 'image')} of {manifest.image_size} pixels in "
+          f"{number_of(manifest.classes, 'class')}, latents "
           f"{channels}x{side}x{side} of {manifest.vae.name}, scale {manifest.vae.scale}")  # fmt: skip
 
 
@@ -341,7 +342,7 @@ def convert(arguments: argparse.Namespace) -> None:
 def _describe(reference: released.Reference, layout: released.Layout) -> str:
     """One line on a generator: family, sizes, parameters in millions, projectors and the source's convention."""
     sizes, millions = layout.sizes, sum(p.numel() for p in reference.generator.parameters()) / 1e6
-    side, text = sizes["image_size"], f"{sizes['classes']} classes"
+    side, text = sizes["image_size"], number_of(sizes["classes"], "class")
     if layout.family == "mmdit":
         text = f"text width {sizes['context_width']}"
     norm = ", q/k norm" if sizes.get("qk_norm") else ""

@@ -20,7 +20,7 @@ from haste_core.errors import HasteError
 from haste_core.files import output_root
 from haste_core.models import DiffusionTransformer
 from haste_core.processes import micro_batches
-from haste_core.study import adm, config, estimate, runs
+from haste_core.study import adm, config, estimate, pretrain, runs
 from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.contexts import Contexts
 from haste_core.study.estimate import Example, size_text
@@ -92,9 +92,10 @@ def check_study(study: config.StudySettings, processes: int = 1) -> None:
 
     Raises:
         HasteError: networks, layers, heads, token grids, sampler, processes or the weights that an arm begins with do
-            not fit; it is named.
+            not fit, or the data changed since a run was begun; it is named.
     """
     example, _ = find_example(study.data)
+    pretrain.check_begun(study, [Run(study, arm, seed) for arm in study.arms for seed in study.seeds_of(arm)])
     for arm in study.arms:
         settings = study.run(arm)
         try:
@@ -277,6 +278,7 @@ def _reference(path: Path) -> str:
 
 def _existing(run: Run) -> str:
     """The state of the run's directory, and the step that training would begin at."""
+    pretrain.check_begun(run.study, [run])
     done, step, tau = run.steps(), run.resume_step(), run.config.tau
     if not run.missing_steps():
         return f"complete, nothing to train: {run.dir}"

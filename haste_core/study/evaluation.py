@@ -17,7 +17,7 @@ from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
 from haste_core.study import config, latents
-from haste_core.study.data import open_dataset
+from haste_core.study.data import check_same, open_dataset
 from haste_core.study.denoising import SUMMARIES, summaries
 from haste_core.study.runs import Run, session, study_dir
 from haste_core.study.samples import SampleSet, drawer, plan
@@ -67,9 +67,15 @@ def floor(scorer: Scorer, study: config.StudySettings) -> list[dict[str, Any]]:
 
 
 def generator_at(run: Run, step: int) -> tuple[DiffusionTransformer, str]:
-    """The EMA generator of a checkpoint in eval mode, on the GPU if there is one, and its fingerprint."""
+    """The EMA generator of a checkpoint in eval mode, on the GPU if there is one, and its fingerprint.
+
+    Raises:
+        HasteError: there is no such checkpoint, or the data changed since the run was begun.
+    """
     tensors, state = run.load(step, prefixes=("ema.",))
-    model = build_generator(run.config, open_dataset(run.config.data), seed=0)
+    dataset = open_dataset(run.config.data)
+    check_same(run.dir, run.config.data, dataset.identity())
+    model = build_generator(run.config, dataset, seed=0)
     model.load_state_dict(checkpoint.under(tensors, "ema."))
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise HasteError(f"{run.checkpoint_path(step)} holds weights that are not finite; expected a sound checkpoint")

@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, number_of
 from haste_core.files import atomic
 from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.data import Dataset, open_dataset
-from haste_core.study.data.base import center_crop, parts, say, to_tensor
+from haste_core.study.data.base import UNREADABLE, center_crop, parts, say, to_tensor
 from haste_core.study.data.images import not_read, walk
 
 # Training sets up to this many bytes are hashed completely, larger ones by this many evenly spread images.
@@ -118,7 +118,7 @@ class FolderImages:
         self.path, self.resize = path, resize
         skipped: Counter[str] = Counter()
         self.files = sorted(walk(path, (), skipped), key=lambda file: file.parts)
-        say(f"{path}: {len(self.files):,} images{not_read(skipped)}")
+        say(f"{path}: {number_of(len(self.files), 'image')}{not_read(skipped)}")
         if not self.files:
             raise HasteError(f"{path} holds no images; expected PNG, JPEG or WebP files, or a folder of haste sample")
         sizes = Counter(self._decoded(file, lambda image: image.size) for file in self.files)
@@ -143,8 +143,9 @@ class FolderImages:
             with Image.open(self.path / file) as image:
                 ImageOps.exif_transpose(image, in_place=True)  # upright, as training reads them
                 return use(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise HasteError(f"{self.path / file} cannot be decoded ({' '.join(str(error).split())})") from error
+        except UNREADABLE as error:
+            cause = " ".join(str(error).split())
+            raise HasteError(f"{self.path / file} cannot be decoded ({cause}); mend, shrink or remove it") from error
 
     def facts(self) -> dict[str, Any]:
         """For the card: a hash of all files and of the size they are brought to, and that size."""

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from haste_core import checkpoint
 from haste_core.devices import default_device, exact
-from haste_core.errors import HasteError, Interrupted
+from haste_core.errors import HasteError, Interrupted, number_of
 from haste_core.files import locked, write_json, write_text
 from haste_core.study import config, signals
 from haste_core.study.data.base import parts, say, to_signed
@@ -287,7 +287,7 @@ class Preparation:
         found, note = load_splits(job.source, job.split, job.label_column)
         rows = found[pick_split(found, job.split, job.source)]
         split = Split(rows, job.size, job.source, job.image_column, job.label_column)
-        say(f"{job.source}: {len(split.labels):,} images of split {job.split}{note}")
+        say(f"{job.source}: {number_of(len(split.labels), 'image')} of split {job.split}{note}")
         return split
 
     @cached_property
@@ -318,7 +318,7 @@ class Preparation:
             "count": len(labels),
             "image_size": job.size,
             "latent_shape": [vae.channels, side, side],
-            "classes": max(self.split.classes, int(labels.max()) + 1),
+            "classes": self.split.classes,
             "class_names": self.split.class_names,
             "vae": {
                 "name": vae.name,

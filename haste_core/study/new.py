@@ -137,7 +137,9 @@ def write_study(path: Path, images: str, minutes: float = 10.0) -> str:
 def _sides(opened: Images) -> tuple[int, str]:
     """Median of the shorter sides of the first images, and their sizes in words."""
     split = opened._splits["train"]
-    shown = [split.rows[i][split.image_column].size for i in range(min(64, len(split.labels)))]
+    first = range(min(64, len(split.labels)))
+    split.decode(first)  # names one that cannot be decoded
+    shown = [split.rows[i][split.image_column].size for i in first]
     shorter = sorted(min(size) for size in shown)
     low, high = min(shown), max(shown)
     words = f"{low[0]}x{low[1]} pixels" if low == high else f"{low[0]}x{low[1]} to {high[0]}x{high[1]} pixels"

@@ -5,7 +5,7 @@ Each is trained once, under a lock, and kept by the hash of its settings (`haste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from haste_core.errors import HasteError, Interrupted
 from haste_core.files import locked, write_json
 from haste_core.seeding import stream
 from haste_core.study import config, runs, signals
-from haste_core.study.data import Batches, Dataset, check_unchanged, open_dataset
+from haste_core.study.data import Batches, Dataset, check_same, check_unchanged, open_dataset
 from haste_core.teacher import Teacher
 from haste_core.training import Batch
 
@@ -407,6 +407,21 @@ def build_extractor(
 
 def _extractor_path(study: config.StudySettings, role: str) -> Path:
     return runs.extractor_path(study) if role == "extractor" else runs.autoencoder_path(study)
+
+
+def check_begun(study: config.StudySettings, chosen: Iterable[runs.Run]) -> None:
+    """Refuse data on disk that changed since one of these runs, or a network that the study trains, was begun.
+
+    Raises:
+        HasteError: as for `check_same`.
+    """
+    paths = [_extractor_path(study, role) for role in EXTRACTORS]
+    paths += [runs.teacher_path(study, teacher) for teacher in study.teachers()]
+    folders = [run.dir for run in chosen if run.steps()] + [path.parent for path in paths if path.is_file()]
+    if folders and study.data.path is not None and Path(study.data.path).exists():
+        now = open_dataset(study.data).identity()
+        for folder in folders:
+            check_same(folder, study.data, now)
 
 
 def prepare_extractors(study: config.StudySettings) -> dict[str, dict[str, Any] | None]:

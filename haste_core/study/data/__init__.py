@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, number_of
 from haste_core.files import write_json
 from haste_core.study import config
 from haste_core.study.data.base import Batch, Batches, Dataset, Digits
 
-__all__ = ["Batch", "Batches", "Dataset", "check_unchanged", "open_dataset"]
+__all__ = ["Batch", "Batches", "Dataset", "check_same", "check_unchanged", "open_dataset"]
 
 
 def open_dataset(data: config.DataSettings) -> Dataset:
@@ -34,16 +36,30 @@ def check_unchanged(folder: Path, data: config.DataSettings, begun: bool) -> Non
     """Keep what the data are in FOLDER/data.json, and compare it with what is kept there once work has begun.
 
     Raises:
+        HasteError: as for `check_same`.
+    """
+    now = open_dataset(data).identity()
+    if begun:
+        check_same(folder, data, now)
+    if now:
+        write_json(folder / "data.json", now)
+
+
+def check_same(folder: Path, data: config.DataSettings, now: Mapping[str, Any]) -> None:
+    """Compare the identity of the data with FOLDER/data.json, if it is there, in the facts that are kept there.
+
+    Raises:
         HasteError: images, labels or classes are other ones than those that the work in `folder` began with.
     """
-    now, path = open_dataset(data).identity(), folder / "data.json"
-    before = json.loads(path.read_text()) if begun and path.is_file() else now
-    if before != now:
-        counts = (f"{facts['images']:,} images in {facts['classes']:,} classes" for facts in (before, now))
+    path = folder / "data.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if any(now.get(fact) != before[fact] for fact in before):
+        counts = (
+            f"{number_of(facts['images'], 'image')} in {number_of(facts['classes'], 'class')}"
+            for facts in (before, now)
+        )
         raise HasteError(
             f"data {data.path} changed since {folder} was begun: {' before, '.join(counts)} now"
-            f"{'' if before['images'] != now['images'] else ', of other content'}; expected the same data; give the "
-            f"new ones another data.path, or remove {folder}"
+            f"{'' if before['images'] != now['images'] else ', of other content or names'}; expected the same data; "
+            f"give the new ones another data.path, or remove {folder}"
         )
-    if now:
-        write_json(path, now)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 import sys
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -17,14 +19,18 @@ from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, number_of
 from haste_core.processes import rank
 from haste_core.seeding import stream
 from haste_core.study import config
 from haste_core.training import Batch
 
-# A generator has a row of weights for each class.
+# A generator has a row of weights for each class; labels beyond must be something else.
 MOST_CLASSES = 1_000_000
+# Errors of Pillow and numpy on files that they cannot read.
+UNREADABLE = (
+    OSError, ValueError, EOFError, SyntaxError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class Dataset:
@@ -44,7 +50,12 @@ class Dataset:
     def summary(self) -> str:
         """One line on the data for people."""
         side = self.image_size
-        return f"{self.name}: {len(self):,} training images, {self.classes} classes, {self.channels}x{side}x{side}"
+        shown = (
+            number_of(len(self), "training image"),
+            number_of(self.classes, "class"),
+            f"{self.channels}x{side}x{side}",
+        )
+        return f"{self.name}: {', '.join(shown)}"
 
     def identity(self) -> dict[str, Any]:
         """Number of images and classes, and a hash of labels and of some of the content; empty for fixed data."""
@@ -167,11 +178,10 @@ def hold_out(labels: Tensor, data: config.DataSettings, split: str, name: str) -
     count, held = len(labels), math.ceil(len(labels) * fraction)
     if not 0 < held < count:
         raise HasteError(
-            f"{name}, data.{split}_fraction {fraction}: {count} image{'s' * (count != 1)} cannot be divided into "
+            f"{name}, data.{split}_fraction {fraction}: {number_of(count, 'image')} cannot be divided into "
             f"{held} held out and at least one left; use more images or a smaller fraction"
         )
-    sizes = torch.bincount(labels)
-    sizes = sizes[sizes > 0]
+    sizes = labels.unique(return_counts=True)[1]
     divisible = int(sizes.min()) > 1 and min(held, count - held) >= len(sizes)
     kept, out = train_test_split(
         np.arange(count),
@@ -213,17 +223,6 @@ def say(summary: str) -> None:
         print(summary, file=sys.stderr)
 
 
-def count_classes(labels: Tensor, name: str) -> int:
-    """The number of classes of labels (n,), one more than the largest.
-
-    Raises:
-        HasteError: it is so large that the labels must be something else.
-    """
-    if (largest := int(labels.max())) >= MOST_CLASSES:
-        raise HasteError(f"{name}: label {largest}; expected classes numbered from 0, at most {MOST_CLASSES:,} of them")
-    return largest + 1
-
-
 def parts(items: range, size: int) -> list[range]:
     """Consecutive parts of `items`, each of `size`; the last one may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -255,7 +254,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: pixels of 32 bits, whose range is not stated.
     """
-    if image.mode.startswith("I;16"):
+    # Pillow opens 16-bit PGM as mode I and scales it from the file's own maximum to 65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(

@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,19 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
 
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, number_of
 from haste_core.files import atomic, output_root
 from haste_core.study import config
 from haste_core.study.data.base import (
+    MOST_CLASSES,
+    UNREADABLE,
     Dataset,
     center_crop,
-    count_classes,
     hold_out,
     mapped_images,
     parts,
@@ -47,6 +49,8 @@ IMAGE_SUFFIXES = {
 }  # fmt: skip
 # Images whose size is looked at, and files whose content is part of a folder's fingerprint.
 SAMPLED = 64
+# Blocks of each sampled parquet file.
+PARQUET_BLOCKS = 64
 # Images longer than this many times their width are worth a note.
 LONG = 4
 _FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder of them, or a hub name (owner/name)"
@@ -71,13 +75,14 @@ class Images(Dataset):
         rows, note = _divided(data)
         self._splits = {name: Split(part, self.image_size, path, *columns) for name, part in rows.items()}
         labels = torch.cat([split.labels for split in self._splits.values()])
-        self.classes = max(count_classes(labels, f"data {path}"), *(split.classes for split in self._splits.values()))
+        self.classes = max(split.classes for split in self._splits.values())
         counts = torch.bincount(labels, minlength=self.classes)
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in self._splits.items())
         note += self._splits["train"].odd_sizes()
         self._found = (
-            f"{self.name}: {len(labels):,} images ({sizes}), {self.classes:,} classes of {int(counts.min()):,} to "
-            f"{int(counts.max()):,} images, 3x{self.image_size}x{self.image_size}{note}"
+            f"{self.name}: {number_of(len(labels), 'image')} ({sizes}), {number_of(self.classes, 'class')} of "
+            f"{int(counts.min()):,} to {number_of(int(counts.max()), 'image')}, "
+            f"3x{self.image_size}x{self.image_size}{note}"
         )
         say(self._found)
 
@@ -88,13 +93,14 @@ class Images(Dataset):
 
     def identity(self) -> dict[str, Any]:
         """As for `Dataset`."""
-        found = hashlib.sha256()
+        found, files = hashlib.sha256(), hashlib.sha256()
         for split in self._splits.values():
             found.update(split.labels.numpy().tobytes())
             for content in split.samples():
                 found.update(content)
-        images = sum(len(split.labels) for split in self._splits.values())
-        return {"images": images, "classes": self.classes, "content": found.hexdigest()[:16]}
+            files.update("\0".join([*(split.class_names or []), *split.files()]).encode(errors="surrogateescape"))
+        hashes = {"content": found.hexdigest()[:16], "files": files.hexdigest()[:16]}
+        return {"images": sum(len(s.labels) for s in self._splits.values()), "classes": self.classes, **hashes}
 
     def __len__(self) -> int:
         return len(self._splits["train"].labels)
@@ -112,7 +118,7 @@ class Split:
         image_column, label_column: their names, where more than one could be meant.
 
     Raises:
-        HasteError: there are no images, or not a label for each.
+        HasteError: there are no images, or one is empty or has no label that numbers a class.
     """
 
     def __init__(
@@ -122,13 +128,34 @@ class Split:
         # Files written without datasets' own metadata hold images as {bytes, path}.
         self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
         labels = rows[label_column][:]
-        wrong = [i for i, label in enumerate(labels) if label is None or label < 0]
-        if not labels or wrong:
+        wrong = [i for i, label in enumerate(labels) if label is None or not 0 <= label < MOST_CLASSES]
+        empty = pc.index(pc.and_(*map(pc.is_null, self._stored())), True).as_py()
+        if not labels or wrong or empty >= 0:
             found = f"image {wrong[0]} has label {labels[wrong[0]]}" if wrong else "a split has no images"
-            raise HasteError(f"data {path}: {found}; expected images, each with a label of 0 or above")
+            found = f"image {empty} of column {self.image_column!r} is empty" if empty >= 0 else found
+            raise HasteError(f"data {path}: {found}; expected images, each with a label from 0 to {MOST_CLASSES - 1:,}")
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.class_names: list[str] | None = getattr(rows.features[label_column], "names", None)
-        self.classes = len(self.class_names or [])
+        self.classes = max(len(self.class_names or []), int(self.labels.max()) + 1)
+
+    def _stored(self) -> tuple[Any, Any]:
+        """Bytes and paths of all images of the file that the split is part of, as Arrow columns."""
+        column = self.rows.data.column(self.image_column)
+        return pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+
+    def _numbers(self) -> Sequence[int]:
+        """Positions of the split's images among those of `_stored`."""
+        chosen = self.rows._indices
+        return range(len(self.rows)) if chosen is None else chosen.column(0).to_pylist()
+
+    def files(self) -> Iterator[str]:
+        """Name and size of each image as it is stored."""
+        content, paths = self._stored()
+        sizes, names = pc.binary_length(content).to_pylist(), paths.to_pylist()
+        for i in self._numbers():
+            name = names[i] or ""
+            size = os.path.isfile(name) and os.path.getsize(name) if sizes[i] is None else sizes[i]
+            yield f"{os.path.basename(name)} {size:d}"
 
     def samples(self) -> Iterator[bytes]:
         """The files of some images, evenly spread; one that is missing is named when it is decoded."""
@@ -136,7 +163,7 @@ class Split:
         for i in range(0, len(stored), len(stored) // SAMPLED + 1):
             row = stored[i][self.image_column]
             try:
-                yield row["bytes"] or Path(row["path"]).read_bytes()
+                yield Path(row["path"]).read_bytes() if row["bytes"] is None else row["bytes"]
             except OSError:
                 continue
 
@@ -147,7 +174,7 @@ class Split:
             try:
                 with Image.open(io.BytesIO(content)) as image:
                     sizes.append(image.size)
-            except OSError:  # named when it is decoded
+            except UNREADABLE:  # named when it is decoded
                 continue
         note = ""
         for found, what in (
@@ -188,13 +215,14 @@ class Split:
         try:
             pictures = self.rows[chosen][self.image_column]
             return torch.stack([to_tensor(center_crop(picture, self.size)) for picture in pictures])
-        except (OSError, ValueError, SyntaxError, AttributeError) as error:  # Pillow raises all of these
+        except UNREADABLE as error:
             if len(chosen) > 1:  # one by one, to name the one that fails
                 return torch.cat([self._decode([index]) for index in chosen])
             cause = " ".join(str(error).split())
             stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))[chosen[0]]
-            name = stored[self.image_column]["path"] or f"image {chosen[0]}"
-            raise HasteError(f"data {self.path}: {name} cannot be decoded ({cause}); mend or remove it") from error
+            name = stored[self.image_column]["path"] or f"image {self._numbers()[chosen[0]]}"
+            said = f"data {self.path}: {name} cannot be decoded ({cause}); mend, shrink or remove it"
+            raise HasteError(said) from error
 
 
 def _columns(rows: Any, path: str, image: str | None, label: str | None) -> tuple[str, str]:
@@ -217,9 +245,11 @@ def _columns(rows: Any, path: str, image: str | None, label: str | None) -> tupl
         chosen = given or (usual if usual in fitting else fitting[0] if len(fitting) == 1 else None)
         if chosen not in fitting:
             there = ", ".join(f"{name} ({_described(rows, name, kinds[name])})" for name in rows.features)
-            asked = f"data.{setting}={given}" if given else f"{len(fitting) or 'no'} columns of {' or '.join(wanted)}"
+            what = " or ".join(wanted)
+            asked = f"there are {len(fitting)} columns" if fitting else "there is no column"
             raise HasteError(
-                f"data {path} has {asked} among: {there}; expected data.{setting} to name one of {' or '.join(wanted)}"
+                f"data {path}: {f'data.{setting}={given} is no column' if given else asked} of {what}; the columns "
+                f"are: {there}; expected data.{setting} to name a column of {usual}s"
             )
         found.append(str(chosen))
     return found[0], found[1]
@@ -235,8 +265,9 @@ def _kind(feature: Any) -> str:
 
 
 def _described(rows: Any, name: str, kind: str) -> str:
-    """A column's kind, and the number of its values where it could hold labels."""
-    return f"{len(rows.unique(name)):,} {kind}" if kind in ("classes", "integers", "text") else kind
+    """A column's kind, and the number of distinct values where it could hold labels."""
+    labels = kind in ("classes", "integers", "text")
+    return f"{kind}, {number_of(len(rows.unique(name)), 'distinct value')}" if labels else kind
 
 
 def _divided(data: config.DataSettings) -> tuple[dict[str, Any], str]:
@@ -244,6 +275,9 @@ def _divided(data: config.DataSettings) -> tuple[dict[str, Any], str]:
 
     A split of the data's own for validation or test is used as it is; one named like validation serves as the test
     split where there is none. What is missing is held out of the training split.
+
+    Raises:
+        HasteError: `data.test_split` names the training split, or one that is missing and not just called "test".
     """
     path = str(data.path)
     found, note = load_splits(path, data.train_split, data.label_column)
@@ -251,6 +285,13 @@ def _divided(data: config.DataSettings) -> tuple[dict[str, Any], str]:
     others = {name: rows for name, rows in found.items() if rows is not train}
     own = {SPLITS[name.lower()]: rows for name, rows in others.items() if name.lower() in SPLITS}
     test = others.get(data.test_split, own.get("test", own.get("validation")))
+    if SPLITS.get(data.test_split.lower()) != "test":
+        test = found[pick_split(found, data.test_split, path)]
+    if test is train:
+        raise HasteError(
+            f"data {path}: data.train_split and data.test_split name the same split; expected two of: "
+            f"{', '.join(found)}"
+        )
     validation = own.get("validation")
     unused = [name for name, rows in others.items() if rows is not test and rows is not validation]
     note += "".join(f"; split {name!r} is not used" for name in unused)
@@ -292,21 +333,24 @@ def load_splits(path: str, needed: str, label_column: str | None = None) -> tupl
     if not place.exists() and not _HUB_NAME.fullmatch(path):
         raise HasteError(f"data.path {path!r} does not exist; expected {_FORMATS}")
     source: dict[str, Any] = {"path": path}
-    note = ""
+    files, note = [Path()], ""
     if place.is_file():
         source = {"path": "parquet", "data_files": {"train": str(place)}}
-    elif files := sorted(place.glob("*.parquet")) or sorted(place.glob("*/*.parquet")):  # a clone has them in data/
+    elif place.is_dir():
+        files, note = _listed(place)
+        if not files or files[0].suffix.lower() != ".parquet":
+            found = _tree(place, files, note)
+            pick_split(found, needed, path)
+            return found, note
         splits: dict[str, list[str]] = {}
         for file in files:
             # The usual names: train-00000-of-00002.parquet, cifar10-test.parquet.
             words = [re.sub("(set|data|split)$", "", word) for word in re.split(r"[^a-z]+", file.stem.lower())]
-            splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(str(file))
+            splits.setdefault(next((SPLITS[w] for w in words if w in SPLITS), "train"), []).append(str(place / file))
         source = {"path": "parquet", "data_files": splits}
-    elif place.is_dir():
-        found, note = _tree(place)
-        pick_split(found, needed, path)
-        return found, note
     try:
+        if place.exists():  # datasets reads its copy again while names and times are the same: content is in its name
+            source["name"] = _fingerprint(place, files, PARQUET_BLOCKS)
         found = dict(datasets.load_dataset(**source))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
         # datasets wraps the cause in "An error occurred while generating the dataset".
@@ -320,25 +364,45 @@ def load_splits(path: str, needed: str, label_column: str | None = None) -> tupl
     return found, note
 
 
-def _tree(root: Path) -> tuple[dict[str, Any], str]:
-    """The splits of a folder of images, and a note on files that were not read.
+def _listed(root: Path) -> tuple[list[Path], str]:
+    """The images or the parquet files of a folder, and a note on files that are not read.
+
+    Parquet files lie at the top or one level below, as a clone has them, and are not read where two folders or more
+    hold images.
+
+    Raises:
+        HasteError: a link is broken or leads in a circle.
+    """
+    skipped: Counter[str] = Counter()
+    files = sorted(walk(root, (), skipped, {*IMAGE_SUFFIXES, ".parquet"}), key=lambda file: file.parts)
+    images = [file for file in files if file.suffix.lower() != ".parquet"]
+    tables = sorted({*files} - {*images})
+    highest = min((len(file.parts) for file in tables), default=0)
+    read = [file for file in tables if len(file.parts) == highest < 3]
+    if not read or len({file.parent for file in images} - {Path()}) > 1:
+        read = images
+    skipped.update(file.suffix.lower() for file in {*files} - {*read})
+    return read, not_read(skipped)
+
+
+def _tree(root: Path, images: Sequence[Path], note: str) -> dict[str, Any]:
+    """The splits of a folder of `images`, which are sorted; `note` says what else is there.
 
     The class of an image is its folder, "animals/cat" for a nested one. A top level that consists of split names alone,
     with class folders inside, is one of splits; else everything is "train".
 
     Raises:
-        HasteError: there are no images, or one lies in no class folder; a link is broken or leads in a circle.
+        HasteError: there are no images, or one lies in no class folder.
     """
-    skipped: Counter[str] = Counter()
-    images = sorted(walk(root, (), skipped), key=lambda file: file.parts)
-    note = not_read(skipped)
     tops = {file.parts[0] for file in images}
     divided = (
         bool(images) and all(len(file.parts) > 2 for file in images) and {top.lower() for top in tops} <= set(SPLITS)
     )
     loose = [str(file) for file in images if len(file.parts) < 2 + divided]
     if loose or not images:
-        what = f"{len(loose)} images in no class folder ({', '.join(loose[:3])})" if loose else f"no images{note}"
+        what = f"no images{note}"
+        if loose:
+            what = f"{number_of(len(loose), 'image')} in no class folder ({', '.join(loose[:3])})"
         raise HasteError(f"data.path {str(root)!r} holds {what}; expected {_FORMATS}")
     splits: dict[str, list[Path]] = {}
     for file in images:
@@ -351,7 +415,7 @@ def _tree(root: Path) -> tuple[dict[str, Any], str]:
         columns = {"image": [str(root / file) for file in files], "label": [numbers[folders[file]] for file in files]}
         found[split] = datasets.Dataset.from_dict(columns, features=features)
         found[split]._fingerprint = _fingerprint(root, files)
-    return found, note
+    return found
 
 
 def not_read(skipped: Mapping[str, int]) -> str:
@@ -359,31 +423,45 @@ def not_read(skipped: Mapping[str, int]) -> str:
     return "; not read: " + ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items())) if skipped else ""
 
 
-def walk(folder: Path, above: tuple[str, ...], skipped: Counter[str]) -> Iterator[Path]:
-    """Images below `folder`, relative to it; other files are counted by kind. above: the folders on the way here."""
+def walk(
+    folder: Path, above: tuple[str, ...], skipped: Counter[str], suffixes: Collection[str] = IMAGE_SUFFIXES
+) -> Iterator[Path]:
+    """Images below `folder`, relative to it; other files are counted by kind. above: the folders on the way here.
+
+    Raises:
+        HasteError: a link is broken or leads in a circle, or something is neither a file nor a folder.
+    """
     here = os.path.realpath(folder)
     if here in above:
         raise HasteError(f"{folder} is a link to a folder that holds it; expected a folder without circles")
     for entry in os.scandir(folder):
+        # Path takes a link to itself for a broken one, where an entry's own methods fail.
+        place = Path(entry.path) if entry.is_symlink() else entry
         if entry.name.startswith("."):
             skipped["hidden"] += 1
-        elif entry.is_dir():
-            yield from (entry.name / inside for inside in walk(Path(entry.path), (*above, here), skipped))
-        elif not entry.is_file():
-            raise HasteError(f"{entry.path} is a broken link; expected a file or a folder; mend or remove it")
-        elif (suffix := Path(entry.name).suffix.lower()) in IMAGE_SUFFIXES:
+        elif place.is_dir():
+            yield from (entry.name / inside for inside in walk(Path(entry.path), (*above, here), skipped, suffixes))
+        elif not place.is_file():
+            what = "a broken link" if entry.is_symlink() else "neither of the two"
+            raise HasteError(f"{entry.path} is {what}; expected a file or a folder; mend or remove it")
+        elif (suffix := Path(entry.name).suffix.lower()) in suffixes:
             yield Path(entry.name)
         else:
             skipped[suffix or "without a suffix"] += 1
 
 
-def _fingerprint(root: Path, files: Sequence[Path]) -> str:
-    """A hash of the names, sizes and times of files, and of the first bytes of some, 16 hexadecimal digits."""
+def _fingerprint(root: Path, files: Sequence[Path], blocks: int = 1) -> str:
+    """A hash of the names, sizes and times of files, and of some bytes of some, 16 hexadecimal digits.
+
+    blocks: of 4 KiB that are read of each of these, from the first one to the last.
+    """
     found = hashlib.sha256()
     for i, file in enumerate(files):
         facts = (root / file).stat()
         found.update(f"{file}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
         if i % (len(files) // SAMPLED + 1) == 0:
             with (root / file).open("rb") as stream:
-                found.update(stream.read(4096))
+                for start in np.linspace(0, max(0, facts.st_size - 4096), blocks):
+                    stream.seek(int(start))
+                    found.update(stream.read(4096))
     return found.hexdigest()[:16]

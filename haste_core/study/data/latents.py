@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -27,7 +25,17 @@ from torch import Generator, Tensor
 
 from haste_core.errors import HasteError
 from haste_core.study import config
-from haste_core.study.data.base import Batch, Dataset, count_classes, say, split_indices, to_signed, to_tensor
+from haste_core.study.data.base import (
+    MOST_CLASSES,
+    UNREADABLE,
+    Batch,
+    Dataset,
+    say,
+    split_indices,
+    to_rgb,
+    to_signed,
+    to_tensor,
+)
 from haste_core.study.sections import Positive, S, Section, validate
 
 # The latent scale of Stable Diffusion's first VAEs (Rombach et al. 2022, Appendix D.1), for folders without manifest.
@@ -95,7 +103,7 @@ class Manifest(Section):
     count: Positive
     image_size: Positive
     latent_shape: tuple[Positive, Positive, Positive]
-    classes: Positive
+    classes: Positive = Field(le=MOST_CLASSES)
     class_names: list[str] | None
     vae: VaeFacts
     source: Source
@@ -109,7 +117,7 @@ class Manifest(Section):
 class LabelList(BaseModel):
     """The content of dataset.json: name and label of each file; None leaves the files unlabelled."""
 
-    labels: list[tuple[StrictStr, Annotated[StrictInt, Field(ge=0)]]] | None
+    labels: list[tuple[StrictStr, Annotated[StrictInt, Field(ge=0, lt=MOST_CLASSES)]]] | None
 
 
 def read_manifest(root: Path) -> Manifest | None:
@@ -295,8 +303,7 @@ class Folder:
         path = self.path / side / name_of(side, self.pairs.keys[index])
         try:
             return self._image(path) if side == IMAGES else self._latent(path)
-        # Pillow and numpy raise all of these.
-        except (OSError, ValueError, EOFError, SyntaxError, struct.error, zlib.error) as error:
+        except UNREADABLE as error:
             cause = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
             expected = f"a square image of {self.image_size or 'S'} pixels a side"
             if side == LATENTS:
@@ -305,7 +312,7 @@ class Folder:
 
     def _image(self, path: Path) -> Tensor:
         with Image.open(path) as picture:
-            pixels = to_tensor(picture.convert("RGB"))
+            pixels = to_tensor(to_rgb(picture))
         _, height, width = pixels.shape
         if height != width or width != (self.image_size or width):
             raise ValueError(f"it is {width}x{height}")
@@ -352,13 +359,13 @@ class Latents(Dataset):
         self.channels, self.image_size, _ = self.folder.latent_shape
         self.scale, self.shift = SCALE, SHIFT
         self.labels = self.folder.pairs.labels
-        self.classes = count_classes(self.labels, f"data {data.path}")
+        self.classes = int(self.labels.max()) + 1
         if self.manifest is not None:
             self.scale, self.shift = self.manifest.vae.scale, self.manifest.vae.shift
             self.classes = max(self.classes, self.manifest.classes)
         self._splits = split_indices(self.labels, data, f"data {data.path}")
         self.doubts = self._doubts()
-        say(f"data {data.path}: {self.summary}")
+        say(self.summary)
 
     def _doubts(self) -> str:
         """A sentence on scaled latents with another mean or deviation than a VAE's; empty where they look like them."""
