@@ -17,6 +17,10 @@ class InUse(HasteError):
     """Another process holds the lock."""
 
 
+class NotDownloaded(HasteError):
+    """A file or data set is downloaded at first use, and is not here yet."""
+
+
 class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; everything up to this step is saved. The command line exits with status 143."""
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from haste_core.alignment import Grid, resample_tokens
 from haste_core.devices import in_precision
-from haste_core.errors import HasteError, unknown
+from haste_core.errors import HasteError, NotDownloaded, unknown
 from haste_core.seeding import stream
 from haste_core.taps import QK
 
@@ -540,7 +540,7 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
             return _from_repository(cfg.hf_hub_id, names, download)
         return _from_url(str(cfg.url), download)
     except Exception as error:  # the client raises its own errors and those of two HTTP libraries
-        raise HasteError(
+        raise (NotDownloaded if isinstance(error, NotDownloaded) else HasteError)(
             f"teacher {model!r} (weights: hub): {type(error).__name__}: {_cause(error)}; download {source} elsewhere "
             f"and give {key} the path of that local checkpoint"
         ) from error
@@ -567,7 +567,7 @@ def _from_repository(repository: str, names: list[str], download: bool) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     if not download:
-        raise FileNotFoundError("not in the local cache, downloaded at first use")
+        raise NotDownloaded("not in the local cache, downloaded at first use")
     for name in names:
         try:
             # Asked once, because a download that cannot begin is tried again for half a minute per file.
@@ -584,7 +584,7 @@ def _from_url(url: str, download: bool) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not target.is_file():
         if not download:
-            raise FileNotFoundError("not in the local cache, downloaded at first use")
+            raise NotDownloaded("not in the local cache, downloaded at first use")
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT):

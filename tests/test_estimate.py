@@ -290,7 +290,7 @@ def test_the_plan_of_a_given_rate_measures_nothing(capsys, monkeypatch):
     words = ("imagenet256", "--profile", "smoke", "--gpus", "2", "--set", "arms.repa.termination.kind=plateau")
     text = printed(capsys, *words, *BY_HAND)
     for said in ("500 GFLOP/s in phase I", "50% (given) of a given rate of 1 TFLOP/s; nothing was measured",
-                 "4x8x8 and 1000 classes assumed", "in all: 5 runs", "not counted:",
+                 "4x8x8 and 1000 classes are assumed", "in all: 5 runs", "not counted:",
                  "a trigger ends phase I of repa; counted as if it never fired"):  # fmt: skip
         assert said in text
     assert re.search(r"haste +I +0 +4 +holistic", text)

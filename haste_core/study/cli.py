@@ -289,18 +289,20 @@ def new_study(arguments: argparse.Namespace) -> None:
 
 def teacher(arguments: argparse.Namespace) -> None:
     """haste teacher."""
-    from haste_core.study import pretrain
+    from haste_core.study import dry_run, pretrain
 
     study = study_of(arguments)
+    dry_run.check_study(study, allowed=dry_run.ELSEWHERE)
     facts = pretrain.write_facts(study, study_dir(study) / "prepared.json")
     print(yaml.safe_dump(facts, sort_keys=False), end="")
 
 
 def measure_cost(arguments: argparse.Namespace) -> None:
     """haste cost."""
-    from haste_core.study import cost, pretrain
+    from haste_core.study import cost, dry_run, pretrain
 
     study = study_of(arguments)
+    dry_run.check_study(study, allowed=dry_run.ELSEWHERE)
     for teacher in study.teachers():
         pretrain.prepare_teacher(study, teacher)
     for row in cost.write(study, arguments.rounds):
@@ -322,6 +324,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from haste_core.study import cost, dry_run, estimate
 
     study = study_of(arguments)
+    remarks = dry_run.check_study(study, gpus, dry_run.ELSEWHERE)
     example, data = dry_run.find_example(study.data)
     if example is None:
         raise HasteError(f"{data.found}; so the size of the data is unknown; expected data.image_size")
@@ -334,8 +337,8 @@ def plan(arguments: argparse.Namespace) -> None:
     table = estimate.plan(study, example, speed.flops, gpus)
     notes = estimate.notes(study, gpus, speed)
     if not data.ok:
-        notes.append(f"data: {data.found}; {example.channels}x{example.size}x{example.size} and {example.classes} "
-                     f"classes assumed")  # fmt: skip
+        notes.append(f"{example.channels}x{example.size}x{example.size} and {example.classes} classes are assumed")
+    notes += [f"not ready here: {remark}" for remark in remarks]
     if arguments.json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
         print(json.dumps({"study": study.name, "gpus": gpus, "speed": speed._asdict(), "notes": notes, "rows": rows,

@@ -77,18 +77,14 @@ def run_study(
         options: Snakemake's own options; without --workflow-profile jobs run on this machine, on all cores by default.
 
     Raises:
-        HasteError: an arm's settings do not fit together, the processes or the data; or a job failed: finished work is
-            kept, and the next call goes on from there.
+        HasteError: an arm's settings do not fit together, the processes or the data, or something is missing
+            (`dry_run.check_study`); or a job failed: finished work is kept, and the next call goes on from there.
         Interrupted: a signal arrived; local runs in progress saved a checkpoint, jobs on a cluster were cancelled.
     """
-    from haste_core.study.dry_run import check_study  # imports torch, which the Snakefile does not need
-
-    study.check_baseline()
-    study.check_claims()
-    check_study(study, processes)
     folder, report = study_dir(study), report_dir(study, profile)
     dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
     away = "--workflow-profile" in options
+    _check(study, processes, dry, away)
     own = ["--quiet", "rules"] if away else ["--retries", "1"]
     if "--cores" not in options and (dry or not away):
         # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
@@ -134,6 +130,16 @@ def run_study(
     took = f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes"
     print(took if away or progress.rules else "nothing was left to do")
     return report / "report.html"
+
+
+def _check(study: config.StudySettings, processes: int, dry: bool, away: bool) -> None:
+    """Refuse a study that cannot be run, and print what its jobs will download. dry, away: as in `run_study`."""
+    from haste_core.study import dry_run  # imports torch, which the Snakefile does not need
+
+    study.check_baseline()
+    allowed = [*([] if dry else [dry_run.DOWNLOAD]), *([dry_run.DEVICE] if away else [])]
+    for remark in dry_run.check_study(study, processes, allowed):
+        print(f"note: {remark}", file=sys.stderr)
 
 
 def stale(study: config.StudySettings) -> list[Path]:
