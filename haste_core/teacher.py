@@ -430,9 +430,10 @@ def _check_sizes(kwargs: Mapping[str, Any]) -> None:
         if kwargs.get(name):
             raise HasteError(f"teacher.kwargs.{name} is set; expected a fixed token grid")
     for name in ("depth", "num_heads", "embed_dim", "patch_size", "img_size", "in_chans"):
-        smallest = min(np.atleast_1d(kwargs.get(name, 1)).tolist())
-        if not isinstance(smallest, int) or smallest < 1:
-            raise HasteError(f"teacher.kwargs.{name} is {kwargs[name]}; expected whole numbers of 1 and above")
+        given = np.atleast_1d(kwargs.get(name, 1)).tolist()
+        largest = 1000 if name == "depth" else 100_000
+        if not all(isinstance(size, int) and 1 <= size <= largest for size in given):
+            raise HasteError(f"teacher.kwargs.{name} is {kwargs[name]}; expected whole numbers from 1 to {largest:,}")
     size, patch = (np.atleast_1d(kwargs.get(name, 0)) for name in ("img_size", "patch_size"))
     if size.min() and patch.max() > size.min():
         raise HasteError(
@@ -594,8 +595,12 @@ def _from_url(url: str, download: bool) -> Path:
 
 
 def _not_loaded(model: str, weights: str, error: Exception) -> HasteError:
-    names = f"timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
-    return HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected one of {names}")
+    expected = f"one of timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
+    if isinstance(
+        error, AssertionError | TypeError | ValueError
+    ):  # timm knows the model, and these arguments do not fit
+        expected = "teacher.kwargs that timm builds this model with"
+    return HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected {expected}")
 
 
 def _cause(error: Exception) -> str:

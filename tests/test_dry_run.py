@@ -145,6 +145,11 @@ def test_half_a_vae_is_missing(empty_caches, prepared, untraced):
         ("networks", ["alignment.layer_pairs=[[1, 9]]"], "0, 1, 2, 3"),
         ("networks", ["alignment.heads=[0, 3]", "teacher.kwargs.num_heads=2"], "head 3"),
         ("sampler", ["sample.sampler=ddpm"], "euler, heun, sde"),
+        (
+            "sampler",
+            ["sample={guidance: 2, guidance_low: 0.5001, guidance_high: 0.5002}"],
+            "guidance 2 for t in [0.5001, 0.5002] meets none of the",
+        ),
     ],
 )
 def test_each_mistake_is_a_problem_of_its_own(prepared, output, untraced, name, settings, words):

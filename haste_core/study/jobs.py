@@ -96,7 +96,7 @@ def run_study(
         if done.returncode:
             raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {done.stdout}")
         listed = counted(done.stdout)
-        print(f"study {study.name}: {len(listed) or 'no'} jobs to run", *map(_named, listed), sep="\n  ")
+        print(f"study {study.name}: {_count(listed)} to run", *map(_named, listed), sep="\n  ")
         return None
     resumed = any(folder.glob("*/seed*/checkpoints/*.safetensors"))
     with locked(folder / "study.lock", f"study {study.name}"), _watch(folder, resumed) as watched:
@@ -180,6 +180,11 @@ def counted(printed: str) -> list[str]:
     return [rule for rule in re.findall(r"^([\w.]+) +\d+ *$", table, re.M) if rule != "all"]
 
 
+def _count(rules: Sequence[str]) -> str:
+    """The number of jobs, in words."""
+    return f"{len(rules) or 'no'} job{'s' * (len(rules) != 1)}"
+
+
 def _named(rule: str) -> str:
     """The name of a rule's job for people."""
     kind, _, name = rule.partition("_")
@@ -207,7 +212,7 @@ class _Progress:
                     before += line
                     self.rules = counted(before) if line.startswith("total ") else []
                     if self.rules:
-                        print(f"study {self.study.name}: {len(self.rules)} jobs, log {self.log}", flush=True)
+                        print(f"study {self.study.name}: {_count(self.rules)}, log {self.log}", flush=True)
                 elif found := re.match(r"(?:local)?rule ([\w.]+):", line):
                     self.began[found[1]] = time.monotonic()
                 elif (found := re.match(r"Finished jobid: \d+ \(Rule: ([\w.]+)\)", line)) and found[1] in self.rules:
