@@ -30,7 +30,8 @@ def unknown(what: str, given: object, known: Iterable[object]) -> HasteError:
     names = [str(p) for p in known]
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return HasteError(f"unknown {what} {str(given)!r}{hint}; expected one of: {', '.join(names) or 'none'}")
+    expected = f"expected one of: {', '.join(names)}" if names else "expected none, since none are defined"
+    return HasteError(f"unknown {what} {str(given)!r}{hint}; {expected}")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from haste_core.errors import HasteError
 from haste_core.study import config, dry_run, estimate, runs
 from haste_core.study.cli import main
 from haste_core.study.data.contexts import write
@@ -235,10 +236,22 @@ def test_a_full_disk_is_a_problem_before_training(tiny, output, untraced, monkey
         assert is_ok(tiny, "disk") == (free == needed)
 
 
+def test_a_place_that_cannot_be_written_is_a_problem_before_training(tiny, output, untraced, monkeypatch):
+    monkeypatch.setenv("HASTE_OUTPUT", "/proc/1/x")
+    found = looked(tiny, "vanilla")["disk"]
+    assert not found.ok
+    assert found.found.startswith(
+        "nothing can be written to /proc/1 (No such file or directory); expected HASTE_OUTPUT="
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu_is_a_problem(make_study, output, untraced):
     assert not is_ok(make_study("train.precision=fp16"), "device", "vanilla")
     assert is_ok(make_study("train.precision=bf16"), "device", "vanilla")
+    with pytest.raises(HasteError, match="arm 'vanilla': train.precision is fp16 and there is no GPU"):
+        dry_run.check_study(make_study("train.precision=fp16"))
+    assert len(dry_run.check_study(make_study("train.precision=fp16"), allowed=[dry_run.DEVICE])) == 1
 
 
 def test_a_gpu_that_is_too_small_is_a_problem(tiny, monkeypatch, output, untraced):

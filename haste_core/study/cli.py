@@ -16,7 +16,7 @@ import yaml
 
 from haste_core import __version__
 from haste_core.errors import HasteError, Interrupted, is_disk_full, unknown
-from haste_core.files import output_root
+from haste_core.files import output_root, unwritable
 from haste_core.study import cli_files, config
 from haste_core.study.runs import Run, machine, peak_memory_gib, study_dir
 
@@ -30,6 +30,7 @@ _EXAMPLES = """examples:
   haste plan imagenet256 --gpus 8                       time, memory and space of every arm, measured on this device
   haste convert 0400000.pt haste.safetensors            a released checkpoint of DiT, SiT, REPA or HASTE
 """
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 # Smallest values of options, whichever command they belong to.
 _LEAST = {"processes": 1, "cores": 1, "gpus": 1, "rounds": 1, "n": 1, "first_seed": 0, "shard_size": 1, "batch_size": 1}
 
@@ -172,9 +173,8 @@ def _worded(error: OSError) -> str:
     """A fault of a place that a user can mend, in words; empty for others."""
     if is_disk_full(error):
         return f"no room left ({error}); what was saved before is intact"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        place = "expected a place that can be written, such as HASTE_OUTPUT=FOLDER for runs and reports"
-        return f"{error.filename}: {error.strerror}; {place}"
+    if error.filename is not None and error.errno in _NO_PLACE:
+        return str(unwritable(error.filename, error))
     return ""
 
 

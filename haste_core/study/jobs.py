@@ -94,7 +94,8 @@ def run_study(
     if dry:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {done.stdout}")
+            said = " ".join(done.stdout.split())[-500:]
+            raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {said}")
         listed = counted(done.stdout)
         print(f"study {study.name}: {_count(listed)} to run", *map(_named, listed), sep="\n  ")
         return None
