@@ -249,7 +249,7 @@ def test_a_place_that_cannot_be_written_is_a_problem_before_training(tiny, outpu
 def test_fp16_without_a_gpu_is_a_problem(make_study, output, untraced):
     assert not is_ok(make_study("train.precision=fp16"), "device", "vanilla")
     assert is_ok(make_study("train.precision=bf16"), "device", "vanilla")
-    with pytest.raises(HasteError, match="arm 'vanilla': train.precision is fp16 and there is no GPU"):
+    with pytest.raises(HasteError, match=r"arm 'vanilla': train.precision is fp16 and there is no GPU"):
         dry_run.check_study(make_study("train.precision=fp16"))
     assert len(dry_run.check_study(make_study("train.precision=fp16"), allowed=[dry_run.DEVICE])) == 1
 
