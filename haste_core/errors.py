@@ -17,6 +17,10 @@ class InUse(HasteError):
     """Another process holds the lock."""
 
 
+class NotDownloaded(HasteError):
+    """A file or data set is downloaded at first use, and is not here yet."""
+
+
 class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; everything up to this step is saved. The command line exits with status 143."""
 
@@ -26,7 +30,8 @@ def unknown(what: str, given: object, known: Iterable[object]) -> HasteError:
     names = [str(p) for p in known]
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return HasteError(f"unknown {what} {str(given)!r}{hint}; expected one of: {', '.join(names) or 'none'}")
+    expected = f"expected one of: {', '.join(names)}" if names else "expected none, since none are defined"
+    return HasteError(f"unknown {what} {str(given)!r}{hint}; {expected}")
 
 
 def number_of(count: int, noun: str) -> str:

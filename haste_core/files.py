@@ -12,7 +12,7 @@ import site
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,14 @@ def output_root() -> Path:
     """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT; in a checkout its top; else here.
 
     Raises:
-        HasteError: HASTE_OUTPUT is a file.
+        HasteError: HASTE_OUTPUT is a file, or no path.
     """
     given = os.environ.get("HASTE_OUTPUT")
-    if given and Path(given).exists() and not Path(given).is_dir():
-        raise HasteError(f"HASTE_OUTPUT is {given}, which is no folder; expected a folder, or a path that is free")
+    try:
+        if given and Path(given).exists() and not Path(given).is_dir():
+            raise HasteError(f"HASTE_OUTPUT is {given}, which is no folder; expected a folder, or a path that is free")
+    except OSError as error:
+        raise HasteError(f"HASTE_OUTPUT is {given}: {error.strerror}; expected the path of a folder") from error
     if given:
         return Path(given).resolve()
     here = Path.cwd()
@@ -52,27 +55,53 @@ def output_root() -> Path:
     return CHECKOUT if mine else here
 
 
+def unwritable(place: str | Path, error: OSError) -> HasteError:
+    """An error in one line for a place that cannot be written; it names HASTE_OUTPUT where that decides the place."""
+    path, root = Path(place).absolute(), output_root()
+    own = path == root or path in root.parents or any((root / n) in (path, *path.parents) for n in ("runs", "reports"))
+    hint = ", such as HASTE_OUTPUT=FOLDER for runs and reports" if own else ""
+    return HasteError(f"{place}: {error.strerror}; expected a place that can be written{hint}")
+
+
+def make_parent(path: Path) -> None:
+    """Make the folder that a file goes to.
+
+    Raises:
+        HasteError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise unwritable(error.filename or path.parent, error) from error
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Context with a temporary path, whose file replaces `path` when the block ends without an error.
 
     Raises:
-        HasteError: the disk is full; `path` stays as it was.
+        HasteError: the disk is full, or the place cannot be written; `path` stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     # Process numbers are unique on one machine only.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
+        temporary.touch()  # a place that cannot be written is an OSError, whatever writes there
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise HasteError(
                 f"no room to write {path} ({error}); everything saved before is intact, free some space and run again"
             ) from error
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            raise unwritable(path, error) from error
         raise
 
 
@@ -114,7 +143,7 @@ def locked(path: Path, what: str, wait: bool = False, stopping: threading.Event 
         InUse: another process holds the lock. Interrupted: `stopping` was set.
         HasteError: the file system does not support locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     lock = FileLock(path, timeout=-1 if wait else 0, poll_interval=0.1, fallback_to_soft=False)
     try:
         lock.acquire(cancel_check=stopping.is_set if stopping else None)

@@ -5,7 +5,7 @@ group of one, in which nothing here has an effect.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,11 +23,13 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
 
 
-# accelerate's own variables: those that move no number, and those that ask for what is not there.
+# accelerate's own variables: those that move no number (and of them the truth values), and those that ask for what is
+# not there.
 HARMLESS = {
     "ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL",
     "ACCELERATE_CPU_AFFINITY", "ACCELERATE_ENABLE_RICH",
 }  # fmt: skip
+FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY")
 UNSUPPORTED = tuple(f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
 
 
@@ -38,15 +40,12 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if launched() > 1 and missing and not distributed.is_initialized():
-            raise HasteError(
-                f"WORLD_SIZE is {launched()}, but {', '.join(missing)} is not set; expected all of them, as torchrun "
-                f"sets them, or none"
-            )
-        # accelerate takes processes without GPUs for single ones unless it is told that the CPU is meant.
+        _check_environment()
+        # accelerate takes processes without GPUs for single ones unless it is told that the CPU is meant, and a single
+        # one that has a LOCAL_RANK for one of several.
         several_on_cpu = launched() > 1 and not torch.cuda.is_available()
-        environment = PartialState(cpu=several_on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        with _without(["LOCAL_RANK"] if launched() == 1 else []):
+            environment = PartialState(cpu=several_on_cpu or flag("ACCELERATE_USE_CPU"))
         self.count: int = environment.num_processes
         self.index: int = environment.process_index
         self._group = distributed.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
@@ -113,24 +112,89 @@ def own_settings() -> Iterator[None]:
         HasteError: the environment asks for a way of training in parallel that is not supported.
     """
     for name in UNSUPPORTED:
-        if parse_flag_from_env(name):
+        if flag(name):
             raise HasteError(f"{name} is set; expected plain data parallel training, as by torchrun")
-    names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]
-    aside = {name: os.environ.pop(name) for name in names}
+    with _without([name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]):
+        yield
+
+
+@contextmanager
+def _without(names: Iterable[str]) -> Iterator[None]:
+    """Context without these variables of the environment."""
+    aside = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
         os.environ.update(aside)
 
 
+def flag(name: str) -> bool:
+    """The truth value of a variable of the environment, False where it is not set; raises HasteError for others."""
+    try:
+        return parse_flag_from_env(name)
+    except ValueError as error:
+        raise HasteError(f"{name} is {os.environ[name]!r}; expected true or false, or no such variable") from error
+
+
+def _number(name: str, default: int = 0) -> int:
+    """The number in a launcher's variable of the environment."""
+    given = os.environ.get(name, str(default))
+    if not (given.isascii() and given.isdecimal()):
+        raise HasteError(f"{name} is {given!r}; expected a number, as torchrun sets it, or no such variable")
+    return int(given)
+
+
+def _check_environment() -> None:
+    """Raise HasteError where the variables of a launcher or of accelerate do not name processes and devices here."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if launched() > 1 and missing and not distributed.is_initialized():
+        raise HasteError(
+            f"WORLD_SIZE is {launched()}, and these are not set: {', '.join(missing)}; expected all of them, as "
+            f"torchrun sets them, or none"
+        )
+    rank(), local_rank(), _number("MASTER_PORT")
+    for name in FLAGS:
+        flag(name)
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu")
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise HasteError(
+            f"ACCELERATE_TORCH_DEVICE is {device!r}, no device of this machine; expected cpu, cuda or cuda:N with "
+            f"{torch.cuda.device_count()} GPUs here, or no such variable"
+        ) from error
+
+
 def launched() -> int:
-    """Number of processes that a launcher started, this one included; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Number of processes that a launcher started, this one included; 1 without a launcher.
+
+    Raises:
+        HasteError: WORLD_SIZE is no such number.
+    """
+    count = _number("WORLD_SIZE", 1)
+    if count < 1:
+        raise HasteError(f"WORLD_SIZE is {count}; expected 1 and above, or no such variable")
+    return count
 
 
 def rank() -> int:
-    """The number of this process among those that a launcher started; 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
+    """The number of this process among those that a launcher started; 0 without a launcher.
+
+    Raises:
+        HasteError: RANK is no such number.
+    """
+    number = _number("RANK")
+    if number >= launched():
+        raise HasteError(
+            f"RANK is {number} and WORLD_SIZE {os.environ.get('WORLD_SIZE', 'is not set')}; expected RANK below "
+            f"WORLD_SIZE, as torchrun sets them, or neither"
+        )
+    return number
+
+
+def local_rank() -> int:
+    """The number of this process on its machine; its `rank` where a launcher does not say."""
+    return _number("LOCAL_RANK", rank())
 
 
 def micro_batches(batch_size: int, accumulate: int, processes: int) -> list[slice]:

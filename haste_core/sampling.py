@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -204,7 +204,7 @@ def passes(kind: str, sample: Sampler) -> int:
 
 
 def check_sampler(model: DiffusionTransformer, sample: Sampler) -> None:
-    """Raise HasteError where a sampler does not fit what a kind of model predicts."""
+    """Raise HasteError where a sampler does not fit what a kind of model predicts, or its guidance guides nowhere."""
     noise = model.kind == "dit"
     if noise != (sample.sampler == "ddpm"):
         raise HasteError(
@@ -214,6 +214,11 @@ def check_sampler(model: DiffusionTransformer, sample: Sampler) -> None:
         )
     if noise and sample.solver_steps > DDPM_STEPS:
         raise HasteError(f"sample.solver_steps {sample.solver_steps}; expected for ddpm: 1 to {DDPM_STEPS}")
+    if sample.guidance != 1 and passes(model.kind, sample) == passes(model.kind, replace(sample, guidance=1.0)):
+        raise HasteError(
+            f"sample.guidance {sample.guidance:g} for t in [{sample.guidance_low:g}, {sample.guidance_high:g}] meets "
+            f"none of the {sample.solver_steps} solver steps; expected a wider interval, or guidance 1"
+        )
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from haste_core.alignment import Grid, resample_tokens
 from haste_core.devices import in_precision
-from haste_core.errors import HasteError, unknown
+from haste_core.errors import HasteError, NotDownloaded, unknown
 from haste_core.seeding import stream
 from haste_core.taps import QK
 
@@ -430,9 +430,10 @@ def _check_sizes(kwargs: Mapping[str, Any]) -> None:
         if kwargs.get(name):
             raise HasteError(f"teacher.kwargs.{name} is set; expected a fixed token grid")
     for name in ("depth", "num_heads", "embed_dim", "patch_size", "img_size", "in_chans"):
-        smallest = min(np.atleast_1d(kwargs.get(name, 1)).tolist())
-        if not isinstance(smallest, int) or smallest < 1:
-            raise HasteError(f"teacher.kwargs.{name} is {kwargs[name]}; expected whole numbers of 1 and above")
+        given = np.atleast_1d(kwargs.get(name, 1)).tolist()
+        largest = 1000 if name == "depth" else 100_000
+        if not all(isinstance(size, int) and 1 <= size <= largest for size in given):
+            raise HasteError(f"teacher.kwargs.{name} is {kwargs[name]}; expected whole numbers from 1 to {largest:,}")
     size, patch = (np.atleast_1d(kwargs.get(name, 0)) for name in ("img_size", "patch_size"))
     if size.min() and patch.max() > size.min():
         raise HasteError(
@@ -540,7 +541,7 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
             return _from_repository(cfg.hf_hub_id, names, download)
         return _from_url(str(cfg.url), download)
     except Exception as error:  # the client raises its own errors and those of two HTTP libraries
-        raise HasteError(
+        raise (NotDownloaded if isinstance(error, NotDownloaded) else HasteError)(
             f"teacher {model!r} (weights: hub): {type(error).__name__}: {_cause(error)}; download {source} elsewhere "
             f"and give {key} the path of that local checkpoint"
         ) from error
@@ -567,7 +568,7 @@ def _from_repository(repository: str, names: list[str], download: bool) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     if not download:
-        raise FileNotFoundError("not in the local cache, downloaded at first use")
+        raise NotDownloaded("not in the local cache, downloaded at first use")
     for name in names:
         try:
             # Asked once, because a download that cannot begin is tried again for half a minute per file.
@@ -584,7 +585,7 @@ def _from_url(url: str, download: bool) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not target.is_file():
         if not download:
-            raise FileNotFoundError("not in the local cache, downloaded at first use")
+            raise NotDownloaded("not in the local cache, downloaded at first use")
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT):
@@ -594,8 +595,12 @@ def _from_url(url: str, download: bool) -> Path:
 
 
 def _not_loaded(model: str, weights: str, error: Exception) -> HasteError:
-    names = f"timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
-    return HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected one of {names}")
+    expected = f"one of timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
+    if isinstance(
+        error, AssertionError | TypeError | ValueError
+    ):  # timm knows the model, and these arguments do not fit
+        expected = "teacher.kwargs that timm builds this model with"
+    return HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected {expected}")
 
 
 def _cause(error: Exception) -> str:

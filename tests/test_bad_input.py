@@ -127,13 +127,15 @@ def test_an_unknown_name_or_value_is_refused_naming_the_known_ones(output, capsy
         (["alignment.layer_pairs=[[1, 9]]"], ["teacher block", "'9'", "0, 1, 2, 3"]),
         (["alignment.layer_pairs=[[1, -1]]"], ["alignment.layer_pairs", "-1"]),
         (["alignment.heads=[4]"], ["head 4", "0 to 3"]),
-        (["alignment.heads=[]"], ["heads []", "at least one head"]),
+        (["alignment.heads=[]"], ["heads []; expected at least one head"]),
         (["teacher.kwargs.num_heads=2", "alignment.heads=[0, 3]"], ["head 3", "expected 0 to 1", "teacher 2"]),
         (["model.patch=3"], ["model.patch 3", "image size 8"]),
         (["model.heads=5"], ["width 32", "heads 5"]),
         (["teacher.model=vit_tinny"], ["'vit_tinny'", "timm.list_models()"]),
         (["teacher.weights=/no/such.safetensors"], ["'/no/such.safetensors'", "hub, pretrain, random"]),
-        (["teacher.kwargs.depht=3"], ["depht", "teacher"]),
+        (["teacher.kwargs.depht=3"], ["depht", "teacher", "expected teacher.kwargs that timm"]),
+        (["teacher.kwargs.num_heads=5"], ["divisible", "expected teacher.kwargs that timm"]),
+        (["teacher.kwargs.depth=100000"], ["teacher.kwargs.depth is 100000", "from 1 to 1,000"]),
         (["teacher.mean=[0.5, 0.5, 0.5]"], ["channel"]),
         (["train.batch_size=5000"], ["train.batch_size 5000", "training images"]),
         (["train.lr=1e12"], ["the loss is", "step", "train.lr", "no checkpoint before it"]),
@@ -184,6 +186,31 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path / "file"))
     check(refused(capsys, "train", "digits", "vanilla", *settings), str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("below", "said"),
+    [("file/sub", "Not a directory"), ("x" * 300, "File name too long"), ("/proc/1/x", "No such file or directory")],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, capsys, settings, below, said):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path / below))
+    check(refused(capsys, "train", "digits", "vanilla", *settings), said, "expected", "HASTE_OUTPUT")
+    check(refused(capsys, "study", "digits", *settings, "--dry-run"), said, "expected", "HASTE_OUTPUT")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for place, said in (
+        ("/proc/x.safetensors", "No such file or directory"),
+        (f"/proc/{'x' * 240}.safetensors", "No such file or directory"),
+        (f"{tmp_path}/{'x' * 240}.safetensors", "File name too long"),
+        (f"{tmp_path}/file/x.safetensors", "File exists"),
+    ):
+        line = refused(capsys, "convert", str(run.checkpoint_path(8)), place)
+        assert line.endswith(f"{said}; expected a place that can be written"), line
+        assert ".tmp" not in line
 
 
 def study_text(**changes):
@@ -394,7 +421,14 @@ def test_a_full_disk_for_a_converted_checkpoint_is_refused(small_disk, tiny, out
     ("argv", "words"),
     [
         (["01_trian"], ["unknown notebook '01_trian'", "did you mean '01_train'", "00_data_and_teacher", "10_report"]),
-        (["01_train", "-p", "amr=haste"], ["'amr'", "did you mean 'arm'", "study, profile, overrides, arm, seeds"]),
+        (
+            ["01_train", "-p", "amr=haste"],
+            [
+                "notebook 01_train: unknown parameter 'amr'",
+                "did you mean 'arm'",
+                "study, profile, overrides, arm, seeds",
+            ],
+        ),
         (["01_train", "-p", "arm"], ["'arm'", "name=value"]),
         (["01_train", "-p", "overrides=[a"], ["overrides=[a", "YAML"]),
     ],
@@ -410,9 +444,10 @@ def mine(
     first="overrides = ['train.steps=2']  # text with an equals sign\nx = 1\n",
     tags=("parameters",),
     language="python",
+    kind=nbformat.v4.new_code_cell,
 ):
-    cells = [nbformat.v4.new_code_cell(first, metadata={"tags": list(tags)}), nbformat.v4.new_code_cell("x, overrides")]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "some", "language": language}}
+    cells = [kind(first, metadata={"tags": list(tags)}), nbformat.v4.new_code_cell("x, overrides")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "some", "language": language}} if language else {}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "mine.ipynb")
     return str(folder / "mine.ipynb")
 
@@ -420,9 +455,10 @@ def mine(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tags": ()}, "has no cell tagged `parameters`"),
+        ({"tags": ()}, "has no cell tagged `parameters`; expected that tag on the code cell"),
+        ({"kind": nbformat.v4.new_markdown_cell}, "has the tag `parameters` on a markdown cell; expected"),
         ({"language": "julia"}, "has a kernel of language 'julia'; expected Python"),
-        ({"first": "x = ("}, "the cell tagged `parameters` is no Python"),
+        ({"first": "x = ("}, "the cell tagged `parameters` is not valid Python"),
     ],
 )
 def test_a_notebook_that_cannot_take_parameters_is_refused(output, capfd, changes, said):
@@ -432,10 +468,36 @@ def test_a_notebook_that_cannot_take_parameters_is_refused(output, capfd, change
 def test_an_old_or_foreign_notebook_is_refused(output, capfd):
     for text, said in (
         ('{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": []}', "a notebook of format 3"),
-        ("hello", "is no notebook that can be read"), ("{}", "is no notebook that can be read"),
+        ("hello", "cannot be read as a notebook"), ("{}", "cannot be read as a notebook"),
     ):  # fmt: skip
         (output / "mine.ipynb").write_text(text)
         check(refused(capfd, "notebook", str(output / "mine.ipynb"), str(output / "out.ipynb")), said)
+
+
+def test_a_notebook_does_not_go_where_it_cannot(output, capfd):
+    source = mine(output)
+    before = Path(source).read_bytes()
+    check(refused(capfd, "notebook", source, source), "mine.ipynb is the notebook itself; expected another name")
+    check(refused(capfd, "notebook", source, str(output)), "Is a directory; expected a place that can be written")
+    for place in ("/proc/x.ipynb", "/proc/no/x.ipynb"):
+        check(refused(capfd, "notebook", source, place), "No such file or directory; expected a place")
+    assert Path(source).read_bytes() == before
+
+
+def test_a_notebook_without_parameters_says_so(output, capfd):
+    source = mine(output, first="# nothing\n")
+    said = "notebook mine: unknown parameter 'x'; expected none, since none are defined"
+    check(refused(capfd, "notebook", source, str(output / "out.ipynb"), "-p", "x=1"), said)
+
+
+def test_defaults_with_equals_signs_magic_and_no_kernel_are_taken_without_a_word(output, capfd):
+    source = mine(output, first="%matplotlib inline\noverrides = ['train.steps=2']\nx = 1\n", language=None)
+    assert main(["notebook", source, str(output / "out.ipynb"), "-p", "overrides=[a=b]"]) == 0
+    (shown,) = nbformat.read(output / "out.ipynb", as_version=4).cells[-1].outputs
+    assert shown["data"]["text/plain"] == "(1, ['a=b'])"
+    said = capfd.readouterr().err
+    assert "Unable to parse" not in said
+    assert "unknown parameter" not in said
 
 
 def test_parameters_are_read_as_settings_are(output, capfd):

@@ -21,9 +21,11 @@ import yaml
 from PIL import Image
 
 from haste_core import __version__
+from haste_core.errors import HasteError
 from haste_core.files import notebooks_folder, output_root
-from haste_core.study import config, jobs, notebook, runs, signals
+from haste_core.study import config, dry_run, estimate, jobs, notebook, runs, signals
 from haste_core.study.cli import main
+from haste_core.study.dry_run import DOWNLOAD, ELSEWHERE, check_study
 from haste_core.study.runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -303,6 +305,64 @@ def test_a_study_checks_its_arms_before_anything_is_trained(override, words, tmp
         assert main(["study", "digits", "--profile", "smoke", "--set", override, *more]) == 2
         assert re.search(words, capsys.readouterr().err)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# Settings that no machine could train, and what another machine may have.
+WRONG = [
+    ("train.batch_size=100000", "arm 'vanilla': train.batch_size 100000 exceeds"),
+    ("sample={sampler: ddpm}", "arm 'vanilla': sample.sampler 'ddpm'"),
+    ("claims.early=7", "claims.early names step 7"),
+    ("alignment.layer_pairs=[[1, 9]]", "arm 'repa': unknown teacher block"),
+]
+MISSING = [
+    ("teacher.weights=/no/such.safetensors", "arm 'repa': teacher.weights '/no/such.safetensors' is no file"),
+    ("train.init_from=/no/such.pt", "arm 'vanilla': no checkpoint /no/such.pt"),
+    ("evaluate={suite: adm, inception: /no/such.pth, dinov2: none}", "/no/such.pth"),
+    ("data={kind: images, path: /no/such, image_size: 8}", "data.path /no/such does not exist here"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), [*WRONG, *MISSING])
+def test_a_study_asks_for_all_that_a_dry_run_of_an_arm_asks_for(make_study, output, override, words):
+    with pytest.raises(HasteError, match=re.escape(words)):
+        check_study(make_study(override))
+
+
+@pytest.mark.parametrize(("override", "words"), WRONG)
+@pytest.mark.parametrize("command", ["plan", "teacher"])
+def test_plan_and_teacher_refuse_settings_that_do_not_fit(tiny_overrides, output, capsys, command, override, words):
+    settings = [word for setting in [*tiny_overrides, override] for word in ("--set", setting)]
+    assert main([command, "digits", *settings]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(output.rglob("*"))
+
+
+@pytest.mark.parametrize(("override", "words"), MISSING)
+def test_what_another_machine_may_have_is_a_remark_in_a_plan(make_study, output, override, words):
+    assert any(words in remark for remark in check_study(make_study(override), allowed=ELSEWHERE))
+
+
+def test_a_study_downloads_at_first_use_and_its_dry_run_says_so(make_study, output, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    study = make_study("evaluate={suite: adm, dinov2: none}")
+    (remark,) = check_study(study, allowed=[DOWNLOAD])
+    assert remark.startswith("inception: no file")
+    with pytest.raises(HasteError, match="downloaded there from"):
+        check_study(study)
+
+
+def test_the_disk_must_hold_the_checkpoints_of_all_runs_of_a_study(make_study, output, monkeypatch):
+    study, asked = make_study("seeds=[0, 1]"), []
+    monkeypatch.setattr(dry_run, "_disk", lambda needed: str(asked.append(needed)))
+    check_study(study)
+    table = estimate.plan(study, estimate.Example(8, 1, 10, 8, 1), {1: 1, 2: 1})
+    assert asked == [estimate.sums(table)["checkpoint_bytes"]]
+
+
+def test_gpus_of_a_plan_share_a_batch_equally(tiny_overrides, output, capsys):
+    settings = [word for setting in tiny_overrides for word in ("--set", setting)]
+    assert main(["plan", "digits", *settings, "--gpus", "3"]) == 2
+    assert "arm 'vanilla': train.batch_size 16 cannot go through 3 process(es)" in capsys.readouterr().err
 
 
 def test_stamps_of_stages_whose_files_are_gone_are_found(tmp_path, monkeypatch):

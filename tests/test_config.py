@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -426,7 +428,20 @@ def test_an_arm_may_have_some_of_the_studys_seeds(make_study):
         ("train.keep=[true]", r"keep is \[True\], a truth value"),
         ("train.ema_decay=1", r"train.ema_decay: .*less than 1"),
         ("train.betas=[1, 1]", r"train.betas.0: .*less than 1"),
-        ("seeds=[0, 0]", r"seeds: \[0, 0\] names a seed twice"),
+        ("seeds=[0, 0]", r"seeds: names a seed twice; expected each once, given \[0, 0\]$"),
+        ("arms.haste.seeds=[0, 0]", r"arms.haste.seeds is \[0, 0\]; expected .*, each once"),
+        ("arms.haste.seeds=[false]", r"arms.haste.seeds is \[False\]; expected"),
+        ("train.steps='12'", r"train: steps is '12', a number in quotes, so text; expected a number without quotes"),
+        ("train.betas=[0.9, '0.99']", r"betas is \[0.9, '0.99'\], a number in quotes"),
+        ("model.qk_norm=1", r"qk_norm is 1; expected true or false"),
+        ("teacher.std=[0]", r"teacher.std.0: .*greater than 0"),
+        ("teacher.std=[-1]", r"teacher.std.0: .*greater than 0"),
+        ("model.depth=100000", r"model.depth: .*less than or equal to 1000, given 100000"),
+        ("model.width=4000000", r"model.width: .*less than or equal to 100000"),
+        ("sample.solver_steps=1000000000", r"sample.solver_steps: .*less than or equal to 100000"),
+        ("train.lr=" + "[" * 3000, r"the value is not valid YAML"),
+        ("alignment.heads=[0, 0]", r"heads \[0, 0\]; expected at least one head, each once"),
+        ("arms={a/b: {}}", r"arms.a/b: expected letters, digits, \. and _, the first a letter or digit, given 'a/b'"),
         ("alignment.layer_pairs=[1, 2]", r"\[\[student block, teacher block\], \.\.\.\]"),
         ("alignment.layer_pairs=[[1, 2], [1, 2]]", r"layer_pairs \[\[1, 2\], \[1, 2\]\] name a pair twice"),
         (
@@ -454,11 +469,11 @@ def test_a_key_stands_once(tmp_path):
     path, text = tmp_path / "own.yaml", (config.STUDIES / "digits.yaml").read_text()
     path.write_text(text + "\nseeds: [0]\n")
     with pytest.raises(
-        HasteError, match=r"own.yaml is not valid YAML: the key 'seeds' stands twice, in lines \d+ and \d+"
+        HasteError, match=r"own.yaml is not valid YAML: the key 'seeds' is given twice, in lines \d+ and \d+"
     ):
         config.load(path)
     path.write_text("arms: {vanilla: {}, vanilla: {train: {lr: 5}}}\n")
-    with pytest.raises(HasteError, match=r"the key 'vanilla' stands twice, in lines 1 and 1"):
+    with pytest.raises(HasteError, match=r"the key 'vanilla' is given twice, in line 1$"):
         config.load(path)
     with pytest.raises(HasteError, match="not valid YAML"):
         config.load("digits", overrides=["sample={guidance: 2, guidance: 3}"])
@@ -469,10 +484,32 @@ def test_a_key_stands_once(tmp_path):
 def test_a_copy_of_a_shipped_study_needs_a_name_of_its_own(tmp_path):
     path, text = tmp_path / "own.yaml", (config.STUDIES / "digits.yaml").read_text()
     path.write_text(text)
-    with pytest.raises(HasteError, match=r"own.yaml bears the name 'digits' of a study that comes with the package"):
+    with pytest.raises(HasteError, match=r"own.yaml: name 'digits' is that of the reports of digits, which comes with"):
         config.load(path)
+    for name in ("Digits", "digits-full", "DIGITS-smoke", "cifar10-two-cores"):
+        path.write_text(text.replace("name: digits", f"name: {name}", 1))
+        with pytest.raises(HasteError, match=f"name '{name}' is that of the reports of "):
+            config.load(path)
+    path.write_text(text.replace("name: digits", "name: digits-of-mine", 1))
+    assert config.load(path).name == "digits-of-mine"
     path.write_text(text.replace("name: digits", "name: mine", 1))
     assert config.load(path).name == "mine"
+
+
+def test_numbers_in_a_study_file_are_those_of_yaml_1_2(tmp_path):
+    path, text = (
+        tmp_path / "own.yaml",
+        (config.STUDIES / "digits.yaml").read_text().replace("name: digits", "name: a", 1),
+    )
+    for number in ("1e-3", "1.5e-3", "+1E-3", ".1e-2"):
+        path.write_text(re.sub(r"(\n  lr: )[\d.e-]+", rf"\g<1>{number}", text))
+        assert config.load(path).train.lr == float(number)
+    path.write_text("a: " + "[" * 3000)
+    with pytest.raises(HasteError, match=r"own.yaml is not valid YAML: nested too deeply$"):
+        config.load(path)
+    path.write_text("a: [1\nb: 2")
+    with pytest.raises(HasteError, match=r"is not valid YAML: while parsing a flow sequence in line 1, column 4"):
+        config.load(path)
 
 
 def test_a_section_that_is_given_in_part_keeps_its_other_defaults():

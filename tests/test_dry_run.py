@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from haste_core.errors import HasteError
 from haste_core.study import config, dry_run, estimate, runs
 from haste_core.study.cli import main
 from haste_core.study.data.contexts import write
@@ -145,6 +146,11 @@ def test_half_a_vae_is_missing(empty_caches, prepared, untraced):
         ("networks", ["alignment.layer_pairs=[[1, 9]]"], "0, 1, 2, 3"),
         ("networks", ["alignment.heads=[0, 3]", "teacher.kwargs.num_heads=2"], "head 3"),
         ("sampler", ["sample.sampler=ddpm"], "euler, heun, sde"),
+        (
+            "sampler",
+            ["sample={guidance: 2, guidance_low: 0.5001, guidance_high: 0.5002}"],
+            "guidance 2 for t in [0.5001, 0.5002] meets none of the",
+        ),
     ],
 )
 def test_each_mistake_is_a_problem_of_its_own(prepared, output, untraced, name, settings, words):
@@ -230,10 +236,22 @@ def test_a_full_disk_is_a_problem_before_training(tiny, output, untraced, monkey
         assert is_ok(tiny, "disk") == (free == needed)
 
 
+def test_a_place_that_cannot_be_written_is_a_problem_before_training(tiny, output, untraced, monkeypatch):
+    monkeypatch.setenv("HASTE_OUTPUT", "/proc/1/x")
+    found = looked(tiny, "vanilla")["disk"]
+    assert not found.ok
+    assert found.found.startswith(
+        "nothing can be written to /proc/1 (No such file or directory); expected HASTE_OUTPUT="
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu_is_a_problem(make_study, output, untraced):
     assert not is_ok(make_study("train.precision=fp16"), "device", "vanilla")
     assert is_ok(make_study("train.precision=bf16"), "device", "vanilla")
+    with pytest.raises(HasteError, match=r"arm 'vanilla': train.precision is fp16 and there is no GPU"):
+        dry_run.check_study(make_study("train.precision=fp16"))
+    assert len(dry_run.check_study(make_study("train.precision=fp16"), allowed=[dry_run.DEVICE])) == 1
 
 
 def test_a_gpu_that_is_too_small_is_a_problem(tiny, monkeypatch, output, untraced):

@@ -290,7 +290,7 @@ def test_the_plan_of_a_given_rate_measures_nothing(capsys, monkeypatch):
     words = ("imagenet256", "--profile", "smoke", "--gpus", "2", "--set", "arms.repa.termination.kind=plateau")
     text = printed(capsys, *words, *BY_HAND)
     for said in ("500 GFLOP/s in phase I", "50% (given) of a given rate of 1 TFLOP/s; nothing was measured",
-                 "4x8x8 and 1000 classes assumed", "in all: 5 runs", "not counted:",
+                 "4x8x8 and 1000 classes are assumed", "in all: 5 runs", "not counted:",
                  "a trigger ends phase I of repa; counted as if it never fired"):  # fmt: skip
         assert said in text
     assert re.search(r"haste +I +0 +4 +holistic", text)
@@ -312,7 +312,7 @@ def test_json_is_the_table_and_its_sums_measured_on_this_device(tiny, settings, 
     ("words", "said"),
     [
         (["--gpus", "0"], "--gpus 0; expected 1 and above"),
-        (["--gpus", "99", *BY_HAND], "99 GPUs share a batch of 32 images (train.batch_size); expected 1 to 32"),
+        (["--gpus", "99", *BY_HAND], "train.batch_size 32 cannot go through 99 process(es)"),
         (["--rate", "inf"], "--rate is inf; expected FLOP/s above 0"),
         (["--rate", "1e12", "--utilisation", "1.5"], "--utilisation is 1.5; expected above 0, at most 1"),
         (["--utilisation", "0.5"], "expected both, or --rate alone"),

@@ -56,7 +56,7 @@ def test_more_minutes_are_more_steps(tmp_path, output):
         ("mine.txt", 2, (), "expected a path that ends in .yaml and is free"),
         ("mine.yaml", 1, (), "has one class, on which no teacher can be trained"),
         ("mine.yaml", 2, ("--minutes", "0"), "--minutes 0; expected more than 0"),
-        ("digits.yaml", 2, (), "bears the name 'digits' of a study that comes with the package"),
+        ("digits.yaml", 2, (), "name 'digits' is that of the reports of digits, which comes with the package"),
     ],
 )
 def test_what_cannot_become_a_study_is_one_line_and_leaves_nothing(tmp_path, output, capsys, file, classes, more, said):

@@ -327,8 +327,42 @@ def test_other_ways_of_training_in_parallel_are_refused(output, make_study, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(HasteError, match="WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"):
+    with pytest.raises(HasteError, match="WORLD_SIZE is 2, and these are not set: RANK, MASTER_ADDR, MASTER_PORT; "):
         train(make_study())
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; expected a number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''; expected a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0; expected 1 and above"),
+        ({"RANK": "x"}, "RANK is 'x'; expected a number"),
+        ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is not set; expected RANK below WORLD_SIZE"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'; expected a number"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU is 'maybe'; expected true or false"),
+        ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP is 'maybe'; expected true or false"),
+        ({"ACCELERATE_DEBUG_MODE": "maybe"}, "ACCELERATE_DEBUG_MODE is 'maybe'; expected true or false"),
+        ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE is 'meta', no device of this machine"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda:77"}, "ACCELERATE_TORCH_DEVICE is 'cuda:77', no device of this machine"),
+        ({"ACCELERATE_TORCH_DEVICE": "gpu"}, "ACCELERATE_TORCH_DEVICE is 'gpu', no device of this machine"),
+    ],
+)
+def test_an_environment_that_names_no_processes_or_devices_is_refused(output, tiny, monkeypatch, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(HasteError, match=said):
+        train(tiny)
+
+
+def test_a_single_process_of_a_launcher_trains_as_one(output, make_study, monkeypatch, forget_accelerator):
+    study = make_study("train.steps=2", "train.keep=[]")
+    plain = contents(train(study, "vanilla"))
+    forget_accelerator()
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "HASTE_OUTPUT": str(output / "o")}.items():
+        monkeypatch.setenv(name, value)
+    assert_same(contents(train(study, "vanilla")), plain)
+    assert os.environ["LOCAL_RANK"] == "0", "left as it was"
 
 
 # -- losses that are not finite, disks that are full ------------------------------------------------------------------

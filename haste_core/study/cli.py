@@ -17,7 +17,7 @@ import yaml
 
 from haste_core import __version__
 from haste_core.errors import HasteError, Interrupted, is_disk_full, unknown
-from haste_core.files import output_root
+from haste_core.files import output_root, unwritable
 from haste_core.study import cli_files, config
 from haste_core.study.runs import Run, machine, peak_memory_gib, study_dir
 
@@ -31,6 +31,7 @@ _EXAMPLES = """examples:
   haste plan imagenet256 --gpus 8                       time, memory and space of every arm, measured on this device
   haste convert 0400000.pt haste.safetensors            a released checkpoint of DiT, SiT, REPA or HASTE
 """
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 # Smallest values of options, whichever command they belong to.
 _LEAST = {
     "processes": 1,
@@ -191,9 +192,8 @@ def _worded(error: OSError) -> str:
     """A fault of a place that a user can mend, in words; empty for others."""
     if is_disk_full(error):
         return f"no room left ({error}); what was saved before is intact"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        place = "expected a place that can be written, such as HASTE_OUTPUT=FOLDER for runs and reports"
-        return f"{error.filename}: {error.strerror}; {place}"
+    if error.filename is not None and error.errno in _NO_PLACE:
+        return str(unwritable(error.filename, error))
     return ""
 
 
@@ -309,18 +309,20 @@ def new_study(arguments: argparse.Namespace) -> None:
 
 def teacher(arguments: argparse.Namespace) -> None:
     """haste teacher."""
-    from haste_core.study import pretrain
+    from haste_core.study import dry_run, pretrain
 
     study = study_of(arguments)
+    dry_run.check_study(study, allowed=dry_run.ELSEWHERE)
     facts = pretrain.write_facts(study, study_dir(study) / "prepared.json")
     print(yaml.safe_dump(facts, sort_keys=False), end="")
 
 
 def measure_cost(arguments: argparse.Namespace) -> None:
     """haste cost."""
-    from haste_core.study import cost, pretrain
+    from haste_core.study import cost, dry_run, pretrain
 
     study = study_of(arguments)
+    dry_run.check_study(study, allowed=dry_run.ELSEWHERE)
     for teacher in study.teachers():
         pretrain.prepare_teacher(study, teacher)
     for row in cost.write(study, arguments.rounds):
@@ -342,6 +344,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from haste_core.study import cost, dry_run, estimate
 
     study = study_of(arguments)
+    remarks = dry_run.check_study(study, gpus, dry_run.ELSEWHERE)
     example, data = dry_run.find_example(study.data)
     if example is None:
         raise HasteError(f"{data.found}; so the size of the data is unknown; expected data.image_size")
@@ -354,8 +357,8 @@ def plan(arguments: argparse.Namespace) -> None:
     table = estimate.plan(study, example, speed.flops, gpus)
     notes = estimate.notes(study, gpus, speed)
     if not data.ok:
-        notes.append(f"data: {data.found}; {example.channels}x{example.size}x{example.size} and {example.classes} "
-                     f"classes assumed")  # fmt: skip
+        notes.append(f"{example.channels}x{example.size}x{example.size} and {example.classes} classes are assumed")
+    notes += [f"not ready here: {remark}" for remark in remarks]
     if arguments.json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
         print(json.dumps({"study": study.name, "gpus": gpus, "speed": speed._asdict(), "notes": notes, "rows": rows,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,7 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
     """Draw this process's shards into `folder`; the process that finds all of them writes `result` and returns True."""
     import torch
 
-    from haste_core.processes import launched, rank
+    from haste_core.processes import launched, local_rank, rank
     from haste_core.study import evaluation
     from haste_core.study.images import save_grid
     from haste_core.study.samples import SampleSet, drawer, plan
@@ -95,7 +94,7 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
     # The same bits for any number of processes.
     torch.set_num_threads(run.config.train.threads)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     step = arguments.step if arguments.step is not None else max(run.steps(), default=run.config.train.steps)
     model, fingerprint = evaluation.generator_at(run, step)
     sizes = (arguments.n, arguments.first_seed, arguments.shard_size)

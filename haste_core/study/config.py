@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,7 +171,7 @@ class StudySettings(Section):
     @classmethod
     def _distinct(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{seeds} names a seed twice; expected each once")
+            raise ValueError("names a seed twice; expected each once")
         return seeds
 
     @property
@@ -199,11 +200,14 @@ class StudySettings(Section):
         """The seeds of an arm: the study's, or those of them that the arm names itself.
 
         Raises:
-            HasteError: it names one that the study does not have.
+            HasteError: it names one that the study does not have, or one twice.
         """
         own = self.arms[arm].get("seeds", self.seeds)
-        if not isinstance(own, list) or not own or not all(seed in self.seeds for seed in own):
-            raise HasteError(f"arms.{arm}.seeds is {own}; expected a list of some of the study's seeds {self.seeds}")
+        listed = isinstance(own, list) and own and all(type(seed) is int and seed in self.seeds for seed in own)
+        if not listed or len(set(own)) < len(own):
+            raise HasteError(
+                f"arms.{arm}.seeds is {own}; expected a list of some of the study's seeds {self.seeds}, each once"
+            )
         return own
 
     def sample_of(self, arm: str) -> SampleSettings:
@@ -295,6 +299,16 @@ def studies() -> list[str]:
     return sorted(p.stem for p in STUDIES.glob("*.yaml"))
 
 
+def _shipped(name: str) -> str:
+    """The study of the package that writes reports under this name, with one of its profiles or without; else ""."""
+    name = name.casefold()  # some file systems do not tell case
+    for study in studies():
+        profiles = _read(STUDIES / f"{study}.yaml").get("profiles", {}) if name.startswith(f"{study}-") else {}
+        if name in (study, *(f"{study}-{profile}" for profile in profiles)):
+            return study
+    return ""
+
+
 def load(study: str | Path, profile: str | None = None, overrides: Iterable[str] = ()) -> StudySettings:
     """A study by name or by the path of a YAML file, after its profile and then the overrides.
 
@@ -315,10 +329,10 @@ def load(study: str | Path, profile: str | None = None, overrides: Iterable[str]
     content = _read(path)
     # A launch writes the settings of its run beside it and gives them to its processes.
     own = output_root() / "runs" in path.resolve().parents
-    if path.parent != STUDIES and not own and content.get("name") in studies():
+    if path.parent != STUDIES and not own and (shipped := _shipped(str(content.get("name")))):
         raise HasteError(
-            f"{path} bears the name {content['name']!r} of a study that comes with the package, and would write over "
-            f"its report; expected another name"
+            f"{path}: name {content['name']!r} is that of the reports of {shipped}, which comes with the package, and "
+            f"they would be overwritten; expected another name"
         )
     if profile:
         profiles = content.get("profiles", {})
@@ -355,16 +369,36 @@ def _with_arms(content: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once; elsewhere the last of them wins in silence."""
+    """YAML in which a key is given once; elsewhere the last one wins in silence. 1e-3 is a number, as in YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[tuple[str, Any], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line, name = key.start_mark.line + 1, (key.tag, key.value)
             if name in lines:
-                raise yaml.YAMLError(f"the key {key.value!r} stands twice, in lines {lines[name]} and {line}")
+                where = f"lines {lines[name]} and {line}" if line != lines[name] else f"line {line}"
+                raise yaml.YAMLError(f"the key {key.value!r} is given twice, in {where}")
             lines[name] = line
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parsed(text: str) -> Any:
+    """The content of a YAML text.
+
+    Raises:
+        ValueError: it is not valid; in one line.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split()).replace('"<unicode string>", ', "")) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 class _Overridden(BaseModel):
@@ -376,11 +410,11 @@ class _Overridden(BaseModel):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = _Loader(path.read_text()).get_single_data()
+        content = _parsed(path.read_text())
     except UnicodeDecodeError as error:
         raise HasteError(f"{path} is not valid YAML: not text in UTF-8") from error
-    except yaml.YAMLError as error:
-        raise HasteError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise HasteError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise HasteError(f"{path} holds {type(content).__name__}; a study is a mapping of sections")
     validate(_Overridden, content, f"study {path.stem!r}")
@@ -399,16 +433,9 @@ def read_pair(text: str, what: str, example: str) -> tuple[str, Any]:
     if not equals or not key:
         raise HasteError(f"{what} {text!r} is not of the form {example}")
     try:
-        value = _Loader(given).get_single_data()
-    except yaml.YAMLError as error:
-        raise HasteError(f"{what} {text!r}: the value is not valid YAML") from error
-    # YAML 1.1 reads 1e-3 (no dot) as text; it is meant as a number.
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    return key, value
+        return key, _parsed(given)
+    except ValueError as error:
+        raise HasteError(f"{what} {text[:100]!r}: the value is not valid YAML") from error
 
 
 def _apply(content: Mapping[str, Any], override: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The dry run of `haste train STUDY ARM --dry-run`: everything a run needs, opened where that is cheap.
+"""The dry run of `haste train STUDY ARM --dry-run`, and its checks of a study: everything a run needs, opened where
+that is cheap.
 
 Nothing is trained and nothing is downloaded. Problems are worded by what opens the same thing in training.
 """
@@ -6,18 +7,23 @@ Nothing is trained and nothing is downloaded. Problems are worded by what opens 
 from __future__ import annotations
 
 import math
+import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import try_to_load_from_cache
 
 from haste_core import released, sampling
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, NotDownloaded
 from haste_core.files import output_root
+from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
 from haste_core.processes import micro_batches
 from haste_core.study import adm, config, estimate, pretrain, runs
@@ -30,15 +36,33 @@ from haste_core.teacher import weights_file
 
 # The VAE of the released latents: 8 pixels to one latent of 4 channels.
 _PIXELS_PER_LATENT, _LATENT_CHANNELS, _ASSUMED_CLASSES = 8, 4, 1000
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
+# What a failed check says: settings do not fit, wherever they are used; a file, data set or space is not here; it is
+# downloaded at first use; the device here does not do.
+SETTINGS, MISSING, DOWNLOAD, DEVICE = "settings", "missing", "download", "device"
+# Problems of this machine alone.
+ELSEWHERE = (MISSING, DOWNLOAD, DEVICE)
+_KINDS = {"settings": SETTINGS, "networks": SETTINGS, "sampler": SETTINGS, "memory": DEVICE, "device": DEVICE}
+
+
 class Check(NamedTuple):
-    """One check: its name, True where nothing is missing or wrong, and what was found."""
+    """One check: its name, True where nothing is missing or wrong, what was found, and the kind of a problem."""
 
     name: str
     ok: bool
     found: str
+    kind: str = MISSING
+
+
+def _checked(name: str, look: Callable[[], str]) -> Check:
+    kind = _KINDS.get(name, MISSING)
+    try:
+        return Check(name, True, look(), kind)
+    except HasteError as error:
+        return Check(name, False, str(error), DOWNLOAD if isinstance(error, NotDownloaded) else kind)
 
 
 def dry_run(run: Run, processes: int = 1) -> tuple[list[Check], str]:
@@ -57,77 +81,121 @@ def dry_run(run: Run, processes: int = 1) -> tuple[list[Check], str]:
     micro_batches(settings.train.batch_size, settings.train.accumulate, processes)
 
     def check(name: str, look: Callable[[], str]) -> bool:
-        try:
-            checks.append(Check(name, True, look()))
-        except HasteError as error:
-            checks.append(Check(name, False, str(error)))
+        checks.append(_checked(name, look))
         return checks[-1].ok
 
+    student = None
     check("settings", lambda: _settings(run))
     example, data = find_example(settings.data, settings.train.batch_size)
     checks.append(data)
     if check("networks", lambda: _networks(settings, example)) and example is not None:
         student, _, _ = estimate.networks_of(settings, example)
-        if settings.train.init_from is not None:
-            start = Path(settings.train.init_from)
-            check("initial weights", lambda: f"{start}: {released.check_start(student, start)}")
         found = estimate.estimate(settings, example, processes)
         scoring = 0  # FLOPs of sampling the images of one score
         if check("sampler", lambda: _sampler(student, run.sample)):
             forward = int(found["forward"][0])
             scoring = estimate.sampling_flops(settings, run.sample, run.study.evaluate.n, forward)
         text = estimate.run_text(found, settings.train.precision, scoring)
-        check("disk", lambda: _disk(run, int(found["checkpoint_bytes"].sum() + found["writing_bytes"].max())))
+        check("disk", lambda: _disk(_to_come(run, found)))
         if torch.cuda.is_available():
             check("memory", lambda: _memory(int(found["memory_bytes"].max())))
-    for name, look in _needed(run).items():
+    for name, (_, look) in _needed(run, student).items():
         check(name, look)
-    check("run", lambda: _existing(run))
-    check("device", lambda: _device(settings.train.precision))
+
+    def begun() -> str:
+        pretrain.check_begun(run.study, [run])
+        return _existing(run)
+
+    check("run", begun)
     return checks, text
 
 
-def check_study(study: config.StudySettings, processes: int = 1) -> None:
-    """Refuse arms that cannot be trained, as far as settings and the size of the data say, before anything is trained.
+def check_study(study: config.StudySettings, processes: int = 1, allowed: Collection[str] = ()) -> list[str]:
+    """Run the checks of `dry_run` on a study, once for equal settings of its arms, before anything is trained.
+
+    Args:
+        study: the study. processes: processes that train each run together.
+        allowed: kinds of problems that come back as remarks and are no errors. `haste study` allows DOWNLOAD, since its
+            jobs download, its dry run nothing, and DEVICE where a cluster runs the jobs. `haste plan`, `teacher` and
+            `cost` allow ELSEWHERE: a plan may be for another machine, which has the GPU, data and files.
+
+    Returns:
+        A line for each allowed problem. Teachers and extractors that the study trains itself are none.
 
     Raises:
-        HasteError: networks, layers, heads, token grids, sampler, processes or the weights that an arm begins with do
-            not fit, or the data changed since a run was begun; it is named.
+        HasteError: the first other problem; it names the arm. The data changed since a run was begun.
     """
-    example, _ = find_example(study.data)
     pretrain.check_begun(study, [Run(study, arm, seed) for arm in study.arms for seed in study.seeds_of(arm)])
+    remarks: list[str] = []
+    done: list[tuple[str, object]] = []
+
+    def judge(check: Check, arm: str = "") -> None:
+        said = f"arm {arm!r}: {check.found}" if arm else check.found
+        if not check.ok and check.kind not in allowed:
+            raise HasteError(said)
+        if not check.ok:
+            remarks.append(f"{check.name}: {said}")
+
+    study.check_claims()
+    largest = max(study.arms, key=lambda arm: study.run(arm).train.batch_size)
+    example, data = find_example(study.data, study.run(largest).train.batch_size)
+    judge(data, largest if data.kind == SETTINGS else "")
+    needed = 0
     for arm in study.arms:
-        settings = study.run(arm)
+        settings, seeds = study.run(arm), [Run(study, arm, seed) for seed in study.seeds_of(arm)]
+        student = None
         try:
             micro_batches(settings.train.batch_size, settings.train.accumulate, processes)
             if example is not None:
-                student, _, _ = estimate.networks_of(settings, example)
-                sampling.check_sampler(student, study.sample_of(arm).options)
-                if settings.train.init_from is not None:
-                    released.check_start(student, Path(settings.train.init_from))
+                student, _, haste = estimate.networks_of(settings, example)
+                sampling.check_sampler(student, seeds[0].sample.options)
+                needed += sum(_still_needed(run, student, haste) for run in seeds)
         except HasteError as error:
             raise HasteError(f"arm {arm!r}: {error}") from error
+        looks = _needed(seeds[0], student)
+        looks |= {f"run of seed {run.seed}": (arm, partial(_existing, run)) for run in seeds}
+        if example is not None and torch.cuda.is_available() and DEVICE not in allowed:
+            looks["memory"] = settings, partial(_memory_of, settings, example, processes)
+        for name, (subject, look) in looks.items():
+            if (name, subject) not in done:
+                done.append((name, subject))
+                judge(_checked(name, look), arm if subject is not None else "")
+    judge(_checked("disk", lambda: _disk(needed)))
+    return remarks
 
 
-def _needed(run: Run) -> dict[str, Callable[[], str]]:
-    """Checks of the files and weights beside the data that the run and its scores need."""
+def _still_needed(run: Run, student: DiffusionTransformer, haste: HASTE | None) -> int:
+    """Bytes of the checkpoints that a run of a study still has to keep, without those that another arm makes for it."""
+    end, (_, shared) = estimate.aligned_until(run.config), estimate.shared_steps(run.study, run.arm)
+    steps = [step for step in run.missing_steps() if step > shared]
+    return sum(estimate.checkpoint_bytes(student, haste if step <= end else None) for step in steps)
+
+
+def _needed(run: Run, student: DiffusionTransformer | None) -> dict[str, tuple[object, Callable[[], str]]]:
+    """Checks of what the run and its scores need beside the data, each with the settings of an arm that decide it."""
     settings, study, evaluate = run.config, run.study, run.study.evaluate
-    needed: dict[str, Callable[[], str]] = {}
+    train = settings.train
+    needed: dict[str, tuple[object, Callable[[], str]]] = {}
+    if train.init_from is not None and student is not None:
+        start = Path(train.init_from)
+        words = (train.init_from, settings.model)
+        needed["initial weights"] = words, lambda: f"{start}: {released.check_start(student, start)}"
     if settings.model.kind == "mmdit":
-        needed["text tokens"] = lambda: _text_tokens(settings)
+        needed["text tokens"] = settings.model, lambda: _text_tokens(settings)
     if settings.alignment.active:
-        needed["teacher weights"] = lambda: _teacher_weights(run)
+        needed["teacher weights"] = settings.teacher, lambda: _teacher_weights(run)
     if settings.data.kind == "latents":
-        needed["vae"] = lambda: _vae(settings.data, run.sample)
+        needed["vae"] = run.sample, lambda: _vae(settings.data, run.sample)
     if evaluate.suite == "study":
-        needed["extractor"] = lambda: _trained_here(runs.extractor_path(study), evaluate.extractor)
-        needed["autoencoder"] = lambda: _trained_here(runs.autoencoder_path(study), evaluate.autoencoder)
-        return needed
-    needed["inception"] = lambda: _inception(evaluate.inception)
-    if evaluate.dinov2 != "none":
-        needed["dinov2"] = lambda: _encoder(evaluate.dinov2_model, evaluate.dinov2, "evaluate.dinov2")
-    if evaluate.reference is not None:
-        needed["reference"] = lambda: _reference(Path(str(evaluate.reference)))
+        needed["extractor"] = None, lambda: _trained_here(runs.extractor_path(study), evaluate.extractor)
+        needed["autoencoder"] = None, lambda: _trained_here(runs.autoencoder_path(study), evaluate.autoencoder)
+    else:
+        needed["inception"] = None, lambda: _inception(evaluate.inception)
+        if evaluate.dinov2 != "none":
+            needed["dinov2"] = None, lambda: _encoder(evaluate.dinov2_model, evaluate.dinov2, "evaluate.dinov2")
+        if evaluate.reference is not None:
+            needed["reference"] = None, lambda: _reference(Path(str(evaluate.reference)))
+    needed["device"] = train.precision, lambda: _device(train.precision)
     return needed
 
 
@@ -182,18 +250,24 @@ def find_example(settings: config.DataSettings, batch_size: int = 1) -> tuple[Ex
         if settings.kind == "images" and not place.exists():
             return _assumed(settings), Check("data", True, _in_cache(str(place)))
         dataset = open_dataset(settings)
-        Batches(dataset, batch_size, seed=0)  # refuses too few images
     except HasteError as error:
-        return _assumed(settings), Check("data", False, str(error))
+        return _assumed(settings), Check(
+            "data", False, str(error), DOWNLOAD if isinstance(error, NotDownloaded) else MISSING
+        )
     size, channels, classes = dataset.image_size, dataset.channels, dataset.classes
     shown = (getattr(dataset, "pixel_size", size), 3 if settings.kind == "latents" else channels)
-    return Example(size, channels, classes, *shown), Check("data", not dataset.doubts, dataset.summary)
+    example, found = Example(size, channels, classes, *shown), Check("data", not dataset.doubts, dataset.summary)
+    try:
+        Batches(dataset, batch_size, seed=0)  # refuses too few images
+    except HasteError as error:
+        found = Check("data", False, str(error), SETTINGS)
+    return example, found
 
 
 def _in_cache(name: str) -> str:
     cached = Path(HF_DATASETS_CACHE) / name.lower().replace("/", "___")
     if not cached.is_dir():
-        raise HasteError(
+        raise (NotDownloaded if _HUB_NAME.fullmatch(name) else HasteError)(
             f"data.path {name} does not exist here, and no data set of the hub by that name is in the local cache; "
             f"expected a hub name (downloaded at first use), parquet files, or a folder with one sub-folder per class"
         )
@@ -248,15 +322,16 @@ def _vae(data: config.DataSettings, sample: config.SampleSettings) -> str:
     for file in _VAE_FILES:
         found = folder / file if folder.is_dir() else try_to_load_from_cache(name, file)
         if not isinstance(found, str | Path) or not Path(found).is_file():
-            raise HasteError(f"{name} has no {file} on this machine: a hub name is downloaded at first use, or --set "
-                             f"sample.vae=FOLDER with {' and '.join(_VAE_FILES)}")  # fmt: skip
+            kind = NotDownloaded if _HUB_NAME.fullmatch(name) and not folder.is_dir() else HasteError
+            raise kind(f"{name} has no {file} on this machine: a hub name is downloaded at first use, or --set "
+                       f"sample.vae=FOLDER with {' and '.join(_VAE_FILES)}")  # fmt: skip
     return name
 
 
 def _inception(where: str) -> str:
     path = Path(torch.hub.get_dir()) / "checkpoints" / adm.INCEPTION_FILE if where == "hub" else Path(where)
     if where == "hub" and not path.is_file():
-        raise HasteError(
+        raise NotDownloaded(
             f"no file {path}: downloaded there from {adm.URL_INCEPTION_V3} at first use, or --set "
             f"evaluate.inception=PATH"
         )
@@ -265,9 +340,12 @@ def _inception(where: str) -> str:
 
 
 def _reference(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}, a folder of images"
     if not path.is_file():
         raise HasteError(
-            f"no file {path}; expected ADM's .npz there, or --set evaluate.reference=null (training images)"
+            f"nothing at {path}; expected ADM's .npz or a folder of images there, or --set evaluate.reference=null "
+            f"(training images)"
         )
     adm.load_reference(path)
     return str(path)
@@ -278,7 +356,6 @@ def _reference(path: Path) -> str:
 
 def _existing(run: Run) -> str:
     """The state of the run's directory, and the step that training would begin at."""
-    pretrain.check_begun(run.study, [run])
     done, step, tau = run.steps(), run.resume_step(), run.config.tau
     if not run.missing_steps():
         return f"complete, nothing to train: {run.dir}"
@@ -300,17 +377,32 @@ def _device(precision: str) -> str:
     return "CPU, no GPU found"
 
 
-def _disk(run: Run, needed: int) -> str:
+def _to_come(run: Run, found: pd.DataFrame) -> int:
+    """Bytes of the checkpoints that a run, of which `found` is the estimate, has yet to write."""
+    kept = [run.checkpoint_path(step) for step in run.config.train.kept_steps]
+    needed = int(found["checkpoint_bytes"].sum() + found["writing_bytes"].max())
+    return needed - sum(path.stat().st_size for path in kept if path.is_file())
+
+
+def _disk(needed: int) -> str:
     place = output_root()
     while not place.exists():
         place = place.parent
-    kept = [run.checkpoint_path(step) for step in run.config.train.kept_steps]
-    needed -= sum(path.stat().st_size for path in kept if path.is_file())
+    try:
+        tempfile.TemporaryDirectory(dir=place).cleanup()
+    except OSError as error:
+        raise HasteError(
+            f"nothing can be written to {place} ({error.strerror}); expected HASTE_OUTPUT=FOLDER that can be written"
+        ) from error
     free = shutil.disk_usage(place).free
     text = f"{size_text(max(needed, 0))} of checkpoints to come, {size_text(free)} free at {place}"
     if needed > free:
         raise HasteError(f"{text}; expected HASTE_OUTPUT on another disk, or fewer steps in train.keep")
     return text
+
+
+def _memory_of(settings: config.RunSettings, example: Example, processes: int) -> str:
+    return _memory(int(estimate.estimate(settings, example, processes)["memory_bytes"].max()))
 
 
 def _memory(peak: int) -> str:

@@ -196,7 +196,7 @@ def estimate(run: config.RunSettings, example: Example, gpus: int = 1, shared: i
     student, teacher, haste = networks_of(run, example)
     most = -(-batch // gpus)
     micro_batch = -(-most // train.accumulate)
-    end = run.tau + run.termination.fade if run.alignment.active else 0
+    end = aligned_until(run)
     aligned = int(min(end, train.steps))
     rows: list[dict[str, Any]] = []
     for phase, steps in ((1, aligned), (2, train.steps - aligned)):
@@ -207,8 +207,7 @@ def estimate(run: config.RunSettings, example: Example, gpus: int = 1, shared: i
         # Recomputed activations take one more forward pass.
         flops = found.flops + found.forward * train.activation_checkpointing
         held = _memory(student, own_haste, own_teacher, found, train, micro_batch)
-        # Four float32 copies: weights, their average, AdamW's two moments; the projector is not averaged.
-        checkpoint = 4 * (4 * parameters(student) + 3 * parameters(own_haste))
+        checkpoint = checkpoint_bytes(student, own_haste)
         kept = sum(step > shared and (step <= end) == (phase == 1) for step in train.kept_steps)
         steps -= 0 if rows else shared
         rows.append({
@@ -224,6 +223,16 @@ def estimate(run: config.RunSettings, example: Example, gpus: int = 1, shared: i
 def parameters(module: nn.Module | None) -> int:
     """Number of parameters, 0 for None; of HASTE those of the projector."""
     return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+def aligned_until(run: config.RunSettings) -> float:
+    """The last step whose checkpoint holds phase I, as far as the settings say; 0 without alignment."""
+    return run.tau + run.termination.fade if run.alignment.active else 0
+
+
+def checkpoint_bytes(student: nn.Module, haste: HASTE | None) -> int:
+    """Bytes of a checkpoint: weights, their average and AdamW's two moments in float32; projectors have no average."""
+    return 4 * (4 * parameters(student) + 3 * parameters(haste))
 
 
 def _memory(

@@ -77,18 +77,14 @@ def run_study(
         options: Snakemake's own options; without --workflow-profile jobs run on this machine, on all cores by default.
 
     Raises:
-        HasteError: an arm's settings do not fit together, the processes or the data; or a job failed: finished work is
-            kept, and the next call goes on from there.
+        HasteError: an arm's settings do not fit together, the processes or the data, or something is missing
+            (`dry_run.check_study`); or a job failed: finished work is kept, and the next call goes on from there.
         Interrupted: a signal arrived; local runs in progress saved a checkpoint, jobs on a cluster were cancelled.
     """
-    from haste_core.study.dry_run import check_study  # imports torch, which the Snakefile does not need
-
-    study.check_baseline()
-    study.check_claims()
-    check_study(study, processes)
     folder, report = study_dir(study), report_dir(study, profile)
     dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
     away = "--workflow-profile" in options
+    _check(study, processes, dry, away)
     own = ["--quiet", "rules"] if away else ["--retries", "1"]
     if "--cores" not in options and (dry or not away):
         # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
@@ -98,9 +94,10 @@ def run_study(
     if dry:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {done.stdout}")
+            said = " ".join(done.stdout.split())[-500:]
+            raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {said}")
         listed = counted(done.stdout)
-        print(f"study {study.name}: {len(listed) or 'no'} jobs to run", *map(_named, listed), sep="\n  ")
+        print(f"study {study.name}: {_count(listed)} to run", *map(_named, listed), sep="\n  ")
         return None
     resumed = any(folder.glob("*/seed*/checkpoints/*.safetensors"))
     with locked(folder / "study.lock", f"study {study.name}"), _watch(folder, resumed) as watched:
@@ -134,6 +131,16 @@ def run_study(
     took = f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes"
     print(took if away or progress.rules else "nothing was left to do")
     return report / "report.html"
+
+
+def _check(study: config.StudySettings, processes: int, dry: bool, away: bool) -> None:
+    """Refuse a study that cannot be run, and print what its jobs will download. dry, away: as in `run_study`."""
+    from haste_core.study import dry_run  # imports torch, which the Snakefile does not need
+
+    study.check_baseline()
+    allowed = [*([] if dry else [dry_run.DOWNLOAD]), *([dry_run.DEVICE] if away else [])]
+    for remark in dry_run.check_study(study, processes, allowed):
+        print(f"note: {remark}", file=sys.stderr)
 
 
 def stale(study: config.StudySettings) -> list[Path]:
@@ -175,6 +182,11 @@ def counted(printed: str) -> list[str]:
     return [rule for rule in re.findall(r"^([\w.]+) +\d+ *$", table, re.M) if rule != "all"]
 
 
+def _count(rules: Sequence[str]) -> str:
+    """The number of jobs, in words."""
+    return f"{len(rules) or 'no'} job{'s' * (len(rules) != 1)}"
+
+
 def _named(rule: str) -> str:
     """The name of a rule's job for people."""
     kind, _, name = rule.partition("_")
@@ -202,7 +214,7 @@ class _Progress:
                     before += line
                     self.rules = counted(before) if line.startswith("total ") else []
                     if self.rules:
-                        print(f"study {self.study.name}: {len(self.rules)} jobs, log {self.log}", flush=True)
+                        print(f"study {self.study.name}: {_count(self.rules)}, log {self.log}", flush=True)
                 elif found := re.match(r"(?:local)?rule ([\w.]+):", line):
                     self.began[found[1]] = time.monotonic()
                 elif (found := re.match(r"Finished jobid: \d+ \(Rule: ([\w.]+)\)", line)) and found[1] in self.rules:

@@ -32,6 +32,7 @@ from haste_core import checkpoint
 from haste_core.devices import default_device, exact
 from haste_core.errors import HasteError, Interrupted, number_of
 from haste_core.files import locked, write_json, write_text
+from haste_core.processes import local_rank
 from haste_core.study import config, signals
 from haste_core.study.data.base import parts, say, to_signed
 from haste_core.study.data.latents import (
@@ -263,7 +264,7 @@ class Job:
         wanted = ("cuda" if gpus else "cpu") if self.device == "auto" else self.device
         if not re.fullmatch(r"cpu|cuda(:\d+)?" if gpus else "cpu", wanted):
             raise HasteError(f"--device {wanted} with {gpus} GPUs here; expected one of: auto, cpu, cuda, cuda:0, ...")
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if wanted == "cuda" else wanted
+        return f"cuda:{local_rank() % gpus}" if wanted == "cuda" else wanted
 
 
 class Preparation:

@@ -20,11 +20,10 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from haste_core.errors import HasteError, Interrupted
-from haste_core.processes import Processes, launched, micro_batches
+from haste_core.processes import Processes, flag, launched, micro_batches
 from haste_core.study import signals, train
 from haste_core.study.runs import Run
 
@@ -136,7 +135,7 @@ def fit(run: Run, processes: int = 1, progress: bool = True) -> None:
             failed.
         Interrupted: a signal arrived; the run is saved.
     """
-    if processes > 1 and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if processes > 1 and torch.cuda.is_available() and not flag("ACCELERATE_USE_CPU"):
         gpus = torch.cuda.device_count()
         if processes > gpus:
             raise HasteError(f"{processes} processes on {gpus} GPU(s), of which each needs one; expected 1 to {gpus}")

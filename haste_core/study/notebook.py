@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import datetime
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste_core.errors import HasteError, Interrupted, unknown
-from haste_core.files import notebooks_folder
+from haste_core.files import make_parent, notebooks_folder, unwritable
 from haste_core.study import signals
 
 # Set for kernels that papermill starts: there `explore` draws a figure instead of widgets.
@@ -32,7 +33,8 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
         parameters: values for its cell tagged `parameters`; relative paths start at the current folder.
 
     Raises:
-        HasteError: no such notebook or parameter, or a cell raised (its message is passed on).
+        HasteError: no such notebook or parameter, `output` is the notebook or cannot be written, or a cell raised (its
+            message is passed on).
         Interrupted: a signal arrived; the cell in progress saved its state.
     """
     import papermill
@@ -44,7 +46,15 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise unknown("notebook", name, notebooks())
     given = _checked(path, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists() and output.samefile(path):
+        raise HasteError(f"{output} is the notebook itself; expected another name")
+    make_parent(output)
+    try:
+        output.open("ab").close()
+    except OSError as error:
+        raise unwritable(output, error) from error
+    # It warns of parameters that it does not find, which it looks for line by line; `_checked` has found them.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ[BATCH] = "1"  # kernels inherit it
     arguments = ["--Application.log_level=50"]  # kernels log about their own shutdown
     if path.parent == notebooks_folder():  # files of the current folder are modules for a user's own notebook alone
@@ -57,7 +67,7 @@ def execute(name: str, output: Path, parameters: Mapping[str, Any]) -> None:
     with signals.catch(stop_kernel) as stopping, tempfile.TemporaryDirectory(prefix="haste-") as sockets:
         try:
             papermill.execute_notebook(
-                str(path), str(output), parameters=given, kernel_name="python3", progress_bar=False,
+                str(path), str(output), parameters=given, kernel_name="python3", language="python", progress_bar=False,
                 cwd=str(Path.cwd()), kernel_manager_class=_kernel_manager(sockets),
                 extra_arguments=arguments,
             )  # fmt: skip
@@ -79,7 +89,7 @@ def _checked(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     given = {}
     for parameter, value in parameters.items():
         if parameter not in known:  # papermill itself only warns
-            raise unknown(f"parameter of notebook {path.stem}", parameter, known)
+            raise HasteError(f"notebook {path.stem}: {unknown('parameter', parameter, known)}")
         given[parameter] = str(value) if isinstance(value, datetime.date) else value
         try:
             json.dumps(given[parameter], allow_nan=False)
@@ -97,26 +107,32 @@ def parameters_of(path: Path) -> list[str]:
         HasteError: it is no notebook of Python code with such a cell.
     """
     import nbformat
+    from IPython.core.inputtransformer2 import TransformerManager
 
     try:
         notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=nbformat.NO_CONVERT)
         written = int(notebook.nbformat)
     except (ValueError, AttributeError, nbformat.ValidationError) as error:
         cause = " ".join(str(error).split())[:200]
-        raise HasteError(f"{path} is no notebook that can be read ({cause}); save it in JupyterLab") from error
+        raise HasteError(
+            f"{path} cannot be read as a notebook ({cause}); expected one that JupyterLab saved"
+        ) from error
     if written < 4:
         raise HasteError(f"{path} is a notebook of format {written}; expected 4: open and save it in JupyterLab")
     facts = notebook.metadata
     language = facts.get("kernelspec", {}).get("language") or facts.get("language_info", {}).get("name", "python")
     if language != "python":
         raise HasteError(f"{path} has a kernel of language {language!r}; expected Python")
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    if not cells:
-        raise HasteError(f"{path} has no cell tagged `parameters`; tag the cell of its settings so in JupyterLab")
+    cell = next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
+    if cell is None or cell.cell_type != "code":
+        found = "no cell tagged `parameters`" if cell is None else f"the tag `parameters` on a {cell.cell_type} cell"
+        raise HasteError(f"{path} has {found}; expected that tag on the code cell with its settings (in JupyterLab)")
     try:
-        statements = ast.parse(cells[0].source).body
+        statements = ast.parse(TransformerManager().transform_cell(cell.source)).body  # %magic is a call of a function
     except SyntaxError as error:
-        raise HasteError(f"{path}: the cell tagged `parameters` is no Python ({error.msg})") from error
+        raise HasteError(
+            f"{path}: the cell tagged `parameters` is not valid Python ({error.msg}); expected assignments"
+        ) from error
     targets = [t for s in statements for t in getattr(s, "targets", [getattr(s, "target", None)])]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,9 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+# No network is larger: a slip is refused before memory for it is asked for.
+Blocks = Annotated[int, Field(gt=0, le=1000)]
+Size = Annotated[int, Field(gt=0, le=100_000)]
 
 
 # Of attention made of cosine similarities, where a study names none.
@@ -40,10 +43,15 @@ class Section(BaseModel):
             if key not in cls.model_fields:
                 raise ValueError(str(unknown("key", key, cls.model_fields)))
             wanted = repr(cls.model_fields[key].annotation)
-            if _truth(value) and ("int" in wanted or "float" in wanted) and "bool" not in wanted:
+            number = ("int" in wanted or "float" in wanted) and "bool" not in wanted
+            if number and _holds(value, lambda item: isinstance(item, bool)):
                 raise ValueError(
                     f"{key} is {value}, a truth value (YAML reads yes, no, on and off so); expected a number"
                 )
+            if number and _holds(value, _quoted):
+                raise ValueError(f"{key} is {value!r}, a number in quotes, so text; expected a number without quotes")
+            if wanted == "<class 'bool'>" and not isinstance(value, bool):
+                raise ValueError(f"{key} is {value!r}; expected true or false")
         return given
 
     @model_validator(mode="before")
@@ -57,9 +65,17 @@ class Section(BaseModel):
         return {n: {**parts[n], **v} if n in parts and isinstance(v, Mapping) else v for n, v in given.items()}
 
 
-def _truth(value: Any) -> bool:
-    """True for true and false, and for lists that hold them."""
-    return isinstance(value, bool) or (isinstance(value, list) and any(map(_truth, value)))
+def _holds(value: Any, what: Callable[[Any], bool]) -> bool:
+    """True for a value of a kind, and for lists that hold one."""
+    return what(value) or (isinstance(value, list) and any(_holds(item, what) for item in value))
+
+
+def _quoted(value: Any) -> bool:
+    """True for text that is a number."""
+    try:
+        return isinstance(value, str) and float(value) is not None
+    except ValueError:
+        return False
 
 
 def validate(kind: type[S], content: Mapping[str, Any], where: str) -> S:
@@ -72,8 +88,11 @@ def validate(kind: type[S], content: Mapping[str, Any], where: str) -> S:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        path = "".join(f"{part}." for part in first["loc"])[:-1]
+        path = ".".join(str(part) for part in first["loc"] if part != "[key]")
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "string_pattern_mismatch":
+            marks = "., _ and -" if first["ctx"]["pattern"].endswith("-]*$") else ". and _"
+            message = f"expected letters, digits, {marks}, the first a letter or digit"
         if path and not isinstance(first["input"], (dict, BaseModel)):
             message += f", given {first['input']!r}"
         if error.error_count() > 1:
@@ -113,7 +132,7 @@ class DataSettings(Section):
 
     kind: Literal["digits", "images", "latents"] = "digits"
     path: str | None = None
-    image_size: Positive | None = None
+    image_size: Size | None = None
     train_split: str = "train"
     test_split: str = "test"
     contexts: str | None = None
@@ -169,7 +188,7 @@ class TeacherSettings(Section):
     kwargs: dict[str, Any] = {}
     weights: str = "hub"
     mean: list[float] | None = None
-    std: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0)]] | None = None
     resize: Literal["antialias", "reference"] = "antialias"
     # Left out of hashes where it is not given, so that runs made before there was such a setting keep their names.
     precision: Precision | None = Field(None, exclude_if=lambda precision: precision is None)
@@ -187,13 +206,13 @@ class ModelSettings(Section):
 
     kind: Literal["sit", "dit", "mmdit"] = "sit"
     preset: str | None = None
-    depth: Positive = 12
-    width: Positive = 384
-    heads: Positive = 6
-    patch: Positive = 2
-    mlp_ratio: float = Field(4.0, gt=0)
+    depth: Blocks = 12
+    width: Size = 384
+    heads: Size = 6
+    patch: Size = 2
+    mlp_ratio: float = Field(4.0, gt=0, le=1000)
     qk_norm: bool = False
-    context_width: Positive = 768
+    context_width: Size = 768
 
     @model_validator(mode="before")
     @classmethod
@@ -227,7 +246,7 @@ class AlignmentSettings(Section):
     depth: Positive = 8
     layer_pairs: list[tuple[NonNegative, NonNegative]] = []
     heads: list[NonNegative] | None = None
-    projector_width: Positive = 2048
+    projector_width: Size = 2048
     attention_from: Literal["qk", "similarity"] = Field("qk", exclude_if=lambda source: source == "qk")
     temperature: float | None = Field(None, gt=0, exclude_if=lambda temperature: temperature is None)
     t_low: Unit = 0.0
@@ -261,7 +280,7 @@ class AlignmentSettings(Section):
         if self.temperature is not None and self.attention_from == "qk":
             raise ValueError(f"temperature {self.temperature} belongs to attention_from: similarity, not to qk")
         if self.heads is not None and (not self.heads or len(set(self.heads)) < len(self.heads)):
-            raise ValueError(f"heads {self.heads} must name at least one head, each once")
+            raise ValueError(f"heads {self.heads}; expected at least one head, each once")
         return self
 
 
@@ -332,7 +351,7 @@ class TrainSettings(Section):
     compile: bool = False
     prefetch: bool = False
     activation_checkpointing: bool = False
-    threads: Positive = 1
+    threads: Blocks = 1
     keep: list[Positive] = []
     watch_angle: bool = False
     log_every: Positive = 50
@@ -372,7 +391,7 @@ class SampleSettings(Section):
 
     preset: str | None = None
     sampler: Literal["euler", "heun", "sde", "ddpm"] = "sde"
-    solver_steps: Positive = 250
+    solver_steps: Size = 250
     grid: Literal["uniform", "quadratic"] = "uniform"
     guidance: float = Field(1.0, ge=0)
     guidance_low: Unit = 0.0
@@ -427,7 +446,7 @@ class EvaluateSettings(Section):
     kid_subsets: Positive = 50
     kid_subset_size: Positive = 400
     neighborhood: Positive = 3
-    extractor_width: Positive = 64
+    extractor_width: Size = 64
     extractor: FittingSettings = FittingSettings(seed=2000)
     autoencoder: FittingSettings = FittingSettings(
         steps=600, batch_size=128, lr=2e-3, weight_decay=0.01, seed=3000, min_accuracy=0.5
