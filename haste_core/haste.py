@@ -216,10 +216,11 @@ class HASTE(nn.Module):
         weights = None if everywhere or t is None else ((t >= self.t_low) & (t <= self.t_high)).float()
         if self.angle is not None and watch and t is not None:
             seen = self.angle.watch(seen, t)
-        similarity = None
         if self.pairs and self.temperature is not None:
             similarity = Similarity(self.temperature, heads=seen.qk[self.pairs[0][0]][0].shape[1])
-        target = self.teacher(images, self.teacher_blocks, similarity)
+            target = self.teacher(images, self.teacher_blocks, similarity)
+        else:
+            target = self.teacher(images, self.teacher_blocks)
         feature = attention = None
         total = torch.zeros((), device=images.device)
         if self.projector is not None:

@@ -107,6 +107,7 @@ def vae_folder(root: Path) -> Path:
 def commands(place: Path) -> dict[str, Command]:
     """Every command that writes, each with a folder in the state before it."""
     study, pictures, vae = tiny_study(place / "faults.yaml"), image_folder(place / "images"), vae_folder(place / "vae")
+    whole = tiny_study(place / "whole.yaml", analyses={})
     empty, trained = place / "empty", place / "trained"
     empty.mkdir()
     shutil.copytree(empty, trained)
@@ -123,7 +124,7 @@ def commands(place: Path) -> dict[str, Command]:
                          "4", "--batch-size", "2", "--device", "cpu"],
             empty,
         ),
-        "study": Command(lambda out: ["study", str(study), "--cores", "2"], empty),
+        "study": Command(lambda out: ["study", str(whole), "--arms", "vanilla,haste", "--cores", "2"], empty),
     }  # fmt: skip
 
 

@@ -344,6 +344,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from haste_core.study import cost, dry_run, estimate
 
     study = study_of(arguments)
+    study.check_claims()
     remarks = dry_run.check_study(study, gpus, dry_run.ELSEWHERE)
     example, data = dry_run.find_example(study.data)
     if example is None:

@@ -136,7 +136,6 @@ def check_study(study: config.StudySettings, processes: int = 1, allowed: Collec
         if not check.ok:
             remarks.append(f"{check.name}: {said}")
 
-    study.check_claims()
     largest = max(study.arms, key=lambda arm: study.run(arm).train.batch_size)
     example, data = find_example(study.data, study.run(largest).train.batch_size)
     judge(data, largest if data.kind == SETTINGS else "")

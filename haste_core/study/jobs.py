@@ -139,6 +139,7 @@ def _check(study: config.StudySettings, processes: int, dry: bool, away: bool) -
 
     study.check_baseline()
     allowed = [*([] if dry else [dry_run.DOWNLOAD]), *([dry_run.DEVICE] if away else [])]
+    study.check_claims()
     for remark in dry_run.check_study(study, processes, allowed):
         print(f"note: {remark}", file=sys.stderr)
 
