@@ -311,7 +311,6 @@ def test_a_study_checks_its_arms_before_anything_is_trained(override, words, tmp
 WRONG = [
     ("train.batch_size=100000", "arm 'vanilla': train.batch_size 100000 exceeds"),
     ("sample={sampler: ddpm}", "arm 'vanilla': sample.sampler 'ddpm'"),
-    ("claims.early=7", "claims.early names step 7"),
     ("alignment.layer_pairs=[[1, 9]]", "arm 'repa': unknown teacher block"),
 ]
 MISSING = [
@@ -335,6 +334,13 @@ def test_plan_and_teacher_refuse_settings_that_do_not_fit(tiny_overrides, output
     assert main([command, "digits", *settings]) == 2
     assert words in capsys.readouterr().err
     assert not list(output.rglob("*"))
+
+
+@pytest.mark.parametrize("command", [["plan"], ["study", "--dry-run"]])
+def test_a_step_that_claims_read_has_to_be_kept(tiny_overrides, output, capsys, command):
+    settings = [word for setting in [*tiny_overrides, "claims.early=7"] for word in ("--set", setting)]
+    assert main([command[0], "digits", *settings, *command[1:]]) == 2
+    assert "claims.early names step 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("override", "words"), MISSING)
