@@ -72,13 +72,13 @@ def fit(
             last = processes.from_main(lambda: max(run.steps(), default=None))
             left = "there is no checkpoint before it" if last is None else f"the checkpoint of step {last} is intact"
             raise HasteError(f"{error}; {left}") from error
+        processes.from_main(lambda: _check_there(run))
         processes.from_main(run.tidy_metrics)
         missing = processes.from_main(run.missing_steps)  # the others wait until the main process is done
     if stopped and missing:
         raise Interrupted(f"{run.arm} seed {run.seed} stopped at step {trainer.step}, saved; run again to go on")
     if missing:
-        gone = f"{run.dir}: checkpoints {missing} are gone, as if the folder was removed while it trained"
-        raise HasteError(f"{gone}; run again to make them")
+        raise HasteError(f"{run.dir}: checkpoints {missing} were removed while it trained; run again to make them")
 
 
 def _begin(run: Run) -> bool:
@@ -126,6 +126,7 @@ def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None
             if trainer.step in kept or trainer.step % train.checkpoint_every == 0:
                 _save_checkpoint(run, trainer)
             if trainer.step % train.sample_every == 0 or trainer.step == train.steps:
+                processes.from_main(lambda: _check_there(run))
                 processes.from_main(lambda: _preview(run, trainer.step, trainer.ema, tracking))
             if on_step is not None:
                 on_step(trainer)
@@ -217,7 +218,14 @@ def exact_angle(run: config.RunSettings, trainer: Trainer) -> dict[str, float]:
 def _save_checkpoint(run: Run, trainer: Trainer) -> None:
     """Write the checkpoint of the present step, unless a weight is not finite, and remove temporary ones before it."""
     trainer.gather()
+    trainer.processes.from_main(lambda: _check_there(run))
     trainer.processes.from_main(lambda: _write_checkpoint(run, trainer))
+
+
+def _check_there(run: Run) -> None:
+    """Refuse to write into a folder that was removed meanwhile: files that were written before would be missing."""
+    if not (run.dir / "run.lock").is_file():
+        raise HasteError(f"{run.dir} was removed while it trained; run again to begin anew")
 
 
 def _write_checkpoint(run: Run, trainer: Trainer) -> None:
