@@ -6,7 +6,6 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import papermill
 import pytest
-from test_notebooks import ANALYSES, SMALL
+from test_notebooks import ANALYSES, BROWSER, SMALL, check_tables
 from test_study import copy_of, finished_study
 
 ROOT = Path(__file__).parents[1]
 REPORTS = sorted((ROOT / "reports").glob("*/report.html"))
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; Debian's package is chromium"),
@@ -136,16 +134,16 @@ def served(place, environment):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A folder of notebooks, the address of each in JupyterLab, which sees the runs of a finished study, and a page."""
+    """A folder of notebooks, a finished study that they see, the address of each in JupyterLab, and a page."""
     api = pytest.importorskip("playwright.sync_api", reason="no Playwright here; pip install -e .[browser]")
     place = tmp_path_factory.mktemp("lab")
-    output = copy_of(finished_study(tmp_path_factory), place / "copy").dir
-    environment = {"HASTE_OUTPUT": str(output), "ACCELERATE_USE_CPU": "true"}
+    study = copy_of(finished_study(tmp_path_factory), place / "copy")
+    environment = {"HASTE_OUTPUT": str(study.dir), "ACCELERATE_USE_CPU": "true"}
     with served(place, environment) as address, api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.set_default_timeout(120_000)
-        yield place, address, page
+        yield place, study, address, page
         browser.close()
 
 
@@ -194,7 +192,7 @@ def picture(figure):
 def test_a_notebook_runs_in_jupyterlab_and_every_control_changes_its_figure(lab, tmp_path, name):
     from playwright.sync_api import expect
 
-    place, address, page = lab
+    place, study, address, page = lab
     parameters = {"profile": "smoke", "overrides": SMALL} | NOTEBOOKS[name]
     papermill.execute_notebook(
         ROOT / "notebooks" / f"{name}.ipynb", place / f"{name}.ipynb", parameters, prepare_only=True
@@ -216,4 +214,6 @@ def test_a_notebook_runs_in_jupyterlab_and_every_control_changes_its_figure(lab,
             wrong += [found for name, control in controls if (found := move(figure, name, control))]
     finally:
         page.screenshot(path=tmp_path / "screen.png")
+    if name in ANALYSES:
+        check_tables(study.report, name)
     assert wrong == [], f"the screen is in {tmp_path / 'screen.png'}"
