@@ -319,7 +319,7 @@ class Folder:
         return pixels
 
     def _latent(self, path: Path) -> Tensor:
-        array = np.load(path, allow_pickle=False)
+        array = _loaded(path)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive")
         shape = array.shape
@@ -327,6 +327,16 @@ class Folder:
         if array.dtype != np.float32 or not fits:
             raise ValueError(f"it is {array.dtype} {shape}")
         return torch.from_numpy(array)
+
+
+def _loaded(path: Path, tries: int = 20) -> Any:
+    """The content of an .npy file, read anew where headers that several threads parse at once confuse CPython 3.11."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except SystemError as error:  # https://github.com/python/cpython/issues/106905
+        if tries <= 1 or "recursion depth" not in str(error):
+            raise
+    return _loaded(path, tries - 1)
 
 
 class Latents(Dataset):
