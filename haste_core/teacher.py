@@ -596,9 +596,7 @@ def _from_url(url: str, download: bool) -> Path:
 
 def _not_loaded(model: str, weights: str, error: Exception) -> HasteError:
     expected = f"one of timm.list_models({'pretrained=True' if weights == 'hub' else ''})"
-    if isinstance(
-        error, AssertionError | TypeError | ValueError
-    ):  # timm knows the model, and these arguments do not fit
+    if isinstance(error, AssertionError | TypeError | ValueError):  # of a model that timm knows
         expected = "teacher.kwargs that timm builds this model with"
     return HasteError(f"teacher {model!r} (weights: {weights}): {_cause(error)}; expected {expected}")
 

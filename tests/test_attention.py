@@ -323,6 +323,20 @@ def test_alignment_brings_attention_closer_to_the_teacher(output, make_study):
     assert apart["atta"] < 0.7 * apart["vanilla"]
 
 
+def test_arms_that_read_similarities_are_shown_beside_a_teacher_of_fewer_heads(output, make_study):
+    study = make_study(
+        "teacher.kwargs.num_heads=2", "arms.atta.alignment.attention_from=similarity", "train.steps=4", "train.keep=[4]",
+        "claims.early=4",
+    )  # fmt: skip
+    runs = [Run(study, arm, 0) for arm in ("vanilla", "atta")]
+    for chosen in runs:
+        fit(chosen, progress=False)
+    found = pd.DataFrame(token_maps(runs, find_teacher(study, study.teacher), [5], count=10))
+    assert list(found["source"].unique()) == ["teacher", "vanilla", "atta"]
+    assert probe.StudentTeacher(runs[0]).heads == [0, 1]
+    assert probe.StudentTeacher(runs[1]).heads == [0, 1, 2, 3]
+
+
 @pytest.fixture(scope="module")
 def views(atta):
     return {"atta": probe.StudentTeacher(atta, every_block=True, n=1)}

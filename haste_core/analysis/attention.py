@@ -20,9 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from haste_core.alignment import Grid, attention_probabilities, resample_attention, resample_tokens
+from haste_core.alignment import Grid, attention_probabilities, paired_heads, resample_attention, resample_tokens
 from haste_core.analysis import probe
-from haste_core.analysis.probe import StudentTeacher, aligned_heads, layer_pairs, maps_of, other_images, token_grid
+from haste_core.analysis.probe import StudentTeacher, layer_pairs, maps_of, other_images, token_grid
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.runs import Run
 from haste_core.study.sections import TEMPERATURE
@@ -286,9 +286,13 @@ def token_maps(
         maps = resample_attention(shown[:1], grid, shown_grid)
         rows.extend(_map_rows(maps, queries, facts | {"divergence": divergence}))
 
-    add(targets[pairs[0][1]][:, aligned_heads(runs[0], teacher)], teacher.grid, "teacher", 0, 0, pairs[0][1], 0.0)
+    def heads_of(run: Run, block: int) -> list[int]:
+        return paired_heads(run.config.alignment.heads, run.config.model.heads, targets[block].shape[1])
+
+    block = pairs[0][1]
+    add(targets[block][:, heads_of(runs[0], block)], teacher.grid, "teacher", 0, 0, block, 0.0)
     for run, (student_block, teacher_block) in zip(runs, pairs, strict=True):
-        step, heads, grid = run.config.train.steps, aligned_heads(run, teacher), token_grid(run.config.model, x)
+        step, heads, grid = run.config.train.steps, heads_of(run, teacher_block), token_grid(run.config.model, x)
         taps = Taps(blocks=(student_block,))
         tapped = probe.student_output(probe.student_at(run, step), x, t, taps, 0, labels)
         student = attention_probabilities(*tapped.qk[student_block])[:, heads]

@@ -136,20 +136,14 @@ def layer_pairs(run: Run, teacher: Teacher) -> list[tuple[int, int]]:
 
 
 def similarity_of(run: Run, teacher: Teacher) -> Similarity | None:
-    """What stands for the teacher's attention in a run: None for its own q and k.
+    """The attention made of similarities that a run is compared with; None where the teacher's own q and k are meant.
 
-    A teacher without any is compared by similarity in every arm, also in those that are not aligned with it.
+    A teacher of feature maps has nothing else, also for arms that are not aligned with it.
     """
     temperature = run.config.alignment.similarity or run.study.alignment.similarity
     if temperature is None and not teacher.heads:
         temperature = TEMPERATURE
     return None if temperature is None else Similarity(temperature, run.config.model.heads)
-
-
-def aligned_heads(run: Run, teacher: Teacher) -> list[int]:
-    """Heads that a run aligns, or would align: head m of the student with head m of the teacher."""
-    own = run.config.model.heads
-    return paired_heads(run.config.alignment.heads, own, own if similarity_of(run, teacher) else teacher.heads)
 
 
 def token_grid(model: config.ModelSettings, x: Tensor) -> Grid:
@@ -191,13 +185,15 @@ class StudentTeacher:
     def __init__(self, run: Run, every_block: bool = False, n: int | None = None) -> None:
         teacher = teacher_of(run)
         self.run, self.batch = run, held_out(run, n)
-        self.pairs, self.heads = layer_pairs(run, teacher), aligned_heads(run, teacher)
+        self.pairs = layer_pairs(run, teacher)
         self.grid, self.teacher_grid = token_grid(run.config.model, self.batch.x), teacher.grid
         blocks = tuple(range(teacher.blocks)) if every_block else tuple(sorted({t for _, t in self.pairs}))
         device = teacher.mean.device
         similarity = similarity_of(run, teacher)
         parts = [teacher(images.to(device), blocks, similarity) for images in self.batch.images.split(BATCH)]
         self.teacher = TeacherOutput(_joined(part.tokens for part in parts), _joined_qk(parts, blocks))
+        heads = self.teacher.qk[blocks[0]][0].shape[1]
+        self.heads = paired_heads(run.config.alignment.heads, run.config.model.heads, heads)
         self._loaded: tuple[int, DiffusionTransformer] | None = None
 
     @property
