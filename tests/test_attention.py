@@ -325,8 +325,8 @@ def test_alignment_brings_attention_closer_to_the_teacher(output, make_study):
 
 def test_arms_that_read_similarities_are_shown_beside_a_teacher_of_fewer_heads(output, make_study):
     study = make_study(
-        "teacher.kwargs.num_heads=2", "arms.atta.alignment.attention_from=similarity", "train.steps=4", "train.keep=[4]",
-        "claims.early=4",
+        "teacher.kwargs.num_heads=2", "arms.atta.alignment.attention_from=similarity", "train.steps=4",
+        "train.keep=[4]", "claims.early=4",
     )  # fmt: skip
     runs = [Run(study, arm, 0) for arm in ("vanilla", "atta")]
     for chosen in runs:
