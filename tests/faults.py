@@ -220,6 +220,7 @@ class Bench:
         """Run a command to its end after a fault, and compare."""
         done = run(self.commands[name].words(out), out, self.log)
         row.compared += 1
+        print(f"{row.what}, {row.fault}: {row.tried} tried, {row.compared} compared", file=sys.stderr)
         if done.status:
             row.problems.append(f"run again: status {done.status}: {done.text[-300:]!r}")
         elif differs := differences(content(out), self.expected[name]):
