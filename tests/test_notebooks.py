@@ -39,7 +39,7 @@ ANALYSES = {
     "03_gradient_conflict": (
         {"chunks": 2, "arms": ["holistic"]}, ("gradient_conflict", "gradient_conflict_online", "online_cost"),
     ),
-    "04_representation_similarity": ({"train": 200, "overrides": TWO_ARMS}, ("similarity", "probing")),
+    "04_representation_similarity": ({"train": 200, "arms": [], "overrides": TWO_ARMS}, ("similarity", "probing")),
     "05_attention_similarity": (
         {"levels": [0.5], "overrides": TWO_ARMS}, ("attention_similarity", "attention_statistics", "cross_effects"),
     ),
