@@ -25,6 +25,8 @@ SEEDS = (0, 1)
 TRAINING = 0.5
 # Length of all arms of a seed, in steps of `holistic`: plain training and the part after the switch are cheaper.
 LENGTH = 2.2
+# Length of the longest chain of arms: all of `holistic`, then the part of `haste` after the switch, which begins there.
+CHAIN = 1.4
 
 TEMPLATE = """\
 # {images:,} images in {classes} classes, {seen}; written by `haste new`.
@@ -163,6 +165,6 @@ def _steps(study: config.StudySettings, minutes: float) -> int:
         trainer.train_step()
     step = (time.perf_counter() - begun) / 10
     cores = len(os.sched_getaffinity(0))
-    at_a_time = min(cores, 3)  # arms
-    fitting = 60 * minutes * TRAINING * at_a_time / (step * LENGTH * len(SEEDS))
+    length = max(LENGTH / cores, CHAIN)
+    fitting = 60 * minutes * TRAINING / (step * length * len(SEEDS))
     return max(100, min(5000, int(fitting) // 100 * 100))
