@@ -147,7 +147,7 @@ def check_tables(report, name):
 
 @pytest.mark.slow
 def test_a_loop_of_ones_own_runs_through_the_switch(study, execute):
-    assert execute("09_your_own_trainer", steps=40, stop_at=20, batch_size=16).pictures == 2
+    assert execute("09_your_own_trainer", steps=40, stop_at=20, batch_size=16).pictures == 3
 
 
 @pytest.mark.slow
