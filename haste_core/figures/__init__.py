@@ -22,6 +22,7 @@ from haste_core.figures.scores import (
     gain_over_vanilla,
     image_rows,
     loss_ratio,
+    loss_shown,
     panel_steps,
     sample_sheet,
     step_cost,

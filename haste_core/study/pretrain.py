@@ -127,11 +127,13 @@ class PatchClassifier(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(model: Callable[[Tensor], Tensor], dataset: Dataset, split: str) -> float:
-    """The share of a split's images that are classified correctly, in [0, 1]."""
+def accuracy(
+    model: Callable[[Tensor], Tensor], dataset: Dataset, split: str, of: Callable[[Tensor], Tensor] = Tensor.long
+) -> float:
+    """The share of a split's images that are classified correctly, in [0, 1]; `of`: the part of a label that counts."""
     x, y = dataset.images(split)
     found = torch.cat([model(part.to(default_device())).argmax(1).cpu() for part in x.split(512)])
-    return float((found == y).float().mean())
+    return float((of(found) == of(y)).float().mean())
 
 
 @torch.no_grad()
@@ -277,10 +279,12 @@ def _trained_once(
     path: Path,
     fitting: config.FittingSettings,
     train: Callable[[config.FittingSettings, Dataset, Path], Trained],
+    knows: str = "labels",
 ) -> dict[str, Any]:
     """The state kept beside the weights in `path`, which are trained unless the file exists, by one process at a time.
 
-    train: training under one seed, with the study's data and the path of its checkpoint file.
+    train: training under one seed, with the study's data and the path of its checkpoint file. knows: as for
+        `fitting_data`.
     """
     role = path.stem
     if path.is_file():
@@ -291,7 +295,7 @@ def _trained_once(
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
                 check_unchanged(path.parent, study.data, begun=False)
                 with runs.session(path.parent, what=role):
-                    weights, facts = _accepted(fitting, fitting_data(study, fitting), path.parent, train)
+                    weights, facts = _accepted(fitting, fitting_data(study, fitting, knows), path.parent, train)
                     state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}
                     checkpoint.save(path, weights, {"accuracies": facts} if role == "teacher" else state)
     return checkpoint.load(path, prefixes=())[1]
@@ -317,9 +321,14 @@ def _accepted(
     raise failure
 
 
-def fitting_data(study: config.StudySettings, fitting: config.FittingSettings) -> Dataset:
-    """The study's data with the augmentation that a network is trained under."""
-    return open_dataset(study.data.model_copy(update={"augment": fitting.augment or study.data.augment}))
+def fitting_data(study: config.StudySettings, fitting: config.FittingSettings, knows: str = "labels") -> Dataset:
+    """The study's data with the augmentation that a network is trained under; knows: of `TeacherSettings`."""
+    data = study.data.model_copy(update={"augment": fitting.augment or study.data.augment})
+    if knows == "labels":
+        return open_dataset(data)
+    from haste_core.study.data.textured import Textured
+
+    return Textured(data, knows)
 
 
 def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings | None = None) -> dict[str, Any]:
@@ -337,11 +346,15 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
             torch.manual_seed(stream("teacher heads", fitting.seed))
             classifier = PatchClassifier(frozen, dataset.classes)
         measured = fit(classifier.requires_grad_(True), dataset, fitting, "teacher", partial)
+        for name, of in dataset.parts.items():
+            measured[f"test_{name}_accuracy"] = accuracy(classifier, dataset, "test", of)
         return frozen.encoder.state_dict(), measured
 
     accuracies: dict[str, float] = {}
     if wanted.weights == "pretrain":
-        accuracies = _trained_once(study, runs.teacher_path(study, wanted), wanted.fitting, train)["accuracies"]
+        accuracies = _trained_once(study, runs.teacher_path(study, wanted), wanted.fitting, train, wanted.knows)[
+            "accuracies"
+        ]
     teacher = find_teacher(study, wanted)
     return {
         "model": wanted.model,

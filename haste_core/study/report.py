@@ -155,7 +155,7 @@ def write_tables(report: Report) -> None:
     fid = [row for run in every for row in evaluation.rows(run)]
     write_table(folder / "fid.csv", fid, evaluation.columns(study))
     denoising = [row for run in every for row in evaluation.denoising_rows(run)]
-    write_table(folder / "denoising.csv", denoising, evaluation.DENOISING_COLUMNS)
+    write_table(folder / "denoising.csv", denoising, evaluation.denoising_columns(study))
     floor = evaluation.floor(evaluation.open_scorer(study), study)
     write_table(folder / "floor.csv", floor, ("pair", "n", "n_reference", *evaluation.metrics_of(study)))
     cards = [json.loads(run.evaluation_path.read_text())["card"] for run in every]
@@ -168,8 +168,8 @@ def write_tables(report: Report) -> None:
     times = json.loads((runs.study_dir(study) / "step_time.json").read_text())
     write_table(folder / "step_time.csv", times, cost.COLUMNS)
     found, confidence = evidence(report, pd.DataFrame(fid)), study.claims.confidence
-    write_table(folder / "claims.csv", judging.judge_all(claims.CLAIMS, found, confidence), judging.COLUMNS)
-    sensitive = judging.sensitivity(claims.CLAIMS, found, confidence)
+    write_table(folder / "claims.csv", judging.judge_all(claims.claims_of(study), found, confidence), judging.COLUMNS)
+    sensitive = judging.sensitivity(claims.claims_of(study), found, confidence)
     write_table(folder / "sensitivity.csv", sensitive, judging.SENSITIVITY)
     maps = attention.token_maps(report.shown_runs(), find_teacher(study, study.teacher))
     write_table(folder / "attention.csv", maps, tuple(maps[0]))

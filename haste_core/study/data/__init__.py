@@ -23,6 +23,10 @@ def open_dataset(data: config.DataSettings) -> Dataset:
     """
     if data.kind == "digits":
         return Digits(data)
+    if data.kind == "textured":
+        from haste_core.study.data.textured import Textured
+
+        return Textured(data)
     if data.kind == "images":
         from haste_core.study.data.images import Images
 
