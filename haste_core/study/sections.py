@@ -142,8 +142,8 @@ class DataSettings(Section):
     whose best velocity is known; texture: its law. path: for `images` a folder (one sub-folder a class, below folders
     named train, validation and test where there are such), a parquet file or a folder of them, or a hub name; for
     `latents` the folder. image_size: side in pixels; larger images are cropped and resized (center-crop-dhariwal of
-    EDM2). train_split, test_split: names inside the data set. Without a split `test` the validation split stands for it, and
-    without either, test_fraction of the images is held out for scores and analyses, chosen by split_seed.
+    EDM2). train_split, test_split: names inside the data set. Without a split `test` the validation split stands for
+    it, and without either, test_fraction of the images is held out for scores and analyses, chosen by split_seed.
     validation_fraction: share of the rest that is held out for decisions during a study (triggers, acceptance of a
     teacher or an extractor), unless the data have a validation split beside a test split.
     image_column, label_column: of parquet files and hub data sets, where more than one could be meant; a label column
