@@ -22,6 +22,7 @@ from haste_core.study.judging import MEASURES, Claim, Contrasts, Evidence
 
 # Set by the commit that follows the one it names.
 RULES = "d23e73d88298"
+MECHANISM_RULES = "a250d99599d4"
 
 ABOVE_ZERO = "supported if the interval is above 0, contradicted if below"
 EVERY = "supported if every interval is above 0, contradicted if one is below"
@@ -489,6 +490,11 @@ MECHANISM = (
 def claims_of(study: StudySettings) -> tuple[Claim, ...]:
     """The claims that a study's report judges."""
     return (*CLAIMS, *MECHANISM) if study.data.kind == "textured" else CLAIMS
+
+
+def rules_of(study: StudySettings) -> str:
+    """The commits that fixed the rules of `claims_of`."""
+    return f"{RULES}, M1 to M7 {MECHANISM_RULES}" if study.data.kind == "textured" else RULES
 
 
 # The analysis tables that claims are read from.

@@ -383,7 +383,7 @@ def write_report(report: Report) -> Path:
         sentences=sentences(report),
         verdicts=report_text.verdicts(judged),
         lacking=lacking(judged),
-        rules=claims.RULES,
+        rules=claims.rules_of(study),
         sensitivity=report_text.sensitivity_cells(report.table("sensitivity")),
         scores=[(step, report_text.score_cells(fid, step)) for step in steps],
         denoising=report_text.denoising_cells(fid, steps, study.claims.confidence),
