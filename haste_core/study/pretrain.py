@@ -44,10 +44,10 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, width: int, channels: int, image_size: int) -> None:
         super().__init__()
-        # The last row and column are repeated up to a side that is a multiple of 4.
-        self.margin = -image_size % 4
-        # 8x8 images, and those whose side is no multiple of 8, are downsampled one time less.
-        self.early = 2 if image_size > 8 and image_size % 8 == 0 else 1
+        # Images of at most 8x8 are downsampled one time less.
+        self.early = 2 if image_size > 8 else 1
+        # The last row and column are repeated up to a side that can be halved so many times.
+        self.margin = -image_size % (4 * self.early)
         self.side = (image_size + self.margin) // (4 * self.early)  # of the trunk's 96 output channels
         self.trunk = nn.Sequential(
             _stage(channels, 32, 1), _stage(32, 64, self.early), _stage(64, 64, 2), _stage(64, 96, 2)
