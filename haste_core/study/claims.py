@@ -1,8 +1,8 @@
 """Claims C1 to C20 of arXiv 2505.16792 as data: the paper's number, a statistic, and the rule that decides.
 
 An id ends in `d` if the claim is read on held-out denoising loss near the data, in `s` for structure (t >= 0.3), in `p`
-and `r` for precision and recall, and holds a `w` for arms with alignment weights of 2 or 4, which are outside of the
-paper's. A bundle of the paper is split (C13a, C13b). C18 has a row for each horizon.
+and `r` for precision and recall, in `x` for pixels, and holds a `w` for arms with alignment weights of 2 or 4, which
+are outside of the paper's. A bundle of the paper is split (C13a, C13b). C18 has a row for each horizon.
 
 Rules and random streams were changed together after the earlier runs, which are called exploration
 (reports/exploration). `RULES` names the commit that fixed both before the first run under them.
@@ -32,7 +32,7 @@ OTHERS = ("vanilla", "repa", "atta", "holistic")
 STRONGER = ("haste_attention_1", "haste_attention_1.5", "haste_attention_3")
 SUFFIX = {
     "fid": "", "near_data": "d", "structure": "s", "precision": "p", "recall": "r", "excess": "",
-    "excess_structure": "s", "gap": "l",
+    "excess_structure": "s", "gap": "l", "fd_pixel": "x",
 }  # fmt: skip
 BOTH = ("fid", "near_data")
 STEP = {"early": "mean of the early steps", "last": "last step", "common": "last common step"}
@@ -50,6 +50,15 @@ def difference(evidence: Evidence, seed: int, worse: str, better: str, when: str
             raise HasteError(f"arms {arms} share no scored step for seed {seed}; give them the same train.keep")
         step = max(common)
     return evidence.value(worse, seed, step) - evidence.value(better, seed, step)
+
+
+def growth_of_gain(evidence: Evidence, seed: int) -> float:
+    """HASTE's gain over vanilla at the higher resolution minus that at the lower, each at its last common step."""
+    high, low = (
+        difference(evidence, seed, f"{side}_resolution_vanilla", f"{side}_resolution_haste", "common")
+        for side in ("high", "low")
+    )
+    return high - low
 
 
 def share_of_gain(evidence: Evidence, seed: int, arm: str) -> float:
@@ -200,6 +209,22 @@ def trigger(id: str, family: str, weights: str) -> Claim:
         POSITIVE, partial(against_switches, family=family, allowed=0.05),
         table="termination_nearest", untested=partial(never_fired, family=family),
     )  # fmt: skip
+
+
+def larger_gain(measures: tuple[str, ...]) -> list[Claim]:
+    """C20 across two resolutions of the same images, one claim for each measure."""
+    high, low = (tuple(f"{side}_resolution_{arm}" for arm in ("vanilla", "haste")) for side in ("high", "low"))
+    return [
+        Claim(
+            "C20g" + SUFFIX[measure], "the gain of HASTE is larger at higher resolution",
+            "no such comparison: Tables 1 and 13 are of other lengths of training", (*high, *low),
+            f"{MEASURES[measure].name}, gain of haste over vanilla at the higher resolution minus that at the lower, "
+            f"{STEP['common']} of each",
+            ABOVE_ZERO, POSITIVE, {"": growth_of_gain}, measure=measure, across=(high, low),
+            needs="run the study at the lower resolution first",
+        )
+        for measure in measures
+    ]  # fmt: skip
 
 
 CLAIMS = (
@@ -358,6 +383,7 @@ CLAIMS = (
         ("high_resolution_vanilla",), "high_resolution_haste", "common", ("fid",), None,
         "needs images of a higher resolution and their study, such as imagenet512",
     ),
+    *larger_gain(("fid", "fd_pixel", "near_data")),
     *compared(
         "T14", "HASTE ends with higher precision than vanilla",
         "Table 14: SiT-XL/2 .68 after 1400 epochs, with HASTE .73 after 100",
