@@ -188,7 +188,7 @@ def direction_used(fid: pd.DataFrame, tau: int | None) -> Figure:
     for arm in arms:
         seed_line(axis, fid[fid["arm"] == arm], "step", arm, style(arm, arms), "informed")
     mark_switch(axis, tau)
-    axis.set(xlabel="training steps", ylabel="share of the direction used\n(0: ignored, 1: known)", ylim=(None, 1.02))
+    axis.set(xlabel="training steps", ylabel="share of the direction used\n(0: ignored, 1: known)")
     axis.legend(fontsize=8)
     return figure
 

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def run_study(
     folder, report = study_dir(study), report_dir(study, profile)
     dry = bool({"--dry-run", "--dryrun", "-n"} & set(options))
     away = "--workflow-profile" in options
-    _check(study, processes, dry, away)
+    check = partial(_check, study, processes, dry, away)
     own = ["--quiet", "rules"] if away else ["--retries", "1"]
     if "--cores" not in options and (dry or not away):
         # In a dry run no job shows more threads than there are cores, and a cluster has more than this machine.
@@ -92,13 +93,9 @@ def run_study(
     command = [*graph(name, profile, overrides, processes), *own, *options]
     environment = os.environ | {"HASTE_OUTPUT": str(output_root())}
     if dry:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            said = " ".join(done.stdout.split())[-500:]
-            raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {said}")
-        listed = counted(done.stdout)
-        print(f"study {study.name}: {_count(listed)} to run", *map(_named, listed), sep="\n  ")
+        _list_jobs(study, command, environment, check)
         return None
+    check()
     resumed = any(folder.glob("*/seed*/checkpoints/*.safetensors"))
     with locked(folder / "study.lock", f"study {study.name}"), _watch(folder, resumed) as watched:
         # Ctrl-C reaches local jobs directly; Snakemake on a cluster gets its signal from here.
@@ -131,6 +128,25 @@ def run_study(
     took = f"{watched['minutes']:.1f} minutes, at most {watched['peak_memory_gib']:.2f} GiB over all processes"
     print(took if away or progress.rules else "nothing was left to do")
     return report / "report.html"
+
+
+def _list_jobs(
+    study: config.StudySettings, command: Sequence[str], environment: Mapping[str, str], check: Callable[[], None]
+) -> None:
+    """Print the jobs that would run. Their graph is built while `check` runs, since both take seconds."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as building:
+        try:
+            check()
+        except BaseException:
+            building.kill()
+            raise
+        said = building.communicate()[0]
+    if building.returncode:
+        raise HasteError(f"study {study.name}: the graph of jobs cannot be built: {' '.join(said.split())[-500:]}")
+    listed = counted(said)
+    print(f"study {study.name}: {_count(listed)} to run", *map(_named, listed), sep="\n  ")
 
 
 def _check(study: config.StudySettings, processes: int, dry: bool, away: bool) -> None:

@@ -485,21 +485,15 @@ def sentences(report: Report) -> list[str]:
 def readme_block(folder: Path, whole: bool = True) -> str:
     """The answers, verdicts and origin as README shows them (markdown), from the tables in `folder` alone.
 
-    whole: with a row for each verdict, step times and the time of the study; else verdicts are counted.
+    whole: with step times and the time of the study.
     """
     facts = json.loads((folder / "provenance.json").read_text())
     told, verdicts, origin = _told(folder, facts)
     lines = [f"- **{question}** {text}" for question, text in told]
     if not whole:
         return "\n".join([*lines, f"- {verdicts} {origin}"]) + "\n"
-    judged, times = (pd.read_csv(folder / f"{name}.csv") for name in ("claims", "step_time"))
-    lines += ["", "| claim | measure | effect (interval) | verdict |", "|---|---|---|---|"]
-    for row in judged[measured(judged)].to_dict("records"):
-        cells = (f"{row['id']}: {row['claim']}", report_text.measure_name(row["measure"]), effect(row))
-        lines.append(f"| {' | '.join(cells)} | **{row['verdict']}** |")
-    if missing := len(lacking(judged)):
-        more = f"{missing} further claims or readings need other arms or tables; the report lists them with units."
-        lines += ["", more]
+    lines.append(f"- {verdicts}")
+    times = pd.read_csv(folder / "step_time.csv")
     ratios = ", ".join(
         f"{row['arm']} phase {report_text.phase(row)} {row['ratio_to_vanilla']:.2f}"
         for row in times[times["arm"] != "vanilla"].to_dict("records")
