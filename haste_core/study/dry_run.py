@@ -26,7 +26,7 @@ from haste_core.files import output_root
 from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
 from haste_core.processes import micro_batches
-from haste_core.study import adm, config, estimate, pretrain, runs
+from haste_core.study import adm, config, estimate, pretrain, runs, text
 from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.contexts import Contexts
 from haste_core.study.estimate import Example, size_text
@@ -283,9 +283,15 @@ def _assumed(settings: config.DataSettings) -> Example | None:
 
 
 def _text_tokens(settings: config.RunSettings) -> str:
-    path = settings.data.contexts
+    path, encoder = settings.data.contexts, settings.data.text_encoder
+    if path is None and encoder is None:
+        raise HasteError("an MM-DiT needs data.text_encoder, or data.contexts=FILE written by haste contexts")
     if path is None:
-        raise HasteError("an MM-DiT needs data.contexts=FILE, written by haste_core.study.data.contexts.write")
+        if encoder == text.WORDS:
+            text.word_files()
+        return f"made at first use by {encoder}"
+    if encoder is not None and not Path(path).is_file():
+        raise HasteError(f"data.contexts {path} is missing; make it by: haste contexts STUDY")
     found = Contexts(path)
     if found.width != settings.model.context_width:
         raise HasteError(

@@ -23,6 +23,14 @@ def open_dataset(data: config.DataSettings) -> Dataset:
     """
     if data.kind == "digits":
         return Digits(data)
+    if data.has_scenes:
+        from haste_core.study.data.scenes import Scenes
+
+        return Scenes(data)
+    if data.kind == "captions":
+        from haste_core.study.data.captions import CaptionedImages
+
+        return CaptionedImages(data)
     if data.kind == "images":
         from haste_core.study.data.images import Images
 
