@@ -14,6 +14,7 @@ from haste_core.figures.capacity import (
 from haste_core.figures.scores import (
     NEAR_DATA,
     STRUCTURE,
+    caption_sheet,
     claims_forest,
     compared,
     denoising_levels,
@@ -22,6 +23,7 @@ from haste_core.figures.scores import (
     gain_over_vanilla,
     image_rows,
     loss_ratio,
+    loss_shown,
     panel_steps,
     sample_sheet,
     step_cost,

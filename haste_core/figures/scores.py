@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,15 +87,22 @@ def gain_over_vanilla(fid: pd.DataFrame, tau: int | None) -> Figure:
     return figure
 
 
+def loss_shown(denoising: pd.DataFrame) -> tuple[str, str]:
+    """Column and name of the loss that arms are compared by: excess over the best velocity where that is known."""
+    return ("excess", "excess loss") if "excess" in denoising else ("loss", "denoising loss")
+
+
 def loss_ratio(denoising: pd.DataFrame, low: float = 0.0, high: float = 1.0, base: str = "vanilla") -> pd.DataFrame:
-    """Held-out loss, mean over noise levels in [low, high], over that of `base`: rows (seed, step), a column an arm.
+    """Held-out loss over that of `base`, mean over noise levels in [low, high]: rows (seed, step), a column an arm.
+
+    It is the loss of `loss_shown`.
 
     Args:
         denoising: rows of denoising.csv. base: an arm; NaN if it has no row for a seed and step.
     """
     one_card(denoising)
     chosen = denoising[(denoising["split"] == "held-out") & denoising["t"].between(low - 1e-9, high + 1e-9)]
-    loss = chosen.pivot_table(index=["seed", "step"], columns="arm", values="loss", aggfunc="mean")
+    loss = chosen.pivot_table(index=["seed", "step"], columns="arm", values=loss_shown(denoising)[0], aggfunc="mean")
     return loss.reindex(columns=list(chosen["arm"].unique())).div(loss[base], axis=0)
 
 
@@ -153,7 +160,7 @@ def denoising_over_training(denoising: pd.DataFrame, tau: int | None) -> Figure:
         _arm_lines(axis, loss_ratio(denoising, *span).melt(ignore_index=False).reset_index(), "step", "value")
         mark_switch(axis, tau)
         axis.set(title=title, xlabel="training steps")
-    axes[0].set_ylabel("held-out loss over vanilla's\n(below 1: better than plain training)")
+    axes[0].set_ylabel(f"held-out {loss_shown(denoising)[1]} over vanilla's\n(below 1: better than plain training)")
     _legend(figure, axes[0], tau)
     return figure
 
@@ -201,7 +208,7 @@ def _level_panels(figure: Any, denoising: pd.DataFrame, tau: int | None, early: 
     """Draw a panel each for an early step, the switch and the end; returns the last one, which has every arm."""
     held = denoising[denoising["split"] == "held-out"]
     steps = panel_steps(held.loc[held["arm"] == "vanilla", "step"], tau, early)
-    loss = held.pivot_table(index=["step", "t", "seed"], columns="arm", values="loss")
+    loss = held.pivot_table(index=["step", "t", "seed"], columns="arm", values=loss_shown(denoising)[0])
     ratio = loss[held["arm"].unique()].div(loss["vanilla"], axis=0).melt(ignore_index=False).dropna().reset_index()
     axes = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
     for axis, step in zip(axes, sorted(steps), strict=True):
@@ -209,7 +216,8 @@ def _level_panels(figure: Any, denoising: pd.DataFrame, tau: int | None, early: 
         _noise_axis(axis, held["t"])
         axis.set_title(f"{steps[step]}: step {step:,}", fontsize=9)
     axes[0].set_ylabel("held-out loss over vanilla's")
-    figure.suptitle("Held-out denoising loss, below 1: better than plain training", fontsize=10, weight="bold")
+    name = loss_shown(denoising)[1]
+    figure.suptitle(f"Held-out {name}, below 1: better than plain training", fontsize=10, weight="bold")
     return axes[-1]
 
 
@@ -270,6 +278,28 @@ def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int
         part.suptitle(f"step {step:,}", fontsize=10)
         for axis, arm in zip(part.subplots(len(arms), 1, squeeze=False)[:, 0], arms, strict=True):
             _image_row(axis, arm, samples.get((arm, step), np.empty(0))[:10], 10)
+    return figure
+
+
+def caption_sheet(images: Mapping[str, np.ndarray], texts: Mapping[str, Sequence[str]]) -> Figure:
+    """Images above their captions: a block per set of captions, a row per arm, a column per caption.
+
+    Args:
+        images: uint8 (sets, n, C, S, S) by arm. texts: n captions by name of the set, in that order.
+    """
+    columns = len(next(iter(texts.values())))
+    figure = Figure(figsize=(7.6, len(texts) * (1.05 * len(images) + 0.95)), layout="constrained")
+    parts = figure.subfigures(len(texts), 1, squeeze=False)[:, 0]
+    for number, (part, (title, captions)) in enumerate(zip(parts, texts.items(), strict=True)):
+        part.suptitle(title, fontsize=10)
+        axes = part.subplots(len(images), columns, squeeze=False)
+        for row, (arm, sets) in zip(axes, images.items(), strict=True):
+            for axis, image in zip(row, sets[number], strict=True):
+                without_ticks(axis, spines=False)
+                show_images(axis, image[None], 1)
+            row[0].set_ylabel(arm, rotation=0, ha="right", va="center")
+        for axis, caption in zip(axes[-1], captions, strict=True):
+            axis.set_xlabel(textwrap.fill(caption, 20), fontsize=7)
     return figure
 
 

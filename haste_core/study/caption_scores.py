@@ -53,6 +53,17 @@ def labels_of(study: config.StudySettings, dataset: Scenes, split: str) -> Tenso
     return torch.randint(dataset.sampled, dataset.classes, (evaluate.caption_images,), generator=generator)
 
 
+def shown(study: config.StudySettings) -> list[dict[str, str]]:
+    """`set` and `caption` of the images that are kept of each set, in order."""
+    dataset = open_dataset(study.data)
+    assert isinstance(dataset, Scenes)
+    return [
+        {"set": name_of(split, guided), "caption": dataset.captions.texts[label]}
+        for split, guided in SETS
+        for label in labels_of(study, dataset, split)[:SHOWN].tolist()
+    ]
+
+
 def drawn(
     study: config.StudySettings, model: DiffusionTransformer, sample: config.SampleSettings, generated: Tensor
 ) -> Iterator[Set]:

@@ -1,8 +1,9 @@
 """Claims C1 to C20 of arXiv 2505.16792 as data: the paper's number, a statistic, and the rule that decides.
 
 An id ends in `d` if the claim is read on held-out denoising loss near the data, in `s` for structure (t >= 0.3), in `p`
-and `r` for precision and recall, and holds a `w` for arms with alignment weights of 2 or 4, which are outside of the
-paper's. A bundle of the paper is split (C13a, C13b). C18 has a row for each horizon.
+and `r` for precision and recall, in `x` for pixels, in `c` and `u` for caption accuracy, and holds a `w` for arms with
+alignment weights of 2 or 4, which are outside of the paper's. A bundle of the paper is split (C13a, C13b). C18 has a
+row for each horizon.
 
 Rules and random streams were changed together after the earlier runs, which are called exploration
 (reports/exploration). `RULES` names the commit that fixed both before the first run under them.
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from haste_core.errors import HasteError
+from haste_core.study.config import StudySettings
 from haste_core.study.judging import MEASURES, Claim, Contrasts, Evidence
 
 # Set by the commit that follows the one it names.
@@ -28,7 +30,10 @@ TRIGGER = "gradient angle < -0.05"
 POSITIVE = (0.0, math.inf)
 OTHERS = ("vanilla", "repa", "atta", "holistic")
 STRONGER = ("haste_attention_1", "haste_attention_1.5", "haste_attention_3")
-SUFFIX = {"fid": "", "near_data": "d", "structure": "s", "precision": "p", "recall": "r"}
+SUFFIX = {
+    "fid": "", "near_data": "d", "structure": "s", "precision": "p", "recall": "r", "excess": "",
+    "excess_structure": "s", "gap": "l", "fd_pixel": "x", "caption_seen": "c", "caption_unseen": "u",
+}  # fmt: skip
 BOTH = ("fid", "near_data")
 STEP = {"early": "mean of the early steps", "last": "last step", "common": "last common step"}
 
@@ -364,6 +369,142 @@ CLAIMS = (
         ("vanilla",), "haste", "last", ("recall",), 0.02,
     ),
 )  # fmt: skip
+
+# Excess loss of an arm that a switch may leave, as a share of vanilla's (M4).
+LEFT = 0.02
+
+
+def late(evidence: Evidence, seed: int, role: str, measure: str, step: int | None = None) -> float:
+    """A score of an arm at a step, by default the last one of the study."""
+    rows = evidence.rows_of_scores(role, seed)
+    return float(rows.loc[rows["step"] == (evidence.last if step is None else step), measure].iloc[0])
+
+
+def harm(evidence: Evidence, seed: int, arm: str, plain: str = "vanilla") -> float:
+    """log excess loss near the data at the last step, an arm minus plain training."""
+    return math.log(late(evidence, seed, arm, "excess") / late(evidence, seed, plain, "excess"))
+
+
+def early_gain(evidence: Evidence, seed: int, arm: str, plain: str = "vanilla") -> float:
+    """log excess loss at t >= 0.3, plain training minus an arm, mean of the early steps."""
+    values = [
+        late(evidence, seed, plain, "excess_structure", step) / late(evidence, seed, arm, "excess_structure", step)
+        for step in evidence.early
+    ]
+    return float(np.mean(np.log(values)))
+
+
+def less_harm(evidence: Evidence, seed: int, arm: str) -> float:
+    """Late harm of `holistic` minus that of an arm."""
+    return harm(evidence, seed, "holistic") - harm(evidence, seed, arm)
+
+
+def harm_for_gain(evidence: Evidence, seed: int) -> float:
+    """Late harm of `holistic` over its early gain minus that of `both`; NaN, which decides nothing, without a gain."""
+    gains = {arm: early_gain(evidence, seed, arm) for arm in ("holistic", "both")}
+    if min(gains.values()) <= 0:
+        return math.nan
+    return harm(evidence, seed, "holistic") / gains["holistic"] - harm(evidence, seed, "both") / gains["both"]
+
+
+def harm_by_width(evidence: Evidence, seed: int, narrow: str, wide: str) -> float:
+    """Late harm at one width minus that at a larger one; an empty prefix is the study's own width."""
+
+    def at(prefix: str) -> float:
+        return harm(evidence, seed, f"{prefix}holistic", f"{prefix}vanilla")
+
+    return at(narrow) - at(wide)
+
+
+def harm_in_band(evidence: Evidence, seed: int, minus_template: bool) -> float:
+    """Late harm of `holistic` in the texture's coefficients, or its surplus over the others', over vanilla's excess."""
+    plain = late(evidence, seed, "vanilla", "excess")
+    texture, template = (
+        (late(evidence, seed, "holistic", name) - late(evidence, seed, "vanilla", name)) / plain
+        for name in ("excess_texture", "excess_template")
+    )
+    return texture - template if minus_template else texture
+
+
+# Of studies whose data have a known law: predictions of the capacity mismatch, fixed before the runs that judge them.
+MECHANISM = (
+    *compared(
+        "M1", "a teacher of labels costs detail near the data late", "Sec. 1: a mismatch of capacity",
+        ("holistic",), "vanilla", "last", ("excess",),
+    ),
+    Claim(
+        "M2", "a teacher that knows the texture too costs less", "Sec. 1: a mismatch of capacity",
+        ("vanilla", "holistic", "both", "both_pull"),
+        "late harm (log excess loss, t <= 0.1, over vanilla's), teacher of labels minus teacher of both, last step",
+        EVERY, POSITIVE,
+        {"equal weights": partial(less_harm, arm="both"), "equal pull": partial(less_harm, arm="both_pull")},
+        measure="excess", when="last",
+    ),
+    Claim(
+        "M2g", "it costs less for an equal early gain", "Sec. 1: a mismatch of capacity",
+        ("vanilla", "holistic", "both"),
+        "late harm over early gain (log excess loss, t >= 0.3), teacher of labels minus teacher of both",
+        ABOVE_ZERO + "; not decided where either gains nothing early for some seed", POSITIVE, {"": harm_for_gain},
+        measure="excess", when="early",
+    ),
+    Claim(
+        "M3", "the harm shrinks with the width of the student", "Sec. 1: a mismatch of capacity",
+        ("vanilla", "holistic", "narrow_vanilla", "narrow_holistic", "wide_vanilla", "wide_holistic"),
+        "late harm (log excess loss, t <= 0.1, over vanilla's) at one width minus the next larger one, last step",
+        EVERY, POSITIVE,
+        {
+            "32 minus 64": partial(harm_by_width, narrow="narrow_", wide=""),
+            "64 minus 96": partial(harm_by_width, narrow="", wide="wide_"),
+        },
+        measure="excess", when="last",
+    ),
+    Claim(
+        "M4", "the switch takes the harm away by the last step", "Fig 1: the run stopped midway ends below",
+        ("vanilla", "haste"), "log excess loss, t <= 0.1, haste minus vanilla, last step",
+        f"at most {LEFT:g} is left: supported if the interval is below {LEFT:g}, contradicted if above",
+        (-math.inf, LEFT), {"": partial(difference, worse="haste", better="vanilla", when="last")},
+        measure="excess", when="last",
+    ),
+    Claim(
+        "M5", "the harm lies in the coefficients of the texture", "Sec. 1: the teacher discards detail",
+        ("vanilla", "holistic"),
+        "excess loss, t <= 0.1, holistic minus vanilla, over vanilla's, last step",
+        EVERY, POSITIVE,
+        {
+            "texture": partial(harm_in_band, minus_template=False),
+            "texture minus template": partial(harm_in_band, minus_template=True),
+        },
+        measure="excess", when="last",
+    ),
+    *compared(
+        "M6", "alignment helps structure early", "Fig 1; Table 3", ("vanilla",), "holistic", "early",
+        ("excess_structure",),
+    ),
+    *compared(
+        "M7", "alignment ends with the larger gap in likelihood", "no such measure", ("holistic",), "vanilla", "last",
+        ("gap",),
+    ),
+)  # fmt: skip
+
+
+# C16 on further scores, of studies of the built-in scenes.
+TEXT = (
+    *compared(
+        "C16", "it works for text-to-image", "Table 2 has FID alone", ("text_vanilla",), "text_haste", "common",
+        ("fd_pixel", "near_data", "structure"),
+    ),
+    *compared(
+        "C16", "images show more of what their captions say", "no such measure", ("text_haste",), "text_vanilla",
+        "common", ("caption_seen", "caption_unseen"),
+    ),
+)  # fmt: skip
+
+
+def claims_of(study: StudySettings) -> tuple[Claim, ...]:
+    """The claims that a study's report judges."""
+    more = MECHANISM if study.data.kind == "textured" else TEXT if study.data.has_scenes else ()
+    return (*CLAIMS, *more)
+
 
 # The analysis tables that claims are read from.
 TABLES = tuple(

@@ -34,6 +34,7 @@ from haste_core.study.sections import (
     Section,
     TeacherSettings,
     TerminationSettings,
+    TextureSettings,
     TrainSettings,
     validate,
 )
@@ -41,7 +42,7 @@ from haste_core.study.sections import (
 __all__ = [
     "AlignmentSettings", "AnalysisSettings", "AugmentSettings", "ClaimsSettings", "DataSettings", "EvaluateSettings",
     "FittingSettings", "ModelSettings", "RunSettings", "SampleSettings", "StudySettings", "TeacherSettings",
-    "TerminationSettings", "TrainSettings", "digest", "load", "studies",
+    "TerminationSettings", "TextureSettings", "TrainSettings", "digest", "load", "studies",
 ]  # fmt: skip
 
 STUDIES = Path(__file__).parent / "studies"
@@ -75,6 +76,11 @@ class RunSettings(Section):
     @model_validator(mode="after")
     def _check_student_side(self) -> RunSettings:
         alignment, termination = self.alignment, self.termination
+        if self.teacher.knows != "labels" and (self.data.kind, self.teacher.weights) != ("textured", "pretrain"):
+            raise ValueError(
+                f"teacher.knows {self.teacher.knows!r} with data of kind {self.data.kind!r} and teacher.weights "
+                f"{self.teacher.weights!r}; expected labels, or kind 'textured' and weights 'pretrain'"
+            )
         if not alignment.active:
             return self
         if alignment.lambda_feature > 0 and alignment.depth > self.model.depth:

@@ -18,10 +18,10 @@ from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
 from haste_core.study import caption_scores, config, latents
 from haste_core.study.data import check_same, open_dataset
-from haste_core.study.denoising import SUMMARIES, summaries
+from haste_core.study.denoising import EXCESS, LAW_SUMMARIES, SUMMARIES, summaries
 from haste_core.study.runs import Run, session, study_dir
 from haste_core.study.samples import SampleSet, drawer, plan
-from haste_core.study.scores import ADM_METRICS, STUDY_METRICS, StudyScorer, card_of
+from haste_core.study.scores import ADM_METRICS, LAW_METRICS, STUDY_METRICS, StudyScorer, card_of
 from haste_core.study.train import build_generator
 
 if TYPE_CHECKING:
@@ -47,7 +47,13 @@ def columns(study: config.StudySettings) -> tuple[str, ...]:
         return (*_HEAD, *ADM_METRICS, *_TAIL, *SUMMARIES)
     held_out = (f"{name}_heldout" for name in STUDY_METRICS)
     captions = caption_scores.COLUMNS if study.data.has_scenes else ()
-    return (*_HEAD, *STUDY_METRICS, *_TAIL, *held_out, "nearest", "copies", *SUMMARIES, *captions)
+    known = (*LAW_SUMMARIES, *LAW_METRICS) if study.data.kind == "textured" else ()
+    return (*_HEAD, *STUDY_METRICS, *_TAIL, *held_out, "nearest", "copies", *SUMMARIES, *known, *captions)
+
+
+def denoising_columns(study: config.StudySettings) -> tuple[str, ...]:
+    """Columns of the study's table of denoising loss, the keys of `denoising_rows`."""
+    return (*DENOISING_COLUMNS, *(EXCESS if study.data.kind == "textured" else ()))
 
 
 def open_scorer(study: config.StudySettings, progress: bool = True) -> Scorer:

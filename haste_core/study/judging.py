@@ -42,8 +42,13 @@ MEASURES = {
     "near_data": Measure("log held-out denoising loss, t <= 0.1", 0.01),
     "structure": Measure("log held-out denoising loss, t >= 0.3", 0.01),
     "denoising": Measure("log held-out denoising loss, all t", 0.01),
+    "excess": Measure("log excess loss, t <= 0.1", 0.02),
+    "excess_structure": Measure("log excess loss, t >= 0.3", 0.02),
+    "gap": Measure("log of the likelihood gap", 0.02),
     "precision": Measure("precision", 0.02, log=False),
     "recall": Measure("recall", 0.02, log=False),
+    "caption_seen": Measure("caption accuracy, combinations seen in training", 0.02, log=False),
+    "caption_unseen": Measure("caption accuracy, unseen combinations", 0.02, log=False),
 }
 # The sensitivity table reads claims on FID on these measures too.
 ALTERNATIVES = ("fid_heldout", "fid_unlabelled", "fd_pixel")
@@ -84,6 +89,10 @@ class Evidence:
         """The measure of an arm at a step: its logarithm (a score of exactly zero counts as 1e-12) or itself."""
         score = self.curves[self.name(role)][seed][step]
         return math.log(max(score, 1e-12)) if MEASURES[self.measure].log else score
+
+    def rows_of_scores(self, role: str, seed: int) -> pd.DataFrame:
+        """The scores of an arm and seed, one row for each step."""
+        return self.scores[(self.scores["arm"] == self.name(role)) & (self.scores["seed"] == seed)]
 
     def early_value(self, role: str, seed: int) -> float:
         """Mean of `value` over the early steps."""

@@ -138,11 +138,16 @@ class PatchClassifier(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(model: Callable[[Tensor], Tensor], dataset: Dataset, split: str) -> float:
-    """The share of a split's images that are classified correctly, in all their cells, in [0, 1]."""
+def accuracy(
+    model: Callable[[Tensor], Tensor], dataset: Dataset, split: str, of: Callable[[Tensor], Tensor] = Tensor.long
+) -> float:
+    """The share of a split's images that are classified correctly in all their cells, in [0, 1].
+
+    of: the part of a label that counts.
+    """
     x, y = dataset.images(split)
     found = torch.cat([model(part.to(default_device())).argmax(-1).cpu() for part in x.split(512)])
-    return float((found == y).flatten(1).all(1).float().mean() if y.ndim > 1 else (found == y).float().mean())
+    return float((of(found) == of(y)).reshape(len(y), -1).all(1).float().mean())
 
 
 @torch.no_grad()
@@ -289,10 +294,12 @@ def _trained_once(
     path: Path,
     fitting: config.FittingSettings,
     train: Callable[[config.FittingSettings, Dataset, Path], Trained],
+    knows: str = "labels",
 ) -> dict[str, Any]:
     """The state kept beside the weights in `path`, which are trained unless the file exists, by one process at a time.
 
-    train: training under one seed, with the study's data and the path of its checkpoint file.
+    train: training under one seed, with the study's data and the path of its checkpoint file. knows: as for
+        `fitting_data`.
     """
     role = path.stem
     if path.is_file():
@@ -303,7 +310,7 @@ def _trained_once(
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
                 check_unchanged(path.parent, study.data, begun=False)
                 with runs.session(path.parent, what=role):
-                    weights, facts = _accepted(fitting, fitting_data(study, fitting, role), path.parent, train)
+                    weights, facts = _accepted(fitting, fitting_data(study, fitting, role, knows), path.parent, train)
                     state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}
                     checkpoint.save(path, weights, {"accuracies": facts} if role == "teacher" else state)
     return checkpoint.load(path, prefixes=())[1]
@@ -329,10 +336,16 @@ def _accepted(
     raise failure
 
 
-def fitting_data(study: config.StudySettings, fitting: config.FittingSettings, role: str = "extractor") -> Dataset:
-    """The study's data with the labels and the augmentation that a network of a role is trained under."""
+def fitting_data(
+    study: config.StudySettings, fitting: config.FittingSettings, role: str = "extractor", knows: str = "labels"
+) -> Dataset:
+    """The study's data with the labels and augmentation of a role's training; knows: of `TeacherSettings`."""
     data = study.data.model_copy(update={"augment": fitting.augment or study.data.augment})
-    return open_dataset(data).labelled(role)
+    if knows == "labels":
+        return open_dataset(data).labelled(role)
+    from haste_core.study.data.textured import Textured
+
+    return Textured(data, knows)
 
 
 def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings | None = None) -> dict[str, Any]:
@@ -350,11 +363,15 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
             torch.manual_seed(stream("teacher heads", fitting.seed))
             classifier = PatchClassifier(frozen, dataset.classes, dataset.cells)
         measured = fit(classifier.requires_grad_(True), dataset, fitting, "teacher", partial)
+        for name, of in dataset.parts.items():
+            measured[f"test_{name}_accuracy"] = accuracy(classifier, dataset, "test", of)
         return frozen.encoder.state_dict(), measured
 
     accuracies: dict[str, float] = {}
     if wanted.weights == "pretrain":
-        accuracies = _trained_once(study, runs.teacher_path(study, wanted), wanted.fitting, train)["accuracies"]
+        accuracies = _trained_once(study, runs.teacher_path(study, wanted), wanted.fitting, train, wanted.knows)[
+            "accuracies"
+        ]
     teacher = find_teacher(study, wanted)
     return {
         "model": wanted.model,

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from haste_core.analysis.statistics import interval
-from haste_core.figures import NEAR_DATA, STRUCTURE, VERDICT_COLOUR, compared, loss_ratio
+from haste_core.figures import NEAR_DATA, STRUCTURE, VERDICT_COLOUR, compared, loss_ratio, loss_shown
 from haste_core.study.judging import MEASURES
 from haste_core.study.sections import ClaimsSettings
 
@@ -28,8 +28,16 @@ SCORES = {
     "fid": ("FID", 2), "fid_heldout": ("FID, held-out", 2), "sfid": ("sFID", 2), "is": ("IS", 1), "kid": ("KID", 3),
     "precision": ("precision", 2), "recall": ("recall", 2), "fid_unlabelled": ("FID, no labels", 2),
     "fd_pixel": ("FD, pixels", 2), "near_data": ("loss, t ≤ 0.1", 4), "structure": ("loss, t ≥ 0.3", 4),
-    "denoising": ("loss, all t", 4), "nats": ("nats", 2), "fd_dinov2": ("FD, DINOv2", 1), "nearest": ("nearest", 2),
+    "denoising": ("loss, all t", 4), "nats": ("nats", 2), "excess": ("excess, t ≤ 0.1", 4),
+    "excess_structure": ("excess, t ≥ 0.3", 4), "gap": ("gap, nats", 1), "informed": ("direction used", 2),
+    "digit_accuracy": ("digits right, share", 2), "direction": ("direction told", 2),
+    "texture_power": ("texture power", 2), "fd_dinov2": ("FD, DINOv2", 1), "nearest": ("nearest", 2),
     "copies": ("copies, %", 1),
+}  # fmt: skip
+# Sets of captions, columns of fid.csv.
+CAPTIONS = {
+    "caption_seen": "seen combinations, no guidance", "caption_seen_guided": "seen combinations, guidance 2",
+    "caption_unseen": "unseen combinations, no guidance", "caption_unseen_guided": "unseen combinations, guidance 2",
 }  # fmt: skip
 # Summaries of the held-out denoising loss, columns of fid.csv; nats are compared as a difference, others in percent.
 SUMMARIES = {"near_data": f"near the data ({NEAR})", "structure": HIGH, "denoising": "all t", "nats": "nats an image"}
@@ -52,13 +60,13 @@ def answers(
         return []
     told = partial(change, confidence=settings.confidence)
     scores = fid.pivot_table(index=["seed", "step"], columns="arm", values="fid")
-    near = high = pd.DataFrame()
+    near, high, loss = pd.DataFrame(), pd.DataFrame(), f"eld-out {loss_shown(denoising)[1]}"
     if compared(denoising):
         near, high = loss_ratio(denoising, 0.0, NEAR_DATA), loss_ratio(denoising, STRUCTURE, 1.0)
     found = []
     early = {
         "FID": log_ratios(scores, arm, settings.early),
-        f"held-out denoising loss at {HIGH}": log_ratios(high, arm, settings.early),
+        f"h{loss} at {HIGH}": log_ratios(high, arm, settings.early),
     }
     if any(map(len, early.values())):
         steps = [f"{step:,}" for step in sorted(settings.early)]
@@ -68,14 +76,14 @@ def answers(
     cost = log_ratios(near, arm, [last])
     if len(cost):
         text = (
-            f"Held-out denoising loss of {arm} against vanilla at step {last:,}: near the data ({NEAR}) "
+            f"H{loss} of {arm} against vanilla at step {last:,}: near the data ({NEAR}) "
             f"{told(cost)}; at {HIGH} {told(log_ratios(high, arm, [last]))}."
         )
         found.append(("What does it cost late, and where?", text))
     back = log_ratios(near, arm, [last], base=haste) if arm == both and tau is not None else []
     if len(back):
         text = (
-            f"Held-out denoising loss near the data ({NEAR}) at step {last:,}, {arm} (alignment stays on) against "
+            f"H{loss} near the data ({NEAR}) at step {last:,}, {arm} (alignment stays on) against "
             f"{haste} (off from step {tau:,}): {told(back)}. {_share_of_cost(back, cost, settings.confidence)}."
         )
         found.append(("Does the switch give it back?", text))
@@ -201,6 +209,18 @@ def score_cells(fid: pd.DataFrame, step: int) -> list[dict[str, str]]:
     return [
         {"arm": str(arm), "FID, lowest to highest seed": f"{group['fid'].min():.2f} to {group['fid'].max():.2f}"}
         | scores_of({name: mean(name, group[name]) for name in SCORES if name in group})
+        for arm, group in fid[fid["step"] == step].groupby("arm", sort=False)
+    ]
+
+
+def caption_cells(fid: pd.DataFrame, step: int) -> list[dict[str, str]]:
+    """A row for each arm and set of captions at a step: caption accuracy in percent, means over seeds."""
+    parts = {"": "all of it", "_digits": "both digits", "_colours": "both colours", "_relation": "the relation"}
+    return [
+        {"arm": str(arm), "captions": told}
+        | {label: f"{100 * group[name + part].mean():.1f}" for part, label in parts.items()}
+        | {"lowest to highest seed": f"{100 * group[name].min():.1f} to {100 * group[name].max():.1f}"}
+        for name, told in CAPTIONS.items()
         for arm, group in fid[fid["step"] == step].groupby("arm", sort=False)
     ]
 

@@ -20,6 +20,7 @@ from haste_core.errors import HasteError
 from haste_core.seeding import stream
 from haste_core.study import config, latents, runs
 from haste_core.study.data import Batches, Dataset, open_dataset
+from haste_core.study.data.base import to_signed
 from haste_core.study.denoising import Probe
 from haste_core.study.images import TrainingImages, as_uint8
 from haste_core.study.pretrain import EXTRACTORS, FeatureNetwork, load_extractor
@@ -29,6 +30,8 @@ METRICS = ("fid", "kid", "precision", "recall")
 # The scores above on the extractor trained on labels; then a distance on the one trained without, and one on pixels.
 ADM_METRICS = ("fid", "sfid", "is", "precision", "recall", "fd_dinov2")
 STUDY_METRICS = (*METRICS, "fid_unlabelled", "fd_pixel")
+# Read off images by the law of the data, where it is known: `Law.read`, and the share of digits that are as asked for.
+LAW_METRICS = ("texture_power", "direction", "digit_accuracy")
 # Maximum number of real images of a score: precision and recall compare all pairs.
 LIMIT = 10_000
 # Held-out images whose distance to the training images is the scale of the copy check.
@@ -289,6 +292,7 @@ class StudyScorer:
 
     def __init__(self, study: config.StudySettings) -> None:
         self.study = study
+        self.law = open_dataset(study.data).law
         dataset, self.training = open_dataset(study.data), TrainingImages(study.data)
         order = torch.randperm(len(self.training), generator=Generator().manual_seed(0))
         self.real = {
@@ -320,7 +324,15 @@ class StudyScorer:
         scores = self._compare(found, self.sides["train"])
         held_out = {f"{name}_heldout": value for name, value in self._compare(found, self.sides["test"]).items()}
         distances = nearest_distances(generated, self.training.batches(5000))
-        return scores | held_out | copy_scores(distances, self.held_out_distances)
+        return scores | held_out | copy_scores(distances, self.held_out_distances) | self._read_by_law(generated)
+
+    def _read_by_law(self, generated: Tensor) -> dict[str, float]:
+        if self.law is None:
+            return {}
+        evaluate, images = self.study.evaluate, to_signed(generated)
+        asked = sampling.sample_labels(len(images), len(self.law.templates), evaluate.labels, evaluate.seed)
+        right = float((self.law.classify(images) == asked).double().mean())
+        return self.law.read(images) | {"digit_accuracy": right}
 
     def floor(self) -> list[dict[str, Any]]:
         """Scores of real images against real ones, the values of a perfect generator at these sizes.

@@ -149,18 +149,38 @@ class ScenesSettings(Section):
         return self
 
 
+class TextureSettings(Section):
+    """The law of `data.kind: textured` (`haste_core.analysis.law`).
+
+    templates: digits of each class. contrast: of templates, whose pixels lie in [-contrast, contrast]. directions: of
+    the texture. amplitude: standard deviation of its pixels. radius, width: centre and standard deviation of its band
+    in cycles an image. spread: standard deviation of its angle in degrees. floor: standard deviation of white noise
+    that is part of every image.
+    """
+
+    templates: Annotated[int, Field(gt=0, le=100)] = 20
+    contrast: float = Field(0.8, gt=0, le=1)
+    directions: Annotated[int, Field(gt=1, le=180)] = 8
+    amplitude: float = Field(0.2, gt=0, le=1)
+    radius: float = Field(5.5, gt=0)
+    width: float = Field(0.7, gt=0)
+    spread: float = Field(14.0, gt=0, le=90)
+    floor: float = Field(0.02, ge=0, le=1)
+
+
 class DataSettings(Section):
     """Source of the images, and the space in which the generator models them.
 
     kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `images`: pixels of any labelled images
     that Hugging Face `datasets` reads. `latents`: a folder made by `haste latents`, or one prepared for REPA or HASTE
-    (images/, vae-sd/, dataset.json). `captions`: images with texts: without a path the built-in scenes of two digits
-    (`scenes`), else a folder with captions.jsonl or COCO's captions_*.json, or a data set with a caption column; its
-    labels are numbers of captions. path: for `images` a folder (one sub-folder a class, below folders named train,
-    validation and test where there are such), a parquet file or a folder of them, or a hub name; for `latents` the
-    folder. image_size: side in pixels; larger images are cropped and resized (center-crop-dhariwal of EDM2).
-    train_split, test_split: names inside the data set. Without a split `test` the validation split stands for it, and
-    without either, test_fraction of the images is held out for scores and analyses, chosen by split_seed.
+    (images/, vae-sd/, dataset.json). `textured`: digits under an oriented texture, drawn anew for every batch, 16x16,
+    whose best velocity is known; texture: its law. `captions`: images with texts: without a path the built-in scenes of
+    two digits (`scenes`), else a folder with captions.jsonl or COCO's captions_*.json, or a data set with a caption
+    column; its labels are numbers of captions. path: for `images` a folder (one sub-folder a class, below folders
+    named train, validation and test where there are such), a parquet file or a folder of them, or a hub name; for
+    `latents` the folder. image_size: side in pixels; larger images are cropped and resized (center-crop-dhariwal of
+    EDM2). train_split, test_split: names inside the data set. Without a split `test` the validation split stands for
+    it, and without either, test_fraction of the images is held out for scores and analyses, chosen by split_seed.
     validation_fraction: share of the rest that is held out for decisions during a study (triggers, acceptance of a
     teacher or an extractor), unless the data have a validation split beside a test split.
     image_column, label_column: of parquet files and hub data sets, where more than one could be meant; a label column
@@ -170,7 +190,7 @@ class DataSettings(Section):
     file. text_length: tokens of a caption, longer ones are cut; by default 16, and 77 of CLIP.
     """
 
-    kind: Literal["digits", "images", "latents", "captions"] = "digits"
+    kind: Literal["digits", "images", "latents", "textured", "captions"] = "digits"
     path: str | None = None
     image_size: Size | None = None
     train_split: str = "train"
@@ -188,6 +208,19 @@ class DataSettings(Section):
     text_length: Annotated[int, Field(gt=0, le=1000)] | None = Field(None, exclude_if=lambda length: length is None)
     scenes: ScenesSettings | None = Field(None, exclude_if=lambda scenes: scenes is None)
 
+    texture: TextureSettings | None = Field(None, exclude_if=lambda texture: texture is None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_texture(cls, given: Any) -> Any:
+        textured = isinstance(given, Mapping) and given.get("kind") == "textured"
+        return {**given, "texture": given.get("texture") or {}} if textured else given
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of a caption."""
+        return self.text_length or (16 if self.text_encoder == "wordllama" else 77)
+
     @property
     def has_scenes(self) -> bool:
         """True for the built-in scenes."""
@@ -195,7 +228,9 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _check_path(self) -> DataSettings:
-        if self.kind != "captions" and (self.kind == "digits") == (self.path is not None):
+        if self.texture is not None and self.kind != "textured":
+            raise ValueError(f"texture belongs to kind 'textured', not to {self.kind!r}")
+        if self.kind != "captions" and (self.kind in ("digits", "textured")) == (self.path is not None):
             raise ValueError(f"kind {self.kind!r} with path={self.path}: kinds 'images' and 'latents' need a path")
         if self.kind in ("images", "captions") and self.image_size is None and not self.has_scenes:
             raise ValueError(f"kind {self.kind!r} needs image_size, the side in pixels that the generator models")
@@ -233,6 +268,8 @@ class TeacherSettings(Section):
     float32); the run's own by default. Its tokens, q and k must keep a cosine of 0.999 to float32.
     low_pass: the teacher sees only frequencies up to this share of the Nyquist frequency (Fig 5, arXiv 2505.16792;
     `haste_core.teacher.low_passed`). stage: of feature maps, from 0, whose positions are tokens; the last by default.
+    knows: facts that a pretrained teacher of `data.kind: textured` learns to tell: `labels`, the `orientation` of the
+    texture, or `both` (each pair is a class).
     """
 
     model: str
@@ -245,6 +282,7 @@ class TeacherSettings(Section):
     precision: Precision | None = Field(None, exclude_if=lambda precision: precision is None)
     low_pass: float | None = Field(None, gt=0, le=1)
     stage: NonNegative | None = Field(None, exclude_if=lambda stage: stage is None)
+    knows: Literal["labels", "orientation", "both"] = Field("labels", exclude_if=lambda known: known == "labels")
     fitting: FittingSettings = FittingSettings()
 
 

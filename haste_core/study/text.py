@@ -26,7 +26,7 @@ from haste_core.study.data import open_dataset
 from haste_core.study.data.base import Captions, say
 from haste_core.study.data.contexts import Contexts, write_parts
 
-WORDS, WORD_LENGTH = "wordllama", 16
+WORDS = "wordllama"
 _WEIGHTS, _TOKENIZER = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
 # Captions that are encoded at a time.
 PART = 256
@@ -92,14 +92,14 @@ def embeddings(path: Path) -> Tensor:
     return table.float()
 
 
-def words(length: int | None = None) -> Encoder:
+def words(length: int) -> Encoder:
     """The embedding of each token, brought to a mean square of 1, plus its sin-cos position; padding is zero.
 
     Embeddings alone say nothing of the order of words, and with it which colour is whose.
     """
     weights, tokenizer_file = word_files()
     tokenizers = optional("tokenizers", 'pip install -e ".[data]"')
-    table, length = embeddings(weights), length or WORD_LENGTH
+    table = embeddings(weights)
     table = table / table.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_padding()
@@ -118,7 +118,7 @@ def words(length: int | None = None) -> Encoder:
     return Encoder(length, lambda texts: [len(ids) for ids in numbers(texts)], encode)
 
 
-def clip(name: str, length: int | None = None) -> Encoder:
+def clip(name: str, length: int) -> Encoder:
     """The last hidden states of the text side of a CLIP of `transformers`, by hub name or folder.
 
     Raises:
@@ -142,7 +142,11 @@ def clip(name: str, length: int | None = None) -> Encoder:
             f"data.text_encoder {name!r} lacks {len(missing)} tensors of a CLIP's text side ({missing[0]}, ...); "
             f"expected weights whose names fit"
         )
-    model, length = model.eval().to(default_device()), length or int(model.config.max_position_embeddings)
+    if length > model.config.max_position_embeddings:
+        raise HasteError(
+            f"data.text_length {length}; expected at most {model.config.max_position_embeddings} with {name}"
+        )
+    model = model.eval().to(default_device())
 
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> Tensor:
@@ -170,7 +174,7 @@ def captions_of(data: config.DataSettings) -> Captions:
 def facts_of(data: config.DataSettings, captions: Captions) -> dict[str, str]:
     """Encoder, length, and hash of the captions, for the file's metadata."""
     sha = hashlib.sha256("\0".join(captions.texts).encode()).hexdigest()[:16]
-    return {"encoder": str(data.text_encoder), "length": str(data.text_length), "captions": sha}
+    return {"encoder": str(data.text_encoder), "length": str(data.text_tokens), "captions": sha}
 
 
 def contexts_path(data: config.DataSettings, captions: Captions) -> Path:
@@ -191,9 +195,8 @@ def prepare(data: config.DataSettings, captions: Captions | None = None) -> Cont
     path = contexts_path(data, captions)
     with locked(path.with_suffix(".lock"), f"the text tokens {path}", wait=True):
         if not path.is_file():
-            encoder = (
-                words(data.text_length) if data.text_encoder == WORDS else clip(data.text_encoder, data.text_length)
-            )
+            length = data.text_tokens
+            encoder = words(length) if data.text_encoder == WORDS else clip(data.text_encoder, length)
             counts = encoder.sizes(captions.texts)
             if cut := sum(count > encoder.length for count in counts):
                 say(f"{number_of(cut, 'caption')} cut to {encoder.length} tokens, the longest has {max(counts):,}")

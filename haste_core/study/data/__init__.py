@@ -31,6 +31,10 @@ def open_dataset(data: config.DataSettings) -> Dataset:
         from haste_core.study.data.captions import CaptionedImages
 
         return CaptionedImages(data)
+    if data.kind == "textured":
+        from haste_core.study.data.textured import Textured
+
+        return Textured(data)
     if data.kind == "images":
         from haste_core.study.data.images import Images
 

@@ -6,11 +6,11 @@ import math
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from haste_core.processes import rank
 from haste_core.seeding import stream
 from haste_core.study import config
 from haste_core.training import Batch
+
+if TYPE_CHECKING:
+    from haste_core.analysis.law import Law
 
 # A generator has a row of weights for each class; labels beyond must be something else.
 MOST_CLASSES = 1_000_000
@@ -69,6 +72,8 @@ class Dataset:
     augment: config.AugmentSettings
     captions: Captions | None = None  # what labels number, where images have captions
     cells: int = 1  # labels of an image are a grid of so many rows and columns, (n, cells * cells) beyond 1
+    law: Law | None = None  # the distribution of the images, where it is known
+    parts: Mapping[str, Callable[[Tensor], Tensor]] = {}  # facts that a label is made of, by name
     doubts: str = ""  # why the data are likely not what they are taken for; empty where nothing says so
 
     @property

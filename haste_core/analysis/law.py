@@ -1,0 +1,186 @@
+"""Digits under an oriented Gaussian texture: a distribution of images whose best velocity is known in closed form.
+
+An image is a template mu_k plus a stationary Gaussian texture on the torus in one of several directions j, so images
+follow a mixture of Gaussians N(mu_k, Sigma_j) with Sigma_j diagonal in the discrete Fourier basis. With
+x_t = (1 - t) x + t eps and C_j = (1 - t)^2 Sigma_j + t^2 I, each component has
+E[x | x_t] = mu_k + (1 - t) Sigma_j C_j^-1 (x_t - (1 - t) mu_k) and E[eps | x_t] = t C_j^-1 (x_t - (1 - t) mu_k), and
+the best velocity is the mean of their difference under the posterior of the components.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from haste_core.errors import HasteError
+
+# Noise added to a sample before its component is read off it, so that 256 grey levels do not decide.
+READ_AT = 0.05
+
+
+@dataclass(frozen=True)
+class Law:
+    """The mixture.
+
+    Args:
+        templates: (classes, templates of a class, S, S) float64, all equally likely.
+        spectra: (directions, S, S) float64, variance of every coefficient of the orthonormal DFT, all equally likely.
+    """
+
+    templates: Tensor
+    spectra: Tensor
+
+    def __post_init__(self) -> None:
+        if not bool((self.spectra > 0).all()):
+            raise HasteError(
+                f"the spectrum of the texture has a value of {float(self.spectra.min()):g}; expected all above 0, see "
+                f"data.texture.floor and data.texture.amplitude"
+            )
+
+    @property
+    def side(self) -> int:
+        """Side of an image in pixels."""
+        return self.templates.shape[-1]
+
+    def draw(self, y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Images (B, 1, S, S) float32 with labels y (B,), and their directions (B,) int64."""
+        kind = torch.randint(self.templates.shape[1], y.shape, generator=generator)
+        direction = torch.randint(len(self.spectra), y.shape, generator=generator)
+        white = torch.randn(len(y), self.side, self.side, generator=generator)
+        scale = self.spectra.sqrt().float()[direction]
+        texture = torch.fft.irfft2(torch.fft.rfft2(white) * scale[..., : self.side // 2 + 1], s=white.shape[-2:])
+        return (self.templates.float()[y, kind] + texture)[:, None], direction
+
+    def blind(self) -> Law:
+        """The same templates under one spectrum, the mean over directions: a viewer that ignores direction."""
+        return replace(self, spectra=self.spectra.mean(0, keepdim=True))
+
+    @cached_property
+    def textured(self) -> Tensor:
+        """True for coefficients (S, S) of the DFT in which textures have more variance than templates."""
+        means = self.templates.flatten(0, 1)
+        return self.spectra.mean(0) > _spectrum(means - means.mean(0)).square().mean(0)
+
+    def log_posterior(self, x_t: Tensor, t: float, classes: Tensor) -> Tensor:
+        """Log probability (B, n, templates, directions) of components given x_t (B, 1, S, S).
+
+        classes: (B, n) int64, the classes that are possible for each image.
+        """
+        return self._components(x_t, t, classes)[0].flatten(1).log_softmax(1).reshape(
+            *classes.shape, self.templates.shape[1], len(self.spectra)
+        )  # fmt: skip
+
+    def velocity(self, x_t: Tensor, t: float, y: Tensor) -> Tensor:
+        """The best velocity E[eps - x | x_t, y] (B, 1, S, S) float64 at x_t (B, 1, S, S) with labels y (B,).
+
+        t: noise level in (0, 1).
+        """
+        logs, gain, means, x = self._components(x_t, t, y[:, None])
+        weight = logs.flatten(1).softmax(1).reshape(logs.shape)[:, 0]  # (B, templates, directions)
+        mean = means[:, 0]
+        # Each component's velocity is gain_j (x_t - (1 - t) mu_k) - mu_k, so sums over k and j are taken apart.
+        by_direction = weight.sum(1).to(x.dtype) @ gain.flatten(1).to(x.dtype)
+        pulled = torch.einsum("bkj,bkf,jf->bf", weight.to(x.dtype), mean, gain.flatten(1).to(x.dtype))
+        found = by_direction * x - (1 - t) * pulled - torch.einsum("bk,bkf->bf", weight.sum(2).to(x.dtype), mean)
+        image = torch.fft.ifft2(found.reshape(-1, self.side, self.side), norm="ortho").real
+        return image[:, None]
+
+    def _components(self, x_t: Tensor, t: float, classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log densities (B, n, K, J) up to a constant, gains (J, S, S), templates' and images' coefficients, flat."""
+        if not 0 < t < 1:
+            raise HasteError(f"noise level {t}; expected 0 < t < 1")
+        total = (1 - t) ** 2 * self.spectra + t**2
+        gain = (t - (1 - t) * self.spectra) / total
+        x = torch.fft.fft2(x_t[:, 0].double(), norm="ortho").flatten(1)
+        means = torch.fft.fft2(self.templates, norm="ortho").flatten(2)[classes]  # (B, n, K, S S)
+        residual = (x[:, None, None] - (1 - t) * means).abs().square()
+        flat = total.flatten(1)
+        logs = -0.5 * (residual @ (1 / flat).T + flat.log().sum(1))
+        return logs, gain, means, x
+
+    def excess(self, output: Tensor, best: Tensor) -> dict[str, float]:
+        """Mean square distance of velocities (B, 1, S, S) to the best ones, a value: of all, and by band.
+
+        `excess` is the sum of `excess_texture` (coefficients of `textured`) and `excess_template` (all others).
+        """
+        power = _spectrum((output.double() - best)[:, 0]).square().sum(0) / best[0].numel() / len(best)
+        texture = float(power[self.textured].sum())
+        return {
+            "excess": float(power.sum()),
+            "excess_texture": texture,
+            "excess_template": float(power.sum()) - texture,
+        }
+
+    def read(self, images: Tensor) -> dict[str, float]:
+        """Scores of images (n, 1, S, S) in [-1, 1].
+
+        `texture_power`: power of images in the texture's coefficients over that of the law. `direction`: mean
+        posterior probability of the likeliest direction, whatever the class; 1 / directions where there is none.
+        """
+        band, classes = self.textured, torch.arange(len(self.templates))
+        parts = [part for part in images.split(250)]
+        power = torch.cat([_spectrum(part[:, 0].double())[:, band].square().sum(1) for part in parts]).mean()
+        own = self.spectra.mean(0) + _spectrum(self.templates.flatten(0, 1)).square().mean(0)
+        sure = torch.cat([
+            self.log_posterior((1 - READ_AT) * part, READ_AT, classes.expand(len(part), -1)).exp().sum((1, 2)).amax(1)
+            for part in parts
+        ])  # fmt: skip
+        return {"texture_power": float(power / own[band].sum()), "direction": float(sure.mean())}
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The likeliest class (n,) of images (n, 1, S, S) in [-1, 1]."""
+        classes = torch.arange(len(self.templates))
+        return torch.cat([
+            self.log_posterior((1 - READ_AT) * part, READ_AT, classes.expand(len(part), -1)).exp().sum((2, 3)).argmax(1)
+            for part in images.split(250)
+        ])  # fmt: skip
+
+
+def _spectrum(images: Tensor) -> Tensor:
+    """Moduli of the orthonormal DFT of images (n, S, S)."""
+    return torch.fft.fft2(images, norm="ortho").abs()
+
+
+def band_spectra(
+    side: int, directions: int, amplitude: float, radius: float, width: float, spread: float, floor: float
+) -> Tensor:
+    """Spectra (directions, side, side) float64 of textures: a Gaussian in radius and angle, plus a constant.
+
+    Args:
+        amplitude: standard deviation of the texture's pixels without the floor. radius, width: centre and standard
+            deviation of the band in cycles an image. spread: standard deviation of the angle in degrees.
+        floor: standard deviation of the white part.
+    """
+    frequency = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64)
+    fy, fx = torch.meshgrid(frequency, frequency, indexing="ij")
+    ring = torch.exp(-0.5 * ((torch.hypot(fy, fx) - radius) / width) ** 2)
+    spectra = []
+    for j in range(directions):
+        off = torch.atan2(fy, fx) - math.pi * j / directions
+        off = torch.remainder(off + math.pi / 2, math.pi) - math.pi / 2  # a direction and its opposite are one
+        wedge = torch.exp(-0.5 * (off / math.radians(spread)) ** 2)
+        # A Nyquist coefficient is its own opposite, whose angle is another one: both have their mean.
+        found = ring * wedge
+        found = (found + torch.roll(found.flip(0, 1), (1, 1), (0, 1))) / 2
+        spectra.append(found * amplitude**2 / found.mean() + floor**2)
+    return torch.stack(spectra)
+
+
+def upsampled(templates: Tensor, side: int) -> Tensor:
+    """Templates (n, S, S) bicubically enlarged to `side`, float64, within the range of the given ones.
+
+    Raises:
+        HasteError: they are larger than that.
+    """
+    if templates.shape[-1] > side:
+        raise HasteError(
+            f"templates of {templates.shape[-1]} pixels in images of data.image_size {side}; expected images at least "
+            f"as large as the templates"
+        )
+    found = F.interpolate(templates[:, None].double(), size=(side, side), mode="bicubic", align_corners=False)[:, 0]
+    return found.clamp(float(templates.min()), float(templates.max()))
