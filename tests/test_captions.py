@@ -297,7 +297,7 @@ def test_text_tokens_are_made_once_for_each_caption_and_long_captions_are_cut(fo
     assert text.find(named).captions == 14
     lines = (folder / "captions.jsonl").read_text().replace("cat 11", "bird 11")
     (folder / "captions.jsonl").write_text(lines)
-    with pytest.raises(HasteError, match="was made with captions .* remove the file and run haste contexts"):
+    with pytest.raises(HasteError, match=r"was made with captions .* remove the file and run haste contexts"):
         text.find(named)
     with pytest.raises(HasteError, match="haste contexts STUDY"):
         text.find(data.model_copy(update={"contexts": "nowhere.safetensors"}))
@@ -363,7 +363,7 @@ def test_a_clip_whose_weights_do_not_fit_is_refused(clip):
     with pytest.raises(HasteError, match="text_length 100; expected at most 77"):
         text.clip(str(clip), 100)
     save_file({"other.weight": torch.zeros(2)}, clip / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(HasteError, match="lacks .* tensors of a CLIP's text side"):
+    with pytest.raises(HasteError, match=r"lacks .* tensors of a CLIP's text side"):
         text.clip(str(clip), 77)
     with pytest.raises(HasteError, match=r"cannot be loaded: .*expected wordllama, or a CLIP by hub name"):
         text.clip(str(clip / "nothing"), 77)
