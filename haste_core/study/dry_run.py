@@ -246,7 +246,7 @@ def find_example(settings: config.DataSettings, batch_size: int = 1) -> tuple[Ex
     """
     place = Path(str(settings.path))
     try:
-        if settings.kind == "images" and not place.exists():
+        if settings.kind in ("images", "captions") and not settings.has_scenes and not place.exists():
             return _assumed(settings), Check("data", True, _in_cache(str(place)))
         dataset = open_dataset(settings)
     except HasteError as error:
@@ -277,7 +277,7 @@ def _assumed(settings: config.DataSettings) -> Example | None:
     size = settings.image_size
     if size is None:
         return None
-    if settings.kind == "images":
+    if settings.kind != "latents":
         return Example(size, 3, _ASSUMED_CLASSES, size, 3)
     return Example(size // _PIXELS_PER_LATENT, _LATENT_CHANNELS, _ASSUMED_CLASSES, size, 3)
 

@@ -178,7 +178,7 @@ def write_tables(report: Report) -> None:
     curves = [{name: line.get(name) for name in names} | {"arm": run.arm, "seed": run.seed}
               for run in mains for line in run.metrics()]  # fmt: skip
     write_table(folder / "metrics.csv", curves, names)
-    if study.data.has_scenes:
+    if study.data.has_scenes and study.evaluate.suite == "study":
         _write_captions(report)
     samples = {
         f"{run.arm}@{step}": np.load(evaluation.find_samples(run, step), allow_pickle=False)[:10]

@@ -232,4 +232,6 @@ def find(data: config.DataSettings, captions: Captions | None = None) -> Context
         return None if data.text_encoder is None else prepare(data, captions)
     if data.text_encoder is not None and not Path(data.contexts).is_file():
         raise HasteError(f"data.contexts {data.contexts} is missing; make it by: haste contexts STUDY")
-    return check(Contexts(data.contexts), data, captions or open_dataset(data).captions)
+    if captions is None and data.text_encoder is not None:
+        captions = open_dataset(data).captions
+    return check(Contexts(data.contexts), data, captions)
