@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +103,7 @@ NOTEBOOKS = {
     "00_data_and_teacher": {}, "01_train": {"arm": "haste"}, "02_fid": {"arm": "haste"},
     **{name: parameters for name, (parameters, _) in ANALYSES.items()},
     "09_your_own_trainer": {"steps": 40, "stop_at": 20, "batch_size": 16}, "10_report": {"overrides": ["seeds=[0]"]},
+    "11_mechanism": {"profile": "", "overrides": []},
 }  # fmt: skip
 OPENED = """() => {
   const panel = window.jupyterapp?.shell.currentWidget;
@@ -138,6 +140,7 @@ def lab(tmp_path_factory):
     api = pytest.importorskip("playwright.sync_api", reason="no Playwright here; pip install -e .[browser]")
     place = tmp_path_factory.mktemp("lab")
     study = copy_of(finished_study(tmp_path_factory), place / "copy")
+    shutil.copytree(ROOT / "reports" / "textured", study.dir / "reports" / "textured")
     environment = {"HASTE_OUTPUT": str(study.dir), "ACCELERATE_USE_CPU": "true"}
     with served(place, environment) as address, api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])

@@ -146,6 +146,12 @@ def check_tables(report, name):
 
 
 @pytest.mark.slow
+def test_the_mechanism_is_shown_from_the_tables_that_came_with_the_project(study, execute):
+    shutil.copytree(ROOT / "reports" / "textured", study.dir / "reports" / "textured")
+    assert execute("11_mechanism", profile="").pictures == 5
+
+
+@pytest.mark.slow
 def test_a_loop_of_ones_own_runs_through_the_switch(study, execute):
     assert execute("09_your_own_trainer", steps=40, stop_at=20, batch_size=16).pictures == 3
 

@@ -127,7 +127,8 @@ def test_only_reports_that_readme_shows_are_committed():
     readme = (ROOT / "README.md").read_text()
     kept = {path.split("/")[1] for path in tracked() if path.startswith("reports/")} - {"exploration"}
     assert kept == {name for name in kept if f"reports/{name}/report.html" in readme}
-    assert kept <= {"digits", "digits-full", "cifar10-two-cores"}
+    studies = {f"{name}-{profile}" for name in config.studies() for profile in config.load(name).profiles}
+    assert kept <= studies | set(config.studies()) - {f"{name}-smoke" for name in config.studies()}
     assert "(reports/exploration/README.md)" in readme
     assert [p for p in tracked() if p.startswith("reports/") and p.endswith(".ipynb")] == []
 

@@ -10,9 +10,12 @@ the best velocity is the mean of their difference under the posterior of the com
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -184,3 +187,34 @@ def upsampled(templates: Tensor, side: int) -> Tensor:
         )
     found = F.interpolate(templates[:, None].double(), size=(side, side), mode="bicubic", align_corners=False)[:, 0]
     return found.clamp(float(templates.min()), float(templates.max()))
+
+
+def gain_and_harm(
+    scores: pd.DataFrame,
+    baselines: Mapping[str, str],
+    early: Sequence[int],
+    last: int,
+    near: str = "excess",
+    structure: str = "excess_structure",
+) -> pd.DataFrame:
+    """Early gain in structure and late harm near the data of each aligned arm and seed, as logarithms of ratios.
+
+    Args:
+        scores: rows of fid.csv. baselines: the arm without alignment by the aligned arm that it is compared with.
+        early: steps whose mean is the early gain. last: step of the harm. near, structure: columns of `scores`.
+
+    Returns:
+        arm, baseline, seed, gain (above 0: less loss than the baseline), harm (above 0: more). Seeds and arms that lack
+        a step are left out.
+    """
+    logs = {
+        name: np.log(scores.pivot_table(index=["seed", "step"], columns="arm", values=name))
+        for name in (near, structure)
+    }
+    rows = []
+    for arm, plain in baselines.items():
+        gain = (logs[structure][plain] - logs[structure][arm]).unstack("step").reindex(columns=list(early)).mean(axis=1)
+        harm = (logs[near][arm] - logs[near][plain]).unstack("step").reindex(columns=[last])[last]
+        pairs = pd.DataFrame({"gain": gain, "harm": harm}).dropna()
+        rows += [{"arm": arm, "baseline": plain, "seed": seed, **row} for seed, row in pairs.to_dict("index").items()]
+    return pd.DataFrame(rows, columns=["arm", "baseline", "seed", "gain", "harm"])

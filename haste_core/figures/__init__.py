@@ -6,10 +6,15 @@ Every function takes rows of a table (pandas) and returns a Figure; `save` write
 # ruff: noqa: F401
 
 from haste_core.figures.capacity import (
+    best_predictions,
     capacity_over_depth,
     capacity_over_training,
+    direction_used,
+    draws,
     error_by_arm,
     error_per_band,
+    excess_by_level,
+    gain_and_harm,
 )
 from haste_core.figures.scores import (
     NEAR_DATA,

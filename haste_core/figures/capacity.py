@@ -1,14 +1,21 @@
-"""Figures of the capacity of tokens: directions they use, and spatial frequencies they keep."""
+"""Figures of the capacity mismatch: directions and frequencies of tokens, and excess loss where the law is known."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 
-from haste_core.figures.style import Figure, mark_switch, panels, seed_line, style
+from haste_core.figures.scores import image_rows
+from haste_core.figures.style import DARK, Figure, mark_switch, panels, plain_log, seed_line, style
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from haste_core.analysis.law import Law
 
 MEASURES = {
     "effective_rank": "effective rank",
@@ -122,3 +129,88 @@ def _lines(rows: pd.DataFrame, **student: Any) -> Iterator[tuple[str, pd.DataFra
 
 def _bands(rows: pd.DataFrame) -> list[tuple[float, float]]:
     return sorted(set(zip(rows["band_low"], rows["band_high"], strict=True)))
+
+
+def draws(rows: dict[str, Tensor]) -> Figure:
+    """Labelled rows of images (n, 1, S, S) in [-1, 1]."""
+    from haste_core.sampling import to_uint8
+
+    return image_rows({name: to_uint8(images).numpy() for name, images in rows.items()})
+
+
+def best_predictions(law: Law, x: Tensor, y: Tensor, t: float) -> Figure:
+    """Images (n, 1, S, S) with labels y, noised to t, and their best denoising E[x | x_t], with and without directions.
+
+    Last row: best minus best without directions, the detail that knowing the direction adds.
+    """
+    import torch  # seconds, which figures of tables alone do without
+
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x_t = (1 - t) * x + t * noise
+    best, blind = (x_t - t * side.velocity(x_t, t, y) for side in (law, law.blind()))
+    rows = {"image": x, f"noised to t = {t:g}": x_t, "best": best, "best without directions": blind}
+    return draws(rows | {"difference": best - blind})
+
+
+EXCESS = {
+    "excess": "all coefficients", "excess_texture": "coefficients of the texture", "excess_template": "all others",
+}  # fmt: skip
+
+
+def excess_by_level(denoising: pd.DataFrame, step: int, base: str = "") -> Figure:
+    """Excess loss over the noise level at a step, in all and by band, a line per arm (geometric mean over seeds).
+
+    Args:
+        denoising: rows of denoising.csv of a study whose law is known. base: the arm that others are divided by; none.
+    """
+    rows = denoising[(denoising["split"] == "held-out") & (denoising["step"] == step)]
+    arms = list(rows["arm"].unique())
+    figure, axes = panels(3, 10.4, 3.8, sharey=not base)
+    for axis, (column, title) in zip(axes, EXCESS.items(), strict=True):
+        values = rows.pivot_table(index=["t", "seed"], columns="arm", values=column)
+        values = values.div(values[base], axis=0) if base else values
+        long = values.melt(ignore_index=False).dropna().reset_index()
+        for arm in arms:
+            seed_line(axis, long[long["arm"] == arm], "t", arm, style(arm, arms), log=True)
+        plain_log(axis, "x") if base else plain_log(axis, "x", "y")
+        axis.set(xlabel="noise level t (0: data)", title=title)
+        axis.axhline(1, color=DARK, linewidth=0.8) if base else None
+    axes[0].set_ylabel(f"excess loss over {base}'s" if base else "excess loss over the best velocity")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"Held-out images, step {step:,}", fontsize=10)
+    return figure
+
+
+def direction_used(fid: pd.DataFrame, tau: int | None) -> Figure:
+    """Share of the texture's direction that velocities make use of over training, a line per arm (mean over seeds)."""
+    figure, (axis,) = panels(1, 7.2, 3.6)
+    arms = list(fid["arm"].unique())
+    for arm in arms:
+        seed_line(axis, fid[fid["arm"] == arm], "step", arm, style(arm, arms), "informed")
+    mark_switch(axis, tau)
+    axis.set(xlabel="training steps", ylabel="share of the direction used\n(0: ignored, 1: known)", ylim=(None, 1.02))
+    axis.legend(fontsize=8)
+    return figure
+
+
+def gain_and_harm(pairs: pd.DataFrame) -> Figure:
+    """Late harm near the data against early gain in structure, a colour per arm; small dots are seeds.
+
+    Args:
+        pairs: rows of `analysis.law.gain_and_harm`.
+    """
+    figure, (axis,) = panels(1, 7.6, 4.6)
+    arms = list(pairs["arm"].unique())
+    for arm, rows in pairs.groupby("arm", sort=False):
+        colour = style(str(arm), arms)["color"]
+        gain, harm = 100 * np.expm1(-rows["gain"]), 100 * np.expm1(rows["harm"])
+        axis.plot(gain, harm, ".", color=colour, alpha=0.6)
+        axis.plot(gain.mean(), harm.mean(), "o", color=colour, markersize=8, label=arm)
+    axis.axhline(0, color=DARK, linewidth=0.8)
+    axis.axvline(0, color=DARK, linewidth=0.8)
+    axis.set(
+        xlabel="early: excess loss at t ≥ 0.3 against plain training, %\n(left of 0: alignment helps)",
+        ylabel="at the end: excess loss at t ≤ 0.1\nagainst plain training, %",
+    )
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from haste_core import figures
-from haste_core.analysis import attention, switching
+from haste_core.analysis import attention, law, switching
 from haste_core.analysis.statistics import one_card
 from haste_core.errors import HasteError
 from haste_core.figures import Figure, compared
@@ -185,6 +185,10 @@ def write_tables(report: Report) -> None:
         for run in report.shown_runs()
         for step in run.config.train.kept_steps
     }
+    if "excess" in fid[0]:
+        pairs = {arm: plain for arm in study.arms if (plain := study.baseline(arm)) not in (None, arm)}
+        found = law.gain_and_harm(pd.DataFrame(fid), pairs, study.claims.early, study.train.steps)
+        write_table(folder / "gain_and_harm.csv", found.to_dict("records"), tuple(found.columns))
     stream = io.BytesIO()
     np.savez_compressed(stream, **samples)  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", stream.getvalue())
@@ -317,12 +321,22 @@ def _termination(
     }
 
 
+def _mechanism(report: Report, pairs: pd.DataFrame) -> dict[str, Figure]:
+    scores, denoising = report.main(report.table("fid")), report.denoising()
+    return {
+        "excess": figures.excess_by_level(denoising, int(denoising["step"].max())),
+        "direction": figures.direction_used(scores, report.tau),
+        "gain_and_harm": figures.gain_and_harm(pairs),
+    }
+
+
 def _effects(name: str, report: Report, rows: pd.DataFrame) -> dict[str, Figure]:
     return {name: figures.group_effects(rows, switching.effects(rows, report.study.claims.confidence))}
 
 
 # By section: its figures, and its tables. The section is left out if a table is missing or empty.
 ANALYSES: dict[str, tuple[Callable[..., dict[str, Figure]], tuple[str, ...]]] = {
+    "mechanism": (_mechanism, ("gain_and_harm",)),
     "conflict": (_conflict, ("gradient_conflict", "gradient_conflict_online")),
     "similarity": (
         lambda report, rows: {"similarity": figures.aligned_similarity(rows, report.tau, "cka")}, ("similarity",)
