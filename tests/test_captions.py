@@ -213,6 +213,9 @@ def test_cocos_files_and_columns_of_captions_are_read(folder, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     dataset = opened(tmp_path / "rows.parquet")
     assert dataset.classes == 24
+    pq.write_table(pa.table(columns | {"mask": images[::-1]}), tmp_path / "two.parquet")
+    both = opened(tmp_path / "two.parquet", image_column="jpg")
+    assert torch.equal(both.images("train")[0], dataset.images("train")[0])
     refused(
         {"path": str(tmp_path / "rows.parquet"), "image_size": 16, "caption_column": "label"}, "caption_column=label"
     )

@@ -47,6 +47,7 @@ class CaptionedImages(Images):
     captions: Captions
 
     def __init__(self, data: config.DataSettings) -> None:
+        self._image_column = data.image_column
         super().__init__(data.model_copy(update={"image_column": None, "label_column": None}))
         for split in self._splits.values():
             split.labels = self.captions.first[split.labels]
@@ -54,7 +55,7 @@ class CaptionedImages(Images):
 
     def _load(self, data: config.DataSettings) -> tuple[dict[str, Any], str]:
         """As for `Images`; labels number all images."""
-        found, groups, note = load(str(data.path), data.train_split, data.caption_column, data.image_column)
+        found, groups, note = load(str(data.path), data.train_split, data.caption_column, self._image_column)
         self.captions = Captions(groups)
         return found, note
 
@@ -70,7 +71,7 @@ class CaptionedImages(Images):
 def has_captions(path: str) -> bool:
     """True for a folder with a file of captions."""
     place = Path(path)
-    return place.is_dir() and (any(place.glob(f"{LIST}")) or any(place.glob(f"*/{LIST}")) or bool(_coco_files(place)))
+    return place.is_dir() and (any(place.glob(LIST)) or any(place.glob(f"*/{LIST}")) or bool(_coco_files(place)))
 
 
 def load(
@@ -107,6 +108,7 @@ def _rows(root: Path, listed: Mapping[str, Mapping[str, list[str]]]) -> tuple[di
     groups: list[list[str]] = []
     for name, by_file in listed.items():
         split = next((SPLITS[w] for w in re.split(r"[^a-z]+", name.lower()) if w in SPLITS), name)
+        split = name if split in found else split
         numbers = list(range(len(groups), len(groups) + len(by_file)))
         columns = {"image": [str(root / file) for file in by_file], "label": numbers}
         found[split] = datasets.Dataset.from_dict(columns, features=features)
