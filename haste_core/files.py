@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -164,3 +165,23 @@ def locked(path: Path, what: str, wait: bool = False, stopping: threading.Event 
         yield
     finally:
         lock.release()
+
+
+def package_file(path: str, key: str, needs: str = "") -> Path:
+    """The file NAME/PATH inside of an installed package, none of whose code is run.
+
+    key: the setting that names it, for errors. needs: what to type to get the package; its own name by default.
+
+    Raises:
+        HasteError: the package is not installed, or has no such file.
+    """
+    name, _, inside = path.partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        needs = needs or f"pip install {name.replace('_', '-')}"
+        raise HasteError(f"{key}: package {name!r} is not installed; type: {needs}")
+    root = Path(found.submodule_search_locations[0]).resolve()
+    file = (root / inside).resolve()
+    if not (file.is_file() and file.is_relative_to(root)):
+        raise HasteError(f"{key}: package {name} has no file {inside!r}; expected package:NAME/PATH within the package")
+    return file

@@ -7,7 +7,6 @@ Encoders without such attention (ConvNeXt, EfficientNet, ResNet, Swin) give feat
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from haste_core.alignment import Grid, resample_tokens
 from haste_core.devices import in_precision
 from haste_core.errors import HasteError, NotDownloaded, unknown
+from haste_core.files import package_file
 from haste_core.seeding import stream
 from haste_core.taps import QK
 
@@ -518,7 +518,7 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
     if weights in ("pretrain", "random") or (weights == "hub" and ":" in model):
         return None
     if weights.startswith("package:"):
-        return _in_package(weights.removeprefix("package:"), key)
+        return package_file(weights.removeprefix("package:"), key)
     if weights != "hub":
         if not Path(weights).is_file():
             raise HasteError(
@@ -545,19 +545,6 @@ def weights_file(model: str, weights: str, key: str = "teacher.weights", downloa
             f"teacher {model!r} (weights: hub): {type(error).__name__}: {_cause(error)}; download {source} elsewhere "
             f"and give {key} the path of that local checkpoint"
         ) from error
-
-
-def _in_package(path: str, key: str) -> Path:
-    """A file inside of an installed package, none of whose code is run."""
-    name, _, inside = path.partition("/")
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise HasteError(f"{key}: package {name!r} is not installed; type: pip install {name.replace('_', '-')}")
-    root = Path(found.submodule_search_locations[0]).resolve()
-    file = (root / inside).resolve()
-    if not (file.is_file() and file.is_relative_to(root)):
-        raise HasteError(f"{key}: package {name} has no file {inside!r}; expected package:NAME/PATH within the package")
-    return file
 
 
 def _from_repository(repository: str, names: list[str], download: bool) -> Path:

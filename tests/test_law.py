@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from haste_core import figures
+from haste_core.analysis import capacity
 from haste_core.analysis.law import Law, band_spectra, gain_and_harm, upsampled
 from haste_core.errors import HasteError
 from haste_core.study import claims, config, denoising, pretrain
@@ -109,8 +111,8 @@ def test_samples_are_read_by_the_law(textured):
     law = textured.law
     x, y, _, _, _ = drawn(law, 60, 0.5)
     plain = law.templates[y, 0].float()[:, None]
-    assert (law.classify(x) == y).float().mean() > 0.95
-    found, without = law.read(x), law.read(plain)
+    (found, classes), (without, _) = law.read(x), law.read(plain)
+    assert (classes == y).float().mean() > 0.95
     assert found["direction"] > 0.95
     assert found["texture_power"] == pytest.approx(1, abs=0.15)
     assert without["texture_power"] < 0.2
@@ -118,7 +120,7 @@ def test_samples_are_read_by_the_law(textured):
 
 def test_the_log_posterior_of_components_is_normalised(law):
     _, _, direction, _, x_t = drawn(law, 40, 0.05)
-    posterior = law.log_posterior(x_t, 0.05, torch.arange(3).expand(40, -1)).exp()
+    posterior = law.log_posterior(x_t, 0.05).exp()
     torch.testing.assert_close(posterior.sum((1, 2, 3)), torch.ones(40, dtype=torch.float64))
     assert (posterior.sum((1, 2)).argmax(1) == direction).float().mean() > 0.8
 
@@ -313,3 +315,47 @@ def test_every_arm_of_the_study_runs_and_has_a_baseline():
     assert study.baseline("holistic") == "vanilla"
     assert study.donor("haste") == "holistic"
     assert Run(study, "haste", 0).config.tau == 600
+
+
+# -- what teachers have discarded --------------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_is_the_image_has_discarded_nothing_and_one_of_noise_everything(textured):
+    fitted, fresh = textured.examples("train", 300), textured.examples("test", 200)
+
+    class Stand:
+        """A teacher whose tokens are a function of the patches."""
+
+        grid, blocks, mean = (4, 4), 3, torch.zeros(1)
+
+        def __init__(self, of):
+            self.of = of
+
+        def __call__(self, images):
+            return SimpleNamespace(tokens=self.of(capacity.to_patches(images, self.grid)))
+
+    noise = torch.Generator().manual_seed(0)
+    keeps = capacity.discarded(Stand(lambda patches: patches), fitted, fresh)
+    means = capacity.discarded(Stand(lambda patches: patches.mean(-1, keepdim=True).expand(-1, -1, 4)), fitted, fresh)
+    blind = capacity.discarded(Stand(lambda patches: torch.randn(patches.shape, generator=noise)), fitted, fresh)
+    assert keeps["missed"] < 1e-3
+    assert keeps["unlike"] < 1e-6
+    assert keeps["missed"] < means["missed"] <= 1.05
+    assert blind["missed"] == pytest.approx(1, abs=0.15)
+    assert blind["unlike"] == pytest.approx(1, abs=0.1)
+    assert keeps["narrow"] < means["narrow"]
+
+
+def test_the_order_of_teachers_is_counted_where_the_teacher_alone_differs():
+    rows = pd.DataFrame([
+        {"study": "a", "arm": f"arm{i}", "seed": seed, "step": 10, "tau": math.inf, "lambda_feature": weight,
+         "lambda_attention": 0.5, "missed": missed, "unlike": 0.5, "narrow": -missed, "harm": missed + 0.01 * seed}
+        for i, (missed, weight) in enumerate([(0.1, 0.5), (0.2, 0.5), (0.3, 0.5), (0.05, 2.0)])
+        for seed in (0, 1)
+    ])  # fmt: skip
+    found = capacity.prediction(rows).set_index("measure")
+    assert found.loc["missed", ["rho", "agree", "pairs", "arms"]].tolist() == [1, 3, 3, 4]
+    assert found.loc["narrow", ["rho", "agree", "pairs"]].tolist() == [-1, 0, 3]
+    assert math.isnan(found.loc["unlike", "rho"])
+    assert found.loc["unlike", "pairs"] == 0
+    figures.predicted_harm(rows)

@@ -316,6 +316,23 @@ def test_without_runs_the_tables_that_came_with_the_project_are_used(finished, o
         report.open_report(tiny).table("fid")
 
 
+def test_claims_may_read_arms_of_a_report_beside_this_one(finished, tmp_path):
+    roles = {"low_resolution_vanilla": "beside/vanilla", "low_resolution_haste": "gone/haste"}
+    named = finished.study.claims.model_copy(update={"roles": roles})
+    own = replace(finished, study=finished.study.model_copy(update={"claims": named}), dir=tmp_path / "own")
+    shutil.copytree(finished.dir, own.dir)
+    shutil.copytree(finished.dir, tmp_path / "beside")
+    fid = own.table("fid")
+    scores = report.evidence(own, fid).scores
+    assert set(scores["arm"]) == {"vanilla", "haste", "beside/vanilla", "beside/haste"}
+    theirs = scores[scores["arm"] == "beside/haste"]
+    assert list(theirs["fid"]) == list(fid.loc[fid["arm"] == "haste", "fid"])
+    known = json.loads((finished.tables / "provenance.json").read_text())
+    assert "beside" not in known
+    origin = report.study_provenance(own)["beside"]
+    assert origin == {"beside": {key: known[key] for key in ("study_hash", "commits", "written")}}
+
+
 # The three answers
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,16 +19,20 @@ import pandas as pd
 import torch
 from scipy.spatial.distance import cdist
 from scipy.special import entr
+from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from haste_core.alignment import Grid, resample_tokens
 from haste_core.analysis import probe
+from haste_core.analysis.similarity import linear_cka
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
 from haste_core.sampling import to_uint8
+from haste_core.study.config import StudySettings
 from haste_core.study.data import open_dataset
+from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
 from haste_core.taps import Taps
 from haste_core.teacher import Teacher
@@ -37,6 +41,7 @@ from haste_core.training import Batch
 NEIGHBOURS = 20  # of `local_rank`
 DISCARDED = 0.1  # of `two_nn`
 GROUPS = 10  # of the jackknife
+DISCARDED_MEASURES = ("missed", "unlike", "narrow")  # of `discarded`
 # Radial frequency as a fraction of Nyquist; the last band holds the corners of the square, up to sqrt(2).
 EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 2**0.5)
 # Candidate ridge strengths, as multiples of the mean variance of a feature times the number of tokens.
@@ -397,3 +402,86 @@ def reconstructions(
         final = who == "teacher" and place == count_of - 1
         shown[f"{who}, final" if final else f"{who}, block {place}"] = read(block, images, run.study.analysis.seed)[1]
     return {name: to_uint8(tensor[:count]).numpy() for name, tensor in shown.items()}
+
+
+def discarded(teacher: Teacher, fitted: Batch, held_out: Batch, seed: int = 0) -> dict[str, float]:
+    """Measures of the detail that a teacher's final tokens, with which students are aligned, have lost.
+
+    `missed`: share of the energy of held-out images above a quarter of Nyquist that a linear readout does not find, as
+    in `band_errors`. `unlike`: 1 minus the unbiased linear CKA of tokens with the patches they cover. `narrow`: 1 minus
+    the effective rank of one token of every image over the largest that is possible.
+    """
+    block = Block({}, teacher.grid, partial(teacher_tokens, teacher, teacher.blocks))
+    readout, reconstructed = read(block, (fitted, held_out), seed)
+    lost = band_energies(held_out.x.double() - reconstructed).sum(0)[1:].sum()
+    there = band_energies(held_out.x.double() - readout.image_mean).sum(0)[1:].sum()
+    tokens = block.tokens(held_out, seed)
+    patches = to_patches(held_out.images, teacher.grid)
+    rows = [one_per_image(part, teacher.grid, seed) for part in (tokens, patches)]
+    largest = min(len(rows[0]) - 1, rows[0].shape[1])
+    return {
+        "missed": float(lost / there), "unlike": 1 - linear_cka(*rows), "narrow": 1 - effective_rank(rows[0]) / largest,
+    }  # fmt: skip
+
+
+def teachers(study: StudySettings, scores: pd.DataFrame, fit_images: int = FIT_IMAGES) -> pd.DataFrame:
+    """Detail that each teacher of a study has lost (`discarded`), beside the harm near the data of the arms it taught.
+
+    Args:
+        study: its teachers are trained. scores: rows of fid.csv. fit_images: that readouts are fitted on.
+
+    Returns:
+        study, arm, seed, step (the last that the arm shares with its baseline), tau (of the switch, infinite without
+        one), lambda_feature, lambda_attention, missed, unlike, narrow, harm (log held-out loss at t <= 0.1, arm minus
+        baseline).
+    """
+    dataset, rows = open_dataset(study.data), []
+    images = dataset.examples("train", fit_images), dataset.examples("test", study.analysis.n)
+    known: dict[str, dict[str, float]] = {}
+    logs = np.log(scores.pivot_table(index=["seed", "step"], columns="arm", values="near_data"))
+    for arm in study.arms:
+        run, plain = study.run(arm), study.baseline(arm)
+        if not run.alignment.active or plain not in logs or arm not in logs:
+            continue
+        name = study.teacher_hash(run.teacher)
+        if name not in known:
+            known[name] = discarded(find_teacher(study, run.teacher), *images, study.analysis.seed)
+        weights = {name: getattr(run.alignment, name) for name in ("lambda_feature", "lambda_attention")}
+        both = (logs[arm] - logs[plain]).dropna().unstack("step")
+        for seed, harm in both[max(both)].dropna().items():
+            facts = {"study": study.name, "arm": arm, "seed": seed, "step": max(both), "tau": run.tau} | weights
+            rows.append(facts | known[name] | {"harm": float(harm)})
+    return pd.DataFrame(rows)
+
+
+def prediction(rows: pd.DataFrame, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
+    """How well each measure of lost detail predicts the harm near the data, over arms (means over seeds).
+
+    Args:
+        rows: of `teachers`, of one or more studies. resamples: of the bootstrap over arms.
+
+    Returns:
+        measure; rho, low, high: Spearman's rank correlation with the harm and its percentile interval; arms; agree and
+        pairs: of the pairs of arms that differ in the teacher alone, those in which the measure and the harm have the
+        same order.
+    """
+    alike = ["study", "step", "tau", "lambda_feature", "lambda_attention"]
+    arms = rows.groupby([*alike, "arm"])[[*DISCARDED_MEASURES, "harm"]].mean().reset_index()
+    random, found = np.random.default_rng(seed), []
+    draws = random.integers(len(arms), size=(resamples, len(arms)))
+    for measure in DISCARDED_MEASURES:
+        values = arms[[measure, "harm"]].to_numpy()
+        # A draw of one teacher's arms alone has no order.
+        rhos = [spearmanr(part).statistic for part in values[draws] if len(set(part[:, 0])) > 1]
+        low, high = np.quantile(rhos, [(1 - confidence) / 2, (1 + confidence) / 2]) if rhos else (math.nan, math.nan)
+        signs = [
+            np.sign(a[measure] - b[measure]) * np.sign(a["harm"] - b["harm"])
+            for _, group in arms.groupby(alike)
+            for a, b in combinations(group.to_dict("records"), 2)
+            if a[measure] != b[measure]
+        ]
+        rho = spearmanr(values).statistic if rhos else math.nan
+        agree = sum(sign > 0 for sign in signs)
+        found.append({"measure": measure, "rho": rho, "low": low, "high": high, "arms": len(arms), "agree": agree,
+                      "pairs": len(signs)})  # fmt: skip
+    return pd.DataFrame(found)

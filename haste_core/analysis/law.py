@@ -69,42 +69,43 @@ class Law:
         means = self.templates.flatten(0, 1)
         return self.spectra.mean(0) > _spectrum(means - means.mean(0)).square().mean(0)
 
-    def log_posterior(self, x_t: Tensor, t: float, classes: Tensor) -> Tensor:
-        """Log probability (B, n, templates, directions) of components given x_t (B, 1, S, S).
-
-        classes: (B, n) int64, the classes that are possible for each image.
-        """
-        return self._components(x_t, t, classes)[0].flatten(1).log_softmax(1).reshape(
-            *classes.shape, self.templates.shape[1], len(self.spectra)
-        )  # fmt: skip
+    def log_posterior(self, x_t: Tensor, t: float) -> Tensor:
+        """Log probability (B, classes, templates, directions) of components given x_t (B, 1, S, S)."""
+        logs = self._log_densities(x_t, t)[0]
+        return logs.flatten(1).log_softmax(1).reshape(logs.shape)
 
     def velocity(self, x_t: Tensor, t: float, y: Tensor) -> Tensor:
         """The best velocity E[eps - x | x_t, y] (B, 1, S, S) float64 at x_t (B, 1, S, S) with labels y (B,).
 
         t: noise level in (0, 1).
         """
-        logs, gain, means, x = self._components(x_t, t, y[:, None])
-        weight = logs.flatten(1).softmax(1).reshape(logs.shape)[:, 0]  # (B, templates, directions)
-        mean = means[:, 0]
+        logs, x, means, total = self._log_densities(x_t, t)
+        gain = ((t - (1 - t) * self.spectra) / total).flatten(1)
+        own = logs[torch.arange(len(y)), y]
+        weight, mean = own.flatten(1).softmax(1).reshape(own.shape), means[y]  # (B, templates, ...)
         # Each component's velocity is gain_j (x_t - (1 - t) mu_k) - mu_k, so sums over k and j are taken apart.
-        by_direction = weight.sum(1).to(x.dtype) @ gain.flatten(1).to(x.dtype)
-        pulled = torch.einsum("bkj,bkf,jf->bf", weight.to(x.dtype), mean, gain.flatten(1).to(x.dtype))
-        found = by_direction * x - (1 - t) * pulled - torch.einsum("bk,bkf->bf", weight.sum(2).to(x.dtype), mean)
-        image = torch.fft.ifft2(found.reshape(-1, self.side, self.side), norm="ortho").real
-        return image[:, None]
+        by_direction, by_template = weight.sum(1) @ gain, weight.sum(2)
+        pulled = (torch.einsum("bkj,jf->bkf", weight, gain) * mean).sum(1)
+        found = by_direction * x - (1 - t) * pulled - (by_template[..., None] * mean).sum(1)
+        return torch.fft.ifft2(found.reshape(-1, self.side, self.side), norm="ortho").real[:, None]
 
-    def _components(self, x_t: Tensor, t: float, classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log densities (B, n, K, J) up to a constant, gains (J, S, S), templates' and images' coefficients, flat."""
+    def _log_densities(self, x_t: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log densities (B, classes, templates, directions) up to a constant, and what they are made of.
+
+        That is the coefficients (B, S S) of x_t and (classes, templates, S S) of templates, and variances of x_t.
+        """
         if not 0 < t < 1:
             raise HasteError(f"noise level {t}; expected 0 < t < 1")
         total = (1 - t) ** 2 * self.spectra + t**2
-        gain = (t - (1 - t) * self.spectra) / total
+        inverse = 1 / total.flatten(1)
         x = torch.fft.fft2(x_t[:, 0].double(), norm="ortho").flatten(1)
-        means = torch.fft.fft2(self.templates, norm="ortho").flatten(2)[classes]  # (B, n, K, S S)
-        residual = (x[:, None, None] - (1 - t) * means).abs().square()
-        flat = total.flatten(1)
-        logs = -0.5 * (residual @ (1 / flat).T + flat.log().sum(1))
-        return logs, gain, means, x
+        means = torch.fft.fft2(self.templates, norm="ortho").flatten(2)
+        flat = (1 - t) * means.flatten(0, 1)
+        # |x - m|^2 in three products of matrices, since an array over images, templates and coefficients is large.
+        cross = torch.stack([(x * weight) @ flat.mH for weight in inverse], -1).real
+        squares = (side.abs().square() @ inverse.T for side in (x, flat))
+        logs = cross - 0.5 * (next(squares)[:, None] + next(squares) + total.flatten(1).log().sum(1))
+        return logs.reshape(len(x), *self.templates.shape[:2], -1), x, means, total
 
     def excess(self, output: Tensor, best: Tensor) -> dict[str, float]:
         """Mean square distance of velocities (B, 1, S, S) to the best ones, a value: of all, and by band.
@@ -119,29 +120,18 @@ class Law:
             "excess_template": float(power.sum()) - texture,
         }
 
-    def read(self, images: Tensor) -> dict[str, float]:
-        """Scores of images (n, 1, S, S) in [-1, 1].
+    def read(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
+        """Scores of images (n, 1, S, S) in [-1, 1], and the likeliest class (n,) of each.
 
         `texture_power`: power of images in the texture's coefficients over that of the law. `direction`: mean
         posterior probability of the likeliest direction, whatever the class; 1 / directions where there is none.
         """
-        band, classes = self.textured, torch.arange(len(self.templates))
-        parts = [part for part in images.split(250)]
-        power = torch.cat([_spectrum(part[:, 0].double())[:, band].square().sum(1) for part in parts]).mean()
+        band = self.textured
+        power = _spectrum(images[:, 0].double())[:, band].square().sum(1).mean()
         own = self.spectra.mean(0) + _spectrum(self.templates.flatten(0, 1)).square().mean(0)
-        sure = torch.cat([
-            self.log_posterior((1 - READ_AT) * part, READ_AT, classes.expand(len(part), -1)).exp().sum((1, 2)).amax(1)
-            for part in parts
-        ])  # fmt: skip
-        return {"texture_power": float(power / own[band].sum()), "direction": float(sure.mean())}
-
-    def classify(self, images: Tensor) -> Tensor:
-        """The likeliest class (n,) of images (n, 1, S, S) in [-1, 1]."""
-        classes = torch.arange(len(self.templates))
-        return torch.cat([
-            self.log_posterior((1 - READ_AT) * part, READ_AT, classes.expand(len(part), -1)).exp().sum((2, 3)).argmax(1)
-            for part in images.split(250)
-        ])  # fmt: skip
+        posterior = torch.cat([self.log_posterior((1 - READ_AT) * x, READ_AT).exp() for x in images.split(250)])
+        found = {"texture_power": power / own[band].sum(), "direction": posterior.sum((1, 2)).amax(1).mean()}
+        return {name: float(value) for name, value in found.items()}, posterior.sum((2, 3)).argmax(1)
 
 
 def _spectrum(images: Tensor) -> Tensor:

@@ -214,3 +214,28 @@ def gain_and_harm(pairs: pd.DataFrame) -> Figure:
     )
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+DISCARDED = {
+    "missed": "share missed above a quarter of Nyquist", "unlike": "1 - CKA with the pixels", "narrow": "1 - rank used",
+}  # fmt: skip
+
+
+def predicted_harm(teachers: pd.DataFrame) -> Figure:
+    """Harm near the data against each measure of the detail that teachers have lost: a dot per arm, a colour per study.
+
+    Args:
+        teachers: rows of `analysis.capacity.teachers`. Bars reach from the lowest to the highest seed.
+    """
+    figure, axes = panels(3, 10.4, 3.8, sharey=True)
+    for axis, (measure, title) in zip(axes, DISCARDED.items(), strict=True):
+        for place, (study, rows) in enumerate(teachers.groupby("study", sort=False)):
+            harm = 100 * np.expm1(rows.groupby([measure, "arm"])["harm"].agg(["mean", "min", "max"]))
+            bars = [harm["mean"] - harm["min"], harm["max"] - harm["mean"]]
+            axis.errorbar(harm.index.get_level_values(0), harm["mean"], yerr=bars, fmt="o", markersize=5, linewidth=0.8,
+                          color=mpl.colormaps["tab10"](place), label=study)  # fmt: skip
+        axis.axhline(0, color=DARK, linewidth=0.8)
+        axis.set(xlabel=title)
+    axes[0].set_ylabel("held-out loss at t ≤ 0.1 at the end\nagainst plain training, %")
+    axes[0].legend(fontsize=8)
+    return figure

@@ -28,6 +28,7 @@ from haste_core.models import DiffusionTransformer
 from haste_core.processes import micro_batches
 from haste_core.study import adm, config, estimate, pretrain, runs, text
 from haste_core.study.data import Batches, open_dataset
+from haste_core.study.data.base import MNIST_SIDE
 from haste_core.study.data.contexts import Contexts
 from haste_core.study.estimate import Example, size_text
 from haste_core.study.latents import vae_of
@@ -275,6 +276,8 @@ def _in_cache(name: str) -> str:
 
 def _assumed(settings: config.DataSettings) -> Example | None:
     size = settings.image_size
+    if settings.kind == "mnist":
+        return Example(size or MNIST_SIDE, 1, 10, size or MNIST_SIDE, 1)
     if size is None:
         return None
     if settings.kind != "latents":

@@ -122,6 +122,8 @@ class Claim:
         table: the analysis table, for claims that are not on scores; it must have rows for all arms.
         when: "early" or "last" if all arms need scores at `Evidence.early`, or at `Evidence.last`.
         log_scale: average the logarithm and report its exponential.
+        across: the arms by report, for a claim across reports: those of one report share a card, and the claim has a
+            row only in studies whose roles name all of its arms.
         needs: requirements of arms that no study here has. untested: the reason why the evidence does not test the
             claim although all arms are there; empty if it does.
     """
@@ -139,6 +141,7 @@ class Claim:
     table: str | None = None
     when: str = ""
     log_scale: bool = False
+    across: tuple[tuple[str, ...], ...] = ()
     needs: str = ""
     untested: Callable[[Evidence], str] = lambda evidence: ""
 
@@ -220,7 +223,8 @@ def judge(claim: Claim, evidence: Evidence, confidence: float) -> dict[str, Any]
         nothing = {"effect": math.nan, "low": math.nan, "high": math.nan, "seeds": 0, "p": math.nan}
         return row | nothing | {"verdict": "not tested", "rule": f"{claim.rule}; {missing}"}
     if claim.table is None:
-        one_card(evidence.scores[evidence.scores["arm"].isin([evidence.name(role) for role in claim.arms])])
+        for compared in claim.across or (claim.arms,):
+            one_card(evidence.scores[evidence.scores["arm"].isin([evidence.name(role) for role in compared])])
     contrasts = claim.contrasts(evidence) if callable(claim.contrasts) else claim.contrasts
     seeds = _seeds(claim, evidence)
     values = {name: [statistic(evidence, seed) for seed in seeds] for name, statistic in contrasts.items()}
@@ -287,6 +291,7 @@ def judge_all(claims: Iterable[Claim], evidence: Evidence, confidence: float) ->
     judged = [
         judge(one, seen, confidence) | {"p_holm": math.nan, "p_bh": math.nan}
         for claim in claims
+        if not claim.across or set(claim.arms) <= set(evidence.roles)
         for one, seen in _at_horizons(claim, evidence)
     ]
     known = [row for row in judged if math.isfinite(row["p"])]

@@ -40,15 +40,15 @@ Trained = tuple[dict[str, Tensor], dict[str, float]]
 
 
 class FeatureNetwork(nn.Module):
-    """A convolutional encoder of images (B, channels, S, S) in [-1, 1], S a multiple of 4, for Frechet distances."""
+    """A convolutional encoder of images (B, channels, S, S) in [-1, 1], for Frechet distances."""
 
     def __init__(self, width: int, channels: int, image_size: int) -> None:
         super().__init__()
-        if image_size % 4:
-            raise HasteError(f"the extractor needs images with a side that is a multiple of 4, given {image_size}")
-        # 8x8 images, and those whose side is no multiple of 8, are downsampled one time less.
-        self.early = 2 if image_size > 8 and image_size % 8 == 0 else 1
-        self.side = image_size // (4 * self.early)  # of the trunk's 96 output channels
+        # Images of at most 8x8 are downsampled one time less.
+        self.early = 2 if image_size > 8 else 1
+        # The last row and column are repeated up to a side that can be halved so many times.
+        self.margin = -image_size % (4 * self.early)
+        self.side = (image_size + self.margin) // (4 * self.early)  # of the trunk's 96 output channels
         self.trunk = nn.Sequential(
             _stage(channels, 32, 1), _stage(32, 64, self.early), _stage(64, 64, 2), _stage(64, 96, 2)
         )
@@ -57,6 +57,8 @@ class FeatureNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, width), about zero mean and unit variance, before any non-linearity."""
+        if self.margin:
+            x = F.pad(x, (0, self.margin, 0, self.margin), mode="replicate")
         return self.embed(self.trunk(x).flatten(1))
 
 
@@ -97,7 +99,7 @@ class Autoencoder(FeatureNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstructions (B, channels, S, S) of clean images from noisy ones."""
-        return self.decoder(self.features(x))
+        return self.decoder(self.features(x))[..., : x.shape[-2], : x.shape[-1]]
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:

@@ -214,11 +214,21 @@ def _caption_sheet(report: Report) -> Figure:
 
 
 def evidence(report: Report, fid: pd.DataFrame) -> judging.Evidence:
-    """The evidence for judging claims: the rows of fid.csv and the analysis tables that exist."""
+    """The evidence for judging claims: the rows of fid.csv, those of reports that roles name, and analysis tables."""
     study = report.study
     study.check_claims()
+    for name, other in beside(report).items():
+        scores = other.table("fid")
+        fid = pd.concat([fid, scores.assign(arm=f"{name}/" + scores["arm"])], ignore_index=True)
     tables = {name: report.table(name) for name in claims.TABLES if report.has(name)}
     return judging.Evidence(fid, study.claims.early, study.train.steps, study.claims.roles, tables)
+
+
+def beside(report: Report) -> dict[str, Report]:
+    """The reports that roles of claims name, as REPORT/ARM, by name; those that are there."""
+    names = sorted({role.rpartition("/")[0] for role in report.study.claims.roles.values() if "/" in role})
+    found = {name: Report(report.study, report.dir.parent / name) for name in names}
+    return {name: other for name, other in found.items() if other.has("fid")}
 
 
 def study_provenance(report: Report) -> dict[str, Any]:
@@ -231,6 +241,11 @@ def study_provenance(report: Report) -> dict[str, Any]:
     sessions = [s for folder in folders for s in runs.provenance(folder).get("sessions", [])]
     facts = json.loads((runs.study_dir(study) / "prepared.json").read_text())
     invocation = runs.study_dir(study) / "invocation.json"
+    others = {
+        name: {key: known[key] for key in ("study_hash", "commits", "written")}
+        for name, other in beside(report).items()
+        for known in [json.loads((other.tables / "provenance.json").read_text())]
+    }
     return {
         "study": study.name,
         "title": study.title,
@@ -255,6 +270,7 @@ def study_provenance(report: Report) -> dict[str, Any]:
             }
             for r in report.all_runs()
         },
+        **({"beside": others} if others else {}),
         **facts,
     }
 
@@ -405,7 +421,7 @@ def write_report(report: Report) -> Path:
         sentences=sentences(report),
         verdicts=report_text.verdicts(judged),
         lacking=lacking(judged),
-        rules=claims.RULES,
+        rules=claims.rules_of(study),
         sensitivity=report_text.sensitivity_cells(report.table("sensitivity")),
         scores=[(step, report_text.score_cells(fid, step)) for step in steps],
         denoising=report_text.denoising_cells(fid, steps, study.claims.confidence),

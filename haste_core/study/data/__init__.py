@@ -10,7 +10,7 @@ from typing import Any
 from haste_core.errors import HasteError, number_of
 from haste_core.files import write_json
 from haste_core.study import config
-from haste_core.study.data.base import Batch, Batches, Dataset, Digits
+from haste_core.study.data.base import Batch, Batches, Dataset, Digits, Mnist
 
 __all__ = ["Batch", "Batches", "Dataset", "check_same", "check_unchanged", "open_dataset"]
 
@@ -23,6 +23,8 @@ def open_dataset(data: config.DataSettings) -> Dataset:
     """
     if data.kind == "digits":
         return Digits(data)
+    if data.kind == "mnist":
+        return Mnist(data)
     if data.has_scenes:
         from haste_core.study.data.scenes import Scenes
 

