@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SHELL := /bin/bash
 # Studies and profiles that read files out of packages of the extra `data`.
-NEED_DATA := two-cores-imagenet mnist
+NEED_DATA := two-cores-imagenet mnist captions
 
 .PHONY: study test test-slow lint lab bench lock clean help
 

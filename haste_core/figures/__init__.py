@@ -20,6 +20,7 @@ from haste_core.figures.capacity import (
 from haste_core.figures.scores import (
     NEAR_DATA,
     STRUCTURE,
+    caption_sheet,
     claims_forest,
     compared,
     denoising_levels,

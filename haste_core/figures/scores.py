@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -278,6 +278,28 @@ def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int
         part.suptitle(f"step {step:,}", fontsize=10)
         for axis, arm in zip(part.subplots(len(arms), 1, squeeze=False)[:, 0], arms, strict=True):
             _image_row(axis, arm, samples.get((arm, step), np.empty(0))[:10], 10)
+    return figure
+
+
+def caption_sheet(images: Mapping[str, np.ndarray], texts: Mapping[str, Sequence[str]]) -> Figure:
+    """Images above their captions: a block per set of captions, a row per arm, a column per caption.
+
+    Args:
+        images: uint8 (sets, n, C, S, S) by arm. texts: n captions by name of the set, in that order.
+    """
+    columns = len(next(iter(texts.values())))
+    figure = Figure(figsize=(7.6, len(texts) * (1.05 * len(images) + 0.95)), layout="constrained")
+    parts = figure.subfigures(len(texts), 1, squeeze=False)[:, 0]
+    for number, (part, (title, captions)) in enumerate(zip(parts, texts.items(), strict=True)):
+        part.suptitle(title, fontsize=10)
+        axes = part.subplots(len(images), columns, squeeze=False)
+        for row, (arm, sets) in zip(axes, images.items(), strict=True):
+            for axis, image in zip(row, sets[number], strict=True):
+                without_ticks(axis, spines=False)
+                show_images(axis, image[None], 1)
+            row[0].set_ylabel(arm, rotation=0, ha="right", va="center")
+        for axis, caption in zip(axes[-1], captions, strict=True):
+            axis.set_xlabel(textwrap.fill(caption, 20), fontsize=7)
     return figure
 
 

@@ -1,8 +1,9 @@
 """Claims C1 to C20 of arXiv 2505.16792 as data: the paper's number, a statistic, and the rule that decides.
 
 An id ends in `d` if the claim is read on held-out denoising loss near the data, in `s` for structure (t >= 0.3), in `p`
-and `r` for precision and recall, in `x` for pixels, and holds a `w` for arms with alignment weights of 2 or 4, which
-are outside of the paper's. A bundle of the paper is split (C13a, C13b). C18 has a row for each horizon.
+and `r` for precision and recall, in `x` for pixels, in `c` and `u` for caption accuracy, and holds a `w` for arms with
+alignment weights of 2 or 4, which are outside of the paper's. A bundle of the paper is split (C13a, C13b). C18 has a
+row for each horizon.
 
 Rules and random streams were changed together after the earlier runs, which are called exploration
 (reports/exploration). `RULES` names the commit that fixed both before the first run under them.
@@ -32,7 +33,7 @@ OTHERS = ("vanilla", "repa", "atta", "holistic")
 STRONGER = ("haste_attention_1", "haste_attention_1.5", "haste_attention_3")
 SUFFIX = {
     "fid": "", "near_data": "d", "structure": "s", "precision": "p", "recall": "r", "excess": "",
-    "excess_structure": "s", "gap": "l", "fd_pixel": "x",
+    "excess_structure": "s", "gap": "l", "fd_pixel": "x", "caption_seen": "c", "caption_unseen": "u",
 }  # fmt: skip
 BOTH = ("fid", "near_data")
 STEP = {"early": "mean of the early steps", "last": "last step", "common": "last common step"}
@@ -513,9 +514,23 @@ MECHANISM = (
 )  # fmt: skip
 
 
+# C16 on further scores, of studies of the built-in scenes.
+TEXT = (
+    *compared(
+        "C16", "it works for text-to-image", "Table 2 has FID alone", ("text_vanilla",), "text_haste", "common",
+        ("fd_pixel", "near_data", "structure"),
+    ),
+    *compared(
+        "C16", "images show more of what their captions say", "no such measure", ("text_haste",), "text_vanilla",
+        "common", ("caption_seen", "caption_unseen"),
+    ),
+)  # fmt: skip
+
+
 def claims_of(study: StudySettings) -> tuple[Claim, ...]:
     """The claims that a study's report judges."""
-    return (*CLAIMS, *MECHANISM) if study.data.kind == "textured" else CLAIMS
+    more = MECHANISM if study.data.kind == "textured" else TEXT if study.data.has_scenes else ()
+    return (*CLAIMS, *more)
 
 
 def rules_of(study: StudySettings) -> str:

@@ -122,6 +122,8 @@ def parser() -> argparse.ArgumentParser:
     text = "prepare latents: encode labelled images by a VAE into a folder for data.kind 'latents'"
     cli_files.add_latents(add("latents", cli_files.encode, text))
 
+    add("contexts", contexts, "prepare the text tokens of a study's captions by its frozen text encoder", on="study")
+
     text = "convert a checkpoint of DiT, SiT, REPA, HASTE or of a run, and say what it holds"
     cli_files.add_convert(add("convert", cli_files.convert, text))
 
@@ -315,6 +317,17 @@ def teacher(arguments: argparse.Namespace) -> None:
     dry_run.check_study(study, allowed=dry_run.ELSEWHERE)
     facts = pretrain.write_facts(study, study_dir(study) / "prepared.json")
     print(yaml.safe_dump(facts, sort_keys=False), end="")
+
+
+def contexts(arguments: argparse.Namespace) -> None:
+    """haste contexts."""
+    from haste_core.errors import number_of
+    from haste_core.study import text
+
+    data = study_of(arguments).data
+    made = text.prepare(data)
+    print(f"{made.path}: {number_of(made.captions, 'caption')} of {made.length} tokens, {made.width} wide, by "
+          f"{data.text_encoder}")  # fmt: skip
 
 
 def measure_cost(arguments: argparse.Namespace) -> None:

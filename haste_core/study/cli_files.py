@@ -86,6 +86,7 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
 
     from haste_core.processes import launched, local_rank, rank
     from haste_core.study import evaluation
+    from haste_core.study.data import open_dataset
     from haste_core.study.images import save_grid
     from haste_core.study.samples import SampleSet, drawer, plan
 
@@ -98,7 +99,8 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
     step = arguments.step if arguments.step is not None else max(run.steps(), default=run.config.train.steps)
     model, fingerprint = evaluation.generator_at(run, step)
     sizes = (arguments.n, arguments.first_seed, arguments.shard_size)
-    samples = SampleSet(folder, plan(run, step, fingerprint, model.classes, *sizes))
+    dataset = open_dataset(run.config.data)
+    samples = SampleSet(folder, plan(run, step, fingerprint, dataset.sampled, *sizes))
     if arguments.out.suffix or not samples.merged.is_file():
         draw = drawer(model, run.study.data, run.sample)
         samples.fill(draw, run.sample.batch_size, "sampling", rank(), launched())
@@ -106,7 +108,9 @@ def _draw(arguments: argparse.Namespace, folder: Path, result: Path) -> bool:
             return False
     if result.suffix == ".png":
         pictures = torch.cat(list(samples.batches(arguments.shard_size)))
-        save_grid(pictures, result, columns=min(10, arguments.n))
+        told = dataset.captions
+        texts = None if told is None else [told.texts[i] for i in samples.labels().tolist()]
+        save_grid(pictures, result, columns=min(10, arguments.n), captions=texts)
     else:
         samples.merge(result, None if arguments.out.suffix else 3)
     return True
@@ -214,8 +218,8 @@ def _open_samples(path: Path, resize: int | None) -> tuple[Images, dict[str, Any
 
 def add_latents(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of haste latents."""
-    sub.add_argument("source", nargs="?", help="images: a folder with one sub-folder per class, a .parquet file or a "
-                     "folder of them, or a hub name")  # fmt: skip
+    sub.add_argument("source", nargs="?", help="images: a folder with one sub-folder per class or with captions, a "
+                     ".parquet file or a folder of them, or a hub name")  # fmt: skip
     sub.add_argument("out", nargs="?", help="the folder to make; an interrupted one is resumed")
     sub.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="hub name or folder (default: %(default)s)")
     sub.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
@@ -227,6 +231,9 @@ def add_latents(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--image-column", metavar="NAME", help="of SOURCE, where more than one could be meant")
     sub.add_argument(
         "--label-column", metavar="NAME", help="of SOURCE, where more than one could be meant; may be text"
+    )
+    sub.add_argument(
+        "--caption-column", metavar="NAME", help="of SOURCE, whose texts become captions in place of classes"
     )
     sub.add_argument("--check", metavar="FOLDER", help="read a folder again and compare it with its manifest")
 
@@ -249,15 +256,16 @@ def encode(arguments: argparse.Namespace) -> None:
         manifest = latents.read_manifest(Path(out))
     else:
         names = ("source", "out", "vae", "size", "split", "batch_size", "shard_size", "device", "image_column",
-                 "label_column")  # fmt: skip
+                 "label_column", "caption_column")  # fmt: skip
         manifest = latents.prepare(
             latents.Job(**{name: getattr(arguments, name) for name in names}), rank(), launched()
         )
     if manifest is None:  # the first process prints it
         return
     channels, side, _ = manifest.latent_shape
-    print(f"{out}: {number_of(manifest.count, 'image')} of {manifest.image_size} pixels in "
-          f"{number_of(manifest.classes, 'class')}, latents "
+    captioned = (Path(out) / "captions.json").is_file()
+    print(f"{out}: {number_of(manifest.count, 'image')} of {manifest.image_size} pixels "
+          f"{'with captions' if captioned else 'in ' + number_of(manifest.classes, 'class')}, latents "
           f"{channels}x{side}x{side} of {manifest.vae.name}, scale {manifest.vae.scale}")  # fmt: skip
 
 

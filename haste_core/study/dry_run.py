@@ -26,7 +26,7 @@ from haste_core.files import output_root
 from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
 from haste_core.processes import micro_batches
-from haste_core.study import adm, config, estimate, pretrain, runs
+from haste_core.study import adm, config, estimate, pretrain, runs, text
 from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.base import MNIST_SIDE
 from haste_core.study.data.contexts import Contexts
@@ -247,7 +247,7 @@ def find_example(settings: config.DataSettings, batch_size: int = 1) -> tuple[Ex
     """
     place = Path(str(settings.path))
     try:
-        if settings.kind == "images" and not place.exists():
+        if settings.kind in ("images", "captions") and not settings.has_scenes and not place.exists():
             return _assumed(settings), Check("data", True, _in_cache(str(place)))
         dataset = open_dataset(settings)
     except HasteError as error:
@@ -280,15 +280,21 @@ def _assumed(settings: config.DataSettings) -> Example | None:
         return Example(size or MNIST_SIDE, 1, 10, size or MNIST_SIDE, 1)
     if size is None:
         return None
-    if settings.kind == "images":
+    if settings.kind != "latents":
         return Example(size, 3, _ASSUMED_CLASSES, size, 3)
     return Example(size // _PIXELS_PER_LATENT, _LATENT_CHANNELS, _ASSUMED_CLASSES, size, 3)
 
 
 def _text_tokens(settings: config.RunSettings) -> str:
-    path = settings.data.contexts
+    path, encoder = settings.data.contexts, settings.data.text_encoder
+    if path is None and encoder is None:
+        raise HasteError("an MM-DiT needs data.text_encoder, or data.contexts=FILE written by haste contexts")
     if path is None:
-        raise HasteError("an MM-DiT needs data.contexts=FILE, written by haste_core.study.data.contexts.write")
+        if encoder == text.WORDS:
+            text.word_files()
+        return f"made at first use by {encoder}"
+    if encoder is not None and not Path(path).is_file():
+        raise HasteError(f"data.contexts {path} is missing; make it by: haste contexts STUDY")
     found = Contexts(path)
     if found.width != settings.model.context_width:
         raise HasteError(

@@ -38,8 +38,6 @@ RATES = {
 }
 # Share of such a rate that training is assumed to reach.
 UTILISATION = 0.4
-# CLIP's text tokens per caption, which an MM-DiT is taken to have.
-TEXT_TOKENS = 77
 PHASES = {1: "phase I", 2: "phase II"}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # torch counts attention by the GPU's fused kernels and leaves the CPU's out.
@@ -142,7 +140,7 @@ def _trace(run: config.RunSettings, example: Example, phase: int) -> StepCost:
             known = {x.untyped_storage()._cdata for m in modules for x in (*m.parameters(), *m.buffers())}
             with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
                 with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype, enabled=dtype is not None):
-                    loss = _loss(student, haste, example)
+                    loss = _loss(student, haste, example, run.data.text_tokens)
                 forward = counter.get_total_flops()
                 loss.backward()
                 flops = counter.get_total_flops()
@@ -151,12 +149,12 @@ def _trace(run: config.RunSettings, example: Example, phase: int) -> StepCost:
     return StepCost(forward, flops, sum(saved.values()) - _copies(student, haste, run.train.precision))
 
 
-def _loss(student: Any, haste: HASTE | None, example: Example) -> Tensor:
-    """The loss of a training step at batch 1."""
+def _loss(student: Any, haste: HASTE | None, example: Example, tokens: int) -> Tensor:
+    """The loss of a training step at batch 1; tokens: of a caption."""
     x = torch.zeros(1, example.channels, example.size, example.size)
     y = torch.zeros(1, dtype=torch.int64)
     if student.kind == "mmdit":
-        y = torch.zeros(1, TEXT_TOKENS, student.context_embedder.in_features)
+        y = torch.zeros(1, tokens, student.context_embedder.in_features)
     images = torch.zeros(1, example.image_channels, example.image_size, example.image_size)
     u, eps = torch.full((1,), 0.5), torch.zeros_like(x)
     return step_losses(student, objective_of(student.kind), Batch(x, y, images), u, eps, y, haste, watch=False).total()

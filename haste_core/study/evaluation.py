@@ -16,7 +16,7 @@ from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.files import locked, write_bytes, write_json
 from haste_core.models import DiffusionTransformer
-from haste_core.study import config, latents
+from haste_core.study import caption_scores, config, latents
 from haste_core.study.data import check_same, open_dataset
 from haste_core.study.denoising import EXCESS, LAW_SUMMARIES, SUMMARIES, summaries
 from haste_core.study.runs import Run, session, study_dir
@@ -46,8 +46,9 @@ def columns(study: config.StudySettings) -> tuple[str, ...]:
     if study.evaluate.suite == "adm":
         return (*_HEAD, *ADM_METRICS, *_TAIL, *SUMMARIES)
     held_out = (f"{name}_heldout" for name in STUDY_METRICS)
+    captions = caption_scores.COLUMNS if study.data.has_scenes else ()
     known = (*LAW_SUMMARIES, *LAW_METRICS) if study.data.kind == "textured" else ()
-    return (*_HEAD, *STUDY_METRICS, *_TAIL, *held_out, "nearest", "copies", *SUMMARIES, *known)
+    return (*_HEAD, *STUDY_METRICS, *_TAIL, *held_out, "nearest", "copies", *SUMMARIES, *known, *captions)
 
 
 def denoising_columns(study: config.StudySettings) -> tuple[str, ...]:
@@ -102,7 +103,8 @@ def evaluation_samples(
     """
     study, sample = run.study, sample or run.sample
     model, _ = generator_at(run, step)
-    labels = sampling.sample_labels(study.evaluate.n, model.classes, study.evaluate.labels, study.evaluate.seed)
+    classes = open_dataset(study.data).sampled
+    labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
     seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
     drawn = sampling.draw(model, labels, seeds, sample.options, progress)
     return sampling.to_uint8(latents.to_images(drawn, study.data, sample))
@@ -112,7 +114,8 @@ def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSe
     """The images of `evaluation_samples` as shards on disk, for sets larger than memory; processes share the work."""
     model, fingerprint = generator_at(run, step)
     evaluate = run.study.evaluate
-    manifest = plan(run, step, fingerprint, model.classes, evaluate.n, evaluate.seed, SHARD_SIZE)
+    classes = open_dataset(run.study.data).sampled
+    manifest = plan(run, step, fingerprint, classes, evaluate.n, evaluate.seed, SHARD_SIZE)
     samples = SampleSet(_samples_path(run, fingerprint).with_suffix(""), manifest)
     samples.fill(drawer(model, run.study.data, run.sample), run.sample.batch_size, progress)
     return samples
@@ -147,9 +150,7 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) 
                 if fingerprint not in known or _images_of(run, fingerprint) is None:
                     label = f"{run.arm} seed {run.seed} step {step}" if progress else None
                     known[fingerprint], images = _drawn_and_scored(run, int(step), scorer, label)
-                    stream = io.BytesIO()
-                    np.save(stream, images[:KEPT].numpy(), allow_pickle=False)
-                    write_bytes(_samples_path(run, fingerprint), stream.getvalue())
+                    _keep(_samples_path(run, fingerprint), images[:KEPT])
                     _save_scores(run, own, steps, known)
         _save_scores(run, own, steps, known)
         return rows(run)
@@ -166,7 +167,19 @@ def _drawn_and_scored(run: Run, step: int, scorer: Scorer, progress: str | None)
         samples = evaluation_set(run, step, progress)
         return scorer.score(samples) | measured, next(samples.batches(KEPT))
     generated = evaluation_samples(run, step, progress)
+    if run.study.data.has_scenes:
+        model, fingerprint = generator_at(run, step)
+        sets = list(caption_scores.drawn(run.study, model, run.sample, generated))
+        measured |= caption_scores.accuracies(sets, run.study, scorer.networks[0])
+        shown = torch.stack([one.images[: caption_scores.SHOWN] for one in sets])
+        _keep(_samples_path(run, fingerprint, "captions"), shown)
     return scorer.score(generated) | measured, generated
+
+
+def _keep(path: Path, images: Tensor) -> None:
+    stream = io.BytesIO()
+    np.save(stream, images.numpy(), allow_pickle=False)
+    write_bytes(path, stream.getvalue())
 
 
 def _known_scores(run: Run, card_id: str) -> dict[str, Scores]:
@@ -187,25 +200,30 @@ def _save_scores(run: Run, card: dict[str, Any], steps: dict[str, str], scores: 
     write_json(run.evaluation_path, {"card": card, "steps": done, "scores": {f: scores[f] for f in done.values()}})
 
 
-def _samples_path(run: Run, fingerprint: str) -> Path:
-    """The file of the first images of an evaluation, by its settings and the generator's fingerprint."""
-    return run.dir / "samples" / f"evaluation-{run.evaluation_hash}-{fingerprint}.npy"
+def _samples_path(run: Run, fingerprint: str, kind: str = "evaluation") -> Path:
+    """The file of the first images of an evaluation, by its settings and the generator's fingerprint.
+
+    kind: "captions" for those that caption accuracy is read off, (sets, images, C, S, S).
+    """
+    return run.dir / "samples" / f"{kind}-{run.evaluation_hash}-{fingerprint}.npy"
 
 
-def find_samples(run: Run, step: int) -> Path:
+def find_samples(run: Run, step: int, kind: str = "evaluation") -> Path:
     """The images kept when a checkpoint was scored, by this run or by one that shares the checkpoint.
+
+    kind: as of `_samples_path`.
 
     Raises:
         HasteError: there are none.
     """
-    found = _images_of(run, _fingerprint(run, step))
+    found = _images_of(run, _fingerprint(run, step), kind)
     if found is None:
         raise _not_scored(run)
     return found
 
 
-def _images_of(run: Run, fingerprint: str) -> Path | None:
-    paths = (_samples_path(Run(run.study, arm, run.seed), fingerprint) for arm in (run.arm, *run.study.arms))
+def _images_of(run: Run, fingerprint: str, kind: str = "evaluation") -> Path | None:
+    paths = (_samples_path(Run(run.study, arm, run.seed), fingerprint, kind) for arm in (run.arm, *run.study.arms))
     return next((path for path in paths if path.is_file()), None)
 
 

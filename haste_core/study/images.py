@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import textwrap
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Generator, Tensor
 
 from haste_core.errors import HasteError, number_of
@@ -198,8 +199,13 @@ def file_hash(path: Path) -> str:
         raise HasteError(f"{path} cannot be read ({error.strerror}); expected the path of a file") from error
 
 
-def save_grid(images: Tensor, path: Path, columns: int, gap: int = 1, scale: int = 4) -> None:
-    """Write uint8 images (n, C, S, S) atomically as one PNG with white gaps, enlarged `scale` times."""
+def save_grid(
+    images: Tensor, path: Path, columns: int, gap: int = 1, scale: int = 4, captions: Sequence[str] | None = None
+) -> None:
+    """Write uint8 images (n, C, S, S) atomically as one PNG with white gaps, enlarged `scale` times.
+
+    captions: texts that stand below their images.
+    """
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     n, _, height, width = images.shape
     rows = -(-n // columns)
@@ -208,5 +214,23 @@ def save_grid(images: Tensor, path: Path, columns: int, gap: int = 1, scale: int
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image.permute(1, 2, 0)
     enlarged = sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    picture = Image.fromarray(enlarged.numpy())
+    if captions is not None:
+        picture = _captioned(picture, captions, columns, ((width + gap) * scale, (height + gap) * scale))
     with atomic(path) as temporary:
-        Image.fromarray(enlarged.numpy()).save(temporary, format="PNG")
+        picture.save(temporary, format="PNG")
+
+
+def _captioned(sheet: Image.Image, captions: Sequence[str], columns: int, step: tuple[int, int]) -> Image.Image:
+    """A sheet of images, `step` pixels from one to the next, with the caption of each below it."""
+    letters = max(8, step[0] // 6)
+    texts = [textwrap.wrap(caption, letters, max_lines=6) for caption in captions]
+    below, rows = 11 * max(map(len, texts)) + 8, -(-len(captions) // columns)
+    page = Image.new("RGB", (sheet.width, rows * (step[1] + below)), "white")
+    draw = ImageDraw.Draw(page)
+    for row in range(rows):
+        top = row * (step[1] + below)
+        page.paste(sheet.crop((0, row * step[1], sheet.width, min((row + 1) * step[1], sheet.height))), (0, top))
+        for column, lines in enumerate(texts[row * columns : (row + 1) * columns]):
+            draw.multiline_text((column * step[0] + 2, top + step[1]), "\n".join(lines), "black", spacing=1)
+    return page

@@ -47,6 +47,8 @@ MEASURES = {
     "gap": Measure("log of the likelihood gap", 0.02),
     "precision": Measure("precision", 0.02, log=False),
     "recall": Measure("recall", 0.02, log=False),
+    "caption_seen": Measure("caption accuracy, combinations seen in training", 0.02, log=False),
+    "caption_unseen": Measure("caption accuracy, unseen combinations", 0.02, log=False),
 }
 # The sensitivity table reads claims on FID on these measures too.
 ALTERNATIVES = ("fid_heldout", "fid_unlabelled", "fd_pixel")

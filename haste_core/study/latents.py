@@ -36,6 +36,7 @@ from haste_core.processes import local_rank
 from haste_core.study import config, signals
 from haste_core.study.data.base import parts, say, to_signed
 from haste_core.study.data.latents import (
+    CAPTIONS,
     IMAGES,
     LATENTS,
     SCALE,
@@ -234,7 +235,8 @@ class Job:
 
     source: as `data.path` of kind images. out: the folder to make. vae: hub name or folder. size: side of the square
     images in pixels. split: of the source. batch_size: images encoded at a time. shard_size: images in a sub-folder.
-    image_column, label_column: of the source, where more than one could be meant.
+    image_column, label_column: of the source, where more than one could be meant. caption_column: of texts; they become
+    captions, as do those of a folder with a file of captions.
     device: "auto" (GPUs in turn by the process's number, else the CPU), "cpu", "cuda", "cuda:1", ...
     """
 
@@ -248,6 +250,7 @@ class Job:
     device: str = "cpu"
     image_column: str | None = None
     label_column: str | None = None
+    caption_column: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "batch_size", "shard_size"):
@@ -278,16 +281,25 @@ class Preparation:
     def __init__(self, job: Job) -> None:
         self.job, self.out = job, Path(job.out)
         self.work, self.manifest_path = self.out / ".work", self.out / "manifest.json"
+        self.captions: list[list[str]] = []
 
     @cached_property
     def split(self) -> Split:
         """The source's images and labels."""
+        from haste_core.study.data import captions
         from haste_core.study.data.images import Split, load_splits, pick_split
 
         job = self.job
-        found, note = load_splits(job.source, job.split, job.label_column)
-        rows = found[pick_split(found, job.split, job.source)]
-        split = Split(rows, job.size, job.source, job.image_column, job.label_column)
+        if job.caption_column or captions.has_captions(job.source):
+            found, groups, note = captions.load(job.source, job.split, job.caption_column, job.image_column)
+            split = Split(found[pick_split(found, job.split, job.source)], job.size, job.source)
+            self.captions = [groups[label] for label in split.labels.tolist()]
+            split.labels = torch.arange(len(split.labels))
+            split.classes, split.class_names = len(split.labels), None
+        else:
+            found, note = load_splits(job.source, job.split, job.label_column)
+            rows = found[pick_split(found, job.split, job.source)]
+            split = Split(rows, job.size, job.source, job.image_column, job.label_column)
         say(f"{job.source}: {number_of(len(split.labels), 'image')} of split {job.split}{note}")
         return split
 
@@ -400,6 +412,8 @@ class Preparation:
                 for i, label in enumerate(self.split.labels.tolist())
             ]
             write_text(self.out / side / "dataset.json", json.dumps({"labels": entries}))
+        if self.captions:
+            write_json(self.out / CAPTIONS, {"captions": self.captions})
         std = (square - mean.square()).clamp_min(0).sqrt()
         content = {**settings, "latent_mean": mean.tolist(), "latent_std": std.tolist(), "shards": records}
         manifest = Manifest.model_validate(content)

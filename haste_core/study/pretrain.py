@@ -63,15 +63,19 @@ class FeatureNetwork(nn.Module):
 
 
 class SmallCNN(FeatureNetwork):
-    """A convolutional classifier: images (B, channels, S, S) to logits (B, classes); `features` are penultimate."""
+    """A convolutional classifier: images (B, channels, S, S) to logits; `features` are penultimate.
 
-    def __init__(self, classes: int, width: int, channels: int = 1, image_size: int = 8) -> None:
+    cells: rows and columns of the grid of labels of an image (`Dataset.cells`).
+    """
+
+    def __init__(self, classes: int, width: int, channels: int = 1, image_size: int = 8, cells: int = 1) -> None:
         super().__init__(width, channels, image_size)
-        self.head = nn.Linear(width, classes)
+        self.head, self.cells = nn.Linear(width, classes * cells**2), cells
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, classes)."""
-        return self.head(F.relu(self.features(x)))
+        """Logits (B, classes), of several cells (B, cells * cells, classes)."""
+        logits = self.head(F.relu(self.features(x)))
+        return logits if self.cells == 1 else logits.unflatten(1, (self.cells**2, -1))
 
 
 class Autoencoder(FeatureNetwork):
@@ -105,24 +109,31 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 class PatchClassifier(nn.Module):
     """An encoder under two linear heads, on its class token (if any) and on the mean of its patch tokens.
 
-    The second head makes the patch tokens, which the student is aligned with, predict the class.
+    The second head makes the patch tokens, which the student is aligned with, predict the class. Of a grid of labels
+    each is predicted from the mean of its own tokens, without a class token.
     """
 
-    def __init__(self, teacher: Teacher, classes: int) -> None:
+    def __init__(self, teacher: Teacher, classes: int, cells: int = 1) -> None:
         super().__init__()
+        self.cells = cells
         self.teacher, self.encoder = [teacher], teacher.encoder  # the list keeps the frozen wrapper unregistered
         self.class_head = nn.Linear(teacher.width, classes)
         self.patch_head = nn.Linear(teacher.width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes), the mean of both heads, or those of the tokens of feature maps."""
+        """Logits (B, classes), the mean of both heads, or of tokens alone; of cells (B, cells * cells, classes)."""
         if self.teacher[0].maps:
             (maps,) = self.teacher[0].feature_maps(images, [self.teacher[0].stage])
-            return self.patch_head(maps.mean((2, 3)))
+            return self._of_cells(maps) if self.cells > 1 else self.patch_head(maps.mean((2, 3)))
         tokens = self.encoder.forward_features(self.teacher[0].prepare(images))  # type: ignore[operator]
         prefix = int(self.encoder.num_prefix_tokens)  # type: ignore[arg-type]
+        if self.cells > 1:
+            return self._of_cells(tokens[:, prefix:].transpose(1, 2).unflatten(2, self.teacher[0].grid))
         logits = self.patch_head(tokens[:, prefix:].mean(1))
         return (logits + self.class_head(tokens[:, 0])) / 2 if prefix else logits
+
+    def _of_cells(self, maps: Tensor) -> Tensor:
+        return self.patch_head(F.adaptive_avg_pool2d(maps, self.cells).flatten(2).transpose(1, 2))
 
 
 # Training
@@ -132,10 +143,13 @@ class PatchClassifier(nn.Module):
 def accuracy(
     model: Callable[[Tensor], Tensor], dataset: Dataset, split: str, of: Callable[[Tensor], Tensor] = Tensor.long
 ) -> float:
-    """The share of a split's images that are classified correctly, in [0, 1]; `of`: the part of a label that counts."""
+    """The share of a split's images that are classified correctly in all their cells, in [0, 1].
+
+    of: the part of a label that counts.
+    """
     x, y = dataset.images(split)
-    found = torch.cat([model(part.to(default_device())).argmax(1).cpu() for part in x.split(512)])
-    return float((of(found) == of(y)).float().mean())
+    found = torch.cat([model(part.to(default_device())).argmax(-1).cpu() for part in x.split(512)])
+    return float((of(found) == of(y)).reshape(len(y), -1).all(1).float().mean())
 
 
 @torch.no_grad()
@@ -172,7 +186,8 @@ def _loss(model: nn.Module, batch: Batch, noise: Generator, label_smoothing: flo
     if isinstance(model, Autoencoder):
         return F.mse_loss(model(_noised(batch.images, noise).to(device)), batch.images.to(device))
     batch = batch.to(device)
-    return F.cross_entropy(model(batch.images), batch.y, label_smoothing=label_smoothing)
+    logits = model(batch.images).flatten(0, -2)  # of all images and cells
+    return F.cross_entropy(logits, batch.y.flatten(), label_smoothing=label_smoothing)
 
 
 def fit(
@@ -297,7 +312,7 @@ def _trained_once(
                 torch.set_num_threads(study.train.threads)  # the same bits on every machine with this many threads
                 check_unchanged(path.parent, study.data, begun=False)
                 with runs.session(path.parent, what=role):
-                    weights, facts = _accepted(fitting, fitting_data(study, fitting, knows), path.parent, train)
+                    weights, facts = _accepted(fitting, fitting_data(study, fitting, role, knows), path.parent, train)
                     state = {"measured": facts, "fingerprint": checkpoint.fingerprint(weights)}
                     checkpoint.save(path, weights, {"accuracies": facts} if role == "teacher" else state)
     return checkpoint.load(path, prefixes=())[1]
@@ -323,11 +338,13 @@ def _accepted(
     raise failure
 
 
-def fitting_data(study: config.StudySettings, fitting: config.FittingSettings, knows: str = "labels") -> Dataset:
-    """The study's data with the augmentation that a network is trained under; knows: of `TeacherSettings`."""
+def fitting_data(
+    study: config.StudySettings, fitting: config.FittingSettings, role: str = "extractor", knows: str = "labels"
+) -> Dataset:
+    """The study's data with the labels and augmentation of a role's training; knows: of `TeacherSettings`."""
     data = study.data.model_copy(update={"augment": fitting.augment or study.data.augment})
     if knows == "labels":
-        return open_dataset(data)
+        return open_dataset(data).labelled(role)
     from haste_core.study.data.textured import Textured
 
     return Textured(data, knows)
@@ -346,7 +363,7 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
         frozen = build_teacher(wanted.model_copy(update={"fitting": fitting}))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream("teacher heads", fitting.seed))
-            classifier = PatchClassifier(frozen, dataset.classes)
+            classifier = PatchClassifier(frozen, dataset.classes, dataset.cells)
         measured = fit(classifier.requires_grad_(True), dataset, fitting, "teacher", partial)
         for name, of in dataset.parts.items():
             measured[f"test_{name}_accuracy"] = accuracy(classifier, dataset, "test", of)
@@ -416,7 +433,7 @@ def build_extractor(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(f"{role} weights", getattr(study.evaluate, role).seed if seed is None else seed))
         if role == "extractor":
-            return SmallCNN(dataset.classes, width, channels, side)
+            return SmallCNN(dataset.classes, width, channels, side, dataset.cells)
         return Autoencoder(width, channels, side)
 
 
@@ -454,7 +471,9 @@ def prepare_extractor(study: config.StudySettings, role: str) -> dict[str, Any]:
     def train(fitting: config.FittingSettings, dataset: Dataset, partial: Path) -> Trained:
         network = build_extractor(study, role, dataset, fitting.seed)
         measured = fit(network, dataset, fitting, role, partial)
-        return network.state_dict(), measured
+        if study.data.has_scenes and role == "extractor":
+            measured["unseen_accuracy"] = accuracy(network.to(default_device()), dataset, "unseen")
+        return network.cpu().state_dict(), measured
 
     state = _trained_once(study, _extractor_path(study, role), wanted, train)
     common = {"width": study.evaluate.extractor_width, "seed": wanted.seed, "fingerprint": state["fingerprint"]}
@@ -463,7 +482,7 @@ def prepare_extractor(study: config.StudySettings, role: str) -> dict[str, Any]:
 
 def load_extractor(study: config.StudySettings, role: str) -> tuple[FeatureNetwork, str]:
     """The trained network of a role, frozen in eval mode, and its name with the fingerprint of its weights."""
-    network = build_extractor(study, role, open_dataset(study.data))
+    network = build_extractor(study, role, open_dataset(study.data).labelled(role))
     weights, state = checkpoint.load(_extractor_path(study, role))
     network.load_state_dict(weights)
     return network.requires_grad_(False).eval(), f"{EXTRACTORS[role]}-{state['fingerprint']}"

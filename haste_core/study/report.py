@@ -23,7 +23,7 @@ from haste_core.analysis.statistics import one_card
 from haste_core.errors import HasteError
 from haste_core.figures import Figure, compared
 from haste_core.files import write_bytes, write_json, write_table, write_text
-from haste_core.study import claims, config, cost, evaluation, judging, report_text, runs
+from haste_core.study import caption_scores, claims, config, cost, evaluation, judging, report_text, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.pretrain import find_teacher
 from haste_core.study.report_text import answers, effect, lacking, measured
@@ -178,6 +178,8 @@ def write_tables(report: Report) -> None:
     curves = [{name: line.get(name) for name in names} | {"arm": run.arm, "seed": run.seed}
               for run in mains for line in run.metrics()]  # fmt: skip
     write_table(folder / "metrics.csv", curves, names)
+    if study.data.has_scenes and study.evaluate.suite == "study":
+        _write_captions(report)
     samples = {
         f"{run.arm}@{step}": np.load(evaluation.find_samples(run, step), allow_pickle=False)[:10]
         for run in report.shown_runs()
@@ -191,6 +193,24 @@ def write_tables(report: Report) -> None:
     np.savez_compressed(stream, **samples)  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", stream.getvalue())
     write_json(folder / "provenance.json", study_provenance(report))
+
+
+def _write_captions(report: Report) -> None:
+    """Write the captions of the sample sheet, and its images by arm, (sets, images, C, S, S), of the last step."""
+    write_table(report.tables / "captions.csv", caption_scores.shown(report.study), ("set", "caption"))
+    shown = {
+        run.arm: np.load(evaluation.find_samples(run, run.config.train.steps, "captions"), allow_pickle=False)
+        for run in report.shown_runs()
+    }
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **shown)  # type: ignore[arg-type]
+    write_bytes(report.tables / "captions.npz", stream.getvalue())
+
+
+def _caption_sheet(report: Report) -> Figure:
+    texts = report.table("captions").groupby("set", sort=False)["caption"].apply(list)
+    with np.load(report.tables / "captions.npz", allow_pickle=False) as stored:
+        return figures.caption_sheet(dict(stored), {report_text.CAPTIONS[name]: texts[name] for name in texts.index})
 
 
 def evidence(report: Report, fid: pd.DataFrame) -> judging.Evidence:
@@ -274,6 +294,8 @@ def draw_figures(report: Report) -> dict[str, Figure]:
     }
     if compared(denoising):
         found["denoising"] = figures.denoising_over_training(denoising, tau)
+    if report.has("captions"):
+        found["captions"] = _caption_sheet(report)
     if fid["arm"].nunique() > 1:
         found["gain"] = figures.gain_over_vanilla(fid, tau)
     if len(judged):
@@ -408,6 +430,7 @@ def write_report(report: Report) -> Path:
             {"pair": row["pair"], "n": row["n"], "n reference": row["n_reference"]} | report_text.scores_of(row)
             for row in floor.to_dict("records")
         ],
+        captions=report_text.caption_cells(fid, steps[-1]) if report.has("captions") else [],
         grid=report_text.grid_cells(report.table("grid")) if report.has_current("grid") else [],
         times=report_text.time_cells(report.table("step_time")),
         attention=report.table("attention"),

@@ -34,6 +34,11 @@ SCORES = {
     "texture_power": ("texture power", 2), "fd_dinov2": ("FD, DINOv2", 1), "nearest": ("nearest", 2),
     "copies": ("copies, %", 1),
 }  # fmt: skip
+# Sets of captions, columns of fid.csv.
+CAPTIONS = {
+    "caption_seen": "seen combinations, no guidance", "caption_seen_guided": "seen combinations, guidance 2",
+    "caption_unseen": "unseen combinations, no guidance", "caption_unseen_guided": "unseen combinations, guidance 2",
+}  # fmt: skip
 # Summaries of the held-out denoising loss, columns of fid.csv; nats are compared as a difference, others in percent.
 SUMMARIES = {"near_data": f"near the data ({NEAR})", "structure": HIGH, "denoising": "all t", "nats": "nats an image"}
 
@@ -204,6 +209,18 @@ def score_cells(fid: pd.DataFrame, step: int) -> list[dict[str, str]]:
     return [
         {"arm": str(arm), "FID, lowest to highest seed": f"{group['fid'].min():.2f} to {group['fid'].max():.2f}"}
         | scores_of({name: mean(name, group[name]) for name in SCORES if name in group})
+        for arm, group in fid[fid["step"] == step].groupby("arm", sort=False)
+    ]
+
+
+def caption_cells(fid: pd.DataFrame, step: int) -> list[dict[str, str]]:
+    """A row for each arm and set of captions at a step: caption accuracy in percent, means over seeds."""
+    parts = {"": "all of it", "_digits": "both digits", "_colours": "both colours", "_relation": "the relation"}
+    return [
+        {"arm": str(arm), "captions": told}
+        | {label: f"{100 * group[name + part].mean():.1f}" for part, label in parts.items()}
+        | {"lowest to highest seed": f"{100 * group[name].min():.1f} to {100 * group[name].max():.1f}"}
+        for name, told in CAPTIONS.items()
         for arm, group in fid[fid["step"] == step].groupby("arm", sort=False)
     ]
 

@@ -270,6 +270,7 @@ def scoring_facts(study: config.StudySettings, extractor: str) -> dict[str, Any]
         "reference_hash": TrainingImages(study.data).hash(),
         "reference_heldout": f"{study.data.kind} test split (held-out), {LIMIT} images at most",
         "reference_heldout_hash": hashlib.sha256(held_out.contiguous().numpy().tobytes()).hexdigest()[:16],
+        **({"caption_images": evaluate.caption_images} if study.data.has_scenes else {}),
     }
 
 

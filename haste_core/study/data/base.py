@@ -6,7 +6,7 @@ import math
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,28 @@ UNREADABLE = (
 )  # fmt: skip
 
 
+class Captions:
+    """Texts by number, those of one image in a row.
+
+    Args:
+        groups: the captions of each image, at least one.
+
+    Attributes:
+        texts: all of them. first: (images,) number of each image's first caption.
+    """
+
+    def __init__(self, groups: Iterable[Sequence[str]]) -> None:
+        groups = list(groups)
+        self.texts = [text for group in groups for text in group]
+        sizes = torch.tensor([len(group) for group in groups])
+        self.first = sizes.cumsum(0) - sizes
+        self._sizes = torch.zeros(len(self.texts), dtype=torch.int64).index_put_((self.first,), sizes)
+
+    def drawn(self, first: Tensor, generator: Generator, count: int, part: slice) -> Tensor:
+        """One caption of each image, (B,), given the numbers of their first ones; `count` and `part` as of `batch`."""
+        return first + (torch.rand(count, generator=generator)[part] * self._sizes[first]).long()
+
+
 class Dataset:
     """Labelled images in three disjoint splits: "train", "validation" for decisions in a study, "test" for its scores.
 
@@ -51,6 +73,8 @@ class Dataset:
     channels: int
     classes: int
     augment: config.AugmentSettings
+    captions: Captions | None = None  # what labels number, where images have captions
+    cells: int = 1  # labels of an image are a grid of so many rows and columns, (n, cells * cells) beyond 1
     law: Law | None = None  # the distribution of the images, where it is known
     parts: Mapping[str, Callable[[Tensor], Tensor]] = {}  # facts that a label is made of, by name
     doubts: str = ""  # why the data are likely not what they are taken for; empty where nothing says so
@@ -65,6 +89,22 @@ class Dataset:
             f"{self.channels}x{side}x{side}",
         )
         return f"{self.name}: {', '.join(shown)}"
+
+    @property
+    def sampled(self) -> int:
+        """Number of labels that images are drawn for in scores: the first ones."""
+        return self.classes
+
+    def labelled(self, role: str) -> Dataset:
+        """The data with the labels that a classifier or autoencoder of the study learns; role: as of `pretrain.fit`.
+
+        Raises:
+            HasteError: there are no classes.
+        """
+        if self.captions is None or role == "autoencoder":
+            return self
+        instead = "teacher.weights (hub, or a path)" if role == "teacher" else "evaluate.suite: adm"
+        raise HasteError(f"data {self.name} has captions and no classes for a {role} to learn; expected {instead}")
 
     def identity(self) -> dict[str, Any]:
         """Number of images and classes, and a hash of labels and of some of the content; empty for fixed data."""
@@ -98,7 +138,11 @@ class Dataset:
         """
         x, y = self._read("train", indices[part])
         x = augmented(x, self.augment, generator, len(indices), part)
-        return Batch(x, y, x)
+        return Batch(x, self._told(y, generator, len(indices), part), x)
+
+    def _told(self, y: Tensor, generator: Generator, drawn: int, part: slice) -> Tensor:
+        """Labels (B,) y, or of images with captions the number of one that is drawn."""
+        return y if self.captions is None else self.captions.drawn(y, generator, drawn, part)
 
 
 class Batches:

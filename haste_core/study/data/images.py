@@ -72,19 +72,29 @@ class Images(Dataset):
         self.augment, self.image_size = data.augment, int(data.image_size or 0)
         path, columns = str(data.path), (data.image_column, data.label_column)
         self.name = Path(path).name
-        rows, note = _divided(data)
+        rows, note = _divided(data, *self._load(data))
         self._splits = {name: Split(part, self.image_size, path, *columns) for name, part in rows.items()}
         labels = torch.cat([split.labels for split in self._splits.values()])
         self.classes = max(split.classes for split in self._splits.values())
         counts = torch.bincount(labels, minlength=self.classes)
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in self._splits.items())
         note += self._splits["train"].odd_sizes()
+        named = (
+            f"{number_of(self.classes, 'class')} of {int(counts.min()):,} to {number_of(int(counts.max()), 'image')}"
+        )
         self._found = (
-            f"{self.name}: {number_of(len(labels), 'image')} ({sizes}), {number_of(self.classes, 'class')} of "
-            f"{int(counts.min()):,} to {number_of(int(counts.max()), 'image')}, "
+            f"{self.name}: {number_of(len(labels), 'image')} ({sizes}), {self._named() or named}, "
             f"3x{self.image_size}x{self.image_size}{note}"
         )
         say(self._found)
+
+    def _load(self, data: config.DataSettings) -> tuple[dict[str, Any], str]:
+        """The source's splits and a note, as of `load_splits`."""
+        return load_splits(str(data.path), data.train_split, data.label_column)
+
+    def _named(self) -> str:
+        """What labels are, for `summary`; empty for classes."""
+        return ""
 
     @property
     def summary(self) -> str:
@@ -270,8 +280,8 @@ def _described(rows: Any, name: str, kind: str) -> str:
     return f"{kind}, {number_of(len(rows.unique(name)), 'distinct value')}" if labels else kind
 
 
-def _divided(data: config.DataSettings) -> tuple[dict[str, Any], str]:
-    """Rows of "train", "validation" and "test", and a note on files that were not read.
+def _divided(data: config.DataSettings, found: Mapping[str, Any], note: str) -> tuple[dict[str, Any], str]:
+    """Rows of "train", "validation" and "test" among the source's splits, and the note on files with what is not used.
 
     A split of the data's own for validation or test is used as it is; one named like validation serves as the test
     split where there is none. What is missing is held out of the training split.
@@ -280,7 +290,6 @@ def _divided(data: config.DataSettings) -> tuple[dict[str, Any], str]:
         HasteError: `data.test_split` names the training split, or one that is missing and not just called "test".
     """
     path = str(data.path)
-    found, note = load_splits(path, data.train_split, data.label_column)
     train = found[pick_split(found, data.train_split, path)]
     others = {name: rows for name, rows in found.items() if rows is not train}
     own = {SPLITS[name.lower()]: rows for name, rows in others.items() if name.lower() in SPLITS}

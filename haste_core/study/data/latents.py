@@ -3,6 +3,7 @@
 images/00000/img00000000.png              RGB, square, one size
 vae-sd/00000/img-mean-std-00000000.npy    float32 (2C, h, w): mean, then standard deviation, unscaled
 images/dataset.json, vae-sd/dataset.json  {"labels": [["00000/img00000000.png", 12], ...]}
+captions.json                             {"captions": [["a cat", ...], ...]} by label, of captioned images alone
 manifest.json                             written by `haste latents`; folders prepared for REPA or HASTE have none
 
 The pairs come from the dataset.json files alone, so a folder of a million pairs opens in seconds.
@@ -29,6 +30,7 @@ from haste_core.study.data.base import (
     MOST_CLASSES,
     UNREADABLE,
     Batch,
+    Captions,
     Dataset,
     say,
     split_indices,
@@ -40,7 +42,7 @@ from haste_core.study.sections import Positive, S, Section, validate
 
 # The latent scale of Stable Diffusion's first VAEs (Rombach et al. 2022, Appendix D.1), for folders without manifest.
 SCALE, SHIFT = 0.18215, 0.0
-IMAGES, LATENTS = "images", "vae-sd"
+IMAGES, LATENTS, CAPTIONS = "images", "vae-sd", "captions.json"
 SIDES = (IMAGES, LATENTS)
 _OTHER = {IMAGES: LATENTS, LATENTS: IMAGES}
 _AFFIXES = {IMAGES: ("img", ".png"), LATENTS: ("img-mean-std-", ".npy")}  # before and after the number
@@ -118,6 +120,12 @@ class LabelList(BaseModel):
     """The content of dataset.json: name and label of each file; None leaves the files unlabelled."""
 
     labels: list[tuple[StrictStr, Annotated[StrictInt, Field(ge=0, lt=MOST_CLASSES)]]] | None
+
+
+class CaptionList(BaseModel):
+    """The content of captions.json, which `haste latents` writes for captioned images: captions by label."""
+
+    captions: Annotated[list[Annotated[list[StrictStr], Field(min_length=1)]], Field(min_length=1)]
 
 
 def read_manifest(root: Path) -> Manifest | None:
@@ -373,6 +381,14 @@ class Latents(Dataset):
         if self.manifest is not None:
             self.scale, self.shift = self.manifest.vae.scale, self.manifest.vae.shift
             self.classes = max(self.classes, self.manifest.classes)
+        if (path := self.folder.path / CAPTIONS).is_file():
+            self.captions = Captions(_read_json(path, CaptionList).captions)
+            if len(self.captions.first) != self.classes:
+                raise HasteError(
+                    f"{path} has captions of {len(self.captions.first)} images, labels number {self.classes}; expected "
+                    f"the folder as haste latents left it"
+                )
+            self.labels, self.classes = self.captions.first[self.labels], len(self.captions.texts)
         self._splits = split_indices(self.labels, data, f"data {data.path}")
         self.doubts = self._doubts()
         say(self.summary)
@@ -391,6 +407,8 @@ class Latents(Dataset):
     @property
     def summary(self) -> str:
         """As for `Dataset`, with classes that have no image and with doubts."""
+        if self.captions is not None:
+            return "; ".join([f"{super().summary} (captions)", *([self.doubts] if self.doubts else [])])
         empty = int((torch.bincount(self.labels, minlength=self.classes) == 0).sum())
         notes = [f"{empty:,} of the classes have no image"] if empty else []
         if self.classes == 1:
@@ -402,6 +420,8 @@ class Latents(Dataset):
         found = hashlib.sha256("\n".join(self.folder.pairs.keys).encode())
         for part in (self.labels, self.folder.first_look()):
             found.update(part.numpy().tobytes())
+        if self.captions is not None:
+            found.update("\0".join(self.captions.texts).encode())
         return {"images": len(self.labels), "classes": self.classes, "content": found.hexdigest()[:16]}
 
     def __len__(self) -> int:
@@ -423,7 +443,8 @@ class Latents(Dataset):
         chosen = self._splits["train"][indices[part]]
         mean, std = self.folder.posterior(chosen)
         drawn = mean + std * torch.randn(len(indices), *mean.shape[1:], generator=generator)[part]
-        return self._batch(drawn, chosen, with_images)
+        batch = self._batch(drawn, chosen, with_images)
+        return batch._replace(y=self._told(batch.y, generator, len(indices), part))
 
     def _batch(self, latents: Tensor, chosen: Tensor, with_images: bool) -> Batch:
         images = self.folder.pixels(chosen) if with_images else torch.empty(0, 3, *[self.pixel_size] * 2)
