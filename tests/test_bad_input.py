@@ -24,7 +24,7 @@ NO_PLACE = "No such file or directory" if os.geteuid() == 0 else "Permission den
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))
 
-STUDIES = "expected one of: cifar10, digits, imagenet256, imagenet512, mnist"
+STUDIES = "expected one of: captions, cifar10, coco256, digits, imagenet256, imagenet512, mnist, textured"
 
 
 def lines(text):

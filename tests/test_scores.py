@@ -215,10 +215,10 @@ CHANGES_NOTHING = {
     "train.checkpoint_every": 4,
     "evaluate.batch_size": 9,
 }
-# On the card through something else: the fingerprint of weights, the fields of a preset, the suite's own card.
+# On the card through something else: the fingerprint of weights, the fields of a preset, the suite's own card, scenes.
 ELSEWHERE = {
     "evaluate.extractor", "evaluate.autoencoder", "evaluate.extractor_width", "evaluate.inception", "sample.preset",
-    "sample.vae", "sample.any_vae", "evaluate.suite", "evaluate.resize",
+    "sample.vae", "sample.any_vae", "evaluate.suite", "evaluate.resize", "evaluate.caption_images",
 }  # fmt: skip
 
 

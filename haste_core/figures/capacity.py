@@ -230,7 +230,7 @@ def predicted_harm(teachers: pd.DataFrame) -> Figure:
     figure, axes = panels(3, 10.4, 3.8, sharey=True)
     for axis, (measure, title) in zip(axes, DISCARDED.items(), strict=True):
         for place, (study, rows) in enumerate(teachers.groupby("study", sort=False)):
-            harm = 100 * np.expm1(rows.groupby([measure, "arm"])["harm"].agg(["mean", "min", "max"]))
+            harm = rows.groupby([measure, "arm"])["harm"].agg(["mean", "min", "max"]).apply(lambda x: 100 * np.expm1(x))
             bars = [harm["mean"] - harm["min"], harm["max"] - harm["mean"]]
             axis.errorbar(harm.index.get_level_values(0), harm["mean"], yerr=bars, fmt="o", markersize=5, linewidth=0.8,
                           color=mpl.colormaps["tab10"](place), label=study)  # fmt: skip

@@ -343,11 +343,7 @@ def fitting_data(
 ) -> Dataset:
     """The study's data with the labels and augmentation of a role's training; knows: of `TeacherSettings`."""
     data = study.data.model_copy(update={"augment": fitting.augment or study.data.augment})
-    if knows == "labels":
-        return open_dataset(data).labelled(role)
-    from haste_core.study.data.textured import Textured
-
-    return Textured(data, knows)
+    return open_dataset(data).labelled(role, knows)
 
 
 def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings | None = None) -> dict[str, Any]:

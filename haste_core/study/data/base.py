@@ -95,8 +95,10 @@ class Dataset:
         """Number of labels that images are drawn for in scores: the first ones."""
         return self.classes
 
-    def labelled(self, role: str) -> Dataset:
-        """The data with the labels that a classifier or autoencoder of the study learns; role: as of `pretrain.fit`.
+    def labelled(self, role: str, knows: str = "labels") -> Dataset:
+        """The data with the labels that a classifier or autoencoder of the study learns.
+
+        role: as of `pretrain.fit`. knows: of `TeacherSettings`.
 
         Raises:
             HasteError: there are no classes.

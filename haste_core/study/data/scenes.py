@@ -128,7 +128,7 @@ class Scenes(Dataset):
         """Combinations (n,) of captions by number (n,)."""
         return torch.searchsorted(self.captions.first, captions, right=True) - 1
 
-    def labelled(self, role: str) -> Dataset:
+    def labelled(self, role: str, knows: str = "labels") -> Dataset:
         """As for `Dataset`: the thing in each of 2x2 cells; the teacher sees seen combinations, extractors all."""
         return SceneCells(self.data, everything=role != "teacher")
 
@@ -153,7 +153,7 @@ class SceneCells(Scenes):
         super().__init__(data)
         self._splits, self.classes, self.captions = self._drawn(everything), 1 + len(things(self.scenes)), None  # type: ignore[assignment]
 
-    def labelled(self, role: str) -> Dataset:
+    def labelled(self, role: str, knows: str = "labels") -> Dataset:
         """As for `Dataset`."""
         return self
 

@@ -31,7 +31,7 @@ class Textured(Dataset):
 
     def __init__(self, data: config.DataSettings, knows: str = "labels") -> None:
         assert data.texture is not None
-        self.augment, self.seed, self.knows = data.augment, data.split_seed, knows
+        self.data, self.augment, self.seed, self.knows = data, data.augment, data.split_seed, knows
         self.law = law_of(data.texture, data.image_size or SIDE)
         self.image_size = self.law.side
         digits, directions = len(self.law.templates), len(self.law.spectra)
@@ -45,6 +45,10 @@ class Textured(Dataset):
 
     def __len__(self) -> int:
         return SIZES["train"]
+
+    def labelled(self, role: str, knows: str = "labels") -> Dataset:
+        """As for `Dataset`."""
+        return self if knows == self.knows else Textured(self.data, knows)
 
     def _draw(self, y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         x, direction = self.law.draw(y, generator)
