@@ -89,7 +89,9 @@ def test_an_unknown_study_names_the_known_ones(tmp_path):
 
 def test_a_missing_file_is_no_study(tmp_path):
     message = refused(tmp_path / "mine.yml")
-    assert f"no file {tmp_path / 'mine.yml'}; expected a study file, or one of the studies: captions, cifar10" in message
+    assert (
+        f"no file {tmp_path / 'mine.yml'}; expected a study file, or one of the studies: captions, cifar10" in message
+    )
 
 
 def test_arms_that_are_null_are_left_out_of_the_study_and_its_groups(tmp_path):
