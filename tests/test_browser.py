@@ -124,7 +124,7 @@ def served(place, environment):
             [sys.executable, "-m", "jupyter", *words], env=os.environ | environment | folders, stdout=log, stderr=log
         )
     try:
-        while not (found := list((place / "runtime").glob("jpserver-*.json"))):
+        while not (found := [path for path in (place / "runtime").glob("jpserver-*.json") if path.stat().st_size]):
             assert server.poll() is None, (place / "server.log").read_text()
             time.sleep(0.1)
         facts = json.loads(found[0].read_text())

@@ -148,7 +148,7 @@ def check_tables(report, name):
 @pytest.mark.slow
 def test_the_mechanism_is_shown_from_the_tables_that_came_with_the_project(study, execute):
     shutil.copytree(ROOT / "reports" / "textured", study.dir / "reports" / "textured")
-    assert execute("11_mechanism", profile="").pictures == 5
+    assert execute("11_mechanism", profile="").pictures == 6
 
 
 @pytest.mark.slow
