@@ -58,7 +58,7 @@ def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypa
     monkeypatch.setattr(step, "study", small)
     monkeypatch.setattr(machine, "peak_gib", lambda *_: 1.0)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    plain, compiled = step.measure(3).set_index("what"), step.compiled(3).set_index("what")
+    plain, compiled = step.measure(9).set_index("what"), step.compiled(3).set_index("what")
     assert list(plain.index) == [*step.PHASES, "teacher forward"]
     assert list(compiled.index) == ["vanilla, compiled", "haste phase 1, compiled"]
     table = pd.concat([plain, compiled])
