@@ -14,10 +14,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from sklearn.linear_model import Ridge
-from sklearn.metrics import r2_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from haste_core.alignment import Grid, attention_probabilities, paired_heads, resample_attention, resample_tokens
@@ -196,6 +192,11 @@ def feature_fit(student_tokens: Tensor, teacher_tokens: Tensor) -> float:
         tuple(tokens[half::2].flatten(0, 1).double().numpy() for tokens in (student_tokens, teacher_tokens))
         for half in (0, 1)
     )
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import r2_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     fit = make_pipeline(StandardScaler(), Ridge(alpha=RIDGE * len(x), solver="cholesky")).fit(x, y)
     return float(r2_score(y_scored, fit.predict(x_scored), multioutput="variance_weighted"))
 

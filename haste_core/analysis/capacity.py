@@ -17,10 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.spatial.distance import cdist
-from scipy.special import entr
-from scipy.stats import spearmanr
-from scipy.stats import t as student_t
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -83,6 +79,8 @@ def two_nn(features: np.ndarray) -> float:
     distinct = np.unique(np.asarray(features, dtype=np.float64), axis=0)
     if len(distinct) < 3:
         return math.nan
+    from scipy.spatial.distance import cdist
+
     near = np.partition(cdist(distinct, distinct), (1, 2), axis=1)[:, 1:3]
     log_mu = np.sort(np.log(near[:, 1] / near[:, 0]))
     kept = max(1, min(int(len(log_mu) * (1 - DISCARDED)), len(log_mu) - 1))  # at i = n the left side is infinite
@@ -103,6 +101,8 @@ def matrix_entropy(features: np.ndarray) -> float:
     if not len(rows):
         return math.nan
     # The squared singular values are the Gram matrix's eigenvalues other than zero.
+    from scipy.special import entr
+
     return float(entr(np.linalg.svd(rows, compute_uv=False) ** 2 / len(rows)).sum())
 
 
@@ -118,6 +118,8 @@ def local_rank(features: np.ndarray, k: int = NEIGHBOURS) -> float:
     features = np.asarray(features, dtype=np.float64)
     if not 2 <= k < len(features):
         raise HasteError(f"local rank of {len(features)} rows with k={k} neighbours; expected k from 2 to n - 1")
+    from scipy.spatial.distance import cdist
+
     distances = cdist(features, features)
     np.fill_diagonal(distances, np.inf)
     near = np.argpartition(distances, k - 1, axis=1)[:, :k]
@@ -136,6 +138,8 @@ def _singular_values(features: np.ndarray) -> np.ndarray:
 def _effective_rank(values: np.ndarray) -> np.ndarray:
     total = values.sum(-1, keepdims=True)
     shares = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
+    from scipy.special import entr
+
     return np.where(total[..., 0] > 0, np.exp(entr(shares).sum(-1)), 0.0)
 
 
@@ -160,7 +164,9 @@ def interval(features: np.ndarray, measure: Measure, confidence: float) -> tuple
     groups = min(GROUPS, len(features))
     group = np.arange(len(features)) % groups
     left = np.array([measure(features[group != g]) for g in range(groups)])
-    error = math.sqrt((groups - 1) * left.var()) * student_t.ppf((1 + confidence) / 2, groups - 1)
+    from scipy.special import stdtrit
+
+    error = math.sqrt((groups - 1) * left.var()) * stdtrit(groups - 1, (1 + confidence) / 2)
     value = measure(features)
     return (value - error, value + error) if math.isfinite(value + error) else (math.nan, math.nan)
 
@@ -465,6 +471,8 @@ def prediction(rows: pd.DataFrame, resamples: int = 1000, confidence: float = 0.
         pairs: of the pairs of arms that differ in the teacher alone, those in which the measure and the harm have the
         same order.
     """
+    from scipy.stats import spearmanr
+
     alike = ["study", "step", "tau", "lambda_feature", "lambda_attention"]
     arms = rows.groupby([*alike, "arm"])[[*DISCARDED_MEASURES, "harm"]].mean().reset_index()
     random, found = np.random.default_rng(seed), []

@@ -16,10 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -340,6 +336,10 @@ def linear_probe(features_train: Any, labels_train: Any, features_test: Any, lab
             f"{int((~np.isin(tested, known)).sum())} are new; expected at least two classes, and every tested one "
             "among the training images: use more of them"
         )
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, tol=1e-6))
     # Waking threads for each product of so small a problem makes it ten times slower.
     with threadpool_limits(1):
@@ -367,6 +367,8 @@ def linear_probing(run: Run, train: int = 2000) -> pd.DataFrame:
 
     def add(network: str, step: int, t: float, depth: int, fit: Tensor, test: Tensor) -> None:
         accuracy = linear_probe(fit, fitted.y, test, tested.y)
+        from scipy.stats import binomtest
+
         low, high = binomtest(round(accuracy * n), n).proportion_ci(settings.confidence, method="wilson")
         rows.append((network, step, t, depth, accuracy, float(low), float(high), chance, n, len(fitted.y)))
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 # arm -> seed -> step -> score
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
@@ -27,7 +26,9 @@ def interval(values: Sequence[float], confidence: float) -> Interval:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    from scipy.special import stdtrit  # half a second, which notebooks that read tables do not wait for
+
+    half = float(stdtrit(len(values) - 1, 0.5 + confidence / 2) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return Interval(mean, mean - half, mean + half)
 
 

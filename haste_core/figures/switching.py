@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from haste_core.errors import unknown
 from haste_core.figures.style import (
@@ -98,6 +97,8 @@ def online_against_exact(exact: pd.DataFrame, online: pd.DataFrame) -> Figure:
         axis.axvline(0, color=DARK, linewidth=0.8)
         axis.set_xlabel("exact, at the block's parameters")
         if len(part) >= 3:
+            from scipy import stats  # a second, which a page without this figure does not wait for
+
             pearson, ranks = (f(part["rho"], part["online"]).statistic for f in (stats.pearsonr, stats.spearmanr))
             axis.set_title(f"{name} loss\nr = {pearson:.2f}, ranks {ranks:.2f}, {len(part)} points")
     return _finish(figure, axes, both, "online, at activations")

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import try_to_load_from_cache
 
 from haste_core import released, sampling
@@ -265,6 +264,8 @@ def find_example(settings: config.DataSettings, batch_size: int = 1) -> tuple[Ex
 
 
 def _in_cache(name: str) -> str:
+    from datasets.config import HF_DATASETS_CACHE
+
     cached = Path(HF_DATASETS_CACHE) / name.lower().replace("/", "___")
     if not cached.is_dir():
         raise (NotDownloaded if _HUB_NAME.fullmatch(name) else HasteError)(

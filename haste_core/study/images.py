@@ -23,7 +23,6 @@ from haste_core.sampling import to_uint8
 from haste_core.study import config
 from haste_core.study.data import Dataset, open_dataset
 from haste_core.study.data.base import UNREADABLE, center_crop, parts, say, to_tensor
-from haste_core.study.data.images import not_read, walk
 
 # Training sets up to this many bytes are hashed completely, larger ones by this many evenly spread images.
 HASHED_WHOLE = 2**30
@@ -116,6 +115,8 @@ class FolderImages:
     """
 
     def __init__(self, path: Path, resize: int | None = None) -> None:
+        from haste_core.study.data.images import not_read, walk  # with Hugging Face's data sets
+
         self.path, self.resize = path, resize
         skipped: Counter[str] = Counter()
         self.files = sorted(walk(path, (), skipped), key=lambda file: file.parts)

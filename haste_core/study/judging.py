@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from haste_core.analysis.statistics import Curves, Interval, curves_of, interval, one_card
 
@@ -160,12 +159,14 @@ def p_value(values: Sequence[float], region: tuple[float, float]) -> float:
     """
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan
+    from scipy.special import stdtr
+
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     found = [0.0]
     for inside in (mean - region[0], region[1] - mean):
         if math.isfinite(inside):
             # Without any spread the sign alone decides.
-            found.append(float(stats.t.sf(inside / error, len(values) - 1)) if error > 0 else float(inside <= 0))
+            found.append(float(stdtr(len(values) - 1, -inside / error)) if error > 0 else float(inside <= 0))
     return max(found)
 
 
@@ -296,6 +297,8 @@ def judge_all(claims: Iterable[Claim], evidence: Evidence, confidence: float) ->
     ]
     known = [row for row in judged if math.isfinite(row["p"])]
     values = [row["p"] for row in known]
+    from scipy import stats  # a second, which notebooks that read tables do not wait for
+
     for row, p_holm, p_bh in zip(known, holm(values), stats.false_discovery_control(values), strict=True):
         row |= {"p_holm": p_holm, "p_bh": p_bh}
     return judged

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -238,6 +236,8 @@ def hold_out(labels: Tensor, data: config.DataSettings, split: str, name: str) -
         )
     sizes = labels.unique(return_counts=True)[1]
     divisible = int(sizes.min()) > 1 and min(held, count - held) >= len(sizes)
+    from sklearn.model_selection import train_test_split
+
     kept, out = train_test_split(
         np.arange(count),
         test_size=fraction,
@@ -361,6 +361,8 @@ class Digits(Dataset):
 
     def _whole(self, data: config.DataSettings) -> tuple[Tensor, Tensor]:
         """All images (N, 1, S, S) in [-1, 1] and labels (N,)."""
+        from sklearn.datasets import load_digits
+
         pixels, labels = load_digits(return_X_y=True)
         return torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(labels).long()
 

@@ -13,7 +13,6 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -168,6 +167,8 @@ def _drawn(settings: str, everything: bool) -> dict[str, Drawn]:
     data = config.DataSettings.model_validate_json(settings)
     scenes = data.scenes or ScenesSettings()
     there, seen = combinations(scenes, data.split_seed)
+    from sklearn.datasets import load_digits
+
     pixels, labels = load_digits(return_X_y=True)
     digits = torch.from_numpy(labels).long()
     ink = F.interpolate(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 
 from haste_core.analysis.law import Law, band_spectra, upsampled
@@ -77,6 +76,8 @@ def law_of(texture: config.TextureSettings, side: int) -> Law:
     Raises:
         HasteError: templates are larger than the image, or the spectrum is not positive.
     """
+    from sklearn.datasets import load_digits
+
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).reshape(-1, 8, 8) / 8 - 1
     chosen = torch.cat([x[labels == digit][: texture.templates] for digit in range(10)])
