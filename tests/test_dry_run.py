@@ -181,7 +181,7 @@ def test_images_are_counted_and_a_hub_name_is_missing_until_it_is_in_the_cache(t
     assert "12 images (8 train, 1 validation, 3 test), 2 classes of 6 to 6 images, 3x32x32" in check.found
     assert not find_example(settings, 13)[1].ok
 
-    monkeypatch.setattr("haste_core.study.dry_run.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     hub = config.load("cifar10").data
     assert (find_example(hub)[0], find_example(hub)[1].ok) == (Example(32, 3, 1000, 32, 3), False)
     (tmp_path / "datasets" / "uoft-cs___cifar10").mkdir(parents=True)
