@@ -188,7 +188,8 @@ def write_tables(report: Report) -> None:
     if "excess" in fid[0]:
         pairs = {arm: plain for arm in study.arms if (plain := study.baseline(arm)) not in (None, arm)}
         table = law.gain_and_harm(pd.DataFrame(fid), pairs, study.claims.early, study.train.steps)
-        write_table(folder / "gain_and_harm.csv", table.to_dict("records"), tuple(table.columns))
+        rows = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+        write_table(folder / "gain_and_harm.csv", rows, tuple(table.columns))
     stream = io.BytesIO()
     np.savez_compressed(stream, **samples)  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", stream.getvalue())
