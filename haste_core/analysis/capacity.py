@@ -461,7 +461,7 @@ def teachers(study: StudySettings, scores: pd.DataFrame, fit_images: int = FIT_I
 
 
 def prediction(rows: pd.DataFrame, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """How well each measure of lost detail predicts the harm near the data, over arms (means over seeds).
+    """Rank correlation of each measure of lost detail with the harm near the data, over arms (means over seeds).
 
     Args:
         rows: of `teachers`, of one or more studies. resamples: of the bootstrap over arms.

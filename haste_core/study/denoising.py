@@ -152,7 +152,7 @@ def summaries(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     `near_data`, `structure`, `denoising`: mean loss over levels t <= 0.1, t >= 0.3, and all; `nats`: the bound's
     integral over the measured range of t, in nats an image, by the trapezoidal rule in log t. Where the law is known,
     LAW_SUMMARIES: `excess` and its parts over t <= 0.1, `excess_structure` over t >= 0.3, `informed` over INFORMED, and
-    `gap`, the bound's integral over that of the best predictor: an expected log-likelihood in nats an image.
+    `gap`, the bound's integral minus that of the best predictor, in nats an image.
     """
     held_out = sorted((row for row in rows if row["split"] == "held-out"), key=lambda row: row["t"])
     t, loss, nats = (np.array([row[key] for row in held_out]) for key in ("t", "loss", "nats"))

@@ -93,7 +93,7 @@ class Images(Dataset):
         return load_splits(str(data.path), data.train_split, data.label_column)
 
     def _named(self) -> str:
-        """What labels are, for `summary`; empty for classes."""
+        """The name of the labels for `summary`; empty for classes."""
         return ""
 
     @property

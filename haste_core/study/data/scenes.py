@@ -218,7 +218,7 @@ def _composed(
 
 
 class Reading(NamedTuple):
-    """What stands in images: side by side (n,), and the two things, the left or upper one first, (n, 2)."""
+    """Content of images: side by side or not (n,), and the two things, the left or upper one first, (n, 2)."""
 
     across: Tensor
     things: Tensor

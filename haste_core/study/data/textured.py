@@ -21,7 +21,8 @@ SIZES = {"train": 5000, "validation": 500, "test": 500}
 class Textured(Dataset):
     """Fresh draws of a `Law`, with the digit as label.
 
-    `targets`: the label, for a teacher the direction of the texture, or both as one of (digit, direction).
+    knows: the target that is given as label: the digit ("labels"), the direction of the texture ("orientation"), or
+        "both", each pair of the two a class.
     """
 
     name = "textured"
