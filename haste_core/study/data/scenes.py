@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from haste_core.errors import number_of
 from haste_core.seeding import stream
 from haste_core.study import config
-from haste_core.study.data.base import Captions, Dataset, split_indices, to_signed
+from haste_core.study.data.base import Captions, Dataset, digits, split_indices, to_signed
 from haste_core.study.sections import ScenesSettings
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -167,22 +167,17 @@ def _drawn(settings: str, everything: bool) -> dict[str, Drawn]:
     data = config.DataSettings.model_validate_json(settings)
     scenes = data.scenes or ScenesSettings()
     there, seen = combinations(scenes, data.split_seed)
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    digits = torch.from_numpy(labels).long()
-    ink = F.interpolate(
-        torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16, size=DIGIT, mode="bilinear", align_corners=False
-    )
+    x, labels = digits()
+    ink = F.interpolate((x + 1) / 2, size=DIGIT, mode="bilinear", align_corners=False)
     ink = F.pad(ink, ((CELL - DIGIT) // 2,) * 4)[:, 0]
-    sources = split_indices(digits, data, "the digits")
+    sources = split_indices(labels, data, "the digits")
     found = {}
     for split, share in SHARES.items():
         generator = Generator().manual_seed(stream(f"scenes {split}{' all' * everything}", data.split_seed))
         count = math.ceil(share * scenes.images)
         low, high = (seen, len(there)) if split == "unseen" else (0, len(there) if everything else seen)
         chosen = torch.randint(low, high, (count,), generator=generator)
-        of_digit = [(m := sources.get(split, sources["test"]))[digits[m] == digit] for digit in range(10)]
+        of_digit = [(m := sources.get(split, sources["test"]))[labels[m] == digit] for digit in range(10)]
         found[split] = _composed(scenes, there, chosen, of_digit, ink, generator)
     return found
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from haste_core.analysis.law import Law, band_spectra, upsampled
 from haste_core.seeding import stream
 from haste_core.study import config
-from haste_core.study.data.base import Dataset
+from haste_core.study.data.base import Dataset, digits
 from haste_core.training import Batch
 
 SIDE = 16
@@ -77,11 +77,8 @@ def law_of(texture: config.TextureSettings, side: int) -> Law:
     Raises:
         HasteError: templates are larger than the image, or the spectrum is not positive.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(pixels).reshape(-1, 8, 8) / 8 - 1
-    chosen = torch.cat([x[labels == digit][: texture.templates] for digit in range(10)])
+    x, labels = digits()
+    chosen = torch.cat([x[labels == digit, 0].double()[: texture.templates] for digit in range(10)])
     templates = texture.contrast * upsampled(chosen, side).reshape(10, texture.templates, side, side)
     shape = texture.model_dump(exclude={"templates", "contrast"})
     return Law(templates, band_spectra(side, **shape))
