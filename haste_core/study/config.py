@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -180,6 +181,10 @@ class StudySettings(Section):
             raise ValueError("names a seed twice; expected each once")
         return seeds
 
+    @cached_property
+    def _runs(self) -> dict[str, RunSettings]:
+        return {}
+
     @property
     def main(self) -> list[str]:
         """The arms of the report's own figures and of the claims that are read early."""
@@ -191,6 +196,11 @@ class StudySettings(Section):
         Raises:
             HasteError: the arm does not exist, or its overrides do not fit.
         """
+        if arm not in self._runs:
+            self._runs[arm] = self._resolved(arm)
+        return self._runs[arm]
+
+    def _resolved(self, arm: str) -> RunSettings:
         if arm not in self.arms:
             raise unknown("arm", arm, self.arms)
         base = self.model_dump(mode="json", include=set(RunSettings.model_fields))
