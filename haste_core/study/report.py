@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 
@@ -29,6 +28,9 @@ from haste_core.study.pretrain import find_teacher
 from haste_core.study.report_text import answers, effect, lacking, measured
 from haste_core.study.runs import Run
 from haste_core.study.sections import ClaimsSettings
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 HERE = Path(__file__).parent
 STYLE = HERE / "report.css"
@@ -445,10 +447,13 @@ def write_report(report: Report) -> Path:
     return path
 
 
-def _template(name: str) -> jinja2.Template:
-    return jinja2.Template(
+def _template(name: str) -> Template:
+    # Imported here: most notebooks read reports and write none.
+    from jinja2 import StrictUndefined, Template
+
+    return Template(
         (HERE / name).read_text(encoding="utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=StrictUndefined,
     )  # fmt: skip
 
 
