@@ -13,7 +13,8 @@ from torch.distributions import MultivariateNormal
 
 from haste_core import figures
 from haste_core.analysis import capacity
-from haste_core.analysis.law import Law, band_spectra, gain_and_harm, upsampled
+from haste_core.analysis.law import Law, band_spectra, factors, gain_and_harm, upsampled
+from haste_core.analysis.statistics import interval
 from haste_core.errors import HasteError
 from haste_core.study import claims, config, denoising, pretrain
 from haste_core.study.data import Batches, open_dataset
@@ -308,6 +309,24 @@ def test_gain_and_harm_are_log_ratios_to_the_baseline():
     assert table["harm"].to_numpy() == pytest.approx(0.1, abs=0.02)
     assert list(table) == ["arm", "baseline", "seed", "gain", "harm"]
     figures.gain_and_harm(table)
+
+
+def test_factors_are_means_over_seeds_and_differences_to_holistic_of_the_same_seed():
+    late = {"holistic": 0.1, "both": 0.04, "random": -0.02}
+    pairs = gain_and_harm(scores(late, {"holistic": 0.3, "both": 0.2}), dict.fromkeys(late, "vanilla"), [300], 2400)
+    table = factors(pairs, 0.95).set_index(["arm", "measure"])
+    assert set(table.index) == {(arm, m) for arm in late for m in ("gain", "harm")} | {
+        ("both", "less harm"), ("random", "less harm")
+    }  # fmt: skip
+    assert table["mean"][("both", "gain")] == pytest.approx(0.2)
+    assert (table["seeds"] == 5).all()
+    assert (table["low"] <= table["mean"]).all()
+    harms = pairs.pivot_table(index="seed", columns="arm", values="harm")
+    expected = interval(list(harms["holistic"] - harms["random"]), 0.95)
+    assert tuple(table.loc[("random", "less harm"), ["mean", "low", "high"]]) == pytest.approx(tuple(expected))
+    figure = figures.harm_by_factor(pairs, factors(pairs, 0.95), {"teacher": ["vanilla", *late], "one": ["both"]})
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(late)
+    assert len(figure.axes) == 4
 
 
 def test_every_arm_of_the_study_runs_and_has_a_baseline():

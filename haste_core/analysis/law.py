@@ -20,6 +20,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from haste_core.analysis.statistics import interval
 from haste_core.errors import HasteError
 
 # Noise added to a sample before its component is read off it, so that 256 grey levels do not decide.
@@ -208,3 +209,21 @@ def gain_and_harm(
         pairs = pd.DataFrame({"gain": gain, "harm": harm}).dropna()
         rows += [{"arm": arm, "baseline": plain, "seed": seed, **row} for seed, row in pairs.to_dict("index").items()]
     return pd.DataFrame(rows, columns=["arm", "baseline", "seed", "gain", "harm"])
+
+
+def factors(pairs: pd.DataFrame, confidence: float, reference: str = "holistic") -> pd.DataFrame:
+    """Means over seeds of rows of `gain_and_harm`, with Student-t intervals.
+
+    Returns:
+        arm, baseline, measure ("gain", "harm", or "less harm": the reference's harm minus the arm's with the same
+        seed), mean, low, high, seeds.
+    """
+    alike = pairs.merge(
+        pairs.loc[pairs["arm"] == reference, ["seed", "harm"]], on="seed", suffixes=("", " of reference")
+    )
+    alike["less harm"] = alike["harm of reference"] - alike["harm"]
+    rows = []
+    for measure, table in (("gain", pairs), ("harm", pairs), ("less harm", alike[alike["arm"] != reference])):
+        for (arm, plain), part in table.groupby(["arm", "baseline"], sort=False):
+            rows.append((arm, plain, measure, *interval(list(part[measure]), confidence), len(part)))
+    return pd.DataFrame(rows, columns=["arm", "baseline", "measure", "mean", "low", "high", "seeds"])

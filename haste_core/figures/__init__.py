@@ -15,6 +15,7 @@ from haste_core.figures.capacity import (
     error_per_band,
     excess_by_level,
     gain_and_harm,
+    harm_by_factor,
     predicted_harm,
 )
 from haste_core.figures.scores import (

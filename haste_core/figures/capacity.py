@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -10,7 +10,19 @@ import numpy as np
 import pandas as pd
 
 from haste_core.figures.scores import image_rows
-from haste_core.figures.style import DARK, Figure, mark_switch, panels, plain_log, seed_line, style
+from haste_core.figures.style import (
+    DARK,
+    GREEN,
+    RED,
+    Figure,
+    dots,
+    mark_switch,
+    panels,
+    plain_log,
+    row_labels,
+    seed_line,
+    style,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,6 +225,39 @@ def gain_and_harm(pairs: pd.DataFrame) -> Figure:
         ylabel="at the end: excess loss at t ≤ 0.1\nagainst plain training, %",
     )
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def harm_by_factor(pairs: pd.DataFrame, means: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure:
+    """Early gain (left) and late harm (right) of each aligned arm, a panel per group of arms that differ in one choice.
+
+    Small dots are seeds, the large one their mean with its interval.
+
+    Args:
+        pairs: rows of `analysis.law.gain_and_harm`. means: of `analysis.law.factors`. groups: arms by name.
+    """
+    there = set(pairs["arm"])
+    shown = {name: [arm for arm in arms if arm in there] for name, arms in groups.items()}
+    heights = [len(arms) + 1.6 for arms in shown.values()]
+    figure, axes = panels(2, 8.6, 0.34 * sum(heights) + 0.5, len(shown), sharex="col", height_ratios=heights)
+    columns = (("gain", "early, t ≥ 0.3: excess below plain training's, %", GREEN, -1),
+               ("harm", "at the end, t ≤ 0.1: excess above plain training's, %", RED, 1))  # fmt: skip
+    for row, (group, arms) in enumerate(shown.items()):
+        for axis, (measure, label, colour, sign) in zip(axes[2 * row :], columns, strict=False):
+            for place, arm in enumerate(arms):
+                mean = means[(means["arm"] == arm) & (means["measure"] == measure)].iloc[0]
+                seeds, middle, *ends = (
+                    sign * 100 * np.expm1(sign * part)
+                    for part in (pairs.loc[pairs["arm"] == arm, measure], mean["mean"], mean["low"], mean["high"])
+                )
+                if np.isfinite(ends).all():
+                    axis.plot(ends, [place, place], color=colour, linewidth=2)
+                dots(axis, place, seeds, middle, colour)
+            axis.axvline(0, color=DARK, linewidth=1)
+            row_labels(axis, arms if measure == "gain" else [""] * len(arms))
+            if row == len(shown) - 1:
+                axis.set_xlabel(label, fontsize=9)
+        axes[2 * row].set_title(group, fontsize=9, loc="left")
     return figure
 
 

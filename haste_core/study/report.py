@@ -190,8 +190,9 @@ def write_tables(report: Report) -> None:
     if "excess" in fid[0]:
         pairs = {arm: plain for arm in study.arms if (plain := study.baseline(arm)) not in (None, arm)}
         table = law.gain_and_harm(pd.DataFrame(fid), pairs, study.claims.early, study.train.steps)
-        rows = [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-        write_table(folder / "gain_and_harm.csv", rows, tuple(table.columns))
+        for name, written in (("gain_and_harm", table), ("factors", law.factors(table, confidence))):
+            rows = [{str(key): value for key, value in row.items()} for row in written.to_dict("records")]
+            write_table(folder / f"{name}.csv", rows, tuple(written.columns))
     stream = io.BytesIO()
     np.savez_compressed(stream, **samples)  # type: ignore[arg-type]
     write_bytes(folder / "samples.npz", stream.getvalue())
@@ -342,11 +343,14 @@ def _termination(
 
 def _mechanism(report: Report, pairs: pd.DataFrame) -> dict[str, Figure]:
     scores, denoising = report.main(report.table("fid")), report.denoising()
+    groups = {name: arms for name, arms in report.study.groups.items() if name != "main"}
+    means = law.factors(pairs, report.study.claims.confidence)
+    factors = {"factors": figures.harm_by_factor(pairs, means, groups)} if groups else {}
     return {
         "excess": figures.excess_by_level(denoising, int(denoising["step"].max())),
         "direction": figures.direction_used(scores, report.tau),
         "gain_and_harm": figures.gain_and_harm(pairs),
-    }
+    } | factors
 
 
 def _effects(name: str, report: Report, rows: pd.DataFrame) -> dict[str, Figure]:
