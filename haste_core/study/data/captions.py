@@ -23,9 +23,9 @@ from haste_core.study.data.base import Captions
 from haste_core.study.data.images import (
     SPLITS,
     Images,
-    _columns,
-    _fingerprint,
-    _kind,
+    column_kind,
+    columns_of,
+    data_fingerprint,
     load_splits,
     not_read,
     pick_split,
@@ -112,7 +112,7 @@ def _rows(root: Path, listed: Mapping[str, Mapping[str, list[str]]]) -> tuple[di
         numbers = list(range(len(groups), len(groups) + len(by_file)))
         columns = {"image": [str(root / file) for file in by_file], "label": numbers}
         found[split] = datasets.Dataset.from_dict(columns, features=features)
-        found[split]._fingerprint = _fingerprint(root, [Path(file) for file in by_file])
+        found[split]._fingerprint = data_fingerprint(root, [Path(file) for file in by_file])
         groups += [_checked(captions, f"data.path {root}: {file}") for file, captions in by_file.items()]
     return found, groups
 
@@ -222,7 +222,7 @@ def _from_columns(
         numbers = list(range(len(groups), len(groups) + len(rows)))
         for number, captions in enumerate(rows[column][:]):
             groups.append(_checked(captions, f"data {path}, column {column}: image {number}"))
-        image = _columns(rows.add_column("haste_number", numbers), path, image_column, "haste_number")[0]
+        image = columns_of(rows.add_column("haste_number", numbers), path, image_column, "haste_number")[0]
         kept = rows.select_columns([image]).rename_columns({image: "image"} if image != "image" else {})
         fingerprint = rows._fingerprint
         found[name] = kept.add_column("label", numbers)
@@ -234,7 +234,7 @@ def _caption_column(rows: Any, path: str, given: str | None) -> str:
     """The column of captions: the one given, "caption", "captions" or "text", or the only one of texts."""
 
     def holds_texts(feature: Any) -> bool:
-        return _kind(getattr(feature, "feature", feature)) == "text"
+        return column_kind(getattr(feature, "feature", feature)) == "text"
 
     fitting = [name for name, feature in rows.features.items() if holds_texts(feature)]
     usual = [name for name in ("caption", "captions", "text") if name in fitting]

@@ -134,7 +134,7 @@ class Split:
     def __init__(
         self, rows: Any, size: int, path: str, image_column: str | None = None, label_column: str | None = None
     ) -> None:
-        self.image_column, label_column = _columns(rows, path, image_column, label_column)
+        self.image_column, label_column = columns_of(rows, path, image_column, label_column)
         # Files written without datasets' own metadata hold images as {bytes, path}.
         self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
         labels = rows[label_column][:]
@@ -235,7 +235,7 @@ class Split:
             raise HasteError(said) from error
 
 
-def _columns(rows: Any, path: str, image: str | None, label: str | None) -> tuple[str, str]:
+def columns_of(rows: Any, path: str, image: str | None, label: str | None) -> tuple[str, str]:
     """The names of the image column and of the label column: those given, or the only ones that can be meant.
 
     Columns named "image" and "label" are meant where there are several of their kind.
@@ -243,7 +243,7 @@ def _columns(rows: Any, path: str, image: str | None, label: str | None) -> tupl
     Raises:
         HasteError: none, or more than one, can be meant.
     """
-    kinds = {name: _kind(feature) for name, feature in rows.features.items()}
+    kinds = {name: column_kind(feature) for name, feature in rows.features.items()}
     found = []
     for setting, given, usual, wanted in (
         ("image_column", image, "image", ("images",)),
@@ -265,7 +265,7 @@ def _columns(rows: Any, path: str, image: str | None, label: str | None) -> tupl
     return found[0], found[1]
 
 
-def _kind(feature: Any) -> str:
+def column_kind(feature: Any) -> str:
     if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
         return "images"  # files written without datasets' own metadata hold images as {bytes, path}
     if isinstance(feature, datasets.ClassLabel):
@@ -359,14 +359,14 @@ def load_splits(path: str, needed: str, label_column: str | None = None) -> tupl
         source = {"path": "parquet", "data_files": splits}
     try:
         if place.exists():  # datasets reads its copy again while names and times are the same: content is in its name
-            source["name"] = _fingerprint(place, files, PARQUET_BLOCKS)
+            source["name"] = data_fingerprint(place, files, PARQUET_BLOCKS)
         found = dict(datasets.load_dataset(**source))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
         # datasets wraps the cause in "An error occurred while generating the dataset".
         cause = " ".join(str(error.__cause__ or error).split())[:300]
         raise HasteError(f"data.path {path!r} cannot be read: {cause}; expected {_FORMATS}") from error
     pick_split(found, needed, path)
-    if label_column and all(_kind(rows.features.get(label_column)) == "text" for rows in found.values()):
+    if label_column and all(column_kind(rows.features.get(label_column)) == "text" for rows in found.values()):
         names = sorted({str(name) for rows in found.values() for name in rows.unique(label_column)})
         classes = datasets.ClassLabel(names=names)
         found = {split: rows.cast_column(label_column, classes) for split, rows in found.items()}
@@ -423,7 +423,7 @@ def _tree(root: Path, images: Sequence[Path], note: str) -> dict[str, Any]:
     for split, files in splits.items():
         columns = {"image": [str(root / file) for file in files], "label": [numbers[folders[file]] for file in files]}
         found[split] = datasets.Dataset.from_dict(columns, features=features)
-        found[split]._fingerprint = _fingerprint(root, files)
+        found[split]._fingerprint = data_fingerprint(root, files)
     return found
 
 
@@ -459,7 +459,7 @@ def walk(
             skipped[suffix or "without a suffix"] += 1
 
 
-def _fingerprint(root: Path, files: Sequence[Path], blocks: int = 1) -> str:
+def data_fingerprint(root: Path, files: Sequence[Path], blocks: int = 1) -> str:
     """A hash of the names, sizes and times of files, and of some bytes of some, 16 hexadecimal digits.
 
     blocks: of 4 KiB that are read of each of these, from the first one to the last.
