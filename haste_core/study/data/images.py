@@ -266,6 +266,7 @@ def columns_of(rows: Any, path: str, image: str | None, label: str | None) -> tu
 
 
 def column_kind(feature: Any) -> str:
+    """The kind of a column of `datasets`: "images", "classes", "integers", "text", or the name of another dtype."""
     if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
         return "images"  # files written without datasets' own metadata hold images as {bytes, path}
     if isinstance(feature, datasets.ClassLabel):
