@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
+from torch.nn import functional as F
 
 from haste_core import figures
 from haste_core.analysis import capacity
@@ -365,10 +366,26 @@ def test_a_teacher_that_is_the_image_has_discarded_nothing_and_one_of_noise_ever
     assert keeps["narrow"] < means["narrow"]
 
 
+def test_tokens_whose_grid_does_not_divide_the_image_are_compared_with_patches_of_one_that_does(textured):
+    fitted, fresh = textured.examples("train", 300), textured.examples("test", 200)
+
+    class Stand:
+        """A teacher of 6x6 tokens that see 16x16 pixels."""
+
+        grid, blocks, mean = (6, 6), 3, torch.zeros(1)
+
+        def __call__(self, images):
+            return SimpleNamespace(tokens=F.interpolate(images, (6, 6), mode="area").flatten(2).transpose(1, 2))
+
+    found = capacity.discarded(Stand(), fitted, fresh)
+    assert 0 < found["unlike"] < 0.9
+    assert all(math.isfinite(value) for value in found.values())
+
+
 def test_the_order_of_teachers_is_counted_where_the_teacher_alone_differs():
     rows = pd.DataFrame([
-        {"study": "a", "arm": f"arm{i}", "seed": seed, "step": 10, "tau": math.inf, "lambda_feature": weight,
-         "lambda_attention": 0.5, "missed": missed, "unlike": 0.5, "narrow": -missed, "harm": missed + 0.01 * seed}
+        {"study": "a", "arm": f"arm{i}", "seed": seed, "step": 10, "settings": weight,
+         "missed": missed, "unlike": 0.5, "narrow": -missed, "harm": missed + 0.01 * seed}
         for i, (missed, weight) in enumerate([(0.1, 0.5), (0.2, 0.5), (0.3, 0.5), (0.05, 2.0)])
         for seed in (0, 1)
     ])  # fmt: skip

@@ -26,7 +26,7 @@ from haste_core.analysis.similarity import linear_cka
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
 from haste_core.sampling import to_uint8
-from haste_core.study.config import StudySettings
+from haste_core.study.config import StudySettings, digest
 from haste_core.study.data import open_dataset
 from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
@@ -422,12 +422,12 @@ def discarded(teacher: Teacher, fitted: Batch, held_out: Batch, seed: int = 0) -
     lost = band_energies(held_out.x.double() - reconstructed).sum(0)[1:].sum()
     there = band_energies(held_out.x.double() - readout.image_mean).sum(0)[1:].sum()
     tokens = block.tokens(held_out, seed)
-    patches = to_patches(held_out.images, teacher.grid)
-    rows = [one_per_image(part, teacher.grid, seed) for part in (tokens, patches)]
-    largest = min(len(rows[0]) - 1, rows[0].shape[1])
-    return {
-        "missed": float(lost / there), "unlike": 1 - linear_cka(*rows), "narrow": 1 - effective_rank(rows[0]) / largest,
-    }  # fmt: skip
+    grid = _dividing(held_out.images.shape[-2], teacher.grid[0]), _dividing(held_out.images.shape[-1], teacher.grid[1])
+    pair = resample_tokens(tokens, teacher.grid, grid), to_patches(held_out.images, grid)
+    alike = linear_cka(*(one_per_image(part, grid, seed) for part in pair))
+    own = one_per_image(tokens, teacher.grid, seed)
+    used = effective_rank(own) / min(len(own) - 1, own.shape[1])
+    return {"missed": float(lost / there), "unlike": 1 - alike, "narrow": 1 - used}
 
 
 def teachers(study: StudySettings, scores: pd.DataFrame, fit_images: int = FIT_IMAGES) -> pd.DataFrame:
@@ -437,9 +437,9 @@ def teachers(study: StudySettings, scores: pd.DataFrame, fit_images: int = FIT_I
         study: its teachers are trained. scores: rows of fid.csv. fit_images: that readouts are fitted on.
 
     Returns:
-        study, arm, seed, step (the last that the arm shares with its baseline), tau (of the switch, infinite without
-        one), lambda_feature, lambda_attention, missed, unlike, narrow, harm (log held-out loss at t <= 0.1, arm minus
-        baseline).
+        study, arm, seed, step (the last that the arm shares with its baseline), settings (hash of all but the
+        teacher's), tau (of the switch, infinite without one), lambda_feature, lambda_attention, missed, unlike, narrow,
+        harm (log held-out loss at t <= 0.1, arm minus baseline).
     """
     dataset, rows = open_dataset(study.data), []
     images = dataset.examples("train", fit_images), dataset.examples("test", study.analysis.n)
@@ -449,14 +449,16 @@ def teachers(study: StudySettings, scores: pd.DataFrame, fit_images: int = FIT_I
         run, plain = study.run(arm), study.baseline(arm)
         if not run.alignment.active or plain not in logs or arm not in logs:
             continue
-        name = study.teacher_hash(run.teacher)
-        if name not in known:
-            known[name] = discarded(find_teacher(study, run.teacher), *images, study.analysis.seed)
+        shown = run.teacher.model_dump_json()
+        if shown not in known:
+            known[shown] = discarded(find_teacher(study, run.teacher), *images, study.analysis.seed)
         weights = {name: getattr(run.alignment, name) for name in ("lambda_feature", "lambda_attention")}
+        rest = digest(run.model_dump(mode="json", exclude={"teacher"}))
         both = (logs[arm] - logs[plain]).dropna().unstack("step")
         for seed, harm in both[max(both)].dropna().items():
-            facts = {"study": study.name, "arm": arm, "seed": seed, "step": max(both), "tau": run.tau} | weights
-            rows.append(facts | known[name] | {"harm": float(harm)})
+            facts = {"study": study.name, "arm": arm, "seed": seed, "step": max(both), "settings": rest, "tau": run.tau}
+            facts |= weights
+            rows.append(facts | known[shown] | {"harm": float(harm)})
     return pd.DataFrame(rows)
 
 
@@ -473,7 +475,7 @@ def prediction(rows: pd.DataFrame, resamples: int = 1000, confidence: float = 0.
     """
     from scipy.stats import spearmanr
 
-    alike = ["study", "step", "tau", "lambda_feature", "lambda_attention"]
+    alike = ["study", "step", "settings"]
     arms = rows.groupby([*alike, "arm"])[[*DISCARDED_MEASURES, "harm"]].mean().reset_index()
     random, found = np.random.default_rng(seed), []
     draws = random.integers(len(arms), size=(resamples, len(arms)))
