@@ -394,4 +394,7 @@ def test_the_order_of_teachers_is_counted_where_the_teacher_alone_differs():
     assert found.loc["narrow", ["rho", "agree", "pairs"]].tolist() == [-1, 0, 3]
     assert math.isnan(found.loc["unlike", "rho"])
     assert found.loc["unlike", "pairs"] == 0
+    rows.loc[rows["arm"] == "arm2", "missed"] = math.nan  # not measured
+    found = capacity.prediction(rows).set_index("measure")
+    assert found.loc["missed", ["rho", "agree", "pairs", "arms"]].tolist() == [1, 1, 1, 3]
     figures.predicted_harm(rows)

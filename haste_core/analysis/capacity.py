@@ -415,7 +415,8 @@ def discarded(teacher: Teacher, fitted: Batch, held_out: Batch, seed: int = 0) -
 
     `missed`: share of the energy of held-out images above a quarter of Nyquist that a linear readout does not find, as
     in `band_errors`. `unlike`: 1 minus the unbiased linear CKA of tokens with the patches they cover. `narrow`: 1 minus
-    the effective rank of one token of every image over the largest that is possible.
+    the effective rank of one token of every image over the largest that is possible. Where a token covers one grey
+    pixel whose value is 0 in some image, there is no CKA and `unlike` is NaN.
     """
     block = Block({}, teacher.grid, partial(teacher_tokens, teacher, teacher.blocks))
     readout, reconstructed = read(block, (fitted, held_out), seed)
@@ -478,20 +479,21 @@ def prediction(rows: pd.DataFrame, resamples: int = 1000, confidence: float = 0.
     alike = ["study", "step", "settings"]
     arms = rows.groupby([*alike, "arm"])[[*DISCARDED_MEASURES, "harm"]].mean().reset_index()
     random, found = np.random.default_rng(seed), []
-    draws = random.integers(len(arms), size=(resamples, len(arms)))
     for measure in DISCARDED_MEASURES:
-        values = arms[[measure, "harm"]].to_numpy()
+        told = arms[arms[measure].notna()]
+        values = told[[measure, "harm"]].to_numpy()
+        draws = random.integers(len(told), size=(resamples, len(told)))
         # A draw of one teacher's arms alone has no order.
         rhos = [spearmanr(part).statistic for part in values[draws] if len(set(part[:, 0])) > 1]
         low, high = np.quantile(rhos, [(1 - confidence) / 2, (1 + confidence) / 2]) if rhos else (math.nan, math.nan)
         signs = [
             np.sign(a[measure] - b[measure]) * np.sign(a["harm"] - b["harm"])
-            for _, group in arms.groupby(alike)
+            for _, group in told.groupby(alike)
             for a, b in combinations(group.to_dict("records"), 2)
             if a[measure] != b[measure]
         ]
         rho = spearmanr(values).statistic if rhos else math.nan
         agree = sum(sign > 0 for sign in signs)
-        found.append({"measure": measure, "rho": rho, "low": low, "high": high, "arms": len(arms), "agree": agree,
+        found.append({"measure": measure, "rho": rho, "low": low, "high": high, "arms": len(told), "agree": agree,
                       "pairs": len(signs)})  # fmt: skip
     return pd.DataFrame(found)
