@@ -266,11 +266,12 @@ DISCARDED = {
 }  # fmt: skip
 
 
-def predicted_harm(teachers: pd.DataFrame) -> Figure:
+def predicted_harm(teachers: pd.DataFrame, prediction: pd.DataFrame) -> Figure:
     """Harm near the data against each measure of the detail that teachers have lost: a dot per arm, a colour per study.
 
     Args:
-        teachers: rows of `analysis.capacity.teachers`. Bars reach from the lowest to the highest seed.
+        teachers: rows of `analysis.capacity.teachers`. Bars reach from the lowest to the highest seed. prediction: of
+            `analysis.capacity.prediction`; its numbers stand above the panels.
     """
     figure, axes = panels(3, 10.4, 3.8, sharey=True)
     for axis, (measure, title) in zip(axes, DISCARDED.items(), strict=True):
@@ -281,6 +282,10 @@ def predicted_harm(teachers: pd.DataFrame) -> Figure:
                           color=mpl.colormaps["tab10"](place), label=study)  # fmt: skip
         axis.axhline(0, color=DARK, linewidth=0.8)
         axis.set(xlabel=title)
+        told = prediction[prediction["measure"] == measure].iloc[0]
+        bounds = f"[{told['low']:.2f}, {told['high']:.2f}]"
+        pairs = f"teachers alone differ: {told['agree']} of {told['pairs']} pairs agree"
+        axis.set_title(f"rank correlation {told['rho']:.2f} {bounds}, {told['arms']} arms\n{pairs}", fontsize=8)
     axes[0].set_ylabel("held-out loss at t ≤ 0.1 at the end\nagainst plain training, %")
     axes[0].legend(fontsize=8)
     return figure

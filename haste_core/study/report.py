@@ -357,9 +357,18 @@ def _effects(name: str, report: Report, rows: pd.DataFrame) -> dict[str, Figure]
     return {name: figures.group_effects(rows, switching.effects(rows, report.study.claims.confidence))}
 
 
+def _teachers(report: Report, _: pd.DataFrame) -> dict[str, Figure]:
+    from haste_core.analysis import capacity
+
+    # Those of the reports beside this one, too: one study has few teachers.
+    every = pd.concat(pd.read_csv(path) for path in sorted(report.dir.parent.glob("*/tables/teachers.csv")))
+    return {"predicted_harm": figures.predicted_harm(every, capacity.prediction(every))}
+
+
 # By section: its figures, and its tables. The section is left out if a table is missing or empty.
 ANALYSES: dict[str, tuple[Callable[..., dict[str, Figure]], tuple[str, ...]]] = {
     "mechanism": (_mechanism, ("gain_and_harm",)),
+    "teachers": (_teachers, ("teachers",)),
     "conflict": (_conflict, ("gradient_conflict", "gradient_conflict_online")),
     "similarity": (
         lambda report, rows: {"similarity": figures.aligned_similarity(rows, report.tau, "cka")}, ("similarity",)
