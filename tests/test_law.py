@@ -397,4 +397,4 @@ def test_the_order_of_teachers_is_counted_where_the_teacher_alone_differs():
     rows.loc[rows["arm"] == "arm2", "missed"] = math.nan  # not measured
     found = capacity.prediction(rows).set_index("measure")
     assert found.loc["missed", ["rho", "agree", "pairs", "arms"]].tolist() == [1, 1, 1, 3]
-    figures.predicted_harm(rows, found)
+    figures.predicted_harm(rows, found.reset_index())
