@@ -123,6 +123,20 @@ def test_a_run_is_scored_once_for_its_settings_even_if_it_is_interrupted(
     assert np.array_equal(found, evaluation_samples(run, 12)[:10].numpy())
 
 
+def test_a_profile_that_keeps_fewer_checkpoints_leaves_the_scores_of_the_others(workshop, tiny, scorer, make_study):
+    run = Run(tiny, "vanilla", 0)
+    before = evaluate_run(run, False, scorer)
+    fewer = Run(make_study("train.keep=[]"), "vanilla", 0)
+    assert fewer.dir == run.dir
+    assert evaluate_run(fewer, False, scorer) == before[-1:]
+    assert evaluation.is_scored(run)
+    assert evaluation.rows(run) == before
+    # A checkpoint that is gone has no scores.
+    run.checkpoint_path(8).unlink()
+    evaluate_run(fewer, False, scorer)
+    assert not evaluation.is_scored(run)
+
+
 def test_a_shared_checkpoint_is_scored_once_and_its_samples_are_found(workshop, tiny, scorer, counted):
     one, other = (evaluate_run(Run(tiny, arm, 0), False, scorer) for arm in ("haste", "holistic"))
     assert counted == [("haste", 4), ("haste", 8), ("haste", 12), ("holistic", 12)]

@@ -143,9 +143,12 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) 
         scorer = scorer or open_scorer(run.study, progress)
         own = card_of(scorer.card, run)
         known = _known_scores(run, own["card_id"])
-        steps = {str(step): _fingerprint(run, step) for step in run.config.train.kept_steps}
+        # Another profile may keep further checkpoints of the same run: their scores stay.
+        others = [step for step in _scored_steps(run) if run.checkpoint_path(int(step)).is_file()]
+        steps = {step: _fingerprint(run, int(step)) for step in [*map(str, run.config.train.kept_steps), *others]}
         with session(run.dir, what="evaluation"):
-            for step, fingerprint in steps.items():
+            for step in map(str, run.config.train.kept_steps):
+                fingerprint = steps[step]
                 # Scores may come from a run whose images lie with one that another profile names otherwise.
                 if fingerprint not in known or _images_of(run, fingerprint) is None:
                     label = f"{run.arm} seed {run.seed} step {step}" if progress else None
@@ -236,10 +239,13 @@ def _not_scored(run: Run) -> HasteError:
 
 def is_scored(run: Run) -> bool:
     """True when every kept step of the run has its scores under the study's present settings."""
-    if not run.evaluation_path.is_file():
-        return False
-    scored = json.loads(run.evaluation_path.read_text())["steps"]
+    scored = _scored_steps(run)
     return all(str(step) in scored for step in run.config.train.kept_steps)
+
+
+def _scored_steps(run: Run) -> list[str]:
+    path = run.evaluation_path
+    return list(json.loads(path.read_text())["steps"]) if path.is_file() else []
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
