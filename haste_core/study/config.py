@@ -185,6 +185,12 @@ class StudySettings(Section):
     def _runs(self) -> dict[str, RunSettings]:
         return {}
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> StudySettings:
+        """As of pydantic; the copy resolves its arms anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("_runs", None)
+        return copied
+
     @property
     def main(self) -> list[str]:
         """The arms of the report's own figures and of the claims that are read early."""
