@@ -5,9 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -173,7 +181,7 @@ def test_augmentation_moves_mass_by_what_it_is_asked_for(setting):
 class Counting:
     """Ten images that show their own index."""
 
-    name, image_size, channels, classes = "counting", 1, 1, 10
+    name, image_size, channels, classes, decodes = "counting", 1, 1, 10, False
 
     def __len__(self):
         return 10
@@ -197,10 +205,11 @@ def test_batches_are_seeded_passes_over_all_images_without_a_short_last_batch():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("before", [0, 7])
-def test_a_stream_goes_on_from_its_state_to_the_bit(before, ahead):
+@pytest.mark.parametrize(("before", "decodes"), [(0, False), (7, False), (7, True)])
+def test_a_stream_goes_on_from_its_state_to_the_bit(before, decodes, ahead, monkeypatch):
     """1,212 images in batches of 200: six batches a pass, so 7 lies in the second pass."""
     data = digits(augment=STRONG)
+    monkeypatch.setattr(data, "decodes", decodes)
     stream = Batches(data, 200, seed=0, ahead=ahead)
     for _ in range(before):
         stream.next()
@@ -238,6 +247,56 @@ def test_the_next_batch_is_read_ahead_and_its_error_is_raised_when_it_is_asked_f
     stream.next()
     with pytest.raises(HasteError, match="image 7"):
         stream.next()
+
+
+class Decoded(Counting):
+    """Labels are the number of the process that reads; the third batch cannot be read."""
+
+    decodes, read = True, 0
+
+    def batch(self, indices, *given):
+        self.read += 1
+        if self.read == 3:
+            raise HasteError("image 7 cannot be read")
+        batch = super().batch(indices, *given)
+        return batch._replace(y=torch.full_like(batch.y, os.getpid()))
+
+
+@pytest.mark.parametrize("room", [0, 2**40])
+def test_files_are_decoded_by_a_process_of_its_own_where_shared_memory_allows(room, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room))
+    stream = Batches(Decoded(), 4, seed=0, ahead=True)
+    reader = stream.next().y[0].item()
+    assert (reader == os.getpid()) == (room == 0) or not Path("/dev/shm").is_dir()
+    assert stream.next().y[0].item() == reader
+    with pytest.raises(HasteError, match="image 7"):
+        stream.next()
+
+
+TRAINS = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_data import Batches, Decoded
+stream = Batches(Decoded(), 4, seed=0, ahead=True)
+reader = stream.next().y[0].item()
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(reader, number)
+assert stream.next().y[0].item() == reader != os.getpid()
+print(reader, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends it on Linux alone")
+def test_the_process_that_reads_outlives_signals_and_ends_with_the_one_that_trains_however_that_ends():
+    trained = subprocess.run(
+        [sys.executable, "-c", TRAINS, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert trained.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(int(trained.stdout)) and psutil.Process(int(trained.stdout)).status() != "zombie":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_batch_larger_than_the_data_is_refused():

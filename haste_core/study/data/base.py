@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import shutil
+import signal
 import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Generator, Tensor, multiprocessing
 from torch.nn import functional as F
 
 from haste_core.errors import HasteError, number_of
@@ -28,6 +31,9 @@ from haste_core.training import Batch
 if TYPE_CHECKING:
     from haste_core.analysis.law import Law
 
+# Free bytes of shared memory from which batches are read by a process: two of 256 images of 512 pixels.
+SHARED_MEMORY = 2**31
+PR_SET_PDEATHSIG = 1
 # A generator has a row of weights for each class; labels beyond must be something else.
 MOST_CLASSES = 1_000_000
 # A line for each image: 28 x 28 grey levels from 0 to 255, and the label.
@@ -76,6 +82,7 @@ class Dataset:
     cells: int = 1  # labels of an image are a grid of so many rows and columns, (n, cells * cells) beyond 1
     law: Law | None = None  # the distribution of the images, where it is known
     parts: Mapping[str, Callable[[Tensor], Tensor]] = {}  # facts that a label is made of, by name
+    decodes: bool = False  # every batch is decoded from files, which takes a core or more
     doubts: str = ""  # why the data are likely not what they are taken for; empty where nothing says so
 
     @property
@@ -150,8 +157,8 @@ class Batches:
     """An endless, seeded stream of batches; every image once per pass, the short last batch of a pass left out.
 
     Its state (order of the pass, position in it, generator) can be saved and restored exactly. `with_images` can be
-    set to False at any time, see `Dataset.batch`. `part`: the examples of each batch to return. `ahead`: a thread
-    reads the next batch in advance; the stream and its states stay the same.
+    set to False at any time, see `Dataset.batch`. `part`: the examples of each batch to return. `ahead`: the next batch
+    is read in advance, where files are decoded by a process of its own; the stream and its states stay the same.
     """
 
     def __init__(
@@ -165,6 +172,7 @@ class Batches:
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
         self._reader = ThreadPoolExecutor(1, "batches") if ahead else None
+        self._apart = _process(dataset) if ahead and dataset.decodes else None
         self._coming: Future[Batch] | None = None
         self._before: dict[str, Tensor] = {}  # the stream's state before the batch that is being read
 
@@ -187,7 +195,12 @@ class Batches:
             self.position = 0
         indices = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
-        batch = self.dataset.batch(indices, self.generator, self.with_images, self.part)
+        if self._apart is None:
+            batch = self.dataset.batch(indices, self.generator, self.with_images, self.part)
+        else:
+            read = self._apart.submit(_read_apart, indices, self.generator.get_state(), self.with_images, self.part)
+            batch, state = read.result()
+            self.generator.set_state(state)
         batch = batch._replace(indices=indices[self.part])
         return batch.pinned() if self._reader is not None and torch.cuda.is_available() else batch
 
@@ -207,6 +220,35 @@ class Batches:
         self.order = state["order"]
         self.position = int(state["position"])
         self.generator.set_state(state["generator"])
+
+
+def _process(dataset: Dataset) -> ProcessPoolExecutor | None:
+    """A process that reads batches: threads that decode would hold up the one that gives a GPU its work.
+
+    None where shared memory, through which batches come back, is short (64 MiB in a container that asks for no more).
+    """
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shutil.disk_usage(shared).free < SHARED_MEMORY:
+        return None
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open_apart, (dataset,))
+
+
+_here: dict[str, Dataset] = {}  # of the process that reads
+
+
+def _open_apart(dataset: Dataset) -> None:
+    # A signal to all processes of a job is for the one that trains, which saves first; it takes this one with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _here["dataset"] = dataset
+
+
+def _read_apart(indices: Tensor, state: Tensor, with_images: bool, part: slice) -> tuple[Batch, Tensor]:
+    generator = Generator()
+    generator.set_state(state)
+    return _here["dataset"].batch(indices, generator, with_images, part), generator.get_state()
 
 
 def split_indices(labels: Tensor, data: config.DataSettings, name: str) -> dict[str, Tensor]:

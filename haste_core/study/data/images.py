@@ -79,6 +79,7 @@ class Images(Dataset):
         counts = torch.bincount(labels, minlength=self.classes)
         sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in self._splits.items())
         note += self._splits["train"].odd_sizes()
+        self.decodes = self._splits["train"].too_large
         named = (
             f"{number_of(self.classes, 'class')} of {int(counts.min()):,} to {number_of(int(counts.max()), 'image')}"
         )
@@ -198,9 +199,14 @@ class Split:
 
     def pixels(self, chosen: Tensor | slice) -> Tensor:
         """uint8 (B, 3, S, S)."""
-        if len(self.labels) * 3 * self.size**2 > KEPT_DECODED:
+        if self.too_large:
             return self.decode(torch.arange(len(self.labels))[chosen].tolist())
         return self._kept[chosen]
+
+    @property
+    def too_large(self) -> bool:
+        """Whether the images are decoded anew for every batch."""
+        return len(self.labels) * 3 * self.size**2 > KEPT_DECODED
 
     @cached_property
     def _kept(self) -> Tensor:

@@ -360,6 +360,8 @@ class Latents(Dataset):
             is not the mirrored or moved latent.
     """
 
+    decodes = True
+
     def __init__(self, data: config.DataSettings) -> None:
         if data.augment.flip or data.augment.moves:
             raise HasteError(
