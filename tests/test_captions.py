@@ -37,8 +37,8 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path / "output"))
 
 
-def scenes(**changes):
-    return open_dataset(config.DataSettings(kind="captions", scenes=FEW | changes))
+def scenes(image_size=None, **changes):
+    return open_dataset(config.DataSettings(kind="captions", image_size=image_size, scenes=FEW | changes))
 
 
 def refused(settings, *words):
@@ -63,10 +63,11 @@ def told(caption):
     return relation in ("left", "right"), *found
 
 
-def test_captions_are_true_of_the_images_and_unseen_combinations_stay_unseen():
-    dataset = scenes()
+@pytest.mark.parametrize("size", [32, 16])
+def test_captions_are_true_of_the_images_and_unseen_combinations_stay_unseen(size):
+    dataset, cell = scenes(size), size // 2
     known, seen = things(dataset.scenes), set()
-    assert (dataset.image_size, dataset.channels, len(dataset)) == (32, 3, 400)
+    assert (dataset.image_size, dataset.channels, len(dataset)) == (size, 3, 400)
     batches = Batches(dataset, 100, seed=0)
     for batch in (batches.next() for _ in range(4)):
         for image, label, index in zip(batch.x, batch.y, batch.indices, strict=True):
@@ -76,7 +77,7 @@ def test_captions_are_true_of_the_images_and_unseen_combinations_stay_unseen():
             assert [known[cells[row, column] - 1] for row, column in places] == [first, second]
             assert (places[0][0] == places[1][0]) == across
             for (row, column), (_, colour) in zip(places, (first, second), strict=True):
-                quarter = image[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].mean((1, 2))
+                quarter = image[:, cell * row : cell * row + cell, cell * column : cell * column + cell].mean((1, 2))
                 assert quarter.argmax() == {"red": 0, "blue": 2}[colour]
             seen.add((across, first, second))
     unseen = {told(dataset.captions.texts[label]) for label in range(dataset.sampled, dataset.classes)}
@@ -122,14 +123,15 @@ def test_a_scene_is_read_off_its_cells():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"relations": ["left", "beside"]}, ["'beside'", "classifier cannot read", "left, right, above, below"]),
-        ({"colours": ["red", "mauve"]}, ["'mauve'", "red, green, blue, yellow"]),
-        ({"digits": [1, 1, 4]}, ["names one twice"]),
-        ({"digits": [1], "colours": ["red"]}, ["fewer than 3 things"]),
+        ({"image_size": 24}, ["image_size 24", "expected 32 or 16"]),
+        ({"scenes.relations": ["left", "beside"]}, ["'beside'", "classifier cannot read", "left, right, above, below"]),
+        ({"scenes.colours": ["red", "mauve"]}, ["'mauve'", "red, green, blue, yellow"]),
+        ({"scenes.digits": [1, 1, 4]}, ["names one twice"]),
+        ({"scenes.digits": [1], "scenes.colours": ["red"]}, ["fewer than 3 things"]),
     ],
 )
 def test_scenes_that_cannot_be_read_are_refused(changes, words):
-    content = {f"data.scenes.{name}": value for name, value in changes.items()}
+    content = {f"data.{name}": value for name, value in changes.items()}
     with pytest.raises(HasteError) as error:
         config.load("captions", "smoke", [f"{key}={value}" for key, value in content.items()])
     assert all(word in str(error.value) for word in words)

@@ -176,13 +176,13 @@ class DataSettings(Section):
     digits under an oriented texture, drawn anew for every batch, 16x16, whose best velocity is known; texture: its
     law. `images`: pixels of any labelled images that Hugging Face `datasets` reads. `latents`: a folder made by `haste
     latents`, or one prepared for REPA or HASTE (images/, vae-sd/, dataset.json). `captions`: images with texts:
-    without a path the built-in scenes of two digits (`scenes`), else a folder with captions.jsonl or COCO's
-    captions_*.json, or a data set with a caption column; its labels are numbers of captions. path: for `images` a
-    folder (one sub-folder a class, below folders named train, validation and test where there are such), a parquet
-    file or a folder of them, or a hub name; for `latents` the folder. image_size: side in pixels; larger images are
-    cropped and resized (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data set. Without a
-    split `test` the validation split stands for it, and without either, test_fraction of the images is held out for
-    scores and analyses, chosen by split_seed.
+    without a path the built-in scenes of two digits (`scenes`), 32x32, or 16x16 with image_size 16, else a folder with
+    captions.jsonl or COCO's captions_*.json, or a data set with a caption column; its labels are numbers of captions.
+    path: for `images` a folder (one sub-folder a class, below folders named train, validation and test where there are
+    such), a parquet file or a folder of them, or a hub name; for `latents` the folder. image_size: side in pixels;
+    larger images are cropped and resized (center-crop-dhariwal of EDM2). train_split, test_split: names inside the data
+    set. Without a split `test` the validation split stands for it, and without either, test_fraction of the images is
+    held out for scores and analyses, chosen by split_seed.
     validation_fraction: share of the rest that is held out for decisions during a study (triggers, acceptance of a
     teacher or an extractor), unless the data have a validation split beside a test split.
     image_column, label_column: of parquet files and hub data sets, where more than one could be meant; a label column
@@ -238,6 +238,8 @@ class DataSettings(Section):
             raise ValueError(f"kind {self.kind!r} needs image_size, the side in pixels that the generator models")
         if self.scenes is not None and not self.has_scenes:
             raise ValueError("scenes belong to kind 'captions' without a path")
+        if self.has_scenes and self.image_size not in (None, 32, 16):
+            raise ValueError(f"built-in scenes with image_size {self.image_size}; expected 32 or 16")
         if self.kind == "mnist" and self.image_size not in (None, 28, 14):
             raise ValueError(f"kind 'mnist' with image_size {self.image_size}; expected 28 or 14")
         return self

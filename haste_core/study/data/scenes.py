@@ -1,6 +1,7 @@
 """Scenes of two coloured digits with captions: where they stand to each other decides which caption is true.
 
-Real handwritten digits (scikit-learn's, enlarged to 14x14) stand in two neighbouring cells of 2x2, each 16 pixels wide.
+Real handwritten digits (scikit-learn's, 8x8) stand in two neighbouring cells of 2x2: enlarged to 14x14 in cells of 16
+pixels, or as they are in cells of 8.
 A combination is a relation with two things, a thing a digit in a colour. A fixed share of the combinations is unseen:
 neither teacher nor generator has them, and networks behind scores have them all.
 """
@@ -31,7 +32,7 @@ WORDINGS = (
     "{phrase} the {other} there is a {one}",
     "the {one} is {phrase} the {other}",
 )
-DIGIT, CELL = 14, 16
+SIDE = 32
 # Held-out images by training images.
 SHARES = {"train": 1.0, "validation": 1 / 16, "test": 1 / 8, "unseen": 1 / 16}
 
@@ -45,7 +46,7 @@ class Combination(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Images of a split: uint8 (n, 3, 32, 32), combinations (n,), and things by cell (n, 4) from 1, 0 for none."""
+    """Images of a split: uint8 (n, 3, S, S), combinations (n,), and things by cell (n, 4) from 1, 0 for none."""
 
     pixels: Tensor
     combinations: Tensor
@@ -94,19 +95,19 @@ class Scenes(Dataset):
     """
 
     name = "scenes"
-    image_size = 2 * CELL
     channels = 3
     captions: Captions
 
     def __init__(self, data: config.DataSettings) -> None:
         self.data, self.augment, self.scenes = data, data.augment, data.scenes or ScenesSettings()
+        self.image_size = data.image_size or SIDE
         self.combinations, self.seen = combinations(self.scenes, data.split_seed)
         self.captions = Captions(wordings(combination, self.scenes) for combination in self.combinations)
         self.classes = len(self.captions.texts)
         self._splits = self._drawn(everything=False)
 
     def _drawn(self, everything: bool) -> dict[str, Drawn]:
-        facts = {"kind", "scenes", "test_fraction", "validation_fraction", "split_seed"}
+        facts = {"kind", "scenes", "image_size", "test_fraction", "validation_fraction", "split_seed"}
         return _drawn(self.data.model_copy(update={"scenes": self.scenes}).model_dump_json(include=facts), everything)
 
     @property
@@ -168,8 +169,10 @@ def _drawn(settings: str, everything: bool) -> dict[str, Drawn]:
     scenes = data.scenes or ScenesSettings()
     there, seen = combinations(scenes, data.split_seed)
     x, labels = digits()
-    ink = F.interpolate((x + 1) / 2, size=DIGIT, mode="bilinear", align_corners=False)
-    ink = F.pad(ink, ((CELL - DIGIT) // 2,) * 4)[:, 0]
+    cell = (data.image_size or SIDE) // 2
+    margin = cell // 16
+    ink = F.interpolate((x + 1) / 2, size=cell - 2 * margin, mode="bilinear", align_corners=False)
+    ink = F.pad(ink, (margin,) * 4)[:, 0]
     sources = split_indices(labels, data, "the digits")
     found = {}
     for split, share in SHARES.items():
@@ -190,14 +193,14 @@ def _composed(
     ink: Tensor,
     generator: Generator,
 ) -> Drawn:
-    """Images of combinations (n,). of_digit: numbers of the images of each digit. ink: (N, 16, 16) in [0, 1]."""
-    known, count = things(scenes), len(chosen)
+    """Images of combinations (n,). of_digit: numbers of the images of each digit. ink: (N, S / 2, S / 2) in [0, 1]."""
+    known, count, cell = things(scenes), len(chosen), ink.shape[-1]
     table = torch.tensor(there)[chosen]  # (n, 3)
     across, line = table[:, 0].bool(), torch.randint(2, (count,), generator=generator)
     colours = torch.tensor([RGB[colour] for _, colour in known])
     sizes = torch.tensor([len(of_digit[digit]) for digit, _ in known])
     numbers = torch.nn.utils.rnn.pad_sequence([of_digit[digit] for digit, _ in known], batch_first=True)
-    canvas = torch.zeros(count, 2, 2, 3, CELL, CELL)
+    canvas = torch.zeros(count, 2, 2, 3, cell, cell)
     cells = torch.zeros(count, 2, 2, dtype=torch.int64)
     for place in (0, 1):
         thing, where = table[:, 1 + place], torch.full((count,), place)
@@ -205,7 +208,7 @@ def _composed(
         image = numbers[thing, (torch.rand(count, generator=generator) * sizes[thing]).long()]
         canvas[torch.arange(count), row, column] = ink[image][:, None] * colours[thing][:, :, None, None]
         cells[torch.arange(count), row, column] = 1 + thing
-    whole = canvas.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 2 * CELL, 2 * CELL)
+    whole = canvas.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 2 * cell, 2 * cell)
     return Drawn((255 * whole).round().to(torch.uint8), chosen, cells.flatten(1))
 
 
