@@ -555,3 +555,23 @@ def test_a_tracker_that_is_not_installed_is_named(make_study, output, monkeypatc
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", missing)
     with pytest.raises(HasteError, match=r"train\.trackers names wandb, which is not installed; pip install wandb"):
         train(make_study("train.trackers=[wandb]"))
+
+
+def test_a_run_that_ends_while_it_draws_a_preview_loses_neither_the_picture_nor_a_step(make_study, output, monkeypatch):
+    run, there = Run(make_study("train.sample_every=100"), "vanilla", 0), []
+
+    def fails(*given):
+        there.extend(run.steps())
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_preview", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fit(run, progress=False)
+    last = run.config.train.steps
+    assert last in run.steps()  # after an error a later call goes on from here
+    # After a kill at that moment it comes by again.
+    assert last not in there
+    run.checkpoint_path(last).unlink()
+    fit(run, progress=False)
+    assert [p.name for p in (run.dir / "samples").iterdir()] == [f"step_{last:08d}.png"]

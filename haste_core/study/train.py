@@ -123,11 +123,13 @@ def _train(run: Run, trainer: Trainer, on_step: Callable[[Trainer], None] | None
             trainer.train_step()
             if trainer.step % train.log_every == 0 or trainer.step == train.steps:
                 log.write(**exact_angle(run.config, trainer))
-            if trainer.step in kept or trainer.step % train.checkpoint_every == 0:
-                _save_checkpoint(run, trainer)
-            if trainer.step % train.sample_every == 0 or trainer.step == train.steps:
-                processes.from_main(lambda: _check_there(run))
-                processes.from_main(lambda: _preview(run, trainer.step, trainer.ema, tracking))
+            try:  # before the checkpoint, from which a run that is killed in between would go on without the picture
+                if trainer.step % train.sample_every == 0 or trainer.step == train.steps:
+                    processes.from_main(lambda: _check_there(run))
+                    processes.from_main(lambda: _preview(run, trainer.step, trainer.ema, tracking))
+            finally:  # a picture that cannot be drawn costs no steps
+                if trainer.step in kept or trainer.step % train.checkpoint_every == 0:
+                    _save_checkpoint(run, trainer)
             if on_step is not None:
                 on_step(trainer)
             # All leave after the same step, whichever of them the signal reached.
