@@ -6,11 +6,9 @@ A process finds its number and how many there are in the launcher's environment 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,6 @@ from haste_core.study.runs import Run
 
 # A stopped training process saves a checkpoint first, which may take longer than the launcher's own 30 s.
 GRACE_SECONDS = 600
-PR_SET_PDEATHSIG = 1
 
 
 def launch(
@@ -73,7 +70,12 @@ def launch(
         with (folder / "launcher.log").open("wb") as log:
             # Ctrl-C reaches this process alone, which passes it on.
             launcher = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True, preexec_fn=_end_with_parent
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=signals.end_with_parent,
             )
         try:
             while launcher.poll() is None and not stopping.wait(0.2):
@@ -86,12 +88,6 @@ def launch(
         shutil.rmtree(folder)
     if error is not None:
         raise error
-
-
-def _end_with_parent() -> None:
-    """Have the system stop this process, and so its workers, when the one that started it dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop(launcher: subprocess.Popen[bytes]) -> None:

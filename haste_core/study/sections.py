@@ -426,8 +426,8 @@ class TrainSettings(Section):
     The following change the numbers of a run by rounding at most. accumulate: number of gradient-accumulation steps
     per process. activation_checkpointing: recompute the activations of blocks in the backward pass, to save memory.
     compile: torch.compile the blocks, for runs much longer than compiling takes (`make bench`). prefetch: a thread
-    reads the next batch while a step runs, for data on disk. watch_angle: log the online estimate of the gradient
-    angle in phase I (`haste_core.gradient_angle`). trackers: what the log goes to besides `metrics.jsonl`.
+    or process reads the next batch while a step runs, for data on disk. watch_angle: log the online estimate of the
+    gradient angle in phase I (`haste_core.gradient_angle`). trackers: what the log goes to besides `metrics.jsonl`.
     """
 
     steps: Positive

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 import psutil
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -43,3 +46,9 @@ def terminate(processes: Iterable[psutil.Process]) -> None:
             process.send_signal(signal.SIGTERM)
         except psutil.NoSuchProcess:
             continue  # it has ended
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the system send this process a signal when the one that started it dies, however it dies; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import shutil
 import signal
@@ -25,7 +24,7 @@ from haste_core.errors import HasteError, number_of
 from haste_core.files import package_file
 from haste_core.processes import rank
 from haste_core.seeding import stream
-from haste_core.study import config
+from haste_core.study import config, signals
 from haste_core.training import Batch
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 # Free bytes of shared memory from which batches are read by a process: two of 256 images of 512 pixels.
 SHARED_MEMORY = 2**31
-PR_SET_PDEATHSIG = 1
 # A generator has a row of weights for each class; labels beyond must be something else.
 MOST_CLASSES = 1_000_000
 # A line for each image: 28 x 28 grey levels from 0 to 255, and the label.
@@ -240,8 +238,7 @@ def _open_apart(dataset: Dataset) -> None:
     # A signal to all processes of a job is for the one that trains, which saves first; it takes this one with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signals.end_with_parent(signal.SIGKILL)
     _here["dataset"] = dataset
 
 

@@ -205,7 +205,7 @@ class Split:
 
     @property
     def too_large(self) -> bool:
-        """Whether the images are decoded anew for every batch."""
+        """True where the images are decoded anew for every batch."""
         return len(self.labels) * 3 * self.size**2 > KEPT_DECODED
 
     @cached_property
