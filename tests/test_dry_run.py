@@ -282,3 +282,11 @@ def test_a_text_model_needs_its_contexts(tmp_path, make_study, output, untraced)
     assert not ok(12)
     write(tmp_path / "text.safetensors", torch.zeros(10, 3, 12), torch.zeros(3, 12))
     assert (ok(12), ok(16)) == (True, False)
+
+
+def test_a_law_that_cannot_be_is_the_problem_it_is_and_no_fault_of_the_teacher(output):
+    study = config.load("textured", None, ["data.image_size=4"])
+    checks, _ = dry_run.dry_run(Run(study, "holistic", 0))
+    problems = {check.name: check.found for check in checks if not check.ok}
+    assert list(problems) == ["data"]
+    assert "templates of 8 pixels in images of data.image_size 4" in problems["data"]

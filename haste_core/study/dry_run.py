@@ -281,6 +281,8 @@ def _assumed(settings: config.DataSettings) -> Example | None:
         return Example(size or MNIST_SIDE, 1, 10, size or MNIST_SIDE, 1)
     if size is None:
         return None
+    if settings.kind == "textured":
+        return Example(size, 1, 10, size, 1)
     if settings.kind != "latents":
         return Example(size, 3, _ASSUMED_CLASSES, size, 3)
     return Example(size // _PIXELS_PER_LATENT, _LATENT_CHANNELS, _ASSUMED_CLASSES, size, 3)
