@@ -40,6 +40,8 @@ COMMITTED = {
     "textured-long": ("textured", "long"),
     "textured-choices": ("textured", "choices"),
     "textured-faint": ("textured", "faint"),
+    "mnist-two-cores-14": ("mnist", "two-cores-14"),
+    "mnist-two-cores": ("mnist", "two-cores"),
 }
 README_TABLES = ("fid.csv", "claims.csv", "denoising.csv", "step_time.csv", "provenance.json")
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
