@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState, GradientState
 
 from haste_core.study import config
 from haste_core.study.data.base import MNIST_FILE
+from haste_core.study.runs import Run
+from haste_core.study.train import fit
 
 torch.set_num_threads(1)
 
@@ -126,6 +128,19 @@ def new_output(tmp_path_factory, enter, forget_accelerator):
                 forget_accelerator()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def trained(new_output, tiny_overrides):
+    """A function from an arm and further overrides to a trained run, for what the tests of a file share."""
+
+    def make(arm, *more):
+        run = Run(config.load("digits", overrides=[*tiny_overrides, *more]), arm, 0)
+        fit(run, progress=False)
+        return run
+
+    with new_output():
+        yield make
 
 
 @pytest.fixture

@@ -31,12 +31,9 @@ from haste_core.analysis.attention import (
     top_k_overlap,
 )
 from haste_core.errors import HasteError
-from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.notebook import drawn_from
 from haste_core.study.pretrain import find_teacher
-from haste_core.study.runs import Run
-from haste_core.study.train import fit
 from haste_core.taps import Taps
 
 GRID = (2, 3)
@@ -145,13 +142,10 @@ def test_fit_is_the_least_squares_solution_scored_on_images_it_has_not_seen():
 
 
 @pytest.fixture(scope="module")
-def atta(new_output, tiny_overrides):
+def atta(trained):
     """A trained run whose averaged weights follow the model closely, so that its attention is its own."""
     more = ["train.ema_decay=0.5", "train.steps=8", "train.keep=[]", "analysis.n=20", "analysis.timesteps=[0.1, 0.6]"]
-    with new_output():
-        run = Run(config.load("digits", overrides=[*tiny_overrides, *more]), "atta", 0)
-        fit(run, progress=False)
-        yield run
+    return trained("atta", *more)
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +206,10 @@ def test_the_students_map_is_compared_with_the_teachers(atta, table, teacher):
             assert found[name].to_numpy() == pytest.approx(value.numpy(), abs=1e-6)
 
 
-def test_an_arm_without_alignment_is_compared_where_the_study_aligns(output, make_study):
-    run = Run(make_study("train.steps=4", "train.keep=[]", "analysis.n=20", "alignment.heads=[1, 3]"), "vanilla", 0)
-    fit(run, progress=False)
-    found = attention_similarity(run)
+def test_an_arm_without_alignment_is_compared_where_the_study_aligns(trained):
+    found = attention_similarity(
+        trained("vanilla", "train.steps=4", "train.keep=[]", "analysis.n=20", "alignment.heads=[1, 3]")
+    )
     assert set(zip(found["student_block"], found["teacher_block"], strict=True)) == {(1, 1), (2, 2)}
     assert set(found["head"]) == {1, 3}
 
@@ -270,14 +264,11 @@ UNEQUAL = "teacher.kwargs={img_size: 12, patch_size: 4, in_chans: 1, embed_dim: 
     ],
     ids=["own pair and heads", "teacher's grid", "arm's grid"],
 )
-def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(
-    output, make_study, changes, heads, grid, teacher_grid
-):
+def test_token_maps_are_means_over_aligned_heads_on_the_studys_grid(trained, changes, heads, grid, teacher_grid):
     more = ["train.ema_decay=0.5", "train.steps=4", "train.keep=[]", "analysis.n=20", "analysis.timesteps=[0.5]"]
-    run = Run(make_study(*more, *changes), "atta", 0)
     expects = pytest.warns(UserWarning, match="student 2x2, teacher 4x4")
     with expects if grid == (2, 2) else nullcontext():
-        fit(run, progress=False)
+        run = trained("atta", *more, *changes)
     teacher, (student_block, teacher_block) = find_teacher(run.study), run.config.alignment.layer_pairs[-1]
     found = pd.DataFrame(token_maps([run], teacher, [5, 6], count=10))
     blocks = found.groupby("source", sort=False)["block"].unique().map(list).to_dict()
@@ -310,28 +301,23 @@ def test_teacher_maps_show_every_block(teacher, tiny):
     assert (found["divergence"] == 0).all()
 
 
-def test_alignment_brings_attention_closer_to_the_teacher(output, make_study):
-    study = make_study(
+def test_alignment_brings_attention_closer_to_the_teacher(trained, teacher):
+    more = [
         "train.ema_decay=0.5", "train.steps=40", "train.keep=[40]", "train.lr=0.005", "train.checkpoint_every=40",
         "arms.atta.alignment.lambda_attention=5",
-    )  # fmt: skip
-    runs = [Run(study, arm, 0) for arm in ("vanilla", "atta")]
-    for chosen in runs:
-        fit(chosen, progress=False)
-    found = pd.DataFrame(token_maps(runs, find_teacher(study, study.teacher), [5], count=50))
+    ]  # fmt: skip
+    found = pd.DataFrame(token_maps([trained(arm, *more) for arm in ("vanilla", "atta")], teacher, [5], count=50))
     apart = found.groupby("source")["divergence"].first()
     assert apart["atta"] < 0.7 * apart["vanilla"]
 
 
-def test_arms_that_read_similarities_are_shown_beside_a_teacher_of_fewer_heads(output, make_study):
-    study = make_study(
+def test_arms_that_read_similarities_are_shown_beside_a_teacher_of_fewer_heads(trained):
+    more = [
         "teacher.kwargs.num_heads=2", "arms.atta.alignment.attention_from=similarity", "train.steps=4",
         "train.keep=[4]", "claims.early=4",
-    )  # fmt: skip
-    runs = [Run(study, arm, 0) for arm in ("vanilla", "atta")]
-    for chosen in runs:
-        fit(chosen, progress=False)
-    found = pd.DataFrame(token_maps(runs, find_teacher(study, study.teacher), [5], count=10))
+    ]  # fmt: skip
+    runs = [trained(arm, *more) for arm in ("vanilla", "atta")]
+    found = pd.DataFrame(token_maps(runs, find_teacher(runs[0].study), [5], count=10))
     assert list(found["source"].unique()) == ["teacher", "vanilla", "atta"]
     assert probe.StudentTeacher(runs[0]).heads == [0, 1]
     assert probe.StudentTeacher(runs[1]).heads == [0, 1, 2, 3]

@@ -13,10 +13,8 @@ from sklearn.linear_model import Ridge
 from haste_core import figures
 from haste_core.analysis import capacity, probe
 from haste_core.errors import HasteError
-from haste_core.study import config
 from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.train import fit
 
 ALL = capacity.measures()
 RANKS = ("effective_rank", "participation_ratio", "local_rank")
@@ -181,12 +179,8 @@ def test_bands_that_tokens_keep_and_lose():
 
 
 @pytest.fixture(scope="module")
-def run(new_output, tiny_overrides):
-    more = ["train.keep=[]", "train.steps=6", "analysis.n=40", "analysis.timesteps=[0.1, 0.6]"]
-    with new_output():
-        run = Run(config.load("digits", overrides=[*tiny_overrides, *more]), "vanilla", 0)
-        fit(run, progress=False)
-        yield run
+def run(trained):
+    return trained("vanilla", "train.keep=[]", "train.steps=6", "analysis.n=40", "analysis.timesteps=[0.1, 0.6]")
 
 
 def test_capacity_of_a_run(run):

@@ -15,21 +15,12 @@ from haste_core.analysis.probe import noised
 from haste_core.errors import HasteError
 from haste_core.gradient_angle import LOSSES, gradient_cosine, noise
 from haste_core.study.runs import Run
-from haste_core.study.train import fit
 
-
-@pytest.fixture
-def trained(output, make_study):
-    def make(arm, *more):
-        run = Run(make_study("analysis.n=20", "analysis.timesteps=[0.1, 0.5]", "analysis.resamples=50", *more), arm, 0)
-        fit(run, progress=False)
-        return run
-
-    return make
+FEW = ["analysis.n=20", "analysis.resamples=50"]
 
 
 def test_conflict_of_a_run_with_the_feature_loss_in_phase_one_alone(trained):
-    run = trained("haste")  # switches at step 8
+    run = trained("haste", *FEW, "analysis.timesteps=[0.1, 0.5]")  # switches at step 8
     table = gradients.conflict(run, chunks=4)
     assert list(table.columns) == gradients.COLUMNS
     found = table.groupby("step")["loss"].agg(lambda losses: sorted(set(losses))).to_dict()
@@ -52,7 +43,7 @@ def test_conflict_of_a_run_with_the_feature_loss_in_phase_one_alone(trained):
 
 
 def test_an_arm_without_alignment_is_asked_about_attention(trained):
-    run = trained("vanilla", "train.keep=[]", "train.steps=4", "analysis.timesteps=[0.5]")
+    run = trained("vanilla", *FEW, "train.keep=[]", "train.steps=4", "analysis.timesteps=[0.5]")
     assert set(gradients.conflict(run, chunks=2)["loss"]) == {"attention"}
     assert gradients.online_conflict(run).empty
 

@@ -13,11 +13,9 @@ import torch
 from haste_core import figures
 from haste_core.analysis import probe, similarity
 from haste_core.errors import HasteError
-from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.pretrain import find_teacher
 from haste_core.study.runs import Run
-from haste_core.study.train import fit
 from haste_core.taps import Taps
 
 
@@ -194,12 +192,9 @@ def test_scale_and_shift_of_a_feature_change_nothing_and_tensors_do_as_well():
 
 
 @pytest.fixture(scope="module")
-def run(new_output, tiny_overrides):
+def run(trained):
     more = ["train.keep=[]", "train.steps=8", "train.ema_decay=0.5", "analysis.n=40", "analysis.timesteps=[0.1, 0.6]"]
-    with new_output():
-        run = Run(config.load("digits", overrides=[*tiny_overrides, *more, "analysis.resamples=50"]), "repa", 0)
-        fit(run, progress=False)
-        yield run
+    return trained("repa", *more, "analysis.resamples=50")
 
 
 @pytest.fixture(scope="module")

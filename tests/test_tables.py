@@ -10,7 +10,6 @@ import torch
 
 from haste_core.analysis import probe, tables
 from haste_core.errors import HasteError
-from haste_core.study import config
 from haste_core.study.evaluation import generator_at
 from haste_core.study.runs import Run
 from haste_core.study.train import fit, open_trainer
@@ -18,12 +17,8 @@ from haste_core.taps import Taps, tapped
 
 
 @pytest.fixture(scope="module")
-def run(new_output, tiny_overrides):
-    more = ["train.keep=[4]", "train.steps=8", "analysis.n=20"]
-    with new_output():
-        run = Run(config.load("digits", overrides=[*tiny_overrides, *more]), "vanilla", 0)
-        fit(run, progress=False)
-        yield run
+def run(trained):
+    return trained("vanilla", "train.keep=[4]", "train.steps=8", "analysis.n=20")
 
 
 def counting(calls):

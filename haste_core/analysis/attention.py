@@ -103,17 +103,14 @@ def similarities(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
 def attention_similarity(run: Run) -> pd.DataFrame:
     """Similarity of student and teacher attention over training, per aligned layer pair and head, with baselines.
 
-    Averaged weights, the null label and the same noise at every step and t; the teacher sees the clean image.
+    Columns: step (0: before training), t, n (images), student_block, teacher_block (both from 0), baseline, head (of
+    both), measure, value. Measures: cross_entropy and jensen_shannon in nats, top_k_overlap in [0, 1] of one key in
+    eight. The protocol is that of `probe`; the teacher sees the clean image. Baselines, of which the paper has none:
 
-    Returns:
-        step (0: before training), t, n (images), student_block, teacher_block (both from 0), baseline, head (of
-        both), measure, value. Measures: cross_entropy and jensen_shannon in nats, top_k_overlap in [0, 1] of one key
-        in eight. Baselines, of which the paper has none:
-
-        - none: the student. Its rows at step 0 are the untrained student, a baseline themselves.
-        - shuffled: the student's map of an image against the teacher's map of another image.
-        - uniform: equal attention to every key, in the student's place. Independent of step and t: both 0.
-        - teacher: the teacher's own map in the student's place, the best value possible. Both 0 as well.
+    - none: the student. Its rows at step 0 are the untrained student, a baseline themselves.
+    - shuffled: the student's map of an image against the teacher's map of another image.
+    - uniform: equal attention to every key, in the student's place; step and t are 0.
+    - teacher: the teacher's own map in the student's place, the best value possible; step and t are 0.
     """
     both = StudentTeacher(run)
     same, tokens = torch.arange(len(both.batch.x)), both.grid[0] * both.grid[1]
@@ -139,7 +136,7 @@ def attention_similarity(run: Run) -> pd.DataFrame:
         compare(0, 0.0, "uniform", pair, uniform)
         compare(0, 0.0, "teacher", pair, None)
     for step, t in product(both.steps, run.study.analysis.timesteps):
-        qk = both.student(step, t, Taps(blocks=both.student_blocks)).qk
+        qk = both.student(step, t, Taps(blocks=tuple(sorted({s for s, _ in both.pairs})))).qk
         for pair in both.pairs:
             q, k = (part[:, both.heads] for part in qk[pair[0]])
             student = partial(maps_of, (q, k))
@@ -151,11 +148,9 @@ def attention_similarity(run: Run) -> pd.DataFrame:
 def head_statistics(run: Run) -> pd.DataFrame:
     """Entropy and distance of the attention of every block and head, in the student and in the teacher.
 
-    Returns:
-        step (0: before training), t, n (images), source, block, head (both from 0), measure, value. Measures: entropy
-        in nats, distance in tokens of the student's grid, to which the teacher's maps are resampled. The teacher sees
-        clean images and is not trained: step and t are 0. Source `uniform`, as block 0 and head 0, is equal attention
-        to every key.
+    Columns: step (0: before training), t, n (images), source, block, head (both from 0), measure, value. Measures:
+    entropy in nats, distance in tokens of the student's grid, to which the teacher's maps are resampled. The teacher
+    has step and t 0. Source `uniform`, as block 0 and head 0, is equal attention to every key.
     """
     both = StudentTeacher(run, every_block=True)
     tokens, depth = both.grid[0] * both.grid[1], run.config.model.depth
@@ -204,15 +199,11 @@ def feature_fit(student_tokens: Tensor, teacher_tokens: Tensor) -> float:
 def cross_effects(run: Run) -> pd.DataFrame:
     """Similarity of a run's attention and of its features to the teacher's, over steps and noise levels, in one table.
 
-    Shows if one alignment has the effect of the other (Fig. 6, arXiv 2505.16792).
-
-    Returns:
-        step (0: before training), t, n (images scored), side, measure, baseline, value. Side `attention`: the measures
-        of `attention_similarity`, mean over aligned pairs and heads, with its baselines. Side `features`: `r2`, from
-        `feature_fit` of the student's tokens after the aligned depth (the study's for arms without their own), on the
-        teacher's grid, to the teacher's final tokens; baseline `shuffled` takes the teacher's tokens of another image,
-        so it is the share that the place of a token explains. The untrained student is step 0: its tokens are a linear
-        map of noised patches and places.
+    Shows if one alignment has the effect of the other (Fig. 6, arXiv 2505.16792). Columns: step (0: before training),
+    t, n (images scored), side, measure, baseline, value. Side `attention`: the measures of `attention_similarity`, mean
+    over aligned pairs and heads. Side `features`: `r2`, from `feature_fit` of the student's tokens after the aligned
+    depth (the study's for arms without their own), on the teacher's grid, to the teacher's final tokens; baseline
+    `shuffled` takes the teacher's tokens of another image: the share that the place of a token explains.
     """
     both, settings = StudentTeacher(run), run.study.analysis
     keys = ["step", "t", "n", "measure", "baseline"]
@@ -242,9 +233,7 @@ def teacher_maps(teacher: Teacher, dataset: Dataset) -> pd.DataFrame:
     """Attention of the middle tokens of the first held-out image in every block of the teacher, averaged over heads.
 
     Stages of feature maps, which have no attention, show the cosine similarities of their tokens in its place.
-
-    Returns:
-        Columns: source ("block 0", ...), divergence (0: there is nothing to compare with), query, key, probability.
+    Columns: source ("block 0", ...), divergence (0: there is nothing to compare with), query, key, probability.
     """
     images = dataset.images("test", 1)[0].to(teacher.mean.device)
     rows: list[dict[str, Any]] = []
@@ -266,8 +255,7 @@ def token_maps(
     attention loss minus the teacher's own entropy (0 for the teacher itself).
 
     Args:
-        runs: of one study. teacher: whose attention is compared with.
-        queries: tokens of the study's generator; `middle_tokens` by default. t: noise level. count: images.
+        runs: of one study. queries: tokens of the study's generator; `middle_tokens` by default. t: noise level.
 
     Returns:
         Rows: source ("teacher" or the arm), seed, step, block (from 0), t, n, divergence, query, key, probability.
@@ -316,16 +304,11 @@ def _map_rows(maps: Tensor, queries: list[int], facts: dict[str, Any]) -> list[d
 def head_maps(
     views: Mapping[str, StudentTeacher], arm: str, block: int, head: int, t: float, query: int
 ) -> pd.DataFrame:
-    """Attention of one token of the first held-out image, in one head of the student and in that of the teacher.
+    """Attention of the token `query` of the first held-out image, in one head of the student and in the teacher's.
 
-    The teacher's block is the one `block` is aligned with; for other blocks the one at the same relative depth.
-
-    Args:
-        views: by arm, with every block of the teacher. block, head: from 0; head of both. t: noise level. query: token.
-
-    Returns:
-        Columns: source (student or teacher with block and head), divergence (0), query, key (on the student's grid),
-        probability.
+    The teacher's block is the one `block` is aligned with; for other blocks the one at the same relative depth. `views`
+    by arm have every block of the teacher. Columns: source (student or teacher with block and head), divergence (0),
+    query, key (on the student's grid), probability.
     """
     both, image = views[arm], torch.tensor([0])
     last, depth = len(both.teacher.qk) - 1, both.run.config.model.depth

@@ -174,11 +174,8 @@ def interval(features: np.ndarray, measure: Measure, confidence: float) -> tuple
 def one_per_image(tokens: Tensor, grid: Grid, seed: int) -> np.ndarray:
     """One token of every image, (n, D) float64, drawn at random, since tokens of one image are not independent.
 
-    The place is drawn as a share of height and width from `seed` alone, so that teacher and student, every block and
-    every step are measured at the same places.
-
-    Args:
-        tokens: (n, N, D). grid: their (rows, columns).
+    The place is drawn as a share of height and width of the grid (rows, columns) from `seed` alone, so that teacher and
+    student, every block and every step are measured at the same places.
     """
     share = torch.rand(len(tokens), 2, generator=Generator().manual_seed(seed), dtype=torch.float64)
     place = (share * torch.tensor(grid)).long()
@@ -207,11 +204,9 @@ class Block(NamedTuple):
 
 
 def blocks(run: Run, steps: Sequence[int] | None, timesteps: Sequence[float]) -> Iterator[Block]:
-    """Every block of a run's teacher, then of its student by step and noise level.
+    """Every block of a run's teacher, which sees clean images, then of its student by step and noise level in [0, 1].
 
-    Args:
-        run: finished. steps: of the student, 0 for the untrained network; by default 0 and every kept one.
-        timesteps: noise levels of the student's input in [0, 1]. The teacher sees clean images.
+    steps: of the student, 0 for the untrained network; by default 0 and every kept one.
     """
     teacher = probe.teacher_of(run)
     for block in range(teacher.blocks + 1):
@@ -238,11 +233,10 @@ def token_capacity(
         run, steps, timesteps: as of `blocks`; noise levels are the study's by default. k: neighbours of `local_rank`.
 
     Returns:
-        step, t (0 and 0.0 for the teacher, which is frozen and sees no noise), who ("student" or "teacher"), block
-        (from 0; a teacher's last is its final tokens after the norm), blocks (how many there are of it), kind
-        ("tokens": one random token per image; "patch mean": the mean over an image's tokens), measure, value (ranks and
-        dimensions in directions, matrix_entropy in nats), low, high (`interval`; NaN for local_rank, which is too slow
-        to repeat), n (rows: held-out images), width (d), k.
+        Columns of `blocks`: step, t (0 for the teacher), who ("student" or "teacher"), block (from 0; a teacher's last
+        is its final tokens after the norm), blocks (how many there are of it). Then kind ("tokens": one random token
+        per image; "patch mean": the mean over an image's tokens), measure, value (directions; matrix_entropy in nats),
+        low, high (`interval`; NaN for local_rank, which is too slow to repeat), n (held-out images), width (d), k.
     """
     analysis, batch, rows = run.study.analysis, probe.held_out(run), []
     for facts, grid, tokens_of in blocks(run, steps, analysis.timesteps if timesteps is None else timesteps):
@@ -330,14 +324,11 @@ def band_energies(images: Tensor) -> np.ndarray:
 
 
 def relative_error(images: Tensor, reconstructed: Tensor, mean: Tensor) -> np.ndarray:
-    """Energy of the error over energy of the images less `mean`, per band of `EDGES`; 0: all is kept, 1: nothing is.
+    """Energy of the error over energy of the images less `mean`, per band of `EDGES`, (bands,) float64.
 
-    Args:
-        images, reconstructed: (n, C, H, W). mean: (C, H, W), the mean of the training images.
-
-    Returns:
-        (bands,) float64; NaN if the images have no energy in a band. It can exceed 1: a readout has the least error in
-        all bands together, and one that finds little more than the mean of each patch draws edges between patches.
+    0: all is kept, 1: nothing is; NaN if the images have no energy in a band. It can exceed 1: a readout has the least
+    error in all bands together, and one that finds little more than the mean of each patch draws edges between patches.
+    Images are (n, C, H, W), the mean of the training images (C, H, W).
     """
     lost = band_energies(images.double() - reconstructed.double()).sum(0)
     there = band_energies(images.double() - mean).sum(0)
@@ -373,16 +364,9 @@ def band_errors(
     """Share of the image that a linear readout does not find in the tokens, per frequency band and block.
 
     The image is `Batch.x`, as the generator models it: pixels, or the scaled latents, whose frequencies are those of
-    the latent grid.
-
-    Args:
-        run, steps: as of `blocks`. t: noise level of the student's input in [0, 1], the study's lowest by default.
-        fit_images: training images that readouts are fitted on, the first of the split, or all there are.
-
-    Returns:
-        step, t (0 and 0.0 for the teacher), who ("student" or "teacher"), block (from 0; a teacher's last is its final
-        tokens after the norm), blocks (how many there are of it), band_low, band_high (fractions of Nyquist),
-        relative_error (in [0, about 1]), strength (of the ridge, see `STRENGTHS`), n (held-out images).
+    the latent grid. t: noise level of the student's input, the study's lowest by default. fit_images: as of
+    `fit_and_test_images`. Columns: those of `blocks` as in `token_capacity`, band_low, band_high (fractions of
+    Nyquist), relative_error (in [0, about 1]), strength (of the ridge, see `STRENGTHS`), n (held-out images).
     """
     analysis, images, rows = run.study.analysis, fit_and_test_images(run, fit_images), []
     for block in blocks(run, steps, [min(analysis.timesteps) if t is None else t]):
@@ -399,7 +383,7 @@ def reconstructions(
 ) -> dict[str, np.ndarray]:
     """First held-out images and their reconstruction by each block's readout, uint8 (count, C, S, S) by label.
 
-    Args as in `band_errors`. The channels of latents are shown as they are, not decoded.
+    The channels of latents are shown as they are, not decoded.
     """
     images = fit_and_test_images(run, fit_images)
     shown = {"held-out image": images[1].x}
@@ -434,13 +418,9 @@ def discarded(teacher: Teacher, fitted: Batch, held_out: Batch, seed: int = 0) -
 def teachers(study: StudySettings, scores: pd.DataFrame, fit_images: int = FIT_IMAGES) -> pd.DataFrame:
     """Detail that each teacher of a study has lost (`discarded`), beside the harm near the data of the arms it taught.
 
-    Args:
-        study: its teachers are trained. scores: rows of fid.csv. fit_images: that readouts are fitted on.
-
-    Returns:
-        study, arm, seed, step (the last that the arm shares with its baseline), settings (hash of all but the
-        teacher's), tau (of the switch, infinite without one), lambda_feature, lambda_attention, missed, unlike, narrow,
-        harm (log held-out loss at t <= 0.1, arm minus baseline).
+    Teachers are trained. Columns: study, arm, seed, step (the last that the arm shares with its baseline), settings
+    (hash of all but the teacher's), tau (of the switch, infinite without one), lambda_feature, lambda_attention,
+    missed, unlike, narrow, harm (log held-out loss at t <= 0.1, arm minus baseline).
     """
     dataset, rows = open_dataset(study.data), []
     images = dataset.examples("train", fit_images), dataset.examples("test", study.analysis.n)
@@ -463,26 +443,22 @@ def teachers(study: StudySettings, scores: pd.DataFrame, fit_images: int = FIT_I
     return pd.DataFrame(rows)
 
 
-def prediction(rows: pd.DataFrame, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
+def prediction(rows: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation of each measure of lost detail with the harm near the data, over arms (means over seeds).
 
-    Args:
-        rows: of `teachers`, of one or more studies. resamples: of the bootstrap over arms.
-
-    Returns:
-        measure; rho, low, high: Spearman's rank correlation with the harm and its percentile interval; arms; agree and
-        pairs: of the pairs of arms that differ in the teacher alone, those in which the measure and the harm have the
-        same order.
+    Rows of `teachers` are those of one or more studies. Columns: measure; rho, low, high: Spearman's rank correlation
+    with the harm and its 95 % percentile interval over 1000 resamples of arms; arms; agree and pairs: of the pairs of
+    arms that differ in the teacher alone, those in which the measure and the harm have the same order.
     """
     from scipy.stats import spearmanr
 
     alike = ["study", "step", "settings"]
     arms = rows.groupby([*alike, "arm"])[[*DISCARDED_MEASURES, "harm"]].mean().reset_index()
-    random, found = np.random.default_rng(seed), []
+    confidence, random, found = 0.95, np.random.default_rng(0), []
     for measure in DISCARDED_MEASURES:
         told = arms[arms[measure].notna()]
         values = told[[measure, "harm"]].to_numpy()
-        draws = random.integers(len(told), size=(resamples, len(told)))
+        draws = random.integers(len(told), size=(1000, len(told)))
         # A draw of one teacher's arms alone has no order.
         rhos = [spearmanr(part).statistic for part in values[draws] if len(set(part[:, 0])) > 1]
         low, high = np.quantile(rhos, [(1 - confidence) / 2, (1 + confidence) / 2]) if rhos else (math.nan, math.nan)

@@ -6,7 +6,6 @@ average: the question is the direction of the next training step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -41,7 +40,7 @@ class Moment(NamedTuple):
     objective: Objective
 
 
-def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS) -> pd.DataFrame:
+def conflict(run: Run, chunks: int = CHUNKS) -> pd.DataFrame:
     """Exact cosine between denoising and alignment gradients, by checkpoint, noise level and loss.
 
     Held-out images (`analysis.n`) with their true labels; the teacher sees them clean. A loss the arm does not have is
@@ -50,14 +49,9 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
     are no rows of "feature" and "holistic", nor of a loss read below the block. Untrained weights are left out: with
     adaLN-Zero no gradient reaches a block.
 
-    Args:
-        run: finished. steps: with a checkpoint; by default all that are kept.
-        chunks: groups of images with a gradient each, at most one an image.
-
-    Returns:
-        Columns: step; t, the noise level; loss, of "feature", "attention", "holistic"; block, from 0; rho, in
-        [-1, 1]; low, high, the ends of its bootstrap interval over chunks; rho_corrected (`Products.rho_corrected`);
-        norm_ratio, |grad L_R| / |grad L_diff| with the losses' weights; n, images; chunks.
+    Columns: step; t, the noise level; loss, of "feature", "attention", "holistic"; block, from 0; rho, in [-1, 1]; low,
+    high, the ends of its bootstrap interval over chunks; rho_corrected (`Products.rho_corrected`); norm_ratio,
+    |grad L_R| / |grad L_diff| with the losses' weights; n, images; chunks, groups of images with a gradient each.
 
     Raises:
         HasteError: no loss reaches the block (`block_of`), or a checkpoint is missing.
@@ -65,7 +59,7 @@ def conflict(run: Run, steps: Sequence[int] | None = None, chunks: int = CHUNKS)
     analysis, batch = run.study.analysis, held_out(run)
     block, teacher = block_of(run), find_teacher(run.study, run.config.teacher)
     rows = []
-    for step in checkpoints(run, run.config.train.kept_steps if steps is None else steps):
+    for step in checkpoints(run, run.config.train.kept_steps):
         now = moment(run, step, teacher)
         if now is None or not reaching(now.haste, block):
             continue
@@ -93,21 +87,16 @@ def block_of(run: Run) -> int:
     return block
 
 
-def online_conflict(run: Run, steps: Sequence[int] | None = None) -> pd.DataFrame:
+def online_conflict(run: Run) -> pd.DataFrame:
     """Readings of `OnlineAngle` at checkpoints of phase I, on the images, noise and noise levels of `conflict`.
 
     One backward pass of the run's own loss a noise level. A step outside of phase I has no rows: it has no alignment
-    loss to read from.
-
-    Args:
-        run: finished. steps: with a checkpoint; by default all that are kept.
-
-    Returns:
-        Columns: step, t, loss ("feature", "attention": those the run has), online (a cosine, in [-1, 1]), n (images).
+    loss to read from. Columns: step, t, loss ("feature", "attention": those the run has), online (a cosine, in
+    [-1, 1]), n (images).
     """
     analysis, batch, rows = run.study.analysis, held_out(run), []
     eps, parts = noise(batch.x, analysis.seed), -(-len(batch.x) // BATCH)
-    for step in checkpoints(run, run.config.train.kept_steps if steps is None else steps):
+    for step in checkpoints(run, run.config.train.kept_steps):
         _, state = run.load(step, prefixes=("none",))
         if state["termination"]["phase"] != 1:
             continue
@@ -129,9 +118,7 @@ def online_conflict(run: Run, steps: Sequence[int] | None = None) -> pd.DataFram
 def moment(run: Run, step: int, teacher: Teacher, own: bool = False) -> Moment | None:
     """Training weights of a checkpoint with the alignment to measure; None if nothing can be aligned.
 
-    Args:
-        run, step: the checkpoint. teacher: the run's.
-        own: only the losses the run itself has; otherwise both, as far as there are layer pairs and a projector.
+    own: only the losses the run itself has; otherwise both, as far as there are layer pairs and a projector.
     """
     tensors, _ = run.load(step, prefixes=("model.", "alignment.projector."))
     weights, projector = (checkpoint.under(tensors, p) for p in ("model.", "alignment.projector."))

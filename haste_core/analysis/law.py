@@ -76,10 +76,7 @@ class Law:
         return logs.flatten(1).log_softmax(1).reshape(logs.shape)
 
     def velocity(self, x_t: Tensor, t: float, y: Tensor) -> Tensor:
-        """The best velocity E[eps - x | x_t, y] (B, 1, S, S) float64 at x_t (B, 1, S, S) with labels y (B,).
-
-        t: noise level in (0, 1).
-        """
+        """The best velocity E[eps - x | x_t, y] (B, 1, S, S) float64 for x_t (B, 1, S, S), t in (0, 1) and y (B,)."""
         logs, x, means, total = self._log_densities(x_t, t)
         gain = ((t - (1 - t) * self.spectra) / total).flatten(1)
         own = logs[torch.arange(len(y)), y]
@@ -114,12 +111,8 @@ class Law:
         `excess` is the sum of `excess_texture` (coefficients of `textured`) and `excess_template` (all others).
         """
         power = _spectrum((output.double() - best)[:, 0]).square().sum(0) / best[0].numel() / len(best)
-        texture = float(power[self.textured].sum())
-        return {
-            "excess": float(power.sum()),
-            "excess_texture": texture,
-            "excess_template": float(power.sum()) - texture,
-        }
+        whole, texture = float(power.sum()), float(power[self.textured].sum())
+        return {"excess": whole, "excess_texture": texture, "excess_template": whole - texture}
 
     def read(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
         """Scores of images (n, 1, S, S) in [-1, 1], and the likeliest class (n,) of each.
@@ -166,11 +159,7 @@ def band_spectra(
 
 
 def upsampled(templates: Tensor, side: int) -> Tensor:
-    """Templates (n, S, S) bicubically enlarged to `side`, float64, within the range of the given ones.
-
-    Raises:
-        HasteError: they are larger than that.
-    """
+    """Templates (n, S, S) bicubically enlarged to `side`, float64, within the range of the given ones."""
     if templates.shape[-1] > side:
         raise HasteError(
             f"templates of {templates.shape[-1]} pixels in images of data.image_size {side}; expected images at least "
@@ -180,50 +169,41 @@ def upsampled(templates: Tensor, side: int) -> Tensor:
     return found.clamp(float(templates.min()), float(templates.max()))
 
 
-def gain_and_harm(
-    scores: pd.DataFrame,
-    baselines: Mapping[str, str],
-    early: Sequence[int],
-    last: int,
-    near: str = "excess",
-    structure: str = "excess_structure",
-) -> pd.DataFrame:
+def gain_and_harm(scores: pd.DataFrame, baselines: Mapping[str, str], early: Sequence[int], last: int) -> pd.DataFrame:
     """Early gain in structure and late harm near the data of each aligned arm and seed, as logarithms of ratios.
 
     Args:
         scores: rows of fid.csv. baselines: the arm without alignment by the aligned arm that it is compared with.
-        early: steps whose mean is the early gain. last: step of the harm. near, structure: columns of `scores`.
+        early: steps whose mean is the early gain. last: step of the harm.
 
     Returns:
         arm, baseline, seed, gain (above 0: less loss than the baseline), harm (above 0: more). Seeds and arms that lack
         a step are left out.
     """
-    logs = {
-        name: np.log(scores.pivot_table(index=["seed", "step"], columns="arm", values=name))
-        for name in (near, structure)
-    }
+    near, structure = (
+        np.log(scores.pivot_table(index=["seed", "step"], columns="arm", values=name))
+        for name in ("excess", "excess_structure")
+    )
     rows = []
     for arm, plain in baselines.items():
-        gain = (logs[structure][plain] - logs[structure][arm]).unstack("step").reindex(columns=list(early)).mean(axis=1)
-        harm = (logs[near][arm] - logs[near][plain]).unstack("step").reindex(columns=[last])[last]
+        gain = (structure[plain] - structure[arm]).unstack("step").reindex(columns=list(early)).mean(axis=1)
+        harm = (near[arm] - near[plain]).unstack("step").reindex(columns=[last])[last]
         pairs = pd.DataFrame({"gain": gain, "harm": harm}).dropna()
         rows += [{"arm": arm, "baseline": plain, "seed": seed, **row} for seed, row in pairs.to_dict("index").items()]
     return pd.DataFrame(rows, columns=["arm", "baseline", "seed", "gain", "harm"])
 
 
-def factors(pairs: pd.DataFrame, confidence: float, reference: str = "holistic") -> pd.DataFrame:
+def factors(pairs: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Means over seeds of rows of `gain_and_harm`, with Student-t intervals.
 
-    Returns:
-        arm, baseline, measure ("gain", "harm", or "less harm": the reference's harm minus the arm's with the same
-        seed), mean, low, high, seeds.
+    Columns: arm, baseline, measure ("gain", "harm", or "less harm": harm of `holistic` minus the arm's with the same
+    seed), mean, low, high, seeds.
     """
-    alike = pairs.merge(
-        pairs.loc[pairs["arm"] == reference, ["seed", "harm"]], on="seed", suffixes=("", " of reference")
-    )
-    alike["less harm"] = alike["harm of reference"] - alike["harm"]
+    holistic = pairs.loc[pairs["arm"] == "holistic", ["seed", "harm"]]
+    others = pairs[pairs["arm"] != "holistic"].merge(holistic, on="seed", suffixes=("", " of holistic"))
+    others["less harm"] = others["harm of holistic"] - others["harm"]
     rows = []
-    for measure, table in (("gain", pairs), ("harm", pairs), ("less harm", alike[alike["arm"] != reference])):
+    for measure, table in (("gain", pairs), ("harm", pairs), ("less harm", others)):
         for (arm, plain), part in table.groupby(["arm", "baseline"], sort=False):
             rows.append((arm, plain, measure, *interval(list(part[measure]), confidence), len(part)))
     return pd.DataFrame(rows, columns=["arm", "baseline", "measure", "mean", "low", "high", "seeds"])

@@ -68,12 +68,9 @@ def noised(model: DiffusionTransformer, x: Tensor, t: float, seed: int) -> tuple
 def student_output(
     model: DiffusionTransformer, x: Tensor, t: float, taps: Taps, seed: int, labels: Tensor | None = None
 ) -> Tapped:
-    """Output and tapped tensors of a generator for clean images x at noise level t, float32 on the CPU.
+    """Output and tapped tensors of a generator for clean x (B, C, S, S) at noise level t, float32 on the CPU.
 
-    Args:
-        model: in eval mode. x: (B, C, S, S), clean, as the generator models it. t: noise level in [0, 1].
-        taps: the tokens, q and k to return. seed: of the noise, see `noised`.
-        labels: (B,); the null label by default.
+    seed: of the noise, see `noised`. labels: (B,); the null label by default.
     """
     parts = list(_passes(model, noised(model, x, t, seed), labels, taps))
     return Tapped(
@@ -178,8 +175,7 @@ class StudentTeacher:
 
     Args:
         run: its aligned layer pairs and heads are compared, or the study's if it has none.
-        every_block: keep q and k of every block of the teacher, not of the aligned ones alone.
-        n: images; `analysis.n` of the study by default.
+        every_block: keep q and k of every block of the teacher, not of the aligned ones alone. n: as in `held_out`.
     """
 
     def __init__(self, run: Run, every_block: bool = False, n: int | None = None) -> None:
@@ -195,11 +191,6 @@ class StudentTeacher:
         heads = self.teacher.qk[blocks[0]][0].shape[1]
         self.heads = paired_heads(run.config.alignment.heads, run.config.model.heads, heads)
         self._loaded: tuple[int, DiffusionTransformer] | None = None
-
-    @property
-    def student_blocks(self) -> tuple[int, ...]:
-        """Blocks of the student that are paired with one of the teacher's."""
-        return tuple(sorted({s for s, _ in self.pairs}))
 
     @property
     def steps(self) -> list[int]:

@@ -28,17 +28,12 @@ from haste_core.teacher import Teacher
 
 SIMILARITY = ["step", "t", "depth", "teacher_block", "aligned", "measure", "value", "baseline", "low", "high", "n", "k"]
 PROBING = ["network", "step", "t", "depth", "accuracy", "low", "high", "chance", "n", "n_train"]
-
-
 # Share of the features' energy that varies between images, below which the rest is rounding.
 RESOLVED = 1e-24
 
 
 class Kernels:
-    """Kernel matrices (n, n) of one set of features, float64, each computed when first read.
-
-    Args:
-        features: (n, d), a tensor or an array.
+    """Kernel matrices (n, n) of features (n, d), float64, each computed when first read.
 
     Raises:
         HasteError: not two dimensions, or fewer than four images, for which no unbiased estimate exists.
@@ -97,12 +92,9 @@ class Kernels:
         return hidden.argsort(dim=1, descending=True, stable=True)
 
     def neighbours(self, k: int) -> Tensor:
-        """(n, n) bool, True at [i, j] if j is among the k nearest of i by cosine, i itself left out.
+        """(n, n) bool, True at [i, j] if j is among the k (1 to n - 1) nearest of i by cosine, i itself left out.
 
         Ties go to the first image in order.
-
-        Raises:
-            HasteError: k is not in 1 to n - 1.
         """
         if not 1 <= k < len(self):
             raise HasteError(
@@ -154,10 +146,8 @@ def cknna(x: Any, y: Any, k: int) -> float:
 
     M taken anew for each A. Being near is not mutual, so M is not symmetric: the trace counts pairs near in both
     directions, and swapping x and y changes the value a little. Nothing is added to the denominator. With k = n - 1
-    it is the unbiased linear CKA of the normalised features. It depends on k and n: name both.
-
-    Raises:
-        HasteError: k is not in 2 to n - 1 (no pair need be near in both directions at k = 1).
+    it is the unbiased linear CKA of the normalised features. It depends on k and n: name both. k is 2 to n - 1, since
+    no pair need be near in both directions at k = 1.
     """
     a, b = _sides(x, y)
     if k < 2:
@@ -171,10 +161,7 @@ def cknna(x: Any, y: Any, k: int) -> float:
 def mutual_knn(x: Any, y: Any, k: int) -> float:
     """Share of an image's k nearest neighbours (by cosine) that both sides have in common, mean over images, in [0, 1].
 
-    Huh et al. 2024, arXiv 2405.07987. For independent features about k / (n - 1).
-
-    Raises:
-        HasteError: k is not in 1 to n - 1.
+    Huh et al. 2024, arXiv 2405.07987. For independent features about k / (n - 1); k is 1 to n - 1.
     """
     a, b = _sides(x, y)
     shared = float((a.neighbours(k) & b.neighbours(k)).sum()) / (k * len(a))
@@ -261,10 +248,8 @@ def aligned_pair(run: Run, teacher: Teacher) -> tuple[int, int]:
 def teacher_means(teacher: Teacher, images: Tensor) -> dict[int, Tensor]:
     """Mean over the teacher's patch tokens, (n, D) float32 on the CPU by block from 0.
 
-    Tokens of the last block are taken after the final norm: the features that the student is aligned with.
-
-    Args:
-        teacher: frozen. images: (n, C, S, S) in [-1, 1].
+    Tokens of the last block are taken after the final norm: the features that the student is aligned with. Images are
+    (n, C, S, S) in [-1, 1].
     """
     last, parts = teacher.blocks - 1, []
     for batch in images.split(probe.BATCH):
@@ -279,15 +264,9 @@ def block_similarity(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFra
 
     Averaged weights, null label, mean over patch tokens, held-out images (`analysis.n`); step 0 is the untrained
     network. All pairs of blocks at the level nearest to t = 0.5, the aligned pair at every level of
-    `analysis.timesteps`.
-
-    Args:
-        run: finished. k: nearest neighbours of `cknna` and `mutual_knn`. permutations: behind every baseline.
-
-    Returns:
-        Columns: step, t, depth (from 1), teacher_block (from 0), aligned (True for the pair of Eq. 1), measure ("cka",
-        "cka_biased", "cknna", "mutual_knn"), value, baseline (mean over shuffled pairs of images), low, high
-        (bootstrap interval over images, for "cka" of the aligned pair; else NaN), n (images), k (NaN for both CKA).
+    `analysis.timesteps`. Columns: step, t, depth (from 1), teacher_block (from 0), aligned (True for the pair of Eq.
+    1), measure (of MEASURES), value, baseline (mean over `permutations` of the images), low, high (bootstrap interval
+    over images, for "cka" of the aligned pair; else NaN), n (images), k (nearest neighbours; NaN for both CKA).
     """
     settings, rows = run.study.analysis, []
     examples, teacher = probe.held_out(run), probe.teacher_of(run)
@@ -316,15 +295,12 @@ def block_similarity(run: Run, k: int = 10, permutations: int = 5) -> pd.DataFra
 
 
 def linear_probe(features_train: Any, labels_train: Any, features_test: Any, labels_test: Any) -> float:
-    """Test accuracy, in [0, 1], of a linear classifier on standardised features.
+    """Test accuracy, in [0, 1], of a linear classifier on standardised features (n, d) with labels (n,).
 
     REPA's probe is BatchNorm1d under a linear softmax layer trained by SGD. Here features are standardised by the
     training features' mean and deviation, and the layer is scikit-learn's `LogisticRegression` (C = 1, a weak L2
     penalty, without which separable classes have no solution). The problem is convex and solved to convergence, so
     there is neither a learning rate to tune nor a seed: the same features give the same accuracy.
-
-    Args:
-        features_train, features_test: (n, d), (m, d), tensors or arrays. labels_train, labels_test: (n,), (m,).
 
     Raises:
         HasteError: fewer than two classes to train on, or a test label that no training image has.
@@ -350,16 +326,11 @@ def linear_probe(features_train: Any, labels_train: Any, features_test: Any, lab
 def linear_probing(run: Run, train: int = 2000) -> pd.DataFrame:
     """Accuracy of `linear_probe` after every block over the run's checkpoints, and on the teacher's final tokens.
 
-    Inputs as in `block_similarity`, at the noise level of `analysis.timesteps` nearest to 0.5. Trained on training
-    images without augmentation, tested on held-out ones (`analysis.n`).
-
-    Args:
-        run: finished. train: number of training images, or as many as there are.
-
-    Returns:
-        Columns: network ("student" or "teacher"), step, t, depth (from 1), accuracy, low, high (Wilson interval over
-        the tested images), chance (accuracy of always naming the most frequent class), n (tested), n_train. The
-        teacher's one row has step 0 and t 0: it sees clean images and is not trained.
+    Inputs as in `block_similarity`, at the noise level of `analysis.timesteps` nearest to 0.5. Trained on `train`
+    training images (or as many as there are) without augmentation, tested on held-out ones (`analysis.n`). Columns:
+    network ("student" or "teacher"), step, t, depth (from 1), accuracy, low, high (Wilson interval over the tested
+    images), chance (accuracy of always naming the most frequent class), n (tested), n_train. The teacher's one row has
+    step 0 and t 0: it sees clean images and is not trained.
     """
     settings, rows = run.study.analysis, []
     fitted, tested = open_dataset(run.config.data).examples("train", train), probe.held_out(run)

@@ -24,8 +24,8 @@ from haste_core.study.runs import Run
 from haste_core.study.train import trigger_of
 from haste_core.termination import Line, alignment_loss, replay
 
-# The measurement a kind of trigger reads from a log; `iteration` reads none.
-READS = {"gradient_angle": "gradient_angle", "online_angle": "online_angle", "plateau": "alignment"}
+# Measurements of a logged line of which a kind of trigger needs one; `iteration` needs none.
+READS = {"gradient_angle": ["gradient_angle"], "online_angle": ["online_angle"], "plateau": ["feature", "attention"]}
 LOGGED = ["arm", "seed", "step", "alignment", "gradient_angle", "online_angle"]
 SWEEP = ["family", "arm", "seed", "tau", "fade", "step", "fid", "log_ratio", "n"]
 FIRED = ["family", "trigger", "kind", "seed", "tau", "readings", "gaps"]
@@ -67,7 +67,7 @@ def families(study: config.StudySettings) -> dict[str, list[str]]:
     return found
 
 
-def always_on(study: config.StudySettings, seeds: Sequence[int] | None = None) -> list[Run]:
+def always_on(study: config.StudySettings) -> list[Run]:
     """Always-on runs of a study over whose logs triggers are replayed: its main arms, and those others branch from.
 
     Raises:
@@ -77,19 +77,15 @@ def always_on(study: config.StudySettings, seeds: Sequence[int] | None = None) -
     arms = [arm for arm in study.arms if study.run(arm).tau == math.inf and (arm in study.main or arm in swept)]
     if not arms:
         raise HasteError(f"study {study.name} has no arm that stays aligned; add an arm without `termination`")
-    return [Run(study, arm, seed) for arm in arms for seed in (study.seeds_of(arm) if seeds is None else seeds)]
+    return [Run(study, arm, seed) for arm in arms for seed in study.seeds_of(arm)]
 
 
 def sweep(study: config.StudySettings, scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores of every family over tau and training steps.
+    """Scores (rows of fid.csv) of every family over tau and training steps.
 
-    Args:
-        study: its arms. scores: rows of fid.csv.
-
-    Returns:
-        family (the always-on arm), arm, seed, tau (steps; the last step of the run for the always-on arm), fade
-        (steps), step (of the score, not before tau), fid, log_ratio (log FID of the arm minus that of the always-on
-        one; below 0 the switch helped), n (images scored).
+    Columns: family (the always-on arm), arm, seed, tau (steps; the last step of the run for the always-on arm), fade
+    (steps), step (of the score, not before tau), fid, log_ratio (log FID of the arm minus that of the always-on one;
+    below 0 the switch helped), n (images scored).
 
     Raises:
         ValueError: scores of a family were made under different cards.
@@ -124,11 +120,10 @@ def logs(runs: Sequence[Run]) -> pd.DataFrame:
 def fired(triggers: Mapping[str, config.TerminationSettings], runs: Iterable[Run]) -> pd.DataFrame:
     """Step at which each trigger would have switched each of these always-on runs off.
 
-    Returns:
-        family (the run's arm), trigger (its name), kind, seed, tau (step; NaN if it never fired), readings (logged
-        lines it could read; 0 if the run did not log its measurement, which is not the same as never firing), gaps
-        (lines up to tau that it should have read but that hold no reading, as if a run was continued with
-        `train.watch_angle` after starting without; such a tau says nothing about the trigger).
+    Columns: family (the run's arm), trigger (its name), kind, seed, tau (step; NaN if it never fired), readings (logged
+    lines it could read; 0 if the run did not log its measurement, which is not the same as never firing), gaps (lines
+    up to tau that it should have read but that hold no reading, as if a run was continued with `train.watch_angle`
+    after starting without; such a tau says nothing about the trigger).
     """
     rows = []
     for run in runs:
@@ -136,36 +131,28 @@ def fired(triggers: Mapping[str, config.TerminationSettings], runs: Iterable[Run
         for name, settings in triggers.items():
             readings = sum(_readable(settings.kind, line) for line in log)
             tau = replay(trigger_of(settings), log) if readings else None
-            looked = [line for line in log if _looks(settings, line["step"]) and line["step"] <= (tau or math.inf)]
+            # The exact angle is measured every so many steps; everything else is in every line.
+            every, last = settings.every if settings.kind == "gradient_angle" else 1, tau or math.inf
+            looked = [line for line in log if settings.after < line["step"] <= last and line["step"] % every == 0]
             gaps = sum(not _readable(settings.kind, line) for line in looked)
             rows.append((run.arm, name, settings.kind, run.seed, math.nan if tau is None else tau, readings, gaps))
     return pd.DataFrame(rows, columns=FIRED)
 
 
-def _looks(settings: config.TerminationSettings, step: int) -> bool:
-    # The exact angle is measured every so many steps; everything else is in every line.
-    return step > settings.after and (settings.kind != "gradient_angle" or step % settings.every == 0)
-
-
 def _readable(kind: str, line: Line) -> bool:
-    if kind == "plateau":
-        return line.get("feature") is not None or line.get("attention") is not None
-    return kind not in READS or line.get(READS[kind]) is not None
+    return kind not in READS or any(line.get(name) is not None for name in READS[kind])
 
 
 def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     """FID at the end of training with each trigger's tau, beside the best of the sweep.
 
     FID at the end is interpolated linearly, log FID in log tau, between the sweep's points; a tau beyond them counts
-    as the nearest of them, and a trigger that never fired as the always-on run. Fading arms are no points.
+    as the nearest of them, and a trigger that never fired as the always-on run. Fading arms are no points. From rows
+    of `sweep` and of `fired`.
 
-    Args:
-        swept: of `sweep`. found: of `fired`.
-
-    Returns:
-        family, trigger, seed, tau (NaN: never), fid (there), best_tau, best_fid (of the sweep), regret (log FID there
-        minus the best, at least 0; NaN if the log held nothing to read or had gaps), regret_never (of the always-on
-        run), steps_away (tau minus best_tau). Families with fewer than three taus have no rows.
+    Columns: family, trigger, seed, tau (NaN: never), fid (there), best_tau, best_fid (of the sweep), regret (log FID
+    there minus the best, at least 0; NaN if the log held nothing to read or had gaps), regret_never (of the always-on
+    run), steps_away (tau minus best_tau). Families with fewer than three taus have no rows.
     """
     rows = []
     for (family, seed), part in swept[swept["fade"] == 0].groupby(["family", "seed"], sort=False):
@@ -185,14 +172,10 @@ def nearest(swept: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranking(table: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Triggers of each family in order of mean regret, means over seeds.
+    """Triggers of each family in a table of `nearest` in order of mean regret, means over seeds.
 
-    Args:
-        table: of `nearest`. confidence: of the Student-t interval.
-
-    Returns:
-        family, trigger, tau (mean of the seeds where it fired), fired (seeds), regret, low, high, steps_away (mean
-        distance, without sign), seeds.
+    Columns: family, trigger, tau (mean of the seeds where it fired), fired (seeds), regret, low, high (Student-t
+    interval), steps_away (mean distance, without sign), seeds.
     """
     rows = []
     for (family, trigger), part in table.dropna(subset=["regret"]).groupby(["family", "trigger"], sort=False):
@@ -243,8 +226,7 @@ def paired(
 def effects(rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Means over seeds of `paired` rows of one or more groups, with Student-t intervals.
 
-    Returns:
-        group, arm, reference, step, gain, low, high, seeds, fid (geometric mean over seeds), n.
+    Columns: group, arm, reference, step, gain, low, high, seeds, fid (geometric mean over seeds), n.
     """
     found = []
     keys = ["group", "arm", "reference", "step"]
@@ -257,9 +239,8 @@ def effects(rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
 def late(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Each aligned arm against the run without alignment that differs in nothing else (`Study.baseline`), over steps.
 
-    Returns:
-        arm, baseline, measure (of MEASURES), step, gain (its logarithm for the baseline minus that for the arm, mean
-        over seeds), low, high, seeds, verdict: "helps" if the interval is above 0, "hurts" if it is below, else "open".
+    Columns: arm, baseline, measure (of MEASURES), step, gain (its logarithm for the baseline minus that for the arm,
+    mean over seeds), low, high, seeds, verdict: "helps" if the interval is above 0, "hurts" if below, else "open".
     """
     rows = []
     for arm in arms:
@@ -278,10 +259,9 @@ def late(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str])
 def boundary(table: pd.DataFrame) -> pd.DataFrame:
     """Step from which alignment hurts, a row per arm and measure of a table of `late`.
 
-    Returns:
-        arm, baseline, measure, no_help_from (the first step from which on the mean gain stays at or below 0, NaN if it
-        ends above), hurts_from (the first step whose interval is below 0, NaN if none), last (step), gain, low, high,
-        verdict there, seeds.
+    Columns: arm, baseline, measure, no_help_from (the first step from which on the mean gain stays at or below 0, NaN
+    if it ends above), hurts_from (the first step whose interval is below 0, NaN if none), last (step), gain, low, high,
+    verdict there, seeds.
     """
     rows = []
     for _, part in table.sort_values("step", kind="stable").groupby(["arm", "measure"], sort=False):
@@ -294,15 +274,10 @@ def boundary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plane(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
-    """Arms that differ in the weight of alignment and in its switch, at the last step they share.
+    """Arms that differ in the weight of both alignment losses and in their switch, at the last step they share.
 
-    Args:
-        study, scores: as for `paired`. arms: with one weight for both losses each.
-
-    Returns:
-        A row per arm, measure (of MEASURES) and comparison ("plain training", or "staying on" with the same weight):
-        arm, weight, tau (infinity: never), measure, against, step, ratio (geometric mean over seeds), low, high (of
-        its interval), seeds.
+    Columns: arm, weight, tau (infinity: never), measure (of MEASURES), against ("plain training", or "staying on" with
+    the same weight), step, ratio (geometric mean over seeds), low, high (of its interval), seeds.
     """
     rows = []
     staying = {study.run(arm).alignment.lambda_feature: arm for arm in arms if study.run(arm).tau == math.inf}
@@ -324,11 +299,7 @@ def plane(study: config.StudySettings, scores: pd.DataFrame, arms: Sequence[str]
 def grids(run: Run, open_scorer: Callable[[], Scorer]) -> pd.DataFrame:
     """Scores of a run's last checkpoint by the grid of solver steps, all else as its study draws images.
 
-    Args:
-        run: finished. open_scorer: returns the scorer of its study.
-
-    Returns:
-        step, grid, calls (of the network per image), last_t (noise level of the last call), the scores, n.
+    Columns: step, grid, calls (of the network per image), last_t (noise level of the last call), the scores, n.
     """
     step, rows, scorer = run.config.train.steps, [], open_scorer()
     for grid in ("uniform", "quadratic"):

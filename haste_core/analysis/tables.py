@@ -36,11 +36,9 @@ def obtain(
     is read, and a printed line says so.
 
     Args:
-        folder: the report's tables.
-        name: of the files.
+        folder: the report's tables. name: of the files.
         measure: maps a finished run to tidy rows; all that affects its numbers must be in `settings`.
-        runs: of one study.
-        settings: what was measured and how; `analysis` of the study is always part of it.
+        runs: of one study. settings: what was measured and how, beside `analysis` of the study.
 
     Raises:
         HasteError: runs are missing and there is no such table.
@@ -77,11 +75,7 @@ def obtain_whole(
     runs: Sequence[Run],
     settings: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """Like `obtain`, for a table made from all runs at once: `measure` returns it whole.
-
-    Raises:
-        HasteError: runs are missing and there is no such table.
-    """
+    """Like `obtain`, for a table made from all runs at once: `measure` returns it whole."""
     path, facts_path = folder / f"{name}.csv", folder / f"{name}.json"
     card = _card(runs, settings)
     whose = {

@@ -16,6 +16,7 @@ from haste_core.figures.style import (
     RED,
     Figure,
     dots,
+    legend_beside,
     mark_switch,
     panels,
     plain_log,
@@ -43,10 +44,8 @@ def capacity_over_depth(capacity: pd.DataFrame, step: int, t: float, kind: str =
     """Every measure over depth at one step and noise level: the teacher in black, a line per arm (mean over seeds).
 
     The band is the teacher's, and for a single seed each arm's, interval over images; for several it is the span from
-    lowest to highest seed. Depth is the share of the network that is passed: blocks of different networks compare.
-
-    Args:
-        capacity: rows of `analysis.capacity.token_capacity` under arm and seed. kind: "tokens" or "patch mean".
+    lowest to highest seed. Depth is the share of the network that is passed: blocks of different networks compare. Rows
+    are of `analysis.capacity.token_capacity` under arm and seed; kind is "tokens" or "patch mean".
     """
     figure, rows = _capacity(capacity, kind, "depth", None, step=step, t=t)
     figure.suptitle(f"{kind} of {rows['n'].iloc[0]} held-out images, step {step}, t = {t:g}", fontsize=10)
@@ -56,10 +55,7 @@ def capacity_over_depth(capacity: pd.DataFrame, step: int, t: float, kind: str =
 def capacity_over_training(
     capacity: pd.DataFrame, block: int, t: float, tau: int | None, kind: str = "tokens"
 ) -> Figure:
-    """Every measure of one student block (from 0) over steps, a line per arm; the teacher's final tokens in black.
-
-    Args as in `capacity_over_depth`; tau: the switch, marked if there is one.
-    """
+    """Every measure of one student block (from 0) over steps, a line per arm; the teacher's final tokens in black."""
     figure, _ = _capacity(capacity, kind, "step", tau, block=block, t=t)
     figure.suptitle(f"{kind} after student block {block}, t = {t:g}", fontsize=10)
     return figure
@@ -86,10 +82,8 @@ def _capacity(
 def error_per_band(spectrum: pd.DataFrame, arm: str, step: int) -> Figure:
     """Error of a readout of the tokens per frequency band: teacher blocks left, an arm's student blocks right.
 
-    One line per block, from early (bright) to late (dark), mean over seeds.
-
-    Args:
-        spectrum: rows of `analysis.capacity.band_errors` under arm and seed.
+    One line per block, from early (bright) to late (dark), mean over seeds. Rows are of `analysis.capacity.band_errors`
+    under arm and seed.
     """
     own = spectrum[spectrum["arm"] == arm]
     student = own[(own["who"] == "student") & (own["step"] == step)]
@@ -172,8 +166,7 @@ EXCESS = {
 def excess_by_level(denoising: pd.DataFrame, step: int, base: str = "") -> Figure:
     """Excess loss over the noise level at a step, in all and by band, a line per arm (geometric mean over seeds).
 
-    Args:
-        denoising: rows of denoising.csv of a study whose law is known. base: the arm that others are divided by; none.
+    Rows are of denoising.csv of a study whose law is known. base: the arm that others are divided by, "" for none.
     """
     rows = denoising[(denoising["split"] == "held-out") & (denoising["step"] == step)]
     arms = list(rows["arm"].unique())
@@ -206,11 +199,7 @@ def direction_used(fid: pd.DataFrame, tau: int | None) -> Figure:
 
 
 def gain_and_harm(pairs: pd.DataFrame) -> Figure:
-    """Late harm near the data against early gain in structure, a colour per arm; small dots are seeds.
-
-    Args:
-        pairs: rows of `analysis.law.gain_and_harm`.
-    """
+    """Late harm near the data against early gain in structure of `analysis.law.gain_and_harm`; small dots are seeds."""
     figure, (axis,) = panels(1, 7.6, 4.6)
     arms = list(pairs["arm"].unique())
     for arm, rows in pairs.groupby("arm", sort=False):
@@ -224,17 +213,14 @@ def gain_and_harm(pairs: pd.DataFrame) -> Figure:
         xlabel="early: excess loss at t ≥ 0.3 against plain training, %\n(left of 0: alignment helps)",
         ylabel="at the end: excess loss at t ≤ 0.1\nagainst plain training, %",
     )
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(axis)
     return figure
 
 
 def harm_by_factor(pairs: pd.DataFrame, means: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> Figure:
     """Early gain (left) and late harm (right) of each aligned arm, a panel per group of arms that differ in one choice.
 
-    Small dots are seeds, the large one their mean with its interval.
-
-    Args:
-        pairs: rows of `analysis.law.gain_and_harm`. means: of `analysis.law.factors`. groups: arms by name.
+    Small dots are seeds (`analysis.law.gain_and_harm`), the large one their mean with its interval (`factors`).
     """
     there = set(pairs["arm"])
     shown = {name: [arm for arm in arms if arm in there] for name, arms in groups.items()}
@@ -269,9 +255,7 @@ DISCARDED = {
 def predicted_harm(teachers: pd.DataFrame, prediction: pd.DataFrame) -> Figure:
     """Harm near the data against each measure of the detail that teachers have lost: a dot per arm, a colour per study.
 
-    Args:
-        teachers: rows of `analysis.capacity.teachers`. Bars reach from the lowest to the highest seed. prediction: of
-            `analysis.capacity.prediction`; its numbers stand above the panels.
+    Bars reach from the lowest to the highest seed; numbers of `analysis.capacity.prediction` stand above the panels.
     """
     figure, axes = panels(3, 10.4, 3.8, sharey=True)
     for axis, (measure, title) in zip(axes, DISCARDED.items(), strict=True):

@@ -95,10 +95,7 @@ def loss_shown(denoising: pd.DataFrame) -> tuple[str, str]:
 def loss_ratio(denoising: pd.DataFrame, low: float = 0.0, high: float = 1.0, base: str = "vanilla") -> pd.DataFrame:
     """Held-out loss over that of `base`, mean over noise levels in [low, high]: rows (seed, step), a column an arm.
 
-    It is the loss of `loss_shown`.
-
-    Args:
-        denoising: rows of denoising.csv. base: an arm; NaN if it has no row for a seed and step.
+    It is the loss of `loss_shown`; NaN where `base` has no row for a seed and step.
     """
     one_card(denoising)
     chosen = denoising[(denoising["split"] == "held-out") & denoising["t"].between(low - 1e-9, high + 1e-9)]
@@ -107,11 +104,10 @@ def loss_ratio(denoising: pd.DataFrame, low: float = 0.0, high: float = 1.0, bas
 
 
 def panel_steps(steps: Iterable[int], tau: int | None, early: Sequence[int]) -> dict[int, str]:
-    """Steps that are shown in detail, and their names: early (before the switch), at the switch, at the end.
+    """Those of the kept steps that are shown in detail, and their names: early, at the switch, at the end.
 
-    Args:
-        steps: kept. tau: the switch; the kept step nearest to it is taken. early: the steps of early gains, of which
-            the last one before the switch is taken, else the first kept one.
+    Of `early`, the steps of early gains, the last one before the switch is taken, else the first kept one; for the
+    switch the kept step nearest to tau.
     """
     kept = sorted({int(step) for step in steps})
     before = [step for step in kept if step in early and (tau is None or step < tau)]
@@ -127,11 +123,7 @@ def compared(denoising: pd.DataFrame | None) -> bool:
 
 
 def denoising_levels(denoising: pd.DataFrame) -> Figure:
-    """Denoising loss of one run over the noise level, a line per kept step; dashed: on training images.
-
-    Args:
-        denoising: rows of denoising.csv of one arm and seed.
-    """
+    """Denoising loss (denoising.csv) of one run over the noise level, a line per kept step; dashed: training images."""
     one_card(denoising)
     figure, (axis,) = panels(1, 7.2, 4.2)
     last = denoising["step"].nunique() - 1
@@ -150,10 +142,7 @@ def denoising_levels(denoising: pd.DataFrame) -> Figure:
 
 
 def denoising_over_training(denoising: pd.DataFrame, tau: int | None) -> Figure:
-    """Held-out loss over vanilla's against training steps, near the data and at high noise, a line per arm.
-
-    Lines are geometric means over seeds, bands go from the lowest to the highest seed.
-    """
+    """Held-out loss over vanilla's, near the data and at high noise, drawn as in `fid_against_steps`."""
     figure, axes = panels(2, 8.6, 3.9)
     titles = (f"near the data (t ≤ {NEAR_DATA})", f"structure (t ≥ {STRUCTURE})")
     for axis, title, span in zip(axes, titles, ((0.0, NEAR_DATA), (STRUCTURE, 1.0)), strict=True):
@@ -174,12 +163,8 @@ def summary(
 ) -> Figure:
     """The study's first figure: held-out loss over vanilla's by noise level at three steps, FID, and samples.
 
-    Without losses to compare (one arm, or no vanilla), FID stands alone.
-
-    Args:
-        fid, denoising: rows of fid.csv and denoising.csv (or None) of the arms that are shown.
-        samples: uint8 images (n, C, S, S) by (arm, step); the last step's are shown.
-        tau, early: the switch and the steps of early gains (`panel_steps`).
+    Without losses to compare (one arm, or no vanilla), FID stands alone. Of the samples, uint8 images (n, C, S, S) by
+    (arm, step), the last step's are shown. tau, early: the switch and the steps of early gains (`panel_steps`).
     """
     one_card(fid)
     last = max((step for _, step in samples), default=0)
@@ -263,15 +248,8 @@ def image_rows(rows: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int] | None = None) -> Figure:
-    """Images from the same noise: a block per step, a row per arm, ten images in a row (40 px and more each).
-
-    Args:
-        samples: uint8 images (n, C, S, S) by (arm, step).
-        steps: the blocks, top to bottom; by default the first and the last step.
-    """
-    there = sorted({step for _, step in samples})
-    steps = list(dict.fromkeys((there[0], there[-1]) if steps is None else steps))
+def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int]) -> Figure:
+    """Images from the same noise, uint8 (n, C, S, S) by (arm, step): a block per step, a row of ten images per arm."""
     arms = list(dict.fromkeys(arm for arm, _ in samples))
     figure = Figure(figsize=(7.6, len(steps) * (0.58 * len(arms) + 0.3)), layout="constrained")
     for part, step in zip(figure.subfigures(len(steps), 1, squeeze=False)[:, 0], steps, strict=True):
@@ -282,11 +260,7 @@ def sample_sheet(samples: dict[tuple[str, int], np.ndarray], steps: Sequence[int
 
 
 def caption_sheet(images: Mapping[str, np.ndarray], texts: Mapping[str, Sequence[str]]) -> Figure:
-    """Images above their captions: a block per set of captions, a row per arm, a column per caption.
-
-    Args:
-        images: uint8 (sets, n, C, S, S) by arm. texts: n captions by name of the set, in that order.
-    """
+    """Images, uint8 (sets, n, C, S, S) by arm, above the n captions of each set: a block per set, a row per arm."""
     columns = len(next(iter(texts.values())))
     figure = Figure(figsize=(7.6, len(texts) * (1.05 * len(images) + 0.95)), layout="constrained")
     parts = figure.subfigures(len(texts), 1, squeeze=False)[:, 0]
@@ -330,12 +304,9 @@ def step_cost(times: pd.DataFrame) -> Figure:
 
 
 def claims_forest(claims: pd.DataFrame) -> Figure:
-    """Effect and interval of every claim, coloured by verdict, a panel for each unit.
+    """Effect and interval of every claim that was tested (claims.csv), coloured by verdict, a panel for each unit.
 
     Shaded: where a claim holds by its rule. Triangle: the paper's effect, where it has the same unit.
-
-    Args:
-        claims: rows of claims.csv that were tested.
     """
     scales = [_scale(row["unit"]) for row in claims.to_dict("records")]
     groups = [claims[[own == scale for own in scales]] for scale in dict.fromkeys(scales)]

@@ -40,14 +40,9 @@ _RED = "#ff3030"
 
 
 def similarity_maps(similarity: pd.DataFrame, measure: str = "cka", steps: Sequence[int] | None = None) -> Figure:
-    """Student blocks (rows) against teacher blocks (columns), a map per arm and step, mean over seeds.
+    """Student blocks (rows) against teacher blocks (columns), a map per arm and step (all by default), mean over seeds.
 
-    The frame is the pair that feature alignment compares.
-
-    Args:
-        similarity: rows of `analysis.similarity.block_similarity` of runs of one study.
-        measure: "cka", "cka_biased", "cknna" or "mutual_knn".
-        steps: shown; all there are by default.
+    The frame is the pair that feature alignment compares. Rows are of `analysis.similarity.block_similarity`.
     """
     chosen = _at_middle(similarity[similarity["measure"] == measure])
     arms, steps = list(chosen["arm"].unique()), list(steps or sorted(chosen["step"].unique()))
@@ -98,11 +93,7 @@ def similarity_over_t(similarity: pd.DataFrame, step: int, measure: str = "cka")
 
 
 def probing_over_depth(probing: pd.DataFrame, step: int) -> Figure:
-    """Linear probing accuracy after every block at one step, a line per arm, beside the teacher's and chance.
-
-    Args:
-        probing: rows of `analysis.similarity.linear_probing`. step: shown.
-    """
+    """Linear probing accuracy after every block at one step, a line per arm, beside the teacher's and chance."""
     figure, axis = _probing(probing, "depth", "step", step)
     axis.set_xticks(sorted(probing.loc[probing["network"] == "student", "depth"].unique()))
     return figure
@@ -161,9 +152,7 @@ def attention_similarity(table: pd.DataFrame, tau: int | None = None) -> Figure:
 
     A line is the mean over layer pairs, heads, noise levels and seeds, its band goes from lowest to highest seed; thin
     lines of the same colour are the arm against the teacher's map of another image. Step 0 is the untrained student.
-
-    Args:
-        table: rows of `analysis.attention.attention_similarity`, under arm and seed. tau: the switch, if there is one.
+    Rows are of `analysis.attention.attention_similarity`, under arm and seed.
     """
     measures = list(table["measure"].unique())
     return _over_steps([(table[table["measure"] == name], name, "") for name in measures], tau)
@@ -172,15 +161,11 @@ def attention_similarity(table: pd.DataFrame, tau: int | None = None) -> Figure:
 def cross_effects(table: pd.DataFrame, tau: int | None = None, measure: str = "jensen_shannon") -> Figure:
     """Effect of each arm on attention (left) and on features (right), over training steps, with baselines.
 
-    Args:
-        table: rows of `analysis.attention.cross_effects`, under arm and seed; lines as in `attention_similarity`.
-        tau: the switch, if there is one. measure: of attention.
+    Rows are of `analysis.attention.cross_effects`, under arm and seed; lines as in `attention_similarity`.
     """
-    sides = (("attention", measure), ("features", "r2"))
-    return _over_steps(
-        [(table[(table["side"] == side) & (table["measure"] == name)], name, f"{side} beside the teacher's")
-         for side, name in sides], tau,
-    )  # fmt: skip
+    sides = {"attention": measure, "features": "r2"}
+    parts = {side: table[(table["side"] == side) & (table["measure"] == name)] for side, name in sides.items()}
+    return _over_steps([(rows, sides[side], f"{side} beside the teacher's") for side, rows in parts.items()], tau)
 
 
 def _over_steps(parts: list[tuple[pd.DataFrame, str, str]], tau: int | None) -> Figure:
@@ -205,11 +190,9 @@ def _over_steps(parts: list[tuple[pd.DataFrame, str, str]], tau: int | None) -> 
 
 
 def head_map(table: pd.DataFrame, measure: str, step: int, t: float) -> Figure:
-    """Layer pairs (rows) by heads (columns) of every arm, coloured by a measure on one scale.
+    """Layer pairs (rows) by heads (columns) of every arm, coloured by a measure on one scale, mean over seeds.
 
-    Args:
-        table: rows of `analysis.attention.attention_similarity`, under arm and seed; means over seeds are shown.
-        measure, step, t: which rows.
+    Rows are of `analysis.attention.attention_similarity`, under arm and seed.
     """
     chosen = table[(table["measure"] == measure) & (table["baseline"] == "none") & (table["step"] == step)]
     chosen = chosen[np.isclose(chosen["t"], t)]
@@ -230,8 +213,7 @@ def head_map(table: pd.DataFrame, measure: str, step: int, t: float) -> Figure:
 def head_statistics(table: pd.DataFrame, step: int, t: float) -> Figure:
     """Entropy and distance of every head, by relative depth: a dot per head, a line through the means of blocks.
 
-    Args:
-        table: rows of `analysis.attention.head_statistics`, under arm and seed. step, t: of the student.
+    Rows are of `analysis.attention.head_statistics`, under arm and seed. step, t: of the student.
     """
     arms = list(table["arm"].unique())
     student = table[(table["source"] == "student") & (table["step"] == step) & np.isclose(table["t"], t)]
@@ -254,11 +236,9 @@ def head_statistics(table: pd.DataFrame, step: int, t: float) -> Figure:
 
 
 def attention_maps(maps: pd.DataFrame, image: np.ndarray) -> Figure:
-    """Attention of chosen tokens (rows): the image, then each source; red marks the query token.
+    """Attention of chosen tokens (rows): the image (S, S[, 3]), then each source; red marks the query token.
 
-    Args:
-        maps: rows of `analysis.attention.token_maps` for one seed, `teacher_maps` or `head_maps`.
-        image: (S, S[, 3]), the image the maps belong to.
+    Rows are of `analysis.attention.token_maps` for one seed, `teacher_maps` or `head_maps`.
     """
     queries, sources = sorted(maps["query"].unique()), list(maps["source"].unique())
     side = int(np.sqrt(maps["key"].max() + 1))

@@ -40,16 +40,13 @@ _MARKERS = "ovs^DPX*"
 
 
 def conflict_over_training(table: pd.DataFrame, tau: int | None, arm: str, loss: str | None = None) -> Figure:
-    """rho_t over training steps, a panel per alignment loss and a line per noise level (Fig. 3, arXiv 2505.16792).
+    """rho_t of an arm over training steps, a panel per loss, a line per noise level (Fig. 3, arXiv 2505.16792).
 
-    Mean over seeds; bars reach from the lowest to the highest end of the seeds' intervals.
-
-    Args:
-        table: of `analysis.gradients.conflict`, with arm and seed. tau: the switch, if it is to be marked.
-        arm: shown. loss: one panel alone; all by default.
+    Mean over seeds; bars reach from the lowest to the highest end of the seeds' intervals. The table is of
+    `analysis.gradients.conflict`, with arm and seed.
 
     Raises:
-        HasteError: the table has no such rows.
+        HasteError: the table has no such rows, here and in the figures below.
     """
     return _conflict(_only(table, arm=arm, loss=loss), "step", "t", arm, tau)
 
@@ -77,15 +74,10 @@ def _conflict(rows: pd.DataFrame, along: str, by: str, title: str, tau: int | No
 
 
 def online_against_exact(exact: pd.DataFrame, online: pd.DataFrame) -> Figure:
-    """The online estimate against the exact cosine at the same checkpoints and noise levels, a panel per loss.
+    """The online estimate (`analysis.gradients.online_conflict`) against the exact cosine (`conflict`), by loss.
 
-    Titles give Pearson's r and Spearman's rank correlation over all points.
-
-    Args:
-        exact: of `analysis.gradients.conflict`. online: of `analysis.gradients.online_conflict`. Both with arm, seed.
-
-    Raises:
-        HasteError: the tables have no rows in common.
+    Rows are of the same checkpoints and noise levels, with arm and seed. Titles give Pearson's r and Spearman's rank
+    correlation over all points.
     """
     both = exact.merge(online[[*KEYS, "online"]], on=KEYS).dropna(subset=["rho", "online"])
     if both.empty:
@@ -153,13 +145,8 @@ def fid_over_tau(swept: pd.DataFrame, fired: pd.DataFrame, family: str) -> Figur
     """FID at the end of training over the step of the switch; the always-on run is the point furthest right.
 
     Thin lines are seeds, the thick one their geometric mean, diamonds arms that fade instead of switching. The upper
-    panel has a row per trigger and a mark where it fired, one per seed.
-
-    Args:
-        swept: of `analysis.switching.sweep`. fired: of `analysis.switching.fired`. family: the always-on arm.
-
-    Raises:
-        HasteError: there is no such family.
+    panel has a row per trigger and a mark where it fired, one per seed. Tables are those of `analysis.switching`;
+    family is the always-on arm.
     """
     end = _only(swept, family=family)
     end = end[end["step"] == end["step"].max()]
@@ -192,11 +179,7 @@ def fid_over_tau(swept: pd.DataFrame, fired: pd.DataFrame, family: str) -> Figur
 
 
 def sweep_over_steps(swept: pd.DataFrame, family: str) -> Figure:
-    """FID over that of the always-on run against training steps, a line per switch; below 1 switching helped.
-
-    Raises:
-        HasteError: there is no such family.
-    """
+    """FID over that of the always-on run against training steps, a line per switch; below 1 switching helped."""
     rows = _only(swept, family=family)
     rows = rows[rows["arm"] != family]
     figure, (axis,) = panels(1, 7.2, 3.8)
@@ -214,15 +197,9 @@ def sweep_over_steps(swept: pd.DataFrame, family: str) -> Figure:
 
 
 def trigger_logs(logs: pd.DataFrame, triggers: Mapping[str, config.TerminationSettings], arm: str) -> Figure:
-    """Measurements of triggers in the always-on runs of an arm over training, a panel each, a line per seed.
+    """Measurements in the logs (`analysis.switching.logs`) of an always-on arm, a panel each, a line per seed.
 
     Dotted: thresholds of the triggers.
-
-    Args:
-        logs: of `analysis.switching.logs`. triggers: the study's. arm: whose logs.
-
-    Raises:
-        HasteError: there is no such arm in the table.
     """
     rows = _only(logs, arm=arm)
     present = [name for name in _READINGS if rows[name].notna().any()]
@@ -242,12 +219,6 @@ def regret_by_trigger(nearest: pd.DataFrame, ranking: pd.DataFrame, family: str)
     """Percentage by which FID ends above the best switch of the sweep with each trigger's tau; small dots are seeds.
 
     The bottom row is the cost of never switching.
-
-    Args:
-        nearest, ranking: of `analysis.switching`. family: the always-on arm.
-
-    Raises:
-        HasteError: there is no such family.
     """
     rows, means = _only(nearest, family=family), ranking[ranking["family"] == family]
     never = rows.drop_duplicates("seed")["regret_never"]
@@ -264,11 +235,8 @@ def regret_by_trigger(nearest: pd.DataFrame, ranking: pd.DataFrame, family: str)
 def group_effects(rows: pd.DataFrame, means: pd.DataFrame, group: str | None = None) -> Figure:
     """Percentage by which an arm's FID lies below the reference's, a panel per group, an arm per row.
 
-    Small dots are seeds, the large one their mean with its interval (with two seeds or more), coloured by the interval:
-    above zero, below zero, or neither.
-
-    Args:
-        rows: of `analysis.switching.paired`. means: of `analysis.switching.effects`. group: one alone; all by default.
+    Small dots are seeds (`analysis.switching.paired`), the large one their mean with its interval (`effects`, with two
+    seeds or more), coloured by the interval: above zero, below zero, or neither. group: one alone; all by default.
     """
     means = _only(means, group=group)
     groups = list(means["group"].unique())
@@ -292,11 +260,7 @@ def group_effects(rows: pd.DataFrame, means: pd.DataFrame, group: str | None = N
 
 
 def gain_by_setting(late: pd.DataFrame, measure: str = "fid") -> Figure:
-    """Gain over the run without alignment against training steps, a panel per arm with its interval.
-
-    Args:
-        late: rows of `analysis.switching.late`. measure: one of theirs.
-    """
+    """Gain (`analysis.switching.late`) over the run without alignment against training steps, a panel per arm."""
     late = late[late["measure"] == measure].sort_values("step", kind="stable")
     arms = list(late["arm"].unique())
     columns = min(3, len(arms))
@@ -319,13 +283,10 @@ def gain_by_setting(late: pd.DataFrame, measure: str = "fid") -> Figure:
 
 
 def weight_and_switch(plane: pd.DataFrame) -> Figure:
-    """Percentage by which each arm ends above or below another, by alignment weight and step of the switch.
+    """Percentage by which arms of `analysis.switching.plane` end above or below others, by weight and switch.
 
     Columns of panels: against plain training, against staying on with the same weight. Rows: FID, held-out loss near
     the data. Blue is lower, so better. A number in bold has an interval that excludes zero.
-
-    Args:
-        plane: rows of `analysis.switching.plane`.
     """
     plane = plane.assign(log=100 * np.log(plane["ratio"]), clear=(plane["low"] > 1) | (plane["high"] < 1))
     measures, others = list(plane["measure"].unique()), list(plane["against"].unique())
