@@ -22,10 +22,10 @@ from haste_core.study.claims import CLAIMS, TEXT, claims_of
 from haste_core.study.cli import main
 from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.base import Captions
-from haste_core.study.data.contexts import Contexts, write_parts
 from haste_core.study.data.scenes import NUMBERS, Reading, Scenes, read, right, things
 from haste_core.study.images import save_grid
 from haste_core.study.runs import Run
+from haste_core.study.text import Contexts, write_parts
 from haste_core.study.train import fit
 
 FEW = {"images": 400, "digits": [1, 4, 7], "colours": ["red", "blue"]}
@@ -309,14 +309,18 @@ def test_text_tokens_are_made_once_for_each_caption_and_long_captions_are_cut(fo
 
 
 def test_a_missing_package_and_weights_whose_names_do_not_fit_are_named(tmp_path, monkeypatch):
-    save_file({"words": torch.zeros(3, 4)}, tmp_path / "w.safetensors")
-    with pytest.raises(HasteError, match=r"holds words \(3, 4\); expected one tensor embedding\.weight"):
-        text.embeddings(tmp_path / "w.safetensors")
-    (tmp_path / "w.safetensors").write_bytes(b"no weights")
-    with pytest.raises(HasteError, match="cannot be read"):
-        text.embeddings(tmp_path / "w.safetensors")
+    weights = tmp_path / "w.safetensors"
+    save_file({"words": torch.zeros(3, 4)}, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "optional", lambda name, command: None)
+        patch.setattr(text, "word_files", lambda: (weights, weights))
+        with pytest.raises(HasteError, match=r"has no tensor embedding.weight \('embedding.weight'\); expected the"):
+            text.words(16)
+        weights.write_bytes(b"no weights")
+        with pytest.raises(HasteError, match=r"w\.safetensors cannot be read"):
+            text.words(16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(HasteError, match=r'not installed; pip install -e "\.\[data\]"'):
+    with pytest.raises(HasteError, match=r"package 'wordllama' is not installed; .* pip install -e '\.\[data\]'"):
         text.word_files()
     with pytest.raises(HasteError, match=r"needs the package no_such_package, which is not installed; pip"):
         text.optional("no_such_package", "pip install it")
@@ -378,7 +382,7 @@ def test_files_larger_than_memory_are_written_in_parts_and_read_by_rows(tmp_path
     whole = torch.randn(7, 3, 4).half()
     write_parts(tmp_path / "t.safetensors", iter(whole.split(3)), 7, {"encoder": "x"})
     kept = Contexts(tmp_path / "t.safetensors")
-    monkeypatch.setattr("haste_core.study.data.contexts.KEPT", 0)
+    monkeypatch.setattr("haste_core.study.text.KEPT", 0)
     rows = Contexts(tmp_path / "t.safetensors")
     for table in (kept, rows):
         assert (table.captions, table.length, table.width, table.facts["encoder"]) == (6, 3, 4, "x")
