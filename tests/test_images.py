@@ -22,17 +22,9 @@ from haste_core.study.cli import main
 from haste_core.study.data import Batches, check_same, check_unchanged, images, open_dataset
 from haste_core.study.images import FolderImages
 
+pytestmark = pytest.mark.usefixtures("caches")
 SIZE, NAMES = 16, ("ant", "bee", "cat")
 SPLITS = ("train", "validation", "test")
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    """Nothing is left in the home directory or in the project."""
-    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
-        monkeypatch.setenv(name, str(tmp_path / "hf"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path / "output"))
 
 
 def picture(index, size=SIZE):
@@ -422,15 +414,6 @@ def test_decoded_pixels_are_kept_by_size_and_used_again(folder, tmp_path, monkey
     for size in (8, SIZE):
         with pytest.raises(HasteError, match=r"is truncated or damaged .*; expected 27 images .* delete it"):
             opened(folder, image_size=size).images("train")
-
-
-def test_changed_files_are_decoded_anew(tmp_path):
-    path = write_parquet(tmp_path / "pets.parquet", range(24))
-    before = contents(opened(path))
-    write_parquet(path, range(30, 54))
-    after = contents(opened(path))
-    assert together(after) == list(range(30, 54))
-    assert after != before
 
 
 def test_parquet_that_changed_behind_its_time_and_size_is_read_anew(tmp_path):
