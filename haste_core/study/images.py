@@ -188,11 +188,7 @@ class TrainingImages:
 
 
 def file_hash(path: Path) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a file.
-
-    Raises:
-        HasteError: it cannot be read.
-    """
+    """The first 16 hexadecimal digits of the SHA-256 of a file; raises HasteError where it cannot be read."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
@@ -200,13 +196,9 @@ def file_hash(path: Path) -> str:
         raise HasteError(f"{path} cannot be read ({error.strerror}); expected the path of a file") from error
 
 
-def save_grid(
-    images: Tensor, path: Path, columns: int, gap: int = 1, scale: int = 4, captions: Sequence[str] | None = None
-) -> None:
-    """Write uint8 images (n, C, S, S) atomically as one PNG with white gaps, enlarged `scale` times.
-
-    captions: texts that stand below their images.
-    """
+def save_grid(images: Tensor, path: Path, columns: int, captions: Sequence[str] | None = None) -> None:
+    """Write uint8 images (n, C, S, S) atomically as one PNG, enlarged, with white gaps; captions: texts below them."""
+    gap, scale = 1, 4
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     n, _, height, width = images.shape
     rows = -(-n // columns)
