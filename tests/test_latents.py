@@ -87,6 +87,11 @@ def change(path, edit):
     path.write_text(json.dumps(content))
 
 
+def relabel(folder, edit):
+    for side in ("images", "vae-sd"):
+        change(labels_file(folder, side), edit)
+
+
 def read_all(folder):
     return [latents(folder).examples(split) for split in SPLITS]
 
@@ -202,14 +207,10 @@ def test_labels_with_gaps_or_none_are_said_and_absurd_ones_refused(folder, capfd
     assert capfd.readouterr().err.startswith("prepared: 16 training images, ")
     with pytest.raises(ValueError, match="classes\n  Input should be less than or equal to 1000000"):
         Manifest.model_validate({"classes": 10**12})
-    for side in ("images", "vae-sd"):
-        change(
-            labels_file(folder, side), lambda e: [entry.__setitem__(1, (0, 5, 900)[i % 3]) for i, entry in enumerate(e)]
-        )
+    relabel(folder, lambda e: [entry.__setitem__(1, (0, 5, 900)[i % 3]) for i, entry in enumerate(e)])
     assert "901 classes" in latents(folder).summary
     assert "898 of the classes have no image" in latents(folder).summary
-    for side in ("images", "vae-sd"):
-        change(labels_file(folder, side), lambda e: [entry.__setitem__(1, 10**12) for entry in e])
+    relabel(folder, lambda e: [entry.__setitem__(1, 10**12) for entry in e])
     refused(r"labels.0.1: .* less than 1000000, given 1000000000000 \(and 23 more\)", latents, folder)
     for side in ("images", "vae-sd"):
         labels_file(folder, side).write_text('{"labels": null}')
@@ -647,11 +648,6 @@ def test_an_undecodable_image_and_a_full_disk_are_errors_of_one_line(job, tmp_pa
     assert command(job) == 2
     assert "no room" in capsys.readouterr().err.splitlines()[-1]
     assert not any(Preparation(job).is_complete(shard) for shard in range(5))
-
-
-def relabel(folder, edit):
-    for side in ("images", "vae-sd"):
-        change(labels_file(folder, side), edit)
 
 
 DAMAGE = [

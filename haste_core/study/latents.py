@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from haste_core import checkpoint
 from haste_core.devices import default_device, exact
-from haste_core.errors import HasteError, Interrupted, number_of
+from haste_core.errors import HasteError, Interrupted, number_of, one_line
 from haste_core.files import locked, write_json, write_text
 from haste_core.processes import local_rank
 from haste_core.study import config, signals
@@ -61,11 +61,8 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 class Vae:
     """A frozen VAE in float32. The generator models x = (latent - shift) scale.
 
-    Attributes:
-        name: a hub name or folder. scale, shift, channels: of the latents. factor: width of one latent in pixels.
-
-    Raises:
-        HasteError: its latents are not scaled by one number.
+    name: a hub name or folder. scale, shift, channels: of the latents. factor: width of one latent in pixels. Raises
+    HasteError where its latents are not scaled by one number.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -144,9 +141,8 @@ def _pretrained(name: str, **options: Any) -> Any:
             name, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, **options
         )
     except Exception as error:  # diffusers, the hub, safetensors and torch each raise their own
-        cause = " ".join(str(error).split())[:300]
         raise HasteError(
-            f"VAE {name!r} cannot be loaded: {cause}; give a folder with config.json and "
+            f"VAE {name!r} cannot be loaded: {one_line(error)[:300]}; give a folder with config.json and "
             f"diffusion_pytorch_model.safetensors of a VAE, such as those of "
             f"https://huggingface.co/stabilityai/sd-vae-ft-mse/tree/main"
         ) from error
@@ -400,11 +396,8 @@ class Preparation:
 def prepare(job: Job, rank: int = 0, processes: int = 1, progress: bool = True) -> Manifest | None:
     """Encode the missing shards of process `rank` out of `processes`: rank, rank + processes, ...
 
-    Process 0 waits for the shards of the others and writes the manifest. On the CPU every process computes on one
-    thread.
-
-    Returns:
-        The manifest of a finished folder; None in the other processes.
+    Process 0 waits for the shards of the others and writes the manifest, which comes back; None comes back in another
+    process while it is missing. On the CPU every process computes on one thread.
 
     Raises:
         HasteError: the source, the VAE or the folder cannot be used. InUse: another call makes this folder.

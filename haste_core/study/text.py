@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from haste_core.devices import default_device
-from haste_core.errors import HasteError, number_of
+from haste_core.errors import HasteError, number_of, one_line
 from haste_core.files import atomic, locked, output_root, package_file
 from haste_core.study import config
 from haste_core.study.data import open_dataset
@@ -37,13 +37,8 @@ _NAMES = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
 class Contexts:
     """The text tokens of numbered captions, (captions + 1, L, width); the last row is the empty caption.
 
-    Rows of a large file are read as they are needed.
-
-    Attributes:
-        facts: encoder and hash of the captions, where `haste contexts` wrote the file.
-
-    Raises:
-        HasteError: the file is missing or holds something else.
+    Rows of a large file are read as they are needed. facts: encoder and hash of the captions, where `haste contexts`
+    wrote the file. Raises HasteError where the file is missing or holds something else.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,7 +54,7 @@ class Contexts:
                     self._kept = stream.get_tensor("contexts")
         except (SafetensorError, OSError, ValueError) as error:
             raise HasteError(
-                f"data.contexts {path}: {' '.join(str(error).split())}; expected a safetensors file with a tensor "
+                f"data.contexts {path}: {one_line(error)}; expected a safetensors file with a tensor "
                 f"`contexts` (captions + 1, tokens, width), written by haste contexts"
             ) from error
         self.captions, self.length, self.width = shape[0] - 1, shape[1], shape[2]
@@ -170,10 +165,10 @@ def clip(name: str, length: int) -> Encoder:
             name, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:  # transformers, the hub and safetensors each raise their own
-        cause = " ".join(str(error).split())[:300]
         raise HasteError(
-            f"data.text_encoder {name!r} cannot be loaded: {cause}; expected {WORDS}, or a CLIP by hub name (such as "
-            f"openai/clip-vit-large-patch14) or folder with config.json, model.safetensors and tokenizer files"
+            f"data.text_encoder {name!r} cannot be loaded: {one_line(error)[:300]}; expected {WORDS}, or a CLIP by hub "
+            f"name (such as openai/clip-vit-large-patch14) or folder with config.json, model.safetensors and tokenizer "
+            f"files"
         ) from error
     # transformers draws missing weights at random and only logs it.
     if missing := sorted(report["missing_keys"]):

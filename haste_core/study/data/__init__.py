@@ -53,8 +53,7 @@ def check_unchanged(folder: Path, data: config.DataSettings, begun: bool) -> Non
 def check_same(folder: Path, data: config.DataSettings, now: Mapping[str, Any]) -> None:
     """Compare the identity of the data with FOLDER/data.json, if it is there, in the facts that are kept there.
 
-    Raises:
-        HasteError: images, labels or classes are other ones than those that the work in `folder` began with.
+    Raises HasteError where images, labels or classes are other ones than those that the work in `folder` began with.
     """
     path = folder / "data.json"
     before = json.loads(path.read_text()) if path.is_file() else {}

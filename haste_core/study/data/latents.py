@@ -24,7 +24,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 from torch import Generator, Tensor
 
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, one_line
 from haste_core.study import config
 from haste_core.study.data.base import (
     MOST_CLASSES,
@@ -137,7 +137,7 @@ def _read_json(path: Path, kind: type[S]) -> S:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise HasteError(f"{path} is no valid JSON: {' '.join(str(error).split())}") from error
+        raise HasteError(f"{path} is no valid JSON: {one_line(error)}") from error
     return validate(kind, content, str(path))
 
 
@@ -217,11 +217,8 @@ def _unlabelled(folder: Path, side: str) -> dict[str, int]:
 class Folder:
     """The pairs of a prepared folder; opening it reads the lists of names and one pair.
 
-    Attributes:
-        image_size: side of the images in pixels. latent_shape: (C, h, w).
-
-    Raises:
-        HasteError: there is no such folder, or its lists contradict each other.
+    image_size: side of the images in pixels. latent_shape: (C, h, w). Raises HasteError where there is no such folder,
+    or its lists contradict each other.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -289,7 +286,7 @@ class Folder:
         try:
             return self._image(path) if side == IMAGES else self._latent(path)
         except UNREADABLE as error:
-            cause = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+            cause = "it is missing" if isinstance(error, FileNotFoundError) else one_line(error)
             expected = f"a square image of {self.image_size or 'S'} pixels a side"
             if side == LATENTS:
                 expected = f"one float32 array {self._array_shape or '(2C, S, S)'}, mean then standard deviation"
@@ -327,14 +324,8 @@ def _loaded(path: Path, tries: int = 20) -> Any:
 class Latents(Dataset):
     """Latents x = scale (mean + std noise - shift) for the generator, with their images for the teacher.
 
-    Training batches draw from the posterior, other examples take its mean.
-
-    Attributes:
-        pixel_size: side of the images. manifest: None where the folder has none.
-
-    Raises:
-        HasteError: the folder cannot be used, or augmentation is asked for: the latent of a mirrored or moved image
-            is not the mirrored or moved latent.
+    Training batches draw from the posterior, other examples take its mean. pixel_size: side of the images. manifest:
+    None where the folder has none. Raises HasteError where the folder cannot be used, or augmentation is asked for.
     """
 
     decodes = True
