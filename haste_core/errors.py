@@ -34,6 +34,11 @@ def unknown(what: str, given: object, known: Iterable[object]) -> HasteError:
     return HasteError(f"unknown {what} {str(given)!r}{hint}; {expected}")
 
 
+def one_line(error: BaseException) -> str:
+    """The text of an error of another library, in one line."""
+    return " ".join(str(error).split())
+
+
 def number_of(count: int, noun: str) -> str:
     """Words such as "1 image", "1,797 images" and "10 classes"."""
     return f"{count:,} {noun}{('es' if noun.endswith('s') else 's') * (count != 1)}"

@@ -183,5 +183,6 @@ def package_file(path: str, key: str, needs: str = "") -> Path:
     root = Path(found.submodule_search_locations[0]).resolve()
     file = (root / inside).resolve()
     if not (file.is_file() and file.is_relative_to(root)):
-        raise HasteError(f"{key}: package {name} has no file {inside!r}; expected package:NAME/PATH within the package")
+        expected = f"another version; type: {needs}" if needs else "package:NAME/PATH within the package"
+        raise HasteError(f"{key}: package {name} has no file {inside!r}; expected {expected}")
     return file

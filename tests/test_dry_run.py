@@ -17,10 +17,10 @@ from PIL import Image
 from haste_core.errors import HasteError
 from haste_core.study import config, dry_run, estimate, runs
 from haste_core.study.cli import main
-from haste_core.study.data.contexts import write
 from haste_core.study.dry_run import find_example
 from haste_core.study.estimate import Example
 from haste_core.study.runs import Run
+from haste_core.study.text import write_parts
 from haste_core.study.train import fit
 
 Usage = namedtuple("Usage", "total used free")
@@ -280,7 +280,7 @@ def test_a_text_model_needs_its_contexts(tmp_path, make_study, output, untraced)
         return is_ok(make_study("model.kind=mmdit", f"model.context_width={width}", path), "text tokens", "vanilla")
 
     assert not ok(12)
-    write(tmp_path / "text.safetensors", torch.zeros(10, 3, 12), torch.zeros(3, 12))
+    write_parts(tmp_path / "text.safetensors", [torch.zeros(11, 3, 12)], 11)
     assert (ok(12), ok(16)) == (True, False)
 
 

@@ -13,8 +13,7 @@ from haste_core.errors import HasteError
 from haste_core.models import SIZES, build
 from haste_core.models.layers import sincos_positions
 from haste_core.study import config
-from haste_core.study.data import contexts
-from haste_core.study.data.contexts import Contexts
+from haste_core.study.text import Contexts, write_parts
 from haste_core.taps import Taps, tap, tapped
 
 SMALL = {"image_size": 8, "channels": 3, "classes": 5, "depth": 3, "width": 16, "heads": 4, "patch": 2}
@@ -165,7 +164,7 @@ def test_null_label_is_the_last_row_of_the_class_table(randomise):
 
 @pytest.fixture
 def table(tmp_path):
-    contexts.write(tmp_path / "contexts.safetensors", draws(4, 5, 6, seed=7), draws(5, 6, seed=8))
+    write_parts(tmp_path / "contexts.safetensors", [draws(4, 5, 6, seed=7), draws(1, 5, 6, seed=8)], 5)
     return Contexts(tmp_path / "contexts.safetensors")
 
 

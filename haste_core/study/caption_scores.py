@@ -18,7 +18,6 @@ from haste_core.devices import default_device, exact
 from haste_core.models import DiffusionTransformer
 from haste_core.seeding import stream
 from haste_core.study import config
-from haste_core.study.data import open_dataset
 from haste_core.study.data.scenes import PARTS, Scenes, read, right
 from haste_core.study.pretrain import SmallCNN
 
@@ -55,8 +54,7 @@ def labels_of(study: config.StudySettings, dataset: Scenes, split: str) -> Tenso
 
 def shown(study: config.StudySettings) -> list[dict[str, str]]:
     """`set` and `caption` of the images that are kept of each set, in order."""
-    dataset = open_dataset(study.data)
-    assert isinstance(dataset, Scenes)
+    dataset = Scenes(study.data)
     return [
         {"set": name_of(split, guided), "caption": dataset.captions.texts[label]}
         for split, guided in SETS
@@ -68,8 +66,7 @@ def drawn(
     study: config.StudySettings, model: DiffusionTransformer, sample: config.SampleSettings, generated: Tensor
 ) -> Iterator[Set]:
     """Every set of a generator's images; generated: those that FID is measured on."""
-    dataset, evaluate = open_dataset(study.data), study.evaluate
-    assert isinstance(dataset, Scenes)
+    dataset, evaluate = Scenes(study.data), study.evaluate
     for split, guided in SETS:
         labels = labels_of(study, dataset, split)
         if split == "seen" and not guided and sample.guidance == 1:
@@ -84,8 +81,7 @@ def drawn(
 @torch.no_grad()
 def accuracies(sets: list[Set], study: config.StudySettings, network: SmallCNN) -> dict[str, float]:
     """Scores by COLUMNS, read by the extractor of the study."""
-    dataset, found = open_dataset(study.data), {}
-    assert isinstance(dataset, Scenes)
+    dataset, found = Scenes(study.data), {}
     for name, captions, images in sets:
         with exact():
             logits = torch.cat(

@@ -28,7 +28,6 @@ from haste_core.processes import micro_batches
 from haste_core.study import adm, config, estimate, pretrain, runs, text
 from haste_core.study.data import Batches, open_dataset
 from haste_core.study.data.base import MNIST_SIDE
-from haste_core.study.data.contexts import Contexts
 from haste_core.study.estimate import Example, size_text
 from haste_core.study.latents import vae_of
 from haste_core.study.runs import Run
@@ -298,7 +297,7 @@ def _text_tokens(settings: config.RunSettings) -> str:
         return f"made at first use by {encoder}"
     if encoder is not None and not Path(path).is_file():
         raise HasteError(f"data.contexts {path} is missing; make it by: haste contexts STUDY")
-    found = Contexts(path)
+    found = text.Contexts(path)
     if found.width != settings.model.context_width:
         raise HasteError(
             f"model.context_width is {settings.model.context_width}, but {path} has tokens of width {found.width}"

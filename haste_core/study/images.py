@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Generator, Tensor
 
-from haste_core.errors import HasteError, number_of
+from haste_core.errors import HasteError, number_of, one_line
 from haste_core.files import atomic
 from haste_core.sampling import to_uint8
 from haste_core.study import config
@@ -63,8 +63,7 @@ def as_uint8(images: Tensor) -> Tensor:
 class NpzImages:
     """The uint8 images arr_0 (n, S, S, C) of an .npz file as ADM's tools write it, read in parts.
 
-    Raises:
-        HasteError: the file or the array is missing or unreadable, also while it is read.
+    Raises HasteError where the file or the array is missing or unreadable, also while it is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,22 +95,17 @@ class NpzImages:
                     raise ValueError(f"arr_0 is {shape} and holds {held:,} bytes")
                 yield stream, shape
         except (OSError, KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-            cause = " ".join(str(error).split())
             raise HasteError(
-                f"{self.path}: {cause}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)"
+                f"{self.path}: {one_line(error)}; expected an .npz file with uint8 images arr_0 (n, S, S, 3)"
             ) from error
 
 
 class FolderImages:
     """All images below a folder in the order of their names, as RGB of one size.
 
-    Args:
-        path: the folder. resize: side in pixels that images are cropped and resized to (center-crop-dhariwal); None
-            takes them as they are.
-
-    Raises:
-        HasteError: there are no images, or of several sizes or not square without `resize`; one cannot be decoded, also
-            while it is read.
+    resize: side in pixels that images are cropped and resized to (center-crop-dhariwal); None takes them as they are.
+    Raises HasteError where there are no images, or of several sizes or not square without `resize`, or where one cannot
+    be decoded, also while it is read.
     """
 
     def __init__(self, path: Path, resize: int | None = None) -> None:
@@ -146,8 +140,8 @@ class FolderImages:
                 ImageOps.exif_transpose(image, in_place=True)  # upright, as training reads them
                 return use(image)
         except UNREADABLE as error:
-            cause = " ".join(str(error).split())
-            raise HasteError(f"{self.path / file} cannot be decoded ({cause}); mend, shrink or remove it") from error
+            said = f"{self.path / file} cannot be decoded ({one_line(error)}); mend, shrink or remove it"
+            raise HasteError(said) from error
 
     def facts(self) -> dict[str, Any]:
         """For the card: a hash of all files and of the size they are brought to, and that size."""
@@ -188,11 +182,7 @@ class TrainingImages:
 
 
 def file_hash(path: Path) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a file.
-
-    Raises:
-        HasteError: it cannot be read.
-    """
+    """The first 16 hexadecimal digits of the SHA-256 of a file; raises HasteError where it cannot be read."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
@@ -200,13 +190,9 @@ def file_hash(path: Path) -> str:
         raise HasteError(f"{path} cannot be read ({error.strerror}); expected the path of a file") from error
 
 
-def save_grid(
-    images: Tensor, path: Path, columns: int, gap: int = 1, scale: int = 4, captions: Sequence[str] | None = None
-) -> None:
-    """Write uint8 images (n, C, S, S) atomically as one PNG with white gaps, enlarged `scale` times.
-
-    captions: texts that stand below their images.
-    """
+def save_grid(images: Tensor, path: Path, columns: int, captions: Sequence[str] | None = None) -> None:
+    """Write uint8 images (n, C, S, S) atomically as one PNG, enlarged, with white gaps; captions: texts below them."""
+    gap, scale = 1, 4
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     n, _, height, width = images.shape
     rows = -(-n // columns)

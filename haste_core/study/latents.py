@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from haste_core import checkpoint
 from haste_core.devices import default_device, exact
-from haste_core.errors import HasteError, Interrupted, number_of
+from haste_core.errors import HasteError, Interrupted, number_of, one_line
 from haste_core.files import locked, write_json, write_text
 from haste_core.processes import local_rank
 from haste_core.study import config, signals
@@ -61,11 +61,8 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 class Vae:
     """A frozen VAE in float32. The generator models x = (latent - shift) scale.
 
-    Attributes:
-        name: a hub name or folder. scale, shift, channels: of the latents. factor: width of one latent in pixels.
-
-    Raises:
-        HasteError: its latents are not scaled by one number.
+    name: a hub name or folder. scale, shift, channels: of the latents. factor: width of one latent in pixels. Raises
+    HasteError where its latents are not scaled by one number.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -104,8 +101,7 @@ class Vae:
     def decode(self, x: Tensor, batch_size: int = 32) -> Tensor:
         """Images (n, 3, S factor, S factor) in [-1, 1] of generated x (n, C, S, S), `batch_size` of them at a time.
 
-        Raises:
-            HasteError: x has other channels than the VAE's latents.
+        Raises HasteError where x has other channels than the VAE's latents.
         """
         if x.shape[1] != self.channels:
             raise HasteError(f"latents of {x.shape[1]} channels for VAE {self.name}; expected {self.channels}")
@@ -121,12 +117,8 @@ class Vae:
 def load_vae(name: str, device: str | torch.device = "cpu") -> Vae:
     """The VAE in a local folder or of a hub name such as "stabilityai/sd-vae-ft-mse", from safetensors alone.
 
-    Args:
-        name: the folder (config.json, diffusion_pytorch_model.safetensors), or owner/name.
-        device: of the weights.
-
-    Raises:
-        HasteError: it is missing, damaged, or cannot be downloaded.
+    Raises HasteError where it is missing, damaged, or cannot be downloaded. name: the folder (config.json,
+    diffusion_pytorch_model.safetensors), or owner/name. device: of the weights.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -149,9 +141,8 @@ def _pretrained(name: str, **options: Any) -> Any:
             name, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, **options
         )
     except Exception as error:  # diffusers, the hub, safetensors and torch each raise their own
-        cause = " ".join(str(error).split())[:300]
         raise HasteError(
-            f"VAE {name!r} cannot be loaded: {cause}; give a folder with config.json and "
+            f"VAE {name!r} cannot be loaded: {one_line(error)[:300]}; give a folder with config.json and "
             f"diffusion_pytorch_model.safetensors of a VAE, such as those of "
             f"https://huggingface.co/stabilityai/sd-vae-ft-mse/tree/main"
         ) from error
@@ -181,11 +172,7 @@ def vae_facts(data: config.DataSettings, sample: config.SampleSettings) -> dict[
 
 
 def vae_of(data: config.DataSettings, sample: config.SampleSettings) -> str:
-    """Name of the VAE that decodes: `sample.vae`, else the one that made the latents.
-
-    Raises:
-        HasteError: neither is known.
-    """
+    """Name of the VAE that decodes: `sample.vae`, else that of the latents; raises HasteError if neither is known."""
     if sample.vae is not None:
         return sample.vae
     manifest = read_manifest(Path(str(data.path)))
@@ -197,31 +184,27 @@ def vae_of(data: config.DataSettings, sample: config.SampleSettings) -> str:
 def _decoder(data: config.DataSettings, sample: config.SampleSettings) -> Vae:
     """The VAE that decodes generated latents.
 
-    Raises:
-        HasteError: it has another encoder, scale or shift than the one that made the latents, and `sample.any_vae` is
-            not set.
+    Raises HasteError where it has another encoder, scale or shift than the one that made the latents, and
+    `sample.any_vae` is not set.
     """
     vae, manifest = _cached_vae(vae_of(data, sample)), read_manifest(Path(str(data.path)))
-    if sample.any_vae or (manifest is not None and _decodes(vae, manifest.vae)):
+    scaling = vae.scale, vae.shift
+    if manifest is None and not sample.any_vae and scaling != (SCALE, SHIFT):
+        raise HasteError(
+            f"VAE {vae.name} has scale {vae.scale:g} and shift {vae.shift:g}, but latents without a manifest are taken "
+            f"to have {SCALE} and {SHIFT:g}; set sample.any_vae=true to decode them nevertheless"
+        )
+    if manifest is None or sample.any_vae:
         return vae
-    if manifest is not None:
-        made = manifest.vae
+    made = manifest.vae
+    same = vae.fingerprint == made.fingerprint or vae.encoder == made.encoder
+    if not same or scaling != (made.scale, made.shift):
         raise HasteError(
             f"VAE {vae.name} has weights {vae.fingerprint}, scale {vae.scale:g}, shift {vae.shift:g}; expected "
             f"{made.fingerprint}, {made.scale:g}, {made.shift:g}, those of {made.name} that made the latents in "
             f"{data.path}; set sample.any_vae=true to decode them nevertheless"
         )
-    if (vae.scale, vae.shift) != (SCALE, SHIFT):
-        raise HasteError(
-            f"VAE {vae.name} has scale {vae.scale:g} and shift {vae.shift:g}, but latents without a manifest are taken "
-            f"to have {SCALE} and {SHIFT:g}; set sample.any_vae=true to decode them nevertheless"
-        )
     return vae
-
-
-def _decodes(vae: Vae, made: VaeFacts) -> bool:
-    same = vae.fingerprint == made.fingerprint or vae.encoder == made.encoder
-    return same and (vae.scale, vae.shift) == (made.scale, made.shift)
 
 
 @lru_cache(maxsize=1)
@@ -258,11 +241,7 @@ class Job:
                 raise HasteError(f"--{name.replace('_', '-')} {getattr(self, name)}; expected 1 and above")
 
     def compute_device(self) -> str:
-        """The device of this process.
-
-        Raises:
-            HasteError: there is no such device.
-        """
+        """The device of this process; raises HasteError where there is no such device."""
         gpus = torch.cuda.device_count()
         wanted = ("cuda" if gpus else "cpu") if self.device == "auto" else self.device
         if not re.fullmatch(r"cpu|cuda(:\d+)?" if gpus else "cpu", wanted):
@@ -291,13 +270,12 @@ class Preparation:
 
         job = self.job
         if job.caption_column or captions.has_captions(job.source):
-            found, groups, note = captions.load(job.source, job.split, job.caption_column, job.image_column)
+            found, groups, note = captions.load(job.source, job.caption_column, job.image_column)
             split = Split(found[pick_split(found, job.split, job.source)], job.size, job.source)
             self.captions = [groups[label] for label in split.labels.tolist()]
-            split.labels = torch.arange(len(split.labels))
-            split.classes, split.class_names = len(split.labels), None
+            split.labels, split.classes, split.class_names = torch.arange(len(split.labels)), len(split.labels), None
         else:
-            found, note = load_splits(job.source, job.split, job.label_column)
+            found, note = load_splits(job.source, job.label_column)
             rows = found[pick_split(found, job.split, job.source)]
             split = Split(rows, job.size, job.source, job.image_column, job.label_column)
         say(f"{job.source}: {number_of(len(split.labels), 'image')} of split {job.split}{note}")
@@ -333,13 +311,7 @@ class Preparation:
             "latent_shape": [vae.channels, side, side],
             "classes": self.split.classes,
             "class_names": self.split.class_names,
-            "vae": {
-                "name": vae.name,
-                "fingerprint": vae.fingerprint,
-                "encoder": vae.encoder,
-                "scale": vae.scale,
-                "shift": vae.shift,
-            },
+            "vae": {name: getattr(vae, name) for name in VaeFacts.model_fields},
             "source": {"path": job.source, "split": job.split, "labels": labels_hash(labels)},
             "shard_size": job.shard_size,
             "versions": {package: version(package) for package in _PACKAGES},
@@ -348,8 +320,7 @@ class Preparation:
     def encode_shards(self, mine: Sequence[int], stopping: threading.Event, progress: bool) -> None:
         """Encode those of the shards `mine` that are missing.
 
-        Raises:
-            Interrupted: `stopping` was set. HasteError: an image cannot be read, or the VAE gives no finite latents.
+        Raises Interrupted where `stopping` was set, HasteError where an image cannot be read or a latent is not finite.
         """
         total = sum(len(self.shards[shard]) for shard in mine)
         with tqdm(total=total, desc="latents", unit="image", disable=not progress, mininterval=1.0) as bar:
@@ -425,11 +396,8 @@ class Preparation:
 def prepare(job: Job, rank: int = 0, processes: int = 1, progress: bool = True) -> Manifest | None:
     """Encode the missing shards of process `rank` out of `processes`: rank, rank + processes, ...
 
-    Process 0 waits for the shards of the others and writes the manifest. On the CPU every process computes on one
-    thread.
-
-    Returns:
-        The manifest of a finished folder; None in the other processes.
+    Process 0 waits for the shards of the others and writes the manifest, which comes back; None comes back in another
+    process while it is missing. On the CPU every process computes on one thread.
 
     Raises:
         HasteError: the source, the VAE or the folder cannot be used. InUse: another call makes this folder.
@@ -485,8 +453,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 def check(out: str | Path, progress: bool = True) -> Manifest:
     """The manifest of a prepared folder, checked against every file: hashes, counts, labels and pairing must agree.
 
-    Raises:
-        HasteError: the folder has no manifest, or anything differs; the message names the first shards.
+    Raises HasteError where the folder has no manifest, or anything differs; the message names the first shards.
     """
     folder = Folder(out)
     manifest = folder.manifest
@@ -524,8 +491,7 @@ def _shard_hash(folder: Path, names: list[str]) -> str | None:
 def moments(posterior: Posterior, which: range) -> Tensor:
     """Sums over images and positions of E[z] and E[z^2] for latents z drawn from their posteriors, (2, C) float64.
 
-    Raises:
-        HasteError: a value is not finite.
+    Raises HasteError where a value is not finite; `which`: the images' numbers.
     """
     mean, std = posterior.mean.double(), posterior.std.double()
     found = torch.stack([mean.sum((0, 2, 3)), (mean.square() + std.square()).sum((0, 2, 3))])

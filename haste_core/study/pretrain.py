@@ -35,8 +35,9 @@ LEAST_COSINE, CHECKED_ON = 0.999, 8
 KEYS = {"teacher": "teacher.fitting", "extractor": "evaluate.extractor", "autoencoder": "evaluate.autoencoder"}
 # Feature extractors by role, each with its name on cards.
 EXTRACTORS = {"extractor": "small-cnn", "autoencoder": "autoencoder"}
-# Weights and measures by split.
+# Weights, and measures by split, of a training under one seed with the study's data and the path of a checkpoint file.
 Trained = tuple[dict[str, Tensor], dict[str, float]]
+Train = Callable[[config.FittingSettings, Dataset, Path], Trained]
 
 
 class FeatureNetwork(nn.Module):
@@ -143,10 +144,7 @@ class PatchClassifier(nn.Module):
 def accuracy(
     model: Callable[[Tensor], Tensor], dataset: Dataset, split: str, of: Callable[[Tensor], Tensor] = Tensor.long
 ) -> float:
-    """The share of a split's images that are classified correctly in all their cells, in [0, 1].
-
-    of: the part of a label that counts.
-    """
+    """The share of a split's images whose labels, or parts `of` them, are right in all their cells, in [0, 1]."""
     x, y = dataset.images(split)
     found = torch.cat([model(part.to(default_device())).argmax(-1).cpu() for part in x.split(512)])
     return float((of(found) == of(y)).reshape(len(y), -1).all(1).float().mean())
@@ -157,10 +155,7 @@ def explained(model: Callable[[Tensor], Tensor], dataset: Dataset, split: str, s
     """The share of a split's pixel variance that reconstructions from noised images explain, in [0, 1].
 
     One minus the mean square error over the variance around the mean image, 0 where the error is larger. Noise comes
-    from `seed` and `split`.
-
-    Raises:
-        HasteError: all images are equal, as a single one is.
+    from `seed` and `split`. Raises HasteError where all images are equal, as a single one is.
     """
     x, _ = dataset.images(split)
     device, generator = default_device(), Generator().manual_seed(stream(f"autoencoder {split} noise", seed))
@@ -292,17 +287,9 @@ class _FitState(NamedTuple):
 
 
 def _trained_once(
-    study: config.StudySettings,
-    path: Path,
-    fitting: config.FittingSettings,
-    train: Callable[[config.FittingSettings, Dataset, Path], Trained],
-    knows: str = "labels",
+    study: config.StudySettings, path: Path, fitting: config.FittingSettings, train: Train, knows: str = "labels"
 ) -> dict[str, Any]:
-    """The state kept beside the weights in `path`, which are trained unless the file exists, by one process at a time.
-
-    train: training under one seed, with the study's data and the path of its checkpoint file. knows: as for
-        `fitting_data`.
-    """
+    """The state kept beside the weights in `path`, which one process at a time trains unless the file exists."""
     role = path.stem
     if path.is_file():
         check_unchanged(path.parent, study.data, begun=True)
@@ -319,10 +306,7 @@ def _trained_once(
 
 
 def _accepted(
-    fitting: config.FittingSettings,
-    dataset: Dataset,
-    folder: Path,
-    train: Callable[[config.FittingSettings, Dataset, Path], Trained],
+    fitting: config.FittingSettings, dataset: Dataset, folder: Path, train: Train
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights of the first accepted network, and its measures with the number of attempts.
 
@@ -367,9 +351,8 @@ def prepare_teacher(study: config.StudySettings, wanted: config.TeacherSettings 
 
     accuracies: dict[str, float] = {}
     if wanted.weights == "pretrain":
-        accuracies = _trained_once(study, runs.teacher_path(study, wanted), wanted.fitting, train, wanted.knows)[
-            "accuracies"
-        ]
+        path = runs.teacher_path(study, wanted)
+        accuracies = _trained_once(study, path, wanted.fitting, train, wanted.knows)["accuracies"]
     teacher = find_teacher(study, wanted)
     return {
         "model": wanted.model,
@@ -438,11 +421,7 @@ def _extractor_path(study: config.StudySettings, role: str) -> Path:
 
 
 def check_begun(study: config.StudySettings, chosen: Iterable[runs.Run]) -> None:
-    """Refuse data on disk that changed since one of these runs, or a network that the study trains, was begun.
-
-    Raises:
-        HasteError: as for `check_same`.
-    """
+    """`check_same` for data on disk and everything that was begun of these runs and of the networks of the study."""
     paths = [_extractor_path(study, role) for role in EXTRACTORS]
     paths += [runs.teacher_path(study, teacher) for teacher in study.teachers()]
     folders = [run.dir for run in chosen if run.steps()] + [path.parent for path in paths if path.is_file()]

@@ -7,29 +7,88 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from haste_core.devices import default_device
-from haste_core.errors import HasteError, number_of
-from haste_core.files import locked, output_root
+from haste_core.errors import HasteError, number_of, one_line
+from haste_core.files import atomic, locked, output_root, package_file
 from haste_core.study import config
 from haste_core.study.data import open_dataset
 from haste_core.study.data.base import Captions, say
-from haste_core.study.data.contexts import Contexts, write_parts
 
 WORDS = "wordllama"
 _WEIGHTS, _TOKENIZER = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
 # Captions that are encoded at a time.
 PART = 256
+# Files of text tokens up to this many bytes are kept in memory.
+KEPT = 2**28
+_NAMES = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+class Contexts:
+    """The text tokens of numbered captions, (captions + 1, L, width); the last row is the empty caption.
+
+    Rows of a large file are read as they are needed. facts: encoder and hash of the captions, where `haste contexts`
+    wrote the file. Raises HasteError where the file is missing or holds something else.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._kept: Tensor | None = None
+        try:
+            with safe_open(path, framework="pt") as stream:
+                shape = stream.get_slice("contexts").get_shape()
+                self.facts: dict[str, str] = stream.metadata() or {}
+                if len(shape) != 3 or shape[0] < 2:
+                    raise ValueError(f"tensor of shape {tuple(shape)}")
+                if self.path.stat().st_size <= KEPT:
+                    self._kept = stream.get_tensor("contexts")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise HasteError(
+                f"data.contexts {path}: {one_line(error)}; expected a safetensors file with a tensor "
+                f"`contexts` (captions + 1, tokens, width), written by haste contexts"
+            ) from error
+        self.captions, self.length, self.width = shape[0] - 1, shape[1], shape[2]
+
+    def __deepcopy__(self, memo: object) -> Contexts:
+        return self  # it never changes, and an averaged generator reads the same rows
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """Text tokens (B, L, width) of caption indices (B,), on their device."""
+        if self._kept is not None:
+            return self._kept[indices.cpu()].to(indices.device)
+        with safe_open(self.path, framework="pt") as stream:
+            rows = stream.get_slice("contexts")
+            return torch.cat([rows[i : i + 1] for i in indices.tolist()]).to(indices.device)
+
+
+def write_parts(path: Path, parts: Iterable[Tensor], count: int, facts: dict[str, str] | None = None) -> None:
+    """Write text tokens (n, L, width) that come in parts, `count` rows in all, the last one of the empty caption.
+
+    The file may be larger than memory. facts: of the file's metadata.
+    """
+    written = 0
+    with atomic(path) as temporary, temporary.open("wb") as stream:
+        for part in parts:
+            if not written:
+                shape, size = [count, *part.shape[1:]], count * part[0].nbytes
+                entry = {"dtype": _NAMES[part.dtype], "shape": shape, "data_offsets": [0, size]}
+                header = json.dumps({"__metadata__": facts or {}, "contexts": entry}).encode()
+                header += b" " * (-len(header) % 8)
+                stream.write(len(header).to_bytes(8, "little") + header)
+            stream.write(part.contiguous().view(torch.uint8).numpy().tobytes())
+            written += len(part)
+    if written != count:
+        raise ValueError(f"{written} rows of text tokens; expected {count}")
 
 
 class Encoder(NamedTuple):
@@ -41,11 +100,7 @@ class Encoder(NamedTuple):
 
 
 def optional(name: str, command: str) -> Any:
-    """A package that not everybody needs, imported.
-
-    Raises:
-        HasteError: it is not installed; names the command.
-    """
+    """A package that not everybody needs, imported; where it is not installed, HasteError names the command."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -59,37 +114,12 @@ def positions(length: int, width: int) -> Tensor:
 
 
 def word_files() -> tuple[Path, Path]:
-    """Embeddings and tokenizer of the installed package wordllama, none of whose code is run.
-
-    Raises:
-        HasteError: it is not installed, or another version.
-    """
-    command = 'pip install -e ".[data]"'
-    found = importlib.util.find_spec(WORDS)
-    if found is None or found.origin is None:
-        raise HasteError(f"data.text_encoder {WORDS} needs the package {WORDS}, which is not installed; {command}")
-    files = Path(found.origin).parent / _WEIGHTS, Path(found.origin).parent / _TOKENIZER
-    for file in files:
-        if not file.is_file():
-            raise HasteError(f"package {WORDS} has no file {file.name}; expected version 0.4.0.post1; {command}")
-    return files
-
-
-def embeddings(path: Path) -> Tensor:
-    """Word embeddings (words, width) of a file of wordllama.
-
-    Raises:
-        HasteError: it holds other weights.
-    """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise HasteError(f"{path} cannot be read: {error}; expected the weights of {WORDS}") from error
-    table = tensors.get("embedding.weight")
-    if table is None or table.ndim != 2 or table.shape[1] % 2:
-        there = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:3])
-        raise HasteError(f"{path} holds {there}; expected one tensor embedding.weight (words, an even width)")
-    return table.float()
+    """Embeddings and tokenizer of the installed package wordllama; raises HasteError as `package_file` does."""
+    needs = f"pip install {WORDS}==0.4.0.post1, or in a copy of this project: pip install -e '.[data]'"
+    weights, tokenizer = (
+        package_file(f"{WORDS}/{name}", "data.text_encoder", needs) for name in (_WEIGHTS, _TOKENIZER)
+    )
+    return weights, tokenizer
 
 
 def words(length: int) -> Encoder:
@@ -99,7 +129,12 @@ def words(length: int) -> Encoder:
     """
     weights, tokenizer_file = word_files()
     tokenizers = optional("tokenizers", 'pip install -e ".[data]"')
-    table = embeddings(weights)
+    try:
+        table = load_file(weights)["embedding.weight"].float()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise HasteError(
+            f"{weights} cannot be read, or has no tensor embedding.weight ({error}); expected the weights of {WORDS}"
+        ) from error
     table = table / table.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_padding()
@@ -121,8 +156,7 @@ def words(length: int) -> Encoder:
 def clip(name: str, length: int) -> Encoder:
     """The last hidden states of the text side of a CLIP of `transformers`, by hub name or folder.
 
-    Raises:
-        HasteError: `transformers` or the weights are missing, or their names do not fit.
+    Raises HasteError where `transformers` or the weights are missing, or their names do not fit.
     """
     transformers = optional("transformers", "pip install transformers")
     try:
@@ -131,10 +165,10 @@ def clip(name: str, length: int) -> Encoder:
             name, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:  # transformers, the hub and safetensors each raise their own
-        cause = " ".join(str(error).split())[:300]
         raise HasteError(
-            f"data.text_encoder {name!r} cannot be loaded: {cause}; expected {WORDS}, or a CLIP by hub name (such as "
-            f"openai/clip-vit-large-patch14) or folder with config.json, model.safetensors and tokenizer files"
+            f"data.text_encoder {name!r} cannot be loaded: {one_line(error)[:300]}; expected {WORDS}, or a CLIP by hub "
+            f"name (such as openai/clip-vit-large-patch14) or folder with config.json, model.safetensors and tokenizer "
+            f"files"
         ) from error
     # transformers draws missing weights at random and only logs it.
     if missing := sorted(report["missing_keys"]):
@@ -156,43 +190,28 @@ def clip(name: str, length: int) -> Encoder:
     return Encoder(length, lambda texts: [len(ids) for ids in tokenizer(list(texts))["input_ids"]], encode)
 
 
-def captions_of(data: config.DataSettings) -> Captions:
-    """The captions of the data.
-
-    Raises:
-        HasteError: they have none.
-    """
-    captions = open_dataset(data).captions
-    if captions is None:
-        raise HasteError(
-            f"data.kind {data.kind!r} at {data.path} has no captions; expected kind 'captions', or latents that haste "
-            f"latents made of captioned images"
-        )
-    return captions
-
-
 def facts_of(data: config.DataSettings, captions: Captions) -> dict[str, str]:
     """Encoder, length, and hash of the captions, for the file's metadata."""
     sha = hashlib.sha256("\0".join(captions.texts).encode()).hexdigest()[:16]
     return {"encoder": str(data.text_encoder), "length": str(data.text_tokens), "captions": sha}
 
 
-def contexts_path(data: config.DataSettings, captions: Captions) -> Path:
-    """`data.contexts`, or by default a file in runs/contexts that is named by encoder and captions."""
-    name = f"{config.digest(facts_of(data, captions))}.safetensors"
-    return Path(data.contexts) if data.contexts else output_root() / "runs" / "contexts" / name
-
-
 def prepare(data: config.DataSettings, captions: Captions | None = None) -> Contexts:
     """The text tokens of all captions, by default the data's, encoded unless their file is there.
 
-    Raises:
-        HasteError: there are no captions, the encoder is missing, or the file is of other captions.
+    Raises HasteError where there are no captions, the encoder is missing, or the file is of other captions.
     """
-    captions = captions or captions_of(data)
+    captions = captions or open_dataset(data).captions
+    if captions is None:
+        raise HasteError(
+            f"data.kind {data.kind!r} at {data.path} has no captions; expected kind 'captions', or latents that haste "
+            f"latents made of captioned images"
+        )
     if data.text_encoder is None:
         raise HasteError("data.text_encoder is not set; expected wordllama, or a CLIP by hub name or folder")
-    path = contexts_path(data, captions)
+    facts = facts_of(data, captions)
+    name = f"{config.digest(facts)}.safetensors"
+    path = Path(data.contexts) if data.contexts else output_root() / "runs" / "contexts" / name
     with locked(path.with_suffix(".lock"), f"the text tokens {path}", wait=True):
         if not path.is_file():
             length = data.text_tokens
@@ -200,7 +219,7 @@ def prepare(data: config.DataSettings, captions: Captions | None = None) -> Cont
             counts = encoder.sizes(captions.texts)
             if cut := sum(count > encoder.length for count in counts):
                 say(f"{number_of(cut, 'caption')} cut to {encoder.length} tokens, the longest has {max(counts):,}")
-            write_parts(path, _encoded(encoder, captions.texts), len(captions.texts) + 1, facts_of(data, captions))
+            write_parts(path, _encoded(encoder, captions.texts), len(captions.texts) + 1, facts)
     return check(Contexts(path), data, captions)
 
 

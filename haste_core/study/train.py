@@ -27,9 +27,9 @@ from haste_core.seeding import stream
 from haste_core.study import config, images, runs, signals, text
 from haste_core.study.data import Batches, Dataset, check_unchanged, open_dataset
 from haste_core.study.data.base import say
-from haste_core.study.data.contexts import Contexts
 from haste_core.study.pretrain import check_precision, find_teacher, prepare_teacher
 from haste_core.study.runs import Run
+from haste_core.study.text import Contexts
 from haste_core.teacher import Teacher
 from haste_core.termination import Switch, Trigger, make_trigger
 from haste_core.training import NotFinite, Optimization, Trainer, check_finite

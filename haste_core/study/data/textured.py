@@ -74,8 +74,7 @@ class Textured(Dataset):
 def law_of(texture: config.TextureSettings, side: int) -> Law:
     """The law that settings describe: scikit-learn's digits of 8 pixels as templates, the first ones of each class.
 
-    Raises:
-        HasteError: templates are larger than the image, or the spectrum is not positive.
+    Raises HasteError where templates are larger than the image, or the spectrum is not positive.
     """
     x, labels = digits()
     chosen = torch.cat([x[labels == digit, 0].double()[: texture.templates] for digit in range(10)])
