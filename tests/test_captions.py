@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -208,6 +209,14 @@ def test_cocos_files_and_columns_of_captions_are_read(folder, tmp_path):
         {"path": str(tmp_path / "rows.parquet"), "image_size": 16, "caption_column": "label"}, "caption_column=label"
     )
     assert dataset.identity()["captions"] != opened(folder).identity()["captions"]
+
+
+def test_files_that_are_not_read_are_told_of_every_split(folder, tmp_path):
+    root = tmp_path / "both"
+    for split, other in (("train", "notes.md"), ("test", "rows.csv")):
+        shutil.copytree(folder, root / split)
+        (root / split / other).write_text("")
+    assert opened(root).summary.endswith("; not read: 1 .csv, 1 .md")
 
 
 LINE = '{"file": "00.png", "caption": "a cat"}\n'

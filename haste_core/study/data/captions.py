@@ -70,11 +70,12 @@ def load(
     """
     if not has_captions(path):
         return *_from_columns(path, caption_column, image_column), ""
-    place, note = Path(path), ""
+    place, skipped = Path(path), Counter[str]()
     listed = {_coco_split(file): _coco(place, file) for file in _coco_files(place)}  # captions by file by split
     for folder in [] if listed else _listed_folders(place):
-        listed["train" if folder == place else folder.name], note = _listed(place, folder)
-    return *_rows(place, listed), note
+        listed["train" if folder == place else folder.name], others = _listed(place, folder)
+        skipped += others
+    return *_rows(place, listed), not_read(skipped)
 
 
 def _rows(root: Path, listed: Mapping[str, Mapping[str, list[str]]]) -> tuple[dict[str, Any], list[list[str]]]:
@@ -125,8 +126,8 @@ def _listed_folders(root: Path) -> list[Path]:
     return [root] if (root / LIST).is_file() else sorted(path.parent for path in root.glob(f"*/{LIST}"))
 
 
-def _listed(root: Path, folder: Path) -> tuple[dict[str, list[str]], str]:
-    """Captions by file, relative to `root`, of a folder with captions.jsonl, and a note on files that are not read."""
+def _listed(root: Path, folder: Path) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Captions by file, relative to `root`, of a folder with captions.jsonl, and files by suffix that are not read."""
     found: dict[str, list[str]] = {}
     above = folder.relative_to(root)
     for number, line in enumerate(_text(folder / LIST).splitlines(), 1):
@@ -154,11 +155,11 @@ def _listed(root: Path, folder: Path) -> tuple[dict[str, list[str]], str]:
                 f"image of the folder and no other; add or remove them"
             )
     skipped[".jsonl"] -= 1
-    return dict(sorted(found.items())), not_read(+skipped)
+    return dict(sorted(found.items())), skipped
 
 
 def _coco_files(root: Path) -> list[Path]:
-    return sorted(p for f in (root, root / "annotations") for p in f.glob("captions_*.json"))
+    return sorted(p for f in (root, root / "annotations") for p in f.glob("captions_?*.json"))
 
 
 def _coco_split(path: Path) -> str:
