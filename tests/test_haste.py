@@ -168,17 +168,6 @@ def test_measurements_are_means_since_the_last_ones(own_model, make_haste):
     assert set(haste.measure()) == {"step", "phase"}
 
 
-def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(own_model, make_haste):
-    def gradients(parts):
-        model, haste = own_model(), make_haste()
-        for part in torch.arange(4).chunk(parts):
-            (loss_of(model, haste, 0, part) / parts).backward()
-        return [p.grad for p in [*model.parameters(), *haste.parameters()]]
-
-    for one, other in zip(gradients(1), gradients(2), strict=True):
-        assert_close(one, other, atol=1e-6, rtol=1e-4)
-
-
 def test_to_moves_the_teacher_and_leaves_it_frozen_and_out_of_the_parameters(make_haste):
     haste = make_haste().to(torch.float64)
     assert haste.teacher.mean.dtype == haste.projector[0].weight.dtype == torch.float64
