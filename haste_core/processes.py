@@ -91,8 +91,8 @@ class Processes:
 
     def share(self, batch_size: int) -> slice:
         """This process's part of the images of a global batch."""
-        size = batch_size // self.count
-        return slice(self.index * size, (self.index + 1) * size)
+        (part,) = micro_batches(batch_size, 1, self.count)
+        return slice(self.index * part.stop, (self.index + 1) * part.stop)
 
     def close(self) -> None:
         """Leave the group."""

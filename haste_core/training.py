@@ -311,8 +311,8 @@ class Trainer:
     def measure(self, **readings: float) -> dict[str, Any]:
         """Means of measurements since the last call, over all processes, and `readings`; the trigger sees them too.
 
-        "step", "images_seen", "phase", "loss", "denoising", in phase I "feature" and "attention", "grad_norm", and
-        where the angle is watched "online" and "online_angle".
+        Keys: step, images_seen, phase, loss, denoising and grad_norm; in phase I feature, attention, and where
+        the angle is watched online and online_angle.
 
         Raises:
             NotFinite: the loss is not finite, or several gradients in a row were not.
