@@ -9,26 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
 _library: Any = None  # the definitions live as long as this object
-
-
-def _missing_operators(package: Path) -> Any:
-    import torch
-
-    for compiled in sorted(package.glob("_C*")):
-        try:
-            torch.ops.load_library(str(compiled))
-        except (OSError, ImportError):
-            continue
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 class _BeforeTorchvision(MetaPathFinder):
@@ -40,8 +26,17 @@ class _BeforeTorchvision(MetaPathFinder):
             return
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None:
-            _library = _missing_operators(Path(spec.origin).parent)
+        if spec is None or spec.origin is None:
+            return
+        import torch
+
+        for compiled in sorted(Path(spec.origin).parent.glob("_C*")):
+            with suppress(OSError, ImportError):
+                torch.ops.load_library(str(compiled))
+                return
+        _library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 if "torchvision" not in sys.modules:

@@ -71,9 +71,8 @@ def attention_loss(
     differ. With many tokens, queries go `chunk` at a time and their maps are computed again in the backward pass: the
     same numbers, and memory that grows with N instead of N^2.
 
-    Args:
-        student, teacher: q and k. weights: (B,) of the samples, all one by default.
-        chunk: queries at once, by default those of `queries_at_once`. whole: `whole_maps`, or a compiled one.
+    weights: (B,) of the samples, all one by default. chunk: queries at once, by default those of `queries_at_once`.
+    whole: `whole_maps`, or a compiled one.
     """
     tokens = student[0].shape[2]
     chunk = chunk or queries_at_once(student[0].shape, student[0].device.type)

@@ -10,7 +10,6 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
@@ -36,19 +35,9 @@ def compile_blocks(model: DiffusionTransformer, leave: Collection[int] = ()) -> 
     """Let the blocks of `model` but those in `leave` (from 0) be compiled at their next forward pass, in place."""
     check_compiler(next(model.buffers()).device)
     for index, block in enumerate(model.blocks):
-        if index not in leave and not is_compiled(block):
+        if index not in leave and "forward" not in vars(block):
             # The forward alone: hooks on the block, which read its tokens, stay outside the graph.
             block.forward = torch.compile(block.forward)
-
-
-def is_compiled(block: nn.Module) -> bool:
-    """True after `compile_blocks`."""
-    return "forward" in vars(block)
-
-
-def uncompiled() -> AbstractContextManager[object]:
-    """Context in which compiled blocks run uncompiled: for several gradients from one graph."""
-    return torch.compiler.set_stance("force_eager")
 
 
 def check_compiler(device: torch.device) -> None:

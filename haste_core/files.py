@@ -38,11 +38,7 @@ def notebooks_folder() -> Path:
 
 
 def output_root() -> Path:
-    """The folder of runs/ and reports/: the environment variable HASTE_OUTPUT; in a checkout its top; else here.
-
-    Raises:
-        HasteError: HASTE_OUTPUT is a file, or no path.
-    """
+    """The folder of runs/ and reports/: HASTE_OUTPUT (HasteError for no folder); in a checkout its top; else here."""
     given = os.environ.get("HASTE_OUTPUT")
     try:
         if given and Path(given).exists() and not Path(given).is_dir():
@@ -65,11 +61,7 @@ def unwritable(place: str | Path, error: OSError) -> HasteError:
 
 
 def make_parent(path: Path) -> None:
-    """Make the folder that a file goes to.
-
-    Raises:
-        HasteError: it cannot be made.
-    """
+    """Make the folder that a file goes to; HasteError where it cannot be made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,9 +128,8 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
 def locked(path: Path, what: str, wait: bool = False, stopping: threading.Event | None = None) -> Iterator[None]:
     """Context that holds an exclusive lock on the file `path`; the lock ends with the process, however that ends.
 
-    Args:
-        path: the lock file, which stays. what: name of the locked thing in errors.
-        wait: wait for the lock, until the event `stopping` is set, instead of raising InUse.
+    path: the lock file, which stays. what: name of the locked thing in errors. wait: wait for the lock, until the event
+    `stopping` is set, instead of raising InUse.
 
     Raises:
         InUse: another process holds the lock. Interrupted: `stopping` was set.

@@ -1,8 +1,6 @@
 """The angle between denoising and alignment gradients: the exact cosine (Eq. 2, arXiv 2505.16792), and an estimate.
 
 The estimate is read off ordinary phase I steps, without a backward pass of its own.
-
-Both work on modules as they are, without a checkpoint or a run, so that a trigger can ask in the middle of phase I.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from haste_core.devices import uncompiled
 from haste_core.errors import HasteError, unknown
 from haste_core.paths import Objective
 from haste_core.taps import QK, Seen
@@ -140,10 +137,8 @@ def gradient_cosine(
     lambda_R L_REPA + lambda_A L_ATTA. No `.grad`, mode or global random state changes.
 
     Args:
-        model, haste, objective: those of a run in phase I.
-        batch: images with their true labels, on any device.
-        t: the noise level in [0, 1]. block: whose parameters, from 0.
-        losses: of `LOSSES`; by default all that reach the block.
+        batch: images with their true labels, on any device. t: the noise level in [0, 1].
+        block: whose parameters, from 0. losses: of `LOSSES`; by default all that reach the block.
         chunks: groups of images with a gradient each. seed: of the noise.
 
     Raises:
@@ -203,7 +198,7 @@ def exact(
     Eq. 2, Tables 9 and 10, arXiv 2505.16792: on the parameters of one block (from 0), on fixed images with fixed noise.
     """
     losses = [loss for loss in reaching(haste, block) if loss != "holistic"]
-    with uncompiled():  # one graph gives gradients of several losses
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks give gradients of one loss per graph
         found = [gradient_cosine(model, haste, objective, batch, t, block, losses) for t in timesteps]
     return float(np.mean([products.rho() for by_loss in found for products in by_loss.values()]))
 

@@ -12,8 +12,8 @@ Eqs. 3 and 4, arXiv 2505.16792. `haste_core.training` uses the same object.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -121,7 +121,6 @@ class HASTE(nn.Module):
             self.angle = OnlineAngle(teacher.mean.device, processes=_processes())
 
     def _check_attention(self, layer_pairs: Sequence[tuple[int, int]], heads: int | None) -> None:
-        """Refuse blocks and heads that the teacher or a student of `heads` does not have."""
         for _, block in layer_pairs:
             if block >= self.teacher.blocks:
                 raise unknown("teacher block in alignment.layer_pairs", block, range(self.teacher.blocks))
@@ -158,14 +157,12 @@ class HASTE(nn.Module):
         depths = (self.depth,) if self.lambda_feature > 0 else ()
         return Taps(depths, tuple(sorted({block for block, _ in self.pairs})))
 
-    @contextmanager
-    def tap(self, blocks: Sequence[nn.Module]) -> Iterator[Seen]:
+    def tap(self, blocks: Sequence[nn.Module]) -> AbstractContextManager[Seen]:
         """Context in which a forward pass through the student leaves what the losses need; no effect in phase II.
 
         blocks: the transformer blocks of the student, in order; `haste_core.taps.tap` lists the known kinds.
         """
-        with tap(blocks, self.taps if self.phase == 1 else Taps(), self.read) as seen:
-            yield seen
+        return tap(blocks, self.taps if self.phase == 1 else Taps(), self.read)
 
     def update(self, step: int) -> bool:
         """Ask the trigger before step `step`; True when phase II begins right now."""
@@ -194,11 +191,9 @@ class HASTE(nn.Module):
     def forward(self, seen: Seen, images: Tensor, step: int, t: Tensor | None = None) -> Tensor:
         """Weighted alignment loss of a step, a scalar: lambda_R L_REPA + lambda_A L_ATTA, exactly 0 in phase II.
 
-        Args:
-            seen: from `tap`, after the student's forward pass.
-            images: (B, C, S, S) in [-1, 1], clean: the teacher's input.
-            step: from 0; the trigger is asked first.
-            t: noise levels (B,) in [0, 1]; needed where t_low, t_high or the online angle are used.
+        seen: from `tap`, after the student's forward pass. images: (B, C, S, S) in [-1, 1], clean: the teacher's input.
+        step: from 0; the trigger is asked first. t: noise levels (B,) in [0, 1]; needed where t_low, t_high or the
+        online angle are used.
         """
         self.step = step
         self.update(step)
@@ -216,11 +211,10 @@ class HASTE(nn.Module):
         weights = None if everywhere or t is None else ((t >= self.t_low) & (t <= self.t_high)).float()
         if self.angle is not None and watch and t is not None:
             seen = self.angle.watch(seen, t)
+        similarity = None
         if self.pairs and self.temperature is not None:
             similarity = Similarity(self.temperature, heads=seen.qk[self.pairs[0][0]][0].shape[1])
-            target = self.teacher(images, self.teacher_blocks, similarity)
-        else:
-            target = self.teacher(images, self.teacher_blocks)
+        target = self.teacher(images, self.teacher_blocks, similarity)
         feature = attention = None
         total = torch.zeros((), device=images.device)
         if self.projector is not None:

@@ -91,9 +91,6 @@ class DDPMSchedule:
         self.clean_weight = self.betas * before.sqrt() / (1 - self.signal)
         self.x_t_weight = (1 - before) * (1 - self.betas).sqrt() / (1 - self.signal)
 
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
     def at(self, table: Tensor, index: Tensor, like: Tensor) -> Tensor:
         """Entries of a table at `index` (B,), shaped to be multiplied with `like` and in its dtype."""
         return expand(table.to(like.device)[index].to(like.dtype), like)

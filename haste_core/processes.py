@@ -75,11 +75,7 @@ class Processes:
         return means
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """Result of `action`, called in the main process alone and sent to all processes.
-
-        Raises:
-            HasteError: `action` raised one; all processes do.
-        """
+        """Result of `action`, called in the main process alone; all processes get it, or raise its HasteError."""
         if self.count == 1:
             return action()
         sent: list[Any] = [None, None]
@@ -166,11 +162,7 @@ def _check_environment() -> None:
 
 
 def launched() -> int:
-    """Number of processes that a launcher started, this one included; 1 without a launcher.
-
-    Raises:
-        HasteError: WORLD_SIZE is no such number.
-    """
+    """Number of processes that a launcher started, this one included; 1 without. HasteError for another WORLD_SIZE."""
     count = _number("WORLD_SIZE", 1)
     if count < 1:
         raise HasteError(f"WORLD_SIZE is {count}; expected 1 and above, or no such variable")
@@ -178,11 +170,7 @@ def launched() -> int:
 
 
 def rank() -> int:
-    """The number of this process among those that a launcher started; 0 without a launcher.
-
-    Raises:
-        HasteError: RANK is no such number.
-    """
+    """The number of this process among those that a launcher started; 0 without. HasteError for another RANK."""
     number = _number("RANK")
     if number >= launched():
         raise HasteError(
@@ -198,11 +186,7 @@ def local_rank() -> int:
 
 
 def micro_batches(batch_size: int, accumulate: int, processes: int) -> list[slice]:
-    """The equally large micro-batches of one process's share of a global batch, as slices of it.
-
-    Raises:
-        HasteError: the images cannot be divided equally, or there is no process.
-    """
+    """Equal micro-batches of one process's share of a global batch, as slices of it; HasteError if there are none."""
     if processes < 1:
         raise HasteError(f"{processes} processes; expected 1 or more")
     size, rest = divmod(batch_size, processes * accumulate)

@@ -88,12 +88,8 @@ def load_reference(
 def begin_from(student: DiffusionTransformer, source: Source, weights: Weights | None = None) -> str:
     """Give a generator the weights of a checkpoint, released or of a run, to train it further.
 
-    The label table is taken over where the numbers of classes agree. Otherwise only the null label's row is, which
-    holds what the weights know of images of any class.
-
-    Args:
-        student: of the same kind and sizes, apart from classes and image size.
-        source, weights: as for `load_reference`.
+    Kind and sizes have to agree, apart from classes and image size. The label table is taken over where the numbers of
+    classes agree. Otherwise only the null label's row is, which holds what the weights know of images of any class.
 
     Returns:
         Which weights they are, with a hash of them, and what became of the label table, in words.
@@ -326,7 +322,6 @@ def infer(
     """The layout of a plain state dict, from its names and shapes.
 
     Args:
-        tensors: the state dict.
         family: what it should be; None asks the weights, which cannot tell DiT from SiT's own release.
         num_heads: needed where neither a q norm nor a published size gives the number of heads.
         convention: "auto" takes SiT's own for a SiT with twice as many outputs as channels.
@@ -384,7 +379,6 @@ def _family(looks: Family, given: Family | None, convention: Convention) -> Fami
 
 
 def _count(tensors: Mapping[str, Tensor], name: str) -> int:
-    """Number of modules in a numbered list."""
     matches = (re.match(rf"{name}\.(\d{{1,3}})\.", key) for key in tensors)
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 

@@ -152,11 +152,9 @@ def guided(
 
     Outside the interval, and with scale 1, the model is called once and unguided.
 
-    Args:
-        model: called with (x, t, y). y: (B,) labels. null_label: the label of "no class".
-        scale, low, high: of guidance; the interval is in noise levels, 0 data, 1 noise.
-        channels: how many leading output channels are guided, the others stay conditional; None guides all.
-        horizon: the timestep of noise level 1.
+    model: called with (x, t, y). y: (B,) labels. null_label: the label of "no class". low, high: noise levels, 0 data,
+    1 noise. channels: how many leading output channels are guided, the others stay conditional; None guides all.
+    horizon: the timestep of noise level 1.
     """
     dtype = next(model.parameters()).dtype
     null = torch.full_like(y, null_label)
@@ -227,10 +225,8 @@ def draw(
 ) -> Tensor:
     """Samples (n, C, S, S) float32 on the CPU, in the range of the training data.
 
-    Args:
-        model: a generator in eval mode.
-        labels: (n,) int64. seeds: n numbers; sample i depends on labels[i] and seeds[i] alone.
-        progress: the progress bar's label; None shows none.
+    model: in eval mode. labels: (n,) int64. seeds: n numbers; sample i depends on labels[i] and seeds[i] alone.
+    progress: the progress bar's label; None shows none.
 
     Raises:
         HasteError: the sampler does not fit the model, or images are not finite.

@@ -54,11 +54,9 @@ def tap(blocks: Sequence[nn.Module], taps: Taps, read: Reader | None = None) -> 
     with `qkv` alone; diffusers' `Attention` as `attn` or `attn1` with `to_q` and `to_k`. Tokens are a block's output,
     of several outputs the last (the image's in joint blocks).
 
-    Args:
-        blocks: the transformer's blocks in order. taps: what to read.
-        read: for other attention: a function from a block to a module inside it, and one from that module's output to
-            (q, k), each (B, H, N, d). The online angle of attention is known where the kernel's q and k come from these
-            tensors themselves.
+    read: for other attention: a function from a block to a module inside it, and one from that module's output to
+    (q, k), each (B, H, N, d). The online angle of attention is known where the kernel's q and k come from these tensors
+    themselves.
 
     Raises:
         HasteError: there is no such block, or q and k cannot be found in it.
@@ -95,7 +93,6 @@ def tapped(model: nn.Module, x: Tensor, t: Tensor, y: Tensor, taps: Taps) -> Tap
 
 
 def _read_qk(block: nn.Module, into: dict[int, QK], index: int, read: Reader | None) -> list[Any]:
-    """Hooks on one block that leave its q and k in `into`."""
     parts: dict[str, Tensor] = {}
 
     # A hook returns the same values as the module, by way of the tensors it leaves: gradients of everything above pass

@@ -11,6 +11,7 @@ import inspect
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +112,10 @@ class Teacher(nn.Module):
             )
         self.maps, self.grid = not is_transformer(encoder), (0, 0)
         if self.maps:
-            self.stage = _stage(encoder, stage, str(model))
+            stages = range(len(encoder.feature_info))
+            if stage is not None and stage not in stages:
+                raise unknown(f"stage of teacher {model!r} (teacher.stage, from 0)", stage, stages)
+            self.stage = stages[-1] if stage is None else stage
             side = kwargs.get("img_size", cfg["input_size"][1:])
             self.image_size: Grid = (side, side) if isinstance(side, int) else tuple(side)
         elif stage is not None:
@@ -181,21 +185,19 @@ class Teacher(nn.Module):
     def forward(
         self, images: Tensor, blocks: tuple[int, ...] = (), similarity: Similarity | None = None
     ) -> TeacherOutput:
-        """Patch tokens of images (B, C, S, S) in [-1, 1], and q, k of `blocks` (counted from 0).
-
-        similarity: in place of the attention's own q and k, those made of the blocks' tokens.
+        """Patch tokens of images (B, C, S, S) in [-1, 1], and q, k of `blocks` (from 0), or those `similarity` makes.
 
         Raises:
             HasteError: a block does not exist, or has no q and k that can be read.
         """
-        if self.maps or similarity is not None:
-            if blocks and similarity is None:
-                raise HasteError(
-                    "this teacher has feature maps and no attention that could be aligned with; expected "
-                    "alignment.attention_from=similarity, or lambda_attention 0"
-                )
+        if similarity is not None or (self.maps and not blocks):
             tokens, found = self._seen(images, blocks)
             return TeacherOutput(tokens, {b: similarity.of(found[b]) for b in blocks} if similarity else {})
+        if self.maps:
+            raise HasteError(
+                "this teacher has feature maps and no attention that could be aligned with; expected "
+                "alignment.attention_from=similarity, or lambda_attention 0"
+            )
         with self._own_precision(images.device), read_qk(self.encoder, blocks) as qk:
             tokens = self.encoder.forward_features(self.prepare(images))  # type: ignore[operator]
         return TeacherOutput(self._final(tokens), qk)
@@ -207,9 +209,7 @@ class Teacher(nn.Module):
 
     def _seen(self, images: Tensor, blocks: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """The tokens, and those after each of `blocks`."""
-        for block in blocks:
-            if block >= self.blocks:
-                raise unknown("teacher block", block, range(self.blocks))
+        _check_blocks(blocks, self.blocks)
         chosen = sorted({*blocks, self.stage} if self.maps else {*blocks})
         with self._own_precision(images.device):
             if self.maps:
@@ -233,8 +233,8 @@ class Teacher(nn.Module):
             indices=stages,
             norm=False,
             stop_early=True,
-            output_fmt="NCHW",
             intermediates_only=True,
+            output_fmt="NCHW",
         )
 
     def _final(self, tokens: Tensor) -> Tensor:
@@ -286,31 +286,29 @@ def read_qk(encoder: nn.Module, blocks: tuple[int, ...]) -> Iterator[dict[int, Q
 
     The values are those the attention kernel sees: after q/k norm and rotary embedding, before 1 / sqrt(d).
     """
-    count = len(encoder.blocks)  # type: ignore[arg-type]
-    for block in blocks:
-        if block >= count:
-            raise unknown("teacher block", block, range(count))
+    modules: Any = encoder.blocks
+    _check_blocks(blocks, len(modules))
     prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
     found: dict[int, QK] = {}
 
-    def hook_for(block: int) -> Any:
-        def hook(attn: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            given = inspect.signature(attn.forward).bind(*args, **kwargs).arguments
-            if given.get("attn_mask") is not None or given.get("is_causal"):
-                raise HasteError(f"the attention of teacher block {block} is masked; expected an unmasked teacher")
-            found[block] = _patch_qk(attn, args[0], given.get("rope"), prefix)
+    def keep(block: int, attn: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(attn.forward).bind(*args, **kwargs).arguments
+        if given.get("attn_mask") is not None or given.get("is_causal"):
+            raise HasteError(f"the attention of teacher block {block} is masked; expected an unmasked teacher")
+        found[block] = _patch_qk(attn, args[0], given.get("rope"), prefix)
 
-        return hook
-
-    handles = [
-        encoder.blocks[b].attn.register_forward_pre_hook(hook_for(b), with_kwargs=True)  # type: ignore[index, union-attr]
-        for b in blocks
-    ]
+    handles = [modules[b].attn.register_forward_pre_hook(partial(keep, b), with_kwargs=True) for b in blocks]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check_blocks(blocks: Sequence[int], count: int) -> None:
+    for block in blocks:
+        if block >= count:
+            raise unknown("teacher block", block, range(count))
 
 
 def _patch_qk(attn: Any, x: Tensor, rope: Tensor | None, prefix: int) -> QK:
@@ -417,13 +415,6 @@ def is_transformer(encoder: nn.Module) -> bool:
     return hasattr(encoder, "num_prefix_tokens")
 
 
-def _stage(encoder: nn.Module, stage: int | None, model: str) -> int:
-    stages = range(len(encoder.feature_info))  # type: ignore[arg-type]
-    if stage is not None and stage not in stages:
-        raise unknown(f"stage of teacher {model!r} (teacher.stage, from 0)", stage, stages)
-    return stages[-1] if stage is None else stage
-
-
 def _check_sizes(kwargs: Mapping[str, Any]) -> None:
     """Refuse sizes with which timm builds a network that cannot run, or stops without a reason."""
     for name in ("dynamic_img_size", "dynamic_img_pad"):
@@ -473,17 +464,15 @@ def _in_timms_names(model: str, file: Path) -> Any:
     def kinds(tensors: Mapping[str, Any]) -> list[tuple[str, Any]]:
         return [(name.rpartition(".")[2], getattr(value, "shape", None)) for name, value in tensors.items()]
 
-    return (
-        dict(zip(own, state.values(), strict=True)) if not own.keys() & state and kinds(own) == kinds(state) else state
-    )
+    renamed = not own.keys() & state and kinds(own) == kinds(state)
+    return dict(zip(own, state.values(), strict=True)) if renamed else state
 
 
 def _unloaded(model: str, options: dict[str, Any], state: Any) -> list[str]:
     """Names of parameters that a checkpoint's content leaves as they were initialised.
 
-    timm loads checkpoints without insisting on every key and only logs what is missing, so a wrong file would give a
-    random teacher. A checkpoint of the same keys and shapes that holds NaN throughout shows what arrives where,
-    whatever timm renames or resizes on the way.
+    timm only logs keys that are missing, so a wrong file would give a random teacher. A checkpoint of the same keys and
+    shapes that holds NaN throughout shows what arrives where, whatever timm renames or resizes on the way.
     """
 
     def marked(state: Any) -> Any:
@@ -493,24 +482,16 @@ def _unloaded(model: str, options: dict[str, Any], state: Any) -> list[str]:
             return torch.tensor(float("nan"), dtype=state.dtype).expand(state.shape)
         return state
 
-    overlay = {
-        "pretrained_cfg_overlay": {"state_dict": marked(state)},
-        "pretrained": True,
-    }
+    overlay = {"pretrained_cfg_overlay": {"state_dict": marked(state)}, "pretrained": True}
     encoder = _create(model, options | overlay, seed=0)
     return [name for name, parameter in encoder.named_parameters() if not parameter.isnan().any()]
 
 
 def weights_file(model: str, weights: str, key: str = "teacher.weights", download: bool = True) -> Path | None:
-    """Checkpoint that a timm encoder's `weights` stand for.
+    """Checkpoint that a timm encoder's `weights` stand for: "hub", "pretrain", "random", "package:NAME/PATH" or a path.
 
-    Args:
-        model: timm's name. weights: "hub", "pretrain", "random", "package:NAME/PATH" (of an installed package) or a
-            path. key: setting that takes a path, for errors.
-        download: False looks for published weights in local caches alone.
-
-    Returns:
-        The file; None for random weights, and for names such as "hf-hub:owner/name" that timm itself resolves.
+    None for random weights, and for names such as "hf-hub:owner/name" that timm itself resolves. key: setting that
+    takes a path, for errors. download: False looks for published weights in local caches alone.
 
     Raises:
         HasteError: there is no such file, nothing is published under that name, or it cannot be had.

@@ -54,10 +54,8 @@ class Angle:
     With `smoothing` 0 and `patience` 1 this is the paper's trigger (Tables 9, 10, arXiv 2505.16792). Not in the paper:
     an exponential average over the readings, and a patience, since an online reading is noisy.
 
-    Args:
-        key: name of the logged cosine. after: no reading at or before this step counts.
-        threshold: of the cosine. smoothing: weight of the past in the average, in [0, 1).
-        patience: how many readings in a row have to be below.
+    key: name of the logged cosine. after: no reading at or before this step counts. smoothing: weight of the past in
+    the average, in [0, 1). patience: how many readings in a row have to be below the threshold.
     """
 
     key: str
@@ -80,10 +78,8 @@ class Angle:
 class Plateau:
     """The alignment loss has stopped falling. Not in the paper: the cheapest trigger there could be.
 
-    Args:
-        after: no line at or before this step counts.
-        window: lines on each side of the comparison.
-        gain: the loss must have fallen by this share of all it fell since the first window, or the trigger fires.
+    after: no line at or before this step counts. window: lines on each side of the comparison. gain: the loss must have
+    fallen by this share of all it fell since the first window, or the trigger fires.
     """
 
     after: int
@@ -150,10 +146,8 @@ class Switch:
 
     A run without alignment is in phase 2 throughout: a vanilla step and a phase II step are the same thing.
 
-    Args:
-        trigger: decides when phase I ends; None means a run without alignment.
-        fade: number of steps over which the weight of alignment falls linearly to zero after the trigger has fired;
-            phase II begins when it is zero.
+    trigger: decides when phase I ends; None means a run without alignment. fade: number of steps over which the weight
+    of alignment falls linearly to zero after the trigger has fired; phase II begins when it is zero.
     """
 
     def __init__(self, trigger: Trigger | None = None, fade: int = 0) -> None:

@@ -126,10 +126,8 @@ def step_losses(
 ) -> StepLosses:
     """Losses of one forward pass (Eqs. 3, 4, arXiv 2505.16792): of a training step, of an exact angle, of a FLOP count.
 
-    Args:
-        model: called as model(x_t, t, y). batch: clean examples on its device.
-        u: noise levels (B,) in [0, 1]. eps: noise like x. y: labels (B,).
-        haste: of phase I, or None. watch: let its online angle see the pass.
+    model: called as model(x_t, t, y). batch: clean examples on its device. u: noise levels (B,) in [0, 1]. eps: noise
+    like x. y: labels (B,). haste: of phase I, or None. watch: let its online angle see the pass.
     """
     t = objective.timesteps(u)
     x_t = objective.noised(batch.x, eps, t)
@@ -313,9 +311,8 @@ class Trainer:
     def measure(self, **readings: float) -> dict[str, Any]:
         """Means of measurements since the last call, over all processes, and `readings`; the trigger sees them too.
 
-        Returns:
-            "step", "images_seen", "phase", "loss", "denoising", in phase I "feature" and "attention", "grad_norm", and
-            where the angle is watched "online" and "online_angle".
+        Keys: step, images_seen, phase, loss, denoising and grad_norm; in phase I feature, attention, and where
+        the angle is watched online and online_angle.
 
         Raises:
             NotFinite: the loss is not finite, or several gradients in a row were not.

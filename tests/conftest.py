@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -150,6 +151,24 @@ def trained(new_output, tiny_overrides):
 
     with new_output():
         yield make
+
+
+class Bomb:
+    """Unpickles by creating a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """An object whose unpickling runs code, which this test must not do."""
+    trace = tmp_path / "executed"
+    yield Bomb(trace)
+    assert not trace.exists()
 
 
 @pytest.fixture

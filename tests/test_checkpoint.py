@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import resource
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,19 +51,6 @@ def test_tensors_and_state_come_back_to_the_bit_whole_or_by_prefix(path):
     assert checkpoint.under(tensors, "model.").keys() == {"a", "half"}
 
 
-def test_no_room_is_an_error_of_one_line_and_the_old_file_stays(path):
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    try:
-        with pytest.raises(HasteError, match="no room") as caught:
-            checkpoint.save(path, {"model.a": torch.zeros(100000)}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.name in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert_alone(path, before)
-
-
 @pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
 def test_a_truncated_file_is_refused(path, keep):
     content = path.read_bytes()
@@ -90,20 +75,11 @@ def test_a_foreign_safetensors_file_is_refused(path, metadata):
         checkpoint.load(path)
 
 
-class Bomb(type(Path())):
-    """Unpickles by creating a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path(self),)
-
-
 @pytest.mark.parametrize("write", [lambda what, path: path.write_bytes(pickle.dumps(what)), torch.save])
-def test_a_pickle_in_disguise_is_refused_unexecuted(path, tmp_path, write):
-    trace = tmp_path / "executed"
-    write({"model.a": Bomb(trace)}, path)
+def test_a_pickle_in_disguise_is_refused_unexecuted(path, bomb, write):
+    write({"model.a": bomb}, path)
     with pytest.raises(HasteError):
         checkpoint.load(path)
-    assert not trace.exists()
 
 
 def test_fingerprint_changes_with_any_weight_or_name_and_not_with_order():

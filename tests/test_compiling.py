@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from haste_core.devices import check_compiler, is_compiled
+from haste_core.devices import check_compiler
 from haste_core.errors import HasteError
 from haste_core.study.runs import Run
 from haste_core.study.train import exact_angle, fit, open_trainer
@@ -53,7 +53,7 @@ def test_blocks_share_one_graph_and_the_switch_makes_none(output, make_study, tr
         assert graphs(traced) == (1 + (arm == "haste"), 0), step
         # q and k are read inside blocks 1 and 2 in phase I of `haste`: these are compiled from the switch on.
         read = arm == "haste" and trainer.switch.phase == 1
-        assert [is_compiled(block) for block in trainer.generator.blocks] == [True, not read, not read]
+        assert ["forward" in vars(block) for block in trainer.generator.blocks] == [True, not read, not read]
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ class RecordedTeacher(nn.Module):
 
     width, heads, blocks, grid, mean = 24, 12, 12, (16, 16), torch.zeros(1)
 
-    def forward(self, images, blocks):
+    def forward(self, images, blocks, similarity=None):
         q, k = (fill(f"sit-a.loss.teacher_{part}", (4, 2, 12, 256, 4), 1) for part in "qk")
         tokens = fill("sit-a.loss.teacher_features", (2, 256, 24), 1)
         return TeacherOutput(tokens, {block: (q[block - 8], k[block - 8]) for block in blocks})
@@ -137,22 +137,10 @@ def test_samplers(golden, model, name, sampler, steps, guidance):
 # -- DiT and improved DDPM --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["built here", "read from a file"])
-def dit(request, tmp_path_factory):
-    made = DiT(**IMAGE, classes=1000, depth=6, width=48, heads=6)
-    weights = filled(made, "dit-a.", 0.06)
-    if request.param == "built here":
-        return loaded(made, weights)
-    path = tmp_path_factory.mktemp("dit") / "dit.pt"
-    torch.save(weights, path)
-    generator, projectors = load_reference(path, family="dit", num_heads=6)
-    assert len(projectors) == 0
-    return generator
-
-
 @torch.no_grad()
-def test_dit_with_its_loss_and_posterior_at_the_first_and_later_timesteps(dit):
-    golden = golden_of("dit_a")
+def test_dit_with_its_loss_and_posterior_at_the_first_and_later_timesteps():
+    golden, dit = golden_of("dit_a"), DiT(**IMAGE, classes=1000, depth=6, width=48, heads=6)
+    loaded(dit, filled(dit, "dit-a.", 0.06))
     x, t, y, noise = (golden[name] for name in ("forward.x", "forward.t", "forward.y", "loss.noise"))
     output = dit(x, t, y)
     assert golden["forward.output"].std() > 0.1
@@ -176,19 +164,13 @@ def test_dit_with_its_loss_and_posterior_at_the_first_and_later_timesteps(dit):
 # -- MM-DiT -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["built here", "read from a file"])
 @torch.no_grad()
-def test_mmdit_velocity_projected_tokens_and_logits_of_the_image_tokens(tmp_path, source):
+def test_mmdit_velocity_projected_tokens_and_logits_of_the_image_tokens():
     golden = golden_of("mmdit_a")
     model = MMDiT(**IMAGE, classes=1, depth=4, width=128, heads=4, context_width=768)
     projected = projector(128, 64, 16, seed=0)
-    weights = filled(model, "mmdit-a.", 0.05), filled(projected, "mmdit-a.projectors.0.", 0.05)
-    if source == "built here":
-        loaded(model, weights[0])
-        loaded(projected, weights[1])
-    else:
-        torch.save(weights[0] | {f"projectors.0.{n}": value for n, value in weights[1].items()}, tmp_path / "mmdit.pt")
-        model, (projected,) = load_reference(tmp_path / "mmdit.pt", family="mmdit")
+    loaded(model, filled(model, "mmdit-a.", 0.05))
+    loaded(projected, filled(projected, "mmdit-a.projectors.0.", 0.05))
     context = fill("mmdit-a.forward.context", (2, 77, 768), 1)
     found = tapped(model, golden["forward.x"], golden["forward.t"], context, Taps(depths=(3,), blocks=(1,)))
     assert golden["forward.velocity"].std() > 0.1

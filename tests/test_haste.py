@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[1]
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 4}
 
 
-@pytest.fixture(scope="module")
-def own_model():
+@pytest.fixture
+def own_model(randomise):
     """A function to a filled transformer of notebook 09, which is not ours."""
     spec = importlib.util.spec_from_file_location("own_model", ROOT / "notebooks" / "own_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda depth=3: fill(module.OwnSiT(depth=depth, width=32))
+    return lambda depth=3: randomise(module.OwnSiT(depth=depth, width=32))
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,6 @@ class Stream:
         return {"generator": self.generator.get_state()}
 
 
-def fill(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return module
-
-
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 T, Y = torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.arange(4)
 
@@ -82,8 +74,9 @@ def take(optimizer, loss):
     return float(loss.detach())
 
 
-def test_a_loop_of_ones_own_trains_as_ours_does_step_by_step(own_model, make_haste, output):
-    ours, foreign = fill(SiT(image_size=8, channels=1, classes=10, depth=3, width=32, heads=4, patch=2)), own_model()
+def test_a_loop_of_ones_own_trains_as_ours_does_step_by_step(own_model, make_haste, randomise, output):
+    ours = randomise(SiT(image_size=8, channels=1, classes=10, depth=3, width=32, heads=4, patch=2))
+    foreign = own_model()
     weights = {n.replace("y_embedder.embedding_table", "y_embedder"): w for n, w in ours.state_dict().items()}
     foreign.load_state_dict(weights)
     foreign.pos_embed.requires_grad_(False)  # a constant in ours
@@ -250,12 +243,12 @@ class Fused(nn.Module):
         return x + self.attn["proj"](nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def test_the_online_angle_is_that_of_whole_gradients_where_q_and_k_are_read_off_projections(make_haste):
+def test_the_online_angle_is_that_of_whole_gradients_where_q_and_k_are_read_off_projections(make_haste, randomise):
     from diffusers.models.attention import BasicTransformerBlock
 
     x = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(2))
     for make in (Fused, lambda: BasicTransformerBlock(16, 2, 8)):
-        blocks, haste = fill(nn.Sequential(make(), make(), make())), make_haste(width=16, watch_angle=True)
+        blocks, haste = randomise(nn.Sequential(make(), make(), make())), make_haste(width=16, watch_angle=True)
         plain = blocks(x)
         with haste.tap(blocks) as seen:
             output = blocks(x)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 from haste_core.errors import HasteError
 from haste_core.models import SIZES, build
-from haste_core.models.layers import sincos_positions
 from haste_core.study import config
 from haste_core.study.text import Contexts, write_parts
 from haste_core.taps import Taps, tap, tapped
@@ -35,67 +31,6 @@ def small(kind="sit", **changes):
 
 
 # -- joint blocks of text and image -----------------------------------------------------------------------------------
-
-
-def normalised(x):
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-
-
-def modulation(stream, c, count):
-    linear = stream.adaLN_modulation[1]
-    return (F.silu(c) @ linear.weight.T + linear.bias).reshape(len(c), count, 1, -1).unbind(1)
-
-
-def by_hand(block, text, x, c, last):
-    """A joint block with loops over samples, heads and queries; also the image tokens' q and k."""
-    width, heads = x.shape[-1], 2
-    d, pre_only = width // heads, last
-    of_text, of_image = modulation(block.context_block, c, 2 if pre_only else 6), modulation(block.x_block, c, 6)
-    qkv = []
-    for stream, tokens, (shift, scale, *_) in ((block.context_block, text, of_text), (block.x_block, x, of_image)):
-        qkv.append(stream.attn["qkv"](normalised(tokens) * (1 + scale) + shift))
-    joint = torch.cat(qkv, dim=1)  # (B, L + N, 3 D), text first
-    out = torch.zeros(*joint.shape[:2], width)
-    for b in range(len(joint)):
-        for head in range(heads):
-            q, k, v = (joint[b, :, i * width + head * d : i * width + (head + 1) * d] for i in range(3))
-            for n in range(len(q)):
-                logits = torch.stack([q[n] @ k[m] for m in range(len(k))]) / math.sqrt(d)
-                out[b, n, head * d : (head + 1) * d] = logits.softmax(0) @ v
-    updated = []
-    halves = out[:, : text.shape[1]], out[:, text.shape[1] :]
-    streams = (block.context_block, text, halves[0], of_text), (block.x_block, x, halves[1], of_image)
-    for stream, tokens, attended, parts in streams:
-        if len(parts) == 2:
-            updated.append(tokens)
-            continue
-        _, _, gate_a, shift_m, scale_m, gate_m = parts
-        tokens = tokens + gate_a * stream.attn["proj"](attended)
-        hidden = F.gelu(stream.mlp.fc1(normalised(tokens) * (1 + scale_m) + shift_m), approximate="tanh")
-        updated.append(tokens + gate_m * stream.mlp.fc2(hidden))
-    q, k = (qkv[1][..., i * width : (i + 1) * width].unflatten(-1, (heads, d)).transpose(1, 2) for i in range(2))
-    return updated[0], updated[1], q, k
-
-
-@torch.no_grad()
-def test_an_mmdit_is_brute_force_blocks_between_embeddings_and_last_layer(randomise):
-    model = randomise(small("mmdit"), std=0.3)
-    x, t, y = inputs("mmdit")
-    found = tapped(model, x, t, y, Taps(depths=(1, 2, 3), blocks=(0, 1, 2)))
-    text, h, c = model.context_embedder(y), model.x_embedder(x) + sincos_positions(16, 4), model.t_embedder(t)
-    for i, block in enumerate(model.joint_blocks):
-        before, both = h, block(text, h, c)
-        text, h, q, k = by_hand(block, text, h, c, last=i == 2)
-        assert (h - before).abs().max() > 0.1
-        assert_close(both, (text, h), atol=1e-4, rtol=1e-3)
-        assert_close(found.tokens[i + 1], h, atol=1e-4, rtol=1e-3)
-        assert_close(found.qk[i], (q, k), atol=1e-4, rtol=1e-3)
-    shift, scale = modulation(model.final_layer, c, 2)
-    patches = model.final_layer.linear(normalised(h) * (1 + scale) + shift)
-    for token in range(16):
-        row, column = 2 * (token // 4), 2 * (token % 4)
-        piece = patches[:, token].reshape(2, 2, 2, 3).permute(0, 3, 1, 2)
-        assert_close(found.output[:, :, row : row + 2, column : column + 2], piece, atol=1e-4, rtol=1e-3)
 
 
 def test_q_and_k_of_an_mmdit_are_those_of_image_tokens_for_text_of_any_length(randomise):

@@ -221,18 +221,6 @@ def test_sits_own_release_becomes_a_plain_sit_exactly(made, projected, sizes):
 
 
 @torch.no_grad()
-def test_time_reversal_is_exact_over_the_whole_interval_and_its_own_inverse(made):
-    released = made("sit")
-    once = load(released.state_dict(), convention="sit")
-    twice = load(once.state_dict(), convention="sit").state_dict()
-    t = torch.linspace(0, 1, 257)
-    # Beyond the float32 rounding of the new weights nothing differs.
-    assert_close(once.t_embedder.double()(t), released.t_embedder.double()(1 - t), atol=2e-6, rtol=0.0)
-    for name, value in made("sit").state_dict().items():
-        assert_close(twice[name], value, atol=1e-7, rtol=1e-6)
-
-
-@torch.no_grad()
 def test_convention_can_be_said(made):
     single, double = made("sit"), made("dit")
     x, t, y = inputs(single)
@@ -252,25 +240,14 @@ def test_convention_can_be_said(made):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-class Bomb:
-    """Unpickles by creating a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_file_is_never_run(tmp_path, made, legacy):
-    trap, path = tmp_path / "touched", tmp_path / "a.pt"
-    torch.save({"model": made().state_dict(), "args": Bomb(trap)}, path, _use_new_zipfile_serialization=not legacy)
+def test_code_in_a_file_is_never_run(tmp_path, made, bomb, legacy):
+    path = tmp_path / "a.pt"
+    torch.save({"model": made().state_dict(), "args": bomb}, path, _use_new_zipfile_serialization=not legacy)
     line = refused("could run code and is not loaded; expected tensors", path, "sit", 3)
     assert str(path) in line
     torch.save({"ema": made(), "args": argparse.Namespace()}, path, _use_new_zipfile_serialization=not legacy)
     refused("wants haste_core.models.sit.SiT, which could run code", path, "sit", 3)
-    assert not trap.exists()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 

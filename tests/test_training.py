@@ -271,31 +271,19 @@ def test_haste_branched_from_holistic_equals_haste_from_scratch(output, study, u
     assert (noted["shared_with"], noted["shared_until_step"]) == ("holistic seed 0", 8)
 
 
-@pytest.mark.parametrize("when", [2, 6, 12])
-def test_a_folder_removed_while_its_run_trains_is_said_and_made_again(output, study, uninterrupted, when):
+@pytest.mark.parametrize(
+    ("folder", "when", "said"),
+    [*((".", when, "was removed while it trained; run again to begin anew") for when in (2, 6, 12)),
+     ("checkpoints", 6, r"checkpoints \[4\] were removed while it trained")],
+)  # fmt: skip
+def test_a_folder_removed_while_its_run_trains_is_said_and_made_again(output, study, uninterrupted, folder, when, said):
     run = Run(study, "haste", 0)
-
-    def remove(trainer):
-        if trainer.step == when:
-            shutil.rmtree(run.dir)
-
-    with pytest.raises(HasteError, match="was removed while it trained; run again to begin anew"):
-        fit(run, on_step=remove)
-    assert run.steps() == []
-    with pytest.raises(HasteError, match=r"no metrics at .*; run haste train digits haste"):
-        run.metrics()
-    assert_same(contents(train(study)), uninterrupted)
-
-
-def test_checkpoints_removed_while_a_run_trains_are_said_and_made_again(output, study, uninterrupted):
-    run = Run(study, "haste", 0)
-
-    def remove(trainer):
-        if trainer.step == 6:
-            shutil.rmtree(run.dir / "checkpoints")
-
-    with pytest.raises(HasteError, match=r"checkpoints \[4\] were removed while it trained"):
-        fit(run, on_step=remove)
+    with pytest.raises(HasteError, match=said):
+        fit(run, on_step=at(when, lambda _: shutil.rmtree((run.dir / folder).resolve())))
+    if folder == ".":
+        assert run.steps() == []
+        with pytest.raises(HasteError, match=r"no metrics at .*; run haste train digits haste"):
+            run.metrics()
     assert_same(contents(train(study)), uninterrupted)
     run.metrics_path.unlink()
     with pytest.raises(HasteError, match=r"no metrics at .*; delete .* and run haste train"):

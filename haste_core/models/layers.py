@@ -68,24 +68,6 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention by torch's fused kernel; q and k can be read off `q_norm` and `k_norm`."""
-
-    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm: nn.Module = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) to the same shape."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
 class Mlp(nn.Module):
     """Two linear layers with tanh-GELU between, (B, N, D) to (B, N, D)."""
 
@@ -104,22 +86,56 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class Block(nn.Module):
-    """A transformer block under adaLN-Zero: shift, scale and gate of each branch come from the condition c (B, D)."""
+class Stream(nn.Module):
+    """One stream of tokens in a block under adaLN-Zero: norms, modulation, q, k, v, projection and MLP.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False) -> None:
+    Shift, scale and gate of each branch come from the condition c (B, D); q and k can be read off `q_norm`, `k_norm`.
+
+    mlp_ratio: hidden width of the MLP over `width`. qk_norm: LayerNorm on q and k of each head. pre_only: gives q, k, v
+    to the attention and is not updated itself (the text side of an MM-DiT's last block).
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, pre_only: bool = False
+    ) -> None:
         super().__init__()
+        self.heads, self.pre_only = heads, pre_only
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads, qk_norm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width)})
+        for name in ("q_norm", "k_norm"):
+            self.attn[name] = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        if not pre_only:
+            self.attn["proj"] = nn.Linear(width, width)
+            self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+            self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (2 if pre_only else 6) * width))
+
+    def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """q, k, v (B, H, tokens, d) of tokens x (B, tokens, D) under c (B, D), and the modulation for `after`."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
+        qkv = self.attn["qkv"](modulate(self.norm1(x), shift, scale))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (self.attn["q_norm"](q), self.attn["k_norm"](k), v), tuple(rest)
+
+    def after(self, x: Tensor, attended: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        """x (B, tokens, D) updated by its share of the attention's output (B, tokens, D) and by the MLP."""
+        gate_a, shift_m, scale_m, gate_m = rest
+        x = x + gate_a[:, None] * self.attn["proj"](attended)
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q, k, v (B, H, tokens, d) by torch's fused kernel, (B, tokens, H d)."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Block(Stream):
+    """A transformer block of one stream."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D) under c (B, D) to the same shape."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        qkv, rest = self.before(x, c)
+        return self.after(x, attend(*qkv), rest)
 
 
 class FinalLayer(nn.Module):
@@ -168,13 +184,9 @@ class DiffusionTransformer(nn.Module, ABC):
 
     Subclasses make an embedding of y, `blocks` and `final_layer`, and return from `streams` the inputs of the blocks.
 
-    Args:
-        image_size: side of the input, a multiple of `patch`. channels: of the input.
-        classes: number of labels; label `classes` is the null label of classifier-free guidance.
-        width, heads, patch: of the tokens, of attention, and side of a patch in pixels.
-
-    Attributes:
-        activation_checkpointing: recompute activations of blocks in the backward pass.
+    image_size: side of the input, a multiple of `patch`. classes: number of labels; label `classes` is the null label
+    of classifier-free guidance. patch: side of a patch in pixels. The attribute `activation_checkpointing` makes the
+    backward pass compute activations of blocks again.
     """
 
     kind: str
@@ -209,12 +221,8 @@ class DiffusionTransformer(nn.Module, ABC):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The output at (x, t, y): the velocity, for DiT the noise and the values that interpolate its log-variance.
 
-        Args:
-            x: (B, C, S, S). t: (B,) in [0, 1] (DiT: 0 to 999).
-            y: (B,) int64 in [0, classes]; an MM-DiT takes text tokens (B, L, context_width) too.
-
-        Returns:
-            (B, C, S, S) (DiT: (B, 2C, S, S)).
+        x, and the output: (B, C, S, S), of DiT (B, 2C, S, S). t: (B,) in [0, 1], for DiT 0 to 999. y: (B,) int64 in
+        [0, classes]; an MM-DiT takes text tokens (B, L, context_width) too.
         """
         streams, c = self.streams(x, t, y)
         saving = self.activation_checkpointing and torch.is_grad_enabled()
