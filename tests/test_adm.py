@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_scores import gaussian_images as pictures
+from test_scores import noise
 from torch import nn
 
 from haste_core.errors import HasteError
@@ -25,18 +27,6 @@ import timm  # isort: skip
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip
 
 pytestmark = pytest.mark.xdist_group("adm")
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def pictures(n, seed=0, mean=128.0, spread=12.0, side=4, channels=1):
-    """uint8 images (n, channels, side, side) with correlated values."""
-    values = channels * side * side
-    mixing = noise(values, values, seed=seed + 1000) / side
-    drawn = mean + spread * noise(n, values, seed=seed) @ mixing
-    return drawn.round().clamp(0, 255).to(torch.uint8).reshape(n, channels, side, side)
 
 
 class Pixels(nn.Module):
@@ -88,17 +78,17 @@ def test_inception_score_of_known_classes_averaged_over_parts_of_5000_in_order()
 def test_scores_of_known_features_are_their_closed_forms(networks, capsys):
     real, made = pictures(200, 0), pictures(150, 1, mean=120)
 
-    def gaussian(x, width):
-        values = x.flatten(1)[:, :width].double().numpy()
-        return Gaussian(values.mean(0), np.cov(values, rowvar=False))
+    def gaussians(x):
+        found = statistics_of(x)
+        return {"pool": Gaussian(found["mu"], found["sigma"]), "spatial": Gaussian(found["mu_s"], found["sigma_s"])}
 
-    statistics = {"pool": gaussian(real, 16), "spatial": gaussian(real, 4)}
+    statistics = gaussians(real)
     known = adm.Reference(statistics, real.flatten(1).float(), 200)
     found = scores_of(extract(MemoryImages(made), networks, 64), known, 3)
     assert capsys.readouterr().err == ""
     assert list(found) == list(ADM_METRICS)
-    assert found["fid"] == pytest.approx(frechet_distance(gaussian(made, 16), statistics["pool"]))
-    assert found["sfid"] == pytest.approx(frechet_distance(gaussian(made, 4), statistics["spatial"]))
+    for name, part in (("fid", "pool"), ("sfid", "spatial")):
+        assert found[name] == pytest.approx(frechet_distance(gaussians(made)[part], statistics[part]))
     assert (found["precision"], found["recall"]) == precision_recall(
         made.flatten(1).double(), real.flatten(1).double(), 3
     )
@@ -224,15 +214,12 @@ def test_a_file_that_is_no_reference_is_refused_in_one_line(patched, tmp_path, c
 # Sources of images
 
 
-def test_images_of_an_npz_file_are_read_in_parts(tmp_path):
+def test_images_of_an_npz_file_are_read_in_parts_and_refused_where_they_are_damaged(tmp_path):
     content = pictures(23, 0, channels=3)
     np.savez_compressed(tmp_path / "x.npz", arr_0=content.permute(0, 2, 3, 1).numpy(), labels=np.zeros(23))
     parts = list(NpzImages(tmp_path / "x.npz").batches(10))
     assert [len(part) for part in parts] == [10, 10, 3]
     assert torch.equal(torch.cat(parts), content)
-
-
-def test_an_npz_file_damaged_inside_its_images_is_refused_when_read(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((50, 8, 8, 3), np.uint8))
     with (tmp_path / "x.npz").open("r+b") as stream:
         stream.seek(2000)

@@ -120,8 +120,8 @@ def test_a_scene_is_read_off_its_cells():
     ("changes", "words"),
     [
         ({"image_size": 24}, ["image_size 24", "expected 32 or 16"]),
-        ({"scenes.relations": ["left", "beside"]}, ["'beside'", "classifier cannot read", "left, right, above, below"]),
-        ({"scenes.colours": ["red", "mauve"]}, ["'mauve'", "red, green, blue, yellow"]),
+        ({"scenes.relations": ["left", "beside"]}, ["'beside'", "relations.1", "'left', 'right', 'above' or 'below'"]),
+        ({"scenes.colours": ["red", "mauve"]}, ["'mauve'", "colours.1", "'red', 'green', 'blue' or 'yellow'"]),
         ({"scenes.digits": [1, 1, 4]}, ["names one twice"]),
         ({"scenes.digits": [1], "scenes.colours": ["red"]}, ["fewer than 3 things"]),
     ],

@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_named_with_their_checkpoint(workshop, t
         evaluation_samples(run, 12)
 
 
-def test_images_depend_on_weights_and_evaluation_noise_alone(workshop, tiny, make_study, monkeypatch):
+def test_images_depend_on_weights_and_evaluation_noise_alone(workshop, tiny, monkeypatch):
     one, other = (evaluation_samples(Run(tiny, arm, 0), 8) for arm in ("holistic", "haste"))  # a shared checkpoint
     assert (one.dtype, one.shape) == (torch.uint8, (40, 1, 8, 8))
     assert torch.equal(one, other)
@@ -190,26 +190,28 @@ def test_images_depend_on_weights_and_evaluation_noise_alone(workshop, tiny, mak
     for arm, seed, step in (("haste", 0, 12), ("repa", 1, 4), ("vanilla", 7, 8)):
         torch.manual_seed(seed)
         assert torch.equal(evaluation_samples(Run(tiny, arm, seed), step), expected)
-    images = evaluation_samples(Run(make_study("sample.batch_size=7"), "vanilla", 0), 12)
-    # Sums in another order may move a value over a rounding edge; nothing else may.
-    assert (images.int() - expected.int()).abs().max() <= 1
-    assert (images != expected).double().mean() < 0.002
+
+
+def check_floor(rows, scorer, study, sizes):
+    """Real images are near real ones, by the measure of noise."""
+    floor = {row["pair"]: row for row in rows}
+    assert {pair: (row["n"], row["n_reference"]) for pair, row in floor.items()} == sizes
+    far = scorer.score(noise_images(450))["fid"]
+    for row in rows:
+        assert set(row) == {"pair", "n", "n_reference", *evaluation.metrics_of(study)}
+        assert 0 < row["fid"] < far / 10
+    return floor
 
 
 def test_the_floor_compares_real_images_with_real_ones_once_for_a_card(workshop, tiny, scorer, monkeypatch):
     measured = evaluation.floor(scorer, tiny)
-    floor = {row["pair"]: row for row in measured}
-    sizes = {pair: (row["n"], row["n_reference"]) for pair, row in floor.items()}
-    assert sizes == {
+    sizes = {
         "held-out against held-in": (450, 1212),
         "augmented held-in against held-in": (1212, 1212),
         "augmented held-in against held-out": (1212, 450),
     }
-    far = scorer.score(noise_images(450))["fid"]
-    for row in floor.values():
-        assert set(row) == {"pair", "n", "n_reference", *evaluation.metrics_of(tiny)}
-        assert 0 < row["fid"] < far / 10
-        assert row["precision"] > 0.5
+    floor = check_floor(measured, scorer, tiny, sizes)
+    assert all(row["precision"] > 0.5 for row in measured)
     assert scorer.score(scorer.real["test"])["fid"] == pytest.approx(floor["held-out against held-in"]["fid"])
     monkeypatch.setattr(scorer, "floor", lambda: pytest.fail("measured again"))
     assert evaluation.floor(scorer, tiny) == measured
@@ -265,10 +267,5 @@ def test_another_reference_under_the_same_name_is_scored_anew(workshop, make_stu
 
 def test_the_floor_of_the_adm_suite_compares_real_images_with_the_reference(output, adm_study):
     scorer = evaluation.open_scorer(adm_study, progress=False)
-    rows = {row["pair"]: row for row in scorer.floor()}
-    sizes = {pair: (row["n"], row["n_reference"]) for pair, row in rows.items()}
-    assert sizes == {"held-out against held-in": (450, 1212), "augmented held-in against held-in": (1212, 1212)}
-    far = scorer.score(noise_images(450))["fid"]
-    for row in rows.values():
-        assert set(row) == {"pair", "n", "n_reference", *evaluation.metrics_of(adm_study)}
-        assert 0 < row["fid"] < far / 10
+    sizes = {"held-out against held-in": (450, 1212), "augmented held-in against held-in": (1212, 1212)}
+    check_floor(scorer.floor(), scorer, adm_study, sizes)

@@ -211,25 +211,6 @@ def test_a_lock_has_one_holder_whom_the_error_names_and_the_next_waits(tmp_path)
         pass
 
 
-def test_a_lock_ends_with_its_process(tmp_path):
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with files.locked(tmp_path / "x.lock", "it"):
-            os.write(writing, b"held")
-            time.sleep(60)
-        os._exit(0)
-    try:
-        assert os.read(reading, 4) == b"held"
-        with pytest.raises(InUse, match=f"process {child} on"), files.locked(tmp_path / "x.lock", "it"):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    with files.locked(tmp_path / "x.lock", "it"):
-        pass
-
-
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(files.errno.ENOLCK, "No locks available")

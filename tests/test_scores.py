@@ -33,11 +33,12 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gaussian_images(n, seed, mean=128.0, spread=12.0, side=4):
-    """uint8 images (n, 1, side, side) from a Gaussian with correlated pixels."""
-    drawn = noise(n + side * side, side * side, seed=seed)
-    mixing = drawn[n:] / side
-    return (mean + spread * drawn[:n] @ mixing).round().clamp(0, 255).to(torch.uint8).reshape(n, 1, side, side)
+def gaussian_images(n, seed, mean=128.0, spread=12.0, side=4, channels=1):
+    """uint8 images (n, channels, side, side) from a Gaussian with correlated pixels, the first ones alike for any n."""
+    values = channels * side * side
+    mixing = noise(values, values, seed=seed + 1000) / side
+    drawn = mean + spread * noise(n, values, seed=seed) @ mixing
+    return drawn.round().clamp(0, 255).to(torch.uint8).reshape(n, channels, side, side)
 
 
 class Pixels(torch.nn.Module):
@@ -80,16 +81,22 @@ def test_frechet_distance_against_closed_forms_and_torch_fidelity():
         score(gaussian_images(20, 0).float(), gaussian_images(20, 0))
 
 
-@pytest.mark.parametrize("size", [7, 100])
-def test_moments_are_those_of_numpy_in_parts_of_any_size(size):
-    x = (noise(100, 5) * 3 + 50).float()
+@pytest.mark.parametrize(
+    ("x", "size", "tolerance"),
+    [
+        ((noise(100, 5) * 3 + 50).float(), 7, 1e-10),
+        ((noise(100, 5) * 3 + 50).float(), 100, 1e-10),
+        (1e4 + 1e-2 * noise(5000, 4, seed=3), 700, 1e-6),  # far from zero
+    ],
+)
+def test_moments_are_those_of_numpy_in_parts_of_any_size(x, size, tolerance):
     moments = Moments()
     for part in x.split(size):
         moments.add(part)
     mean, found = moments.gaussian()
     assert mean.dtype == found.dtype == np.float64
-    np.testing.assert_allclose(mean, x.double().numpy().mean(0), rtol=1e-13)
-    np.testing.assert_allclose(found, np.cov(x.double().numpy(), rowvar=False), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found, np.cov(x.double().numpy(), rowvar=False), rtol=tolerance, atol=1e-10)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 20)])
@@ -156,8 +163,6 @@ def test_precision_is_of_generated_and_recall_of_real_images():
     equal = score(real, real)
     assert (equal["precision"], equal["recall"]) == (1, 1)
     assert equal["fid"] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(HasteError, match=r"3 generated and 9 real images; expected more than evaluate.neighborhood"):
-        scores.precision_recall(noise(3, 2), noise(9, 2), 3)
 
 
 # Copies
@@ -272,12 +277,11 @@ def test_every_sampling_and_scoring_setting_is_in_the_lists_above():
     assert fields <= set(CHANGES_A_SCORE) | set(CHANGES_NOTHING) | ELSEWHERE
 
 
-def test_the_card_follows_suite_and_extractor(tiny, plain):
+def test_the_card_follows_suite_extractor_and_content_of_the_reference_and_not_its_folder(
+    tiny, plain, make_study, tmp_path
+):
     assert plain["study"]["card_id"] != plain["adm"]["card_id"]
     assert card(tiny, "another")["card_id"] != plain["study"]["card_id"]
-
-
-def test_the_card_follows_the_content_of_the_reference_and_not_its_folder(make_study, tmp_path):
     places = [write_reference(tmp_path / name / "r.npz", shift) for name, shift in (("a", 0), ("b", 0), ("c", 1))]
     one, moved, other = (card(make_study("evaluate.suite=adm", f"evaluate.reference={place}")) for place in places)
     assert one == moved
@@ -300,25 +304,16 @@ def test_the_card_of_a_run_differs_in_its_own_settings_alone(make_study):
     assert scores.card_of(content, Run(study, "repa", 0)) == content
 
 
-def test_a_covariance_far_from_zero_keeps_its_digits():
-    x = 1e4 + 1e-2 * noise(5000, 4, seed=3)
-    moments = Moments()
-    for part in x.split(700):
-        moments.add(part)
-    found = moments.gaussian()
-    assert found.covariance == pytest.approx(np.cov(x.T.numpy()), rel=1e-6, abs=1e-10)
-    assert found.mean == pytest.approx(x.mean(0).numpy(), rel=1e-12)
-
-
 def test_features_that_are_not_finite_or_too_few_are_refused():
     good, bad, few = noise(50, 4, seed=0), noise(50, 4, seed=1), noise(3, 4, seed=2)
     bad[[3, 7]] = torch.nan
-    evaluate = config.EvaluateSettings(kid_subsets=2, kid_subset_size=20)
-    for pair in ((bad, good), (good, bad)):
-        with pytest.raises(HasteError, match="features of 2 of 50 images are not finite"):
-            compare(*pair, evaluate)
-    for pair in ((few, good), (good, few)):
-        with pytest.raises(HasteError, match=r"precision and recall of \d+ generated .*; expected more"):
-            compare(*pair, evaluate)
+    for pair, words in (
+        ((bad, good), "features of 2 of 50 images are not finite"),
+        ((good, bad), "features of 2 of 50 images are not finite"),
+        ((few, good), "3 generated and 50 real images; expected more than evaluate.neighborhood"),
+        ((good, few), "50 generated and 3 real images; expected more than evaluate.neighborhood"),
+    ):
+        with pytest.raises(HasteError, match=words):
+            compare(*pair, settings())
     with pytest.raises(HasteError, match="features of 2 of 50 images"):
         Moments().add(bad)

@@ -403,8 +403,9 @@ LEFT = 0.02
 
 def late(evidence: Evidence, seed: int, role: str, measure: str, step: int | None = None) -> float:
     """A score of an arm at a step, by default the last one of the study."""
-    rows = evidence.rows_of_scores(role, seed)
-    return float(rows.loc[rows["step"] == (evidence.last if step is None else step), measure].iloc[0])
+    scores, last = evidence.scores, evidence.last if step is None else step
+    rows = (scores["arm"] == evidence.name(role)) & (scores["seed"] == seed) & (scores["step"] == last)
+    return float(scores.loc[rows, measure].iloc[0])
 
 
 def harm(evidence: Evidence, seed: int, arm: str, plain: str = "vanilla") -> float:
@@ -412,18 +413,18 @@ def harm(evidence: Evidence, seed: int, arm: str, plain: str = "vanilla") -> flo
     return math.log(late(evidence, seed, arm, "excess") / late(evidence, seed, plain, "excess"))
 
 
-def early_gain(evidence: Evidence, seed: int, arm: str, plain: str = "vanilla") -> float:
+def early_gain(evidence: Evidence, seed: int, arm: str) -> float:
     """log excess loss at t >= 0.3, plain training minus an arm, mean of the early steps."""
     values = [
-        late(evidence, seed, plain, "excess_structure", step) / late(evidence, seed, arm, "excess_structure", step)
+        late(evidence, seed, "vanilla", "excess_structure", step) / late(evidence, seed, arm, "excess_structure", step)
         for step in evidence.early
     ]
     return float(np.mean(np.log(values)))
 
 
-def less_harm(evidence: Evidence, seed: int, arm: str) -> float:
-    """Late harm of `holistic` minus that of an arm."""
-    return harm(evidence, seed, "holistic") - harm(evidence, seed, arm)
+def less_harm(evidence: Evidence, seed: int, more: tuple[str, str], less: tuple[str, str]) -> float:
+    """Late harm of one arm minus that of another, each as (arm, its plain training)."""
+    return harm(evidence, seed, *more) - harm(evidence, seed, *less)
 
 
 def harm_for_gain(evidence: Evidence, seed: int) -> float:
@@ -432,15 +433,6 @@ def harm_for_gain(evidence: Evidence, seed: int) -> float:
     if min(gains.values()) <= 0:
         return math.nan
     return harm(evidence, seed, "holistic") / gains["holistic"] - harm(evidence, seed, "both") / gains["both"]
-
-
-def harm_by_width(evidence: Evidence, seed: int, narrow: str, wide: str) -> float:
-    """Late harm at one width minus that at a larger one; an empty prefix is the study's own width."""
-
-    def at(prefix: str) -> float:
-        return harm(evidence, seed, f"{prefix}holistic", f"{prefix}vanilla")
-
-    return at(narrow) - at(wide)
 
 
 def harm_in_band(evidence: Evidence, seed: int, minus_template: bool) -> float:
@@ -464,7 +456,10 @@ MECHANISM = (
         ("vanilla", "holistic", "both", "both_pull"),
         "late harm (log excess loss, t <= 0.1, over vanilla's), teacher of labels minus teacher of both, last step",
         EVERY, POSITIVE,
-        {"equal weights": partial(less_harm, arm="both"), "equal pull": partial(less_harm, arm="both_pull")},
+        {
+            "equal weights": partial(less_harm, more=("holistic", "vanilla"), less=("both", "vanilla")),
+            "equal pull": partial(less_harm, more=("holistic", "vanilla"), less=("both_pull", "vanilla")),
+        },
         measure="excess", when="last",
     ),
     Claim(
@@ -480,8 +475,10 @@ MECHANISM = (
         "late harm (log excess loss, t <= 0.1, over vanilla's) at one width minus the next larger one, last step",
         EVERY, POSITIVE,
         {
-            "32 minus 64": partial(harm_by_width, narrow="narrow_", wide=""),
-            "64 minus 96": partial(harm_by_width, narrow="", wide="wide_"),
+            "32 minus 64": partial(
+                less_harm, more=("narrow_holistic", "narrow_vanilla"), less=("holistic", "vanilla")
+            ),
+            "64 minus 96": partial(less_harm, more=("holistic", "vanilla"), less=("wide_holistic", "wide_vanilla")),
         },
         measure="excess", when="last",
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,9 +13,9 @@ from torch import Tensor
 from haste_core import checkpoint, sampling
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
-from haste_core.files import locked, write_bytes, write_json
+from haste_core.files import atomic, locked, write_json
 from haste_core.models import DiffusionTransformer
-from haste_core.study import caption_scores, config, latents
+from haste_core.study import caption_scores, config
 from haste_core.study.data import check_same, open_dataset
 from haste_core.study.denoising import EXCESS, LAW_SUMMARIES, SUMMARIES, summaries
 from haste_core.study.runs import Run, session, study_dir
@@ -101,13 +100,11 @@ def evaluation_samples(
     Image i has its own label and seed, the same for every arm, training seed and step. progress: label of the progress
     bar; None shows none. sample: sampler settings, by default the run's.
     """
-    study, sample = run.study, sample or run.sample
+    study, evaluate = run.study, run.study.evaluate
     model, _ = generator_at(run, step)
-    classes = open_dataset(study.data).sampled
-    labels = sampling.sample_labels(study.evaluate.n, classes, study.evaluate.labels, study.evaluate.seed)
-    seeds = range(study.evaluate.seed, study.evaluate.seed + study.evaluate.n)
-    drawn = sampling.draw(model, labels, seeds, sample.options, progress)
-    return sampling.to_uint8(latents.to_images(drawn, study.data, sample))
+    labels = sampling.sample_labels(evaluate.n, open_dataset(study.data).sampled, evaluate.labels, evaluate.seed)
+    draw = drawer(model, study.data, sample or run.sample, progress)
+    return draw(labels, range(evaluate.seed, evaluate.seed + evaluate.n))
 
 
 def evaluation_set(run: Run, step: int, progress: str | None = None) -> SampleSet:
@@ -144,7 +141,7 @@ def evaluate_run(run: Run, progress: bool = True, scorer: Scorer | None = None) 
         own = card_of(scorer.card, run)
         known = _known_scores(run, own["card_id"])
         # Another profile may keep further checkpoints of the same run: their scores stay.
-        others = [step for step in _scored_steps(run) if run.checkpoint_path(int(step)).is_file()]
+        others = [step for step in _content(run)["steps"] if run.checkpoint_path(int(step)).is_file()]
         steps = {step: _fingerprint(run, int(step)) for step in [*map(str, run.config.train.kept_steps), *others]}
         with session(run.dir, what="evaluation"):
             for step in map(str, run.config.train.kept_steps):
@@ -180,21 +177,21 @@ def _drawn_and_scored(run: Run, step: int, scorer: Scorer, progress: str | None)
 
 
 def _keep(path: Path, images: Tensor) -> None:
-    stream = io.BytesIO()
-    np.save(stream, images.numpy(), allow_pickle=False)
-    write_bytes(path, stream.getvalue())
+    with atomic(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, images.numpy(), allow_pickle=False)
 
 
 def _known_scores(run: Run, card_id: str) -> dict[str, Scores]:
     """Scores by generator fingerprint, from this run and the runs that may share checkpoints with it."""
-    found: dict[str, Scores] = {}
-    for arm in run.study.arms:
-        path = Run(run.study, arm, run.seed).evaluation_path
-        if path.is_file():
-            content = json.loads(path.read_text())
-            if content["card"]["card_id"] == card_id:
-                found |= content["scores"]
-    return found
+    contents = (_content(Run(run.study, arm, run.seed)) for arm in run.study.arms)
+    known = (content["scores"] for content in contents if content["card"]["card_id"] == card_id)
+    return {fingerprint: found for scores in known for fingerprint, found in scores.items()}
+
+
+def _content(run: Run) -> dict[str, Any]:
+    """Content of the file of a run's scores: `card`, `steps` (their fingerprints) and `scores` by fingerprint."""
+    path = run.evaluation_path
+    return json.loads(path.read_text()) if path.is_file() else {"card": {"card_id": None}, "steps": {}, "scores": {}}
 
 
 def _save_scores(run: Run, card: dict[str, Any], steps: dict[str, str], scores: dict[str, Scores]) -> None:
@@ -239,13 +236,7 @@ def _not_scored(run: Run) -> HasteError:
 
 def is_scored(run: Run) -> bool:
     """True when every kept step of the run has its scores under the study's present settings."""
-    scored = _scored_steps(run)
-    return all(str(step) in scored for step in run.config.train.kept_steps)
-
-
-def _scored_steps(run: Run) -> list[str]:
-    path = run.evaluation_path
-    return list(json.loads(path.read_text())["steps"]) if path.is_file() else []
+    return set(map(str, run.config.train.kept_steps)) <= _content(run)["steps"].keys()
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -273,7 +264,7 @@ def _by_step(run: Run) -> list[tuple[dict[str, Any], Scores, str]]:
     """Arm, seed and step, scores, and card of every kept step of an evaluated run."""
     if not is_scored(run):
         raise _not_scored(run)
-    content = json.loads(run.evaluation_path.read_text())
+    content = _content(run)
     return [
         (
             {"arm": run.arm, "seed": run.seed, "step": step},

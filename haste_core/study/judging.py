@@ -89,10 +89,6 @@ class Evidence:
         score = self.curves[self.name(role)][seed][step]
         return math.log(max(score, 1e-12)) if MEASURES[self.measure].log else score
 
-    def rows_of_scores(self, role: str, seed: int) -> pd.DataFrame:
-        """The scores of an arm and seed, one row for each step."""
-        return self.scores[(self.scores["arm"] == self.name(role)) & (self.scores["seed"] == seed)]
-
     def early_value(self, role: str, seed: int) -> float:
         """Mean of `value` over the early steps."""
         return float(np.mean([self.value(role, seed, step) for step in self.early]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from haste_core.analysis import attention, law, switching
 from haste_core.analysis.statistics import one_card
 from haste_core.errors import HasteError
 from haste_core.figures import Figure, compared
-from haste_core.files import write_bytes, write_json, write_table, write_text
+from haste_core.files import atomic, write_json, write_table, write_text
 from haste_core.study import caption_scores, claims, config, cost, evaluation, judging, report_text, runs
 from haste_core.study.data import open_dataset
 from haste_core.study.pretrain import find_teacher
@@ -191,11 +191,8 @@ def write_tables(report: Report) -> None:
         pairs = {arm: plain for arm in study.arms if (plain := study.baseline(arm)) not in (None, arm)}
         table = law.gain_and_harm(pd.DataFrame(fid), pairs, study.claims.early, study.train.steps)
         for name, written in (("gain_and_harm", table), ("factors", law.factors(table, confidence))):
-            rows = [{str(key): value for key, value in row.items()} for row in written.to_dict("records")]
-            write_table(folder / f"{name}.csv", rows, tuple(written.columns))
-    stream = io.BytesIO()
-    np.savez_compressed(stream, **samples)  # type: ignore[arg-type]
-    write_bytes(folder / "samples.npz", stream.getvalue())
+            write_table(folder / f"{name}.csv", written.to_dict("records"), tuple(written.columns))  # type: ignore[arg-type]
+    _write_images(folder / "samples.npz", samples)
     write_json(folder / "provenance.json", study_provenance(report))
 
 
@@ -206,9 +203,12 @@ def _write_captions(report: Report) -> None:
         run.arm: np.load(evaluation.find_samples(run, run.config.train.steps, "captions"), allow_pickle=False)
         for run in report.shown_runs()
     }
-    stream = io.BytesIO()
-    np.savez_compressed(stream, **shown)  # type: ignore[arg-type]
-    write_bytes(report.tables / "captions.npz", stream.getvalue())
+    _write_images(report.tables / "captions.npz", shown)
+
+
+def _write_images(path: Path, images: Mapping[str, np.ndarray]) -> None:
+    with atomic(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **images)  # type: ignore[arg-type]
 
 
 def _caption_sheet(report: Report) -> Figure:
@@ -476,18 +476,15 @@ def write_index(folder: Path) -> Path:
     for path in sorted(folder.glob("*/report.html")):
         tables = path.parent / "tables"
         # A report that another version left behind must not keep a new one from being written.
-        if not all((tables / name).is_file() for name in ("provenance.json", "fid.csv", "denoising.csv", "claims.csv")):
-            continue
-        facts = json.loads((tables / "provenance.json").read_text())
-        if not {"main", "claims", "tau", "steps", "runs", "written"} <= facts.keys():
-            continue
-        told, verdicts, _ = _told(tables, facts)
-        runs_of = {tuple(name.split(" seed ")) for name in facts["runs"]}
-        cards.append({
-            "folder": path.parent.name, "title": facts.get("title") or facts["study"], "answers": told,
-            "verdicts": verdicts, "steps": facts["steps"], "written": facts["written"][:10],
-            "arms": len({arm for arm, _ in runs_of}), "seeds": len({seed for _, seed in runs_of}),
-        })  # fmt: skip
+        with suppress(FileNotFoundError, KeyError):
+            facts = json.loads((tables / "provenance.json").read_text())
+            told, verdicts, _ = _told(tables, facts)
+            runs_of = {tuple(name.split(" seed ")) for name in facts["runs"]}
+            cards.append({
+                "folder": path.parent.name, "title": facts.get("title") or facts["study"], "answers": told,
+                "verdicts": verdicts, "steps": facts["steps"], "written": facts["written"][:10],
+                "arms": len({arm for arm, _ in runs_of}), "seeds": len({seed for _, seed in runs_of}),
+            })  # fmt: skip
     target = folder / "index.html"
     write_text(target, _template("index.html").render(cards=cards, style=STYLE.read_text(encoding="utf-8")))
     return target

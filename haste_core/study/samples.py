@@ -56,11 +56,13 @@ def plan(
     }
 
 
-def drawer(model: DiffusionTransformer, data: config.DataSettings, how: config.SampleSettings) -> Draw:
+def drawer(
+    model: DiffusionTransformer, data: config.DataSettings, how: config.SampleSettings, progress: str | None = None
+) -> Draw:
     """A function that draws uint8 images (b, C, S, S) from a generator of `data`, decoded where these are latents."""
 
     def draw(labels: Tensor, seeds: range) -> Tensor:
-        return to_uint8(to_images(sample(model, labels, seeds, how.options), data, how))
+        return to_uint8(to_images(sample(model, labels, seeds, how.options, progress), data, how))
 
     return draw
 

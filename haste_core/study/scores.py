@@ -292,8 +292,8 @@ class StudyScorer:
 
     def __init__(self, study: config.StudySettings) -> None:
         self.study = study
-        self.law = open_dataset(study.data).law
         dataset, self.training = open_dataset(study.data), TrainingImages(study.data)
+        self.law = dataset.law
         order = torch.randperm(len(self.training), generator=Generator().manual_seed(0))
         self.real = {
             "train": self.training.at(order[:LIMIT].sort().values),
