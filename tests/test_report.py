@@ -594,6 +594,16 @@ def test_the_index_has_a_card_for_each_report(synthetic, tmp_path, capsys, monke
 
 # The committed report
 
+
+def test_a_study_at_two_resolutions_answers_its_own_question():
+    told = {name: pd.read_csv(ROOT / "reports" / name / "tables" / "claims.csv") for name in COMMITTED}
+    ((question, text),) = report_text.further_answers(told["mnist-two-cores"])
+    assert question == "Is the gain as large at the higher resolution?"
+    assert text.startswith("Log FID, gain of haste over vanilla at the higher resolution minus that at the lower")
+    assert "-0.229 (-0.301 to -0.157), contradicted. " in text
+    assert report_text.further_answers(told["digits"]) == []
+
+
 committed = pytest.mark.parametrize("shown", COMMITTED)
 
 

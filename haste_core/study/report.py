@@ -7,7 +7,6 @@ import html
 import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -433,7 +432,8 @@ def write_report(report: Report) -> Path:
         tau=report.tau,
         facts=json.loads((report.tables / "provenance.json").read_text()),
         card=json.loads((report.tables / "cards" / f"{one_card(fid)}.json").read_text()),
-        answers=answers(fid, report.denoising(), study.claims, report.tau, study.train.steps),
+        answers=answers(fid, report.denoising(), study.claims, report.tau, study.train.steps)
+        + report_text.further_answers(judged),
         sentences=sentences(report),
         verdicts=report_text.verdicts(judged),
         lacking=lacking(judged),
@@ -476,15 +476,18 @@ def write_index(folder: Path) -> Path:
     for path in sorted(folder.glob("*/report.html")):
         tables = path.parent / "tables"
         # A report that another version left behind must not keep a new one from being written.
-        with suppress(FileNotFoundError, KeyError):
-            facts = json.loads((tables / "provenance.json").read_text())
-            told, verdicts, _ = _told(tables, facts)
-            runs_of = {tuple(name.split(" seed ")) for name in facts["runs"]}
-            cards.append({
-                "folder": path.parent.name, "title": facts.get("title") or facts["study"], "answers": told,
-                "verdicts": verdicts, "steps": facts["steps"], "written": facts["written"][:10],
-                "arms": len({arm for arm, _ in runs_of}), "seeds": len({seed for _, seed in runs_of}),
-            })  # fmt: skip
+        if not all((tables / name).is_file() for name in ("provenance.json", "fid.csv", "denoising.csv", "claims.csv")):
+            continue
+        facts = json.loads((tables / "provenance.json").read_text())
+        if not {"main", "claims", "tau", "steps", "runs", "written"} <= facts.keys():
+            continue
+        told, verdicts, _ = _told(tables, facts)
+        runs_of = {tuple(name.split(" seed ")) for name in facts["runs"]}
+        cards.append({
+            "folder": path.parent.name, "title": facts.get("title") or facts["study"], "answers": told,
+            "verdicts": verdicts, "steps": facts["steps"], "written": facts["written"][:10],
+            "arms": len({arm for arm, _ in runs_of}), "seeds": len({seed for _, seed in runs_of}),
+        })  # fmt: skip
     target = folder / "index.html"
     write_text(target, _template("index.html").render(cards=cards, style=STYLE.read_text(encoding="utf-8")))
     return target
@@ -497,7 +500,9 @@ def _told(folder: Path, facts: Mapping[str, Any]) -> tuple[list[tuple[str, str]]
         for table in (pd.read_csv(folder / f"{name}.csv", dtype={"card": str}) for name in ("fid", "denoising"))
     )
     told = answers(fid, denoising, ClaimsSettings(**facts["claims"]), facts["tau"], facts["steps"])
-    counts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts(sort=False)
+    judged = pd.read_csv(folder / "claims.csv")
+    told += report_text.further_answers(judged)
+    counts = judged["verdict"].value_counts(sort=False)
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in report_text.VERDICTS if verdict in counts)
     return told, f"Verdicts: {verdicts}.", f"Commit {', '.join(facts['commits'])}, study {facts['study_hash']}."
 

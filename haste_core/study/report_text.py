@@ -41,6 +41,11 @@ CAPTIONS = {
 }  # fmt: skip
 # Summaries of the held-out denoising loss, columns of fid.csv; nats are compared as a difference, others in percent.
 SUMMARIES = {"near_data": f"near the data ({NEAR})", "structure": HIGH, "denoising": "all t", "nats": "nats an image"}
+# Questions of few studies, and the claims that answer them.
+QUESTIONS = {
+    "Does it help text to image?": ("C16", "C16c", "C16u"),
+    "Is the gain as large at the higher resolution?": ("C20g", "C20gx", "C20gd"),
+}
 
 
 def answers(
@@ -88,6 +93,20 @@ def answers(
         )
         found.append(("Does the switch give it back?", text))
     return found
+
+
+def further_answers(judged: pd.DataFrame) -> list[tuple[str, str]]:
+    """Questions that few studies ask, each with the claims on it, from rows of claims.csv."""
+    rows = judged[measured(judged)].set_index("id")
+    found = {question: [rows.loc[i] for i in ids if i in rows.index] for question, ids in QUESTIONS.items()}
+    return [
+        (
+            question,
+            " ".join(f"{row['unit'][0].upper()}{row['unit'][1:]}: {effect(row)}, {row['verdict']}." for row in asked),
+        )
+        for question, asked in found.items()
+        if asked
+    ]
 
 
 def _share_of_cost(back: Sequence[float], cost: Sequence[float], confidence: float) -> str:
