@@ -97,16 +97,12 @@ def answers(
 
 def further_answers(judged: pd.DataFrame) -> list[tuple[str, str]]:
     """Questions that few studies ask, each with the claims on it, from rows of claims.csv."""
-    rows = judged[measured(judged)].set_index("id")
-    found = {question: [rows.loc[i] for i in ids if i in rows.index] for question, ids in QUESTIONS.items()}
-    return [
-        (
-            question,
-            " ".join(f"{row['unit'][0].upper()}{row['unit'][1:]}: {effect(row)}, {row['verdict']}." for row in asked),
-        )
-        for question, asked in found.items()
-        if asked
-    ]
+    told = {
+        row["id"]: f"{row['unit'][0].upper()}{row['unit'][1:]}: {effect(row)}, {row['verdict']}."
+        for row in judged[measured(judged)].to_dict("records")
+    }
+    found = {question: " ".join(told[i] for i in ids if i in told) for question, ids in QUESTIONS.items()}
+    return [(question, text) for question, text in found.items() if text]
 
 
 def _share_of_cost(back: Sequence[float], cost: Sequence[float], confidence: float) -> str:
