@@ -126,7 +126,7 @@ def test_an_unknown_name_or_value_is_refused_naming_the_known_ones(output, capsy
         (["alignment.layer_pairs=[[1, -1]]"], ["alignment.layer_pairs", "-1"]),
         (["alignment.heads=[]"], ["heads []; expected at least one head"]),
         (["teacher.kwargs.num_heads=2", "alignment.heads=[0, 3]"], ["head 3", "expected 0 to 1", "teacher 2"]),
-        (["model.patch=3"], ["model.patch 3", "image size 8"]),
+        (["model.patch=3"], ["model.patch is 3", "side 8"]),
         (["teacher.model=vit_tinny"], ["'vit_tinny'", "timm.list_models()"]),
         (["teacher.weights=/no/such.safetensors"], ["'/no/such.safetensors'", "hub, pretrain, random"]),
         (["teacher.kwargs.depht=3"], ["depht", "teacher", "expected teacher.kwargs that timm"]),

@@ -32,15 +32,6 @@ def written(tmp_path, change):
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_study_of_the_package_loads_with_every_profile():
-    assert "digits" in config.studies()
-    for name in config.studies():
-        study = config.load(name)
-        assert study.name == name
-        for profile in study.profiles:
-            config.load(name, profile)
-
-
 def test_the_default_study_has_the_arms_of_the_paper():
     study = config.load("digits")
     weights = {arm: study.run(arm).alignment for arm in ("vanilla", "repa", "atta", "holistic", "haste")}
@@ -49,12 +40,6 @@ def test_the_default_study_has_the_arms_of_the_paper():
     assert study.run("vanilla").tau == 0
     assert study.run("holistic").tau == float("inf")
     assert 0 < study.run("haste").tau < study.train.steps
-
-
-def test_a_study_is_found_by_path(tmp_path):
-    path = written(tmp_path, lambda content: content.update(name="mine"))
-    assert config.load(path).name == "mine"
-    assert config.load(str(path)).train == config.load("digits").train
 
 
 def test_arms_change_only_what_they_name(tiny):
@@ -81,17 +66,11 @@ def test_kept_steps_are_sorted_unique_and_end_with_the_last(make_study):
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_study_names_the_known_ones(tmp_path):
+def test_an_unknown_study_or_file_names_the_known_ones(tmp_path):
     message = refused("digit")
     assert all(word in message for word in ("unknown study 'digit'", "did you mean 'digits'", ".yaml")), message
-    assert "none.yaml" in refused(tmp_path / "none.yaml")
-
-
-def test_a_missing_file_is_no_study(tmp_path):
-    message = refused(tmp_path / "mine.yml")
-    assert (
-        f"no file {tmp_path / 'mine.yml'}; expected a study file, or one of the studies: captions, cifar10" in message
-    )
+    path = tmp_path / "mine.yml"
+    assert f"no file {path}; expected a study file, or one of the studies: captions, cifar10" in refused(path)
 
 
 def test_arms_that_are_null_are_left_out_of_the_study_and_its_groups(tmp_path):
@@ -123,7 +102,7 @@ def test_an_unknown_arm_names_the_known_ones(tiny):
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "patterns"),
     [
         ("train.stpes=4", ["stpes", "did you mean 'steps'", "batch_size"]),
         ("trian.steps=4", ["trian", "did you mean 'train'", "evaluate"]),
@@ -141,39 +120,44 @@ def test_an_unknown_arm_names_the_known_ones(tiny):
         ("alignment.depth=7", ["alignment.depth 7", "6 blocks"]),
         ("alignment.layer_pairs=[[6, 1]]", ["student block 6", "0 to 5"]),
         ("alignment.heads=[4]", ["student head 4", "0 to 3"]),
-        ("alignment.heads=[1, 1]", ["heads", "once"]),
         ("arms.haste.termination.kind=never", ["at=", "iteration"]),
+        ("arms.haste.evaluate.n=5", ["'evaluate'", "termination"]),
+        ("data.augment.shfit=1", ["data.augment: unknown key 'shfit'", "rotation"]),
+        ("teacher.fitting.augment.x=1", ["teacher.fitting.augment: unknown key 'x'", "shift"]),
+        # What YAML and pydantic would let through.
+        ("train.steps=yes", [r"train.steps: steps is True, a truth value .*; expected a number|steps is True"]),
+        ("train.lr=.inf", [r"train.lr: .*finite number"]),
+        ("train.lr=.nan", [r"train.lr"]),
+        ("train.keep=[true]", [r"keep is \[True\], a truth value"]),
+        ("train.ema_decay=1", [r"train.ema_decay: .*less than 1"]),
+        ("train.betas=[1, 1]", [r"train.betas.0: .*less than 1"]),
+        ("seeds=[0, 0]", [r"seeds: names a seed twice; expected each once, given \[0, 0\]$"]),
+        ("arms.haste.seeds=[0, 0]", [r"arms.haste.seeds is \[0, 0\]; expected .*, each once"]),
+        ("arms.haste.seeds=[false]", [r"arms.haste.seeds is \[False\]; expected"]),
+        ("train.steps='12'", [r"train: steps is '12', a number in quotes, so text; expected a number without quotes"]),
+        ("train.betas=[0.9, '0.99']", [r"betas is \[0.9, '0.99'\], a number in quotes"]),
+        ("model.qk_norm=1", [r"qk_norm is 1; expected true or false"]),
+        ("teacher.std=[0]", [r"teacher.std.0: .*greater than 0"]),
+        ("teacher.std=[-1]", [r"teacher.std.0: .*greater than 0"]),
+        ("model.depth=100000", [r"model.depth: .*less than or equal to 1000, given 100000"]),
+        ("model.width=4000000", [r"model.width: .*less than or equal to 100000"]),
+        ("sample.solver_steps=1000000000", [r"sample.solver_steps: .*less than or equal to 100000"]),
+        ("train.lr=" + "[" * 3000, [r"the value is not valid YAML"]),
+        ("alignment.heads=[0, 0]", [r"heads \[0, 0\]; expected at least one head, each once"]),
+        ("arms={a/b: {}}", [r"arms.a/b: expected letters, digits, \. and _, the first a letter or digit, given 'a/b'"]),
+        ("alignment.layer_pairs=[1, 2]", [r"\[\[student block, teacher block\], \.\.\.\]"]),
+        ("alignment.layer_pairs=[[1, 2], [1, 2]]", [r"layer_pairs \[\[1, 2\], \[1, 2\]\] name a pair twice"]),
+        (
+            "sample={guidance: 2, guidance_low: 0.8, guidance_high: 0.2}",
+            [r"guide at no noise level; expected low < high"],
+        ),
+        ("evaluate.n=3", [r"n 3; expected more images than neighborhood 3"]),
+        ("arms={vanilla: {}, %s: {}}" % ("a" * 300), [r"at most 100 characters"]),
     ],
 )
-def test_a_bad_override_is_refused_naming_what_is_expected(override, words):
+def test_a_bad_override_is_refused_naming_what_is_expected(override, patterns):
     message = refused("digits", overrides=[override])
-    assert all(word in message for word in words), message
-
-
-def test_an_arm_cannot_change_what_is_no_part_of_a_run(tmp_path):
-    path = written(tmp_path, lambda content: content["arms"].update(odd={"evaluate": {"n": 5}}))
-    message = refused(path)
-    assert "'evaluate'" in message
-    assert "termination" in message
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "known"),
-    [
-        ("train", "stpes", "batch_size"),
-        ("data.augment", "shfit", "rotation"),
-        ("teacher.fitting.augment", "x", "shift"),
-    ],
-)
-def test_an_unknown_key_in_a_file_names_the_known_ones(tmp_path, section, key, known):
-    def change(content):
-        for part in section.split("."):
-            content = content[part]
-        content[key] = 1
-
-    message = refused(written(tmp_path, change))
-    assert f"{section}: unknown key {key!r}" in message
-    assert known in message
+    assert [pattern for pattern in patterns if not re.search(pattern, message)] == [], message
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "just text", ""], ids=repr)
@@ -416,48 +400,6 @@ def test_an_arm_may_have_some_of_the_studys_seeds(make_study):
     more = ("seeds=[0, 1]", "train.keep=[4, 8]")
     assert make_study(*more, "arms.haste.seeds=[1]").donor("haste") == "holistic"
     assert make_study(*more, "arms.holistic.seeds=[1]").donor("haste") is None
-
-
-# What YAML and pydantic would let through
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.steps=yes", r"train.steps: steps is True, a truth value .*; expected a number|steps is True"),
-        ("train.lr=.inf", r"train.lr: .*finite number"),
-        ("train.lr=.nan", r"train.lr"),
-        ("train.keep=[true]", r"keep is \[True\], a truth value"),
-        ("train.ema_decay=1", r"train.ema_decay: .*less than 1"),
-        ("train.betas=[1, 1]", r"train.betas.0: .*less than 1"),
-        ("seeds=[0, 0]", r"seeds: names a seed twice; expected each once, given \[0, 0\]$"),
-        ("arms.haste.seeds=[0, 0]", r"arms.haste.seeds is \[0, 0\]; expected .*, each once"),
-        ("arms.haste.seeds=[false]", r"arms.haste.seeds is \[False\]; expected"),
-        ("train.steps='12'", r"train: steps is '12', a number in quotes, so text; expected a number without quotes"),
-        ("train.betas=[0.9, '0.99']", r"betas is \[0.9, '0.99'\], a number in quotes"),
-        ("model.qk_norm=1", r"qk_norm is 1; expected true or false"),
-        ("teacher.std=[0]", r"teacher.std.0: .*greater than 0"),
-        ("teacher.std=[-1]", r"teacher.std.0: .*greater than 0"),
-        ("model.depth=100000", r"model.depth: .*less than or equal to 1000, given 100000"),
-        ("model.width=4000000", r"model.width: .*less than or equal to 100000"),
-        ("sample.solver_steps=1000000000", r"sample.solver_steps: .*less than or equal to 100000"),
-        ("train.lr=" + "[" * 3000, r"the value is not valid YAML"),
-        ("alignment.heads=[0, 0]", r"heads \[0, 0\]; expected at least one head, each once"),
-        ("arms={a/b: {}}", r"arms.a/b: expected letters, digits, \. and _, the first a letter or digit, given 'a/b'"),
-        ("alignment.layer_pairs=[1, 2]", r"\[\[student block, teacher block\], \.\.\.\]"),
-        ("alignment.layer_pairs=[[1, 2], [1, 2]]", r"layer_pairs \[\[1, 2\], \[1, 2\]\] name a pair twice"),
-        (
-            "sample={guidance: 2, guidance_low: 0.8, guidance_high: 0.2}",
-            r"guide at no noise level; expected low < high",
-        ),
-        ("evaluate.n=3", r"n 3; expected more images than neighborhood 3"),
-        ("arms={vanilla: {}, %s: {}}" % ("a" * 300), r"at most 100 characters"),
-    ],
-)
-def test_values_that_cannot_be_meant_are_refused(override, message):
-    with pytest.raises(HasteError, match=message) as caught:
-        config.load("digits", overrides=[override])
-    assert "\n" not in str(caught.value)
 
 
 def test_guidance_away_from_a_label_that_was_never_trained_is_refused():

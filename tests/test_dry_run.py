@@ -224,20 +224,12 @@ def test_an_existing_run_says_where_it_would_go_on(tiny, make_study, output, unt
 
 
 def test_a_switch_that_never_comes_and_a_teacher_that_sees_less_are_said(make_study, output, untraced):
-    checks, _ = dry_run.dry_run(
-        Run(
-            make_study("arms.haste.termination.at=4", "train.steps=4", "train.keep=[4]", "claims.early=[4]"), "haste", 0
-        )
-    )
-    said = {check.name: check.found for check in checks}
-    assert "aligned throughout: the switch at 4 lies beyond the last step" in said["settings"]
-    assert "shrunk" not in said["networks"]
-    shrinking = make_study(
-        "teacher.kwargs={img_size: 4, patch_size: 2, in_chans: 1, embed_dim: 24, depth: 4, num_heads: 4}"
-    )
-    checks, _ = dry_run.dry_run(Run(shrinking, "haste", 0))
-    said = {check.name: check.found for check in checks}
-    assert "it sees images of 8 pixels shrunk, see teacher.kwargs.img_size" in said["networks"]
+    late = ["arms.haste.termination.at=4", "train.steps=4", "train.keep=[4]", "claims.early=[4]"]
+    found = looked(make_study(*late))
+    assert "aligned throughout: the switch at 4 lies beyond the last step" in found["settings"].found
+    assert "shrunk" not in found["networks"].found
+    found = looked(make_study("teacher.kwargs.img_size=4"))
+    assert "it sees images of 8 pixels shrunk, see teacher.kwargs.img_size" in found["networks"].found
 
 
 def test_a_full_disk_is_a_problem_before_training(tiny, output, untraced, monkeypatch):
@@ -285,8 +277,6 @@ def test_a_text_model_needs_its_contexts(tmp_path, make_study, output, untraced)
 
 
 def test_a_law_that_cannot_be_is_the_problem_it_is_and_no_fault_of_the_teacher(output):
-    study = config.load("textured", None, ["data.image_size=4"])
-    checks, _ = dry_run.dry_run(Run(study, "holistic", 0))
-    problems = {check.name: check.found for check in checks if not check.ok}
-    assert list(problems) == ["data"]
-    assert "templates of 8 pixels in images of data.image_size 4" in problems["data"]
+    found = looked(config.load("textured", None, ["data.image_size=4"]), "holistic")
+    assert [name for name, check in found.items() if not check.ok] == ["data"]
+    assert "templates of 8 pixels in images of data.image_size 4" in found["data"].found

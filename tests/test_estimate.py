@@ -311,12 +311,10 @@ def test_json_is_the_table_and_its_sums_measured_on_this_device(tiny, settings, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--gpus", "0"], "--gpus 0; expected 1 and above"),
         (["--gpus", "99", *BY_HAND], "train.batch_size 32 cannot go through 99 process(es)"),
         (["--rate", "inf"], "--rate is inf; expected FLOP/s above 0"),
         (["--rate", "1e12", "--utilisation", "1.5"], "--utilisation is 1.5; expected above 0, at most 1"),
         (["--utilisation", "0.5"], "expected both, or --rate alone"),
-        (["--set", "model.patch=3", *BY_HAND], "model.patch is 3, which does not divide the side 8"),
         (["--set", "data.kind=latents", "--set", "data.path=nowhere"], "expected data.image_size"),
     ],
 )

@@ -81,18 +81,6 @@ def test_from_a_folder_to_a_report_without_an_edit(tmp_path, output, monkeypatch
     words = ["train.steps=8", "train.keep=[2,4]", "claims.early=[2,4]", "arms.haste.termination.at=4", "seeds=[0]",
              "teacher.fitting.steps=5", "evaluate.extractor.steps=5", "evaluate.autoencoder.steps=5",
              "sample.solver_steps=2"]  # fmt: skip
-    assert (
-        main(
-            [
-                "study",
-                str(path),
-                "--cores",
-                "2",
-                "--arms",
-                "vanilla,haste",
-                *(w for word in words for w in ("--set", word)),
-            ]
-        )
-        == 0
-    )
+    settings = [w for word in words for w in ("--set", word)]
+    assert main(["study", str(path), "--cores", "2", "--arms", "vanilla,haste", *settings]) == 0
     assert (report_dir(config.load(path)) / "report.html").stat().st_size > 10_000

@@ -78,7 +78,8 @@ def test_every_profile_has_the_papers_arms_and_a_kept_step_for_early_gains(name,
 @pytest.mark.parametrize(("name", "image", "grid"), [("imagenet256", 256, 16), ("imagenet512", 512, 32)])
 def test_the_teachers_token_grid_is_the_students(name, image, grid):
     study = config.load(name)
-    student, teacher, _ = networks_of(study.run("haste"), Example(image // 8, 4, 1000, image, 3))
+    student, haste = networks_of(study.run("haste"), Example(image // 8, 4, 1000, image, 3))
+    teacher = haste.teacher
     assert student.grid == teacher.grid == (grid, grid)
     assert teacher.image_size == (image * 7 // 8, image * 7 // 8)
     assert not teacher.antialias

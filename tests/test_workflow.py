@@ -190,7 +190,6 @@ def test_snakemake_reads_a_filled_in_profile(small, output, tmp_path, capfd, nam
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--processes", "0"], ["--processes 0; expected 1 and above"]),
         (["--processes", "3"], ["train.batch_size 32", "expected a multiple of 3"]),
         (["--cores", "0"], ["--cores 0; expected 1 and above"]),
     ],

@@ -33,17 +33,8 @@ _EXAMPLES = """examples:
 """
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 # Smallest values of options, whichever command they belong to.
-_LEAST = {
-    "processes": 1,
-    "cores": 1,
-    "gpus": 1,
-    "rounds": 1,
-    "n": 1,
-    "first_seed": 0,
-    "shard_size": 1,
-    "batch_size": 1,
-    "resize": 1,
-}
+_COUNTS = ("processes", "cores", "gpus", "rounds", "n", "shard_size", "batch_size", "resize")
+_LEAST = dict.fromkeys(_COUNTS, 1) | {"first_seed": 0}
 
 
 class _Parser(argparse.ArgumentParser):

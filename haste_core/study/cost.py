@@ -25,7 +25,6 @@ from haste_core.study.train import create, switch_of
 from haste_core.training import Batch, Trainer
 
 COLUMNS = ("arm", "phase", "median_step_s", "ratio_to_vanilla", "ratio_low", "ratio_high", "rounds")
-ROUNDS = 12
 # Settings of `train` that leave the numbers of a run as they are (so its lineage) and change the time of a step.
 _AFFECTS_TIME = ("watch_angle", "accumulate", "compile", "prefetch")
 # Parameters of the student that is timed, and FLOPs of one of its steps, at most.
@@ -74,7 +73,7 @@ def _state(study: config.StudySettings, run: config.RunSettings, phase: int) -> 
     return state
 
 
-def write(study: config.StudySettings, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+def write(study: config.StudySettings, rounds: int = 12) -> list[dict[str, Any]]:
     """Median seconds of two training steps of every main arm and phase, kept in runs/<study>/step_time.json.
 
     Returns:

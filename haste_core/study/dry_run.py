@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from huggingface_hub import try_to_load_from_cache
 
@@ -56,12 +55,24 @@ class Check(NamedTuple):
     kind: str = MISSING
 
 
-def _checked(name: str, look: Callable[[], str]) -> Check:
-    kind = _KINDS.get(name, MISSING)
+class Built(NamedTuple):
+    """Networks of a run on the meta device (`estimate.networks_of`), and the example that they are sized for."""
+
+    example: Example
+    student: DiffusionTransformer
+    haste: HASTE | None
+
+
+def _checked(name: str, look: Callable[[], object]) -> Check:
     try:
-        return Check(name, True, look(), kind)
+        return Check(name, True, str(look()))
     except HasteError as error:
-        return Check(name, False, str(error), DOWNLOAD if isinstance(error, NotDownloaded) else kind)
+        return _problem(name, error)
+
+
+def _problem(name: str, error: HasteError) -> Check:
+    kind = DOWNLOAD if isinstance(error, NotDownloaded) else _KINDS.get(name, MISSING)
+    return Check(name, False, str(error), kind)
 
 
 def dry_run(run: Run, processes: int = 1) -> tuple[list[Check], str]:
@@ -76,36 +87,27 @@ def dry_run(run: Run, processes: int = 1) -> tuple[list[Check], str]:
     Raises:
         HasteError: so many processes cannot share a step's images.
     """
-    settings, checks, text = run.config, [], ""
+    settings, text = run.config, ""
     micro_batches(settings.train.batch_size, settings.train.accumulate, processes)
-
-    def check(name: str, look: Callable[[], str]) -> bool:
-        checks.append(_checked(name, look))
-        return checks[-1].ok
-
-    student = None
-    check("settings", lambda: _settings(run))
     example, data = find_example(settings.data, settings.train.batch_size)
-    checks.append(data)
-    if check("networks", lambda: _networks(settings, example)) and example is not None:
-        student, _, _ = estimate.networks_of(settings, example)
-        found = estimate.estimate(settings, example, processes)
+    built, networks = _build(settings, example)
+    checks = [_checked("settings", lambda: _settings(run)), data, networks]
+    checks += [_checked(name, look) for name, (_, look) in _needed(run, built, processes).items()]
+    if built is not None:
+        needed = _still_needed(run, built) + 2 * estimate.checkpoint_bytes(built.student, built.haste)
+        checks.append(_checked("disk", lambda: _disk(needed)))
+        found = estimate.estimate(settings, built.example, processes)
         scoring = 0  # FLOPs of sampling the images of one score
-        if check("sampler", lambda: _sampler(student, run.sample)):
+        if all(check.ok for check in checks if check.name == "sampler"):
             forward = int(found["forward"][0])
             scoring = estimate.sampling_flops(settings, run.sample, run.study.evaluate.n, forward)
         text = estimate.run_text(found, settings.train.precision, scoring)
-        check("disk", lambda: _disk(_to_come(run, found)))
-        if torch.cuda.is_available():
-            check("memory", lambda: _memory(int(found["memory_bytes"].max())))
-    for name, (_, look) in _needed(run, student).items():
-        check(name, look)
 
     def begun() -> str:
         pretrain.check_begun(run.study, [run])
         return _existing(run)
 
-    check("run", begun)
+    checks.append(_checked("run", begun))
     return checks, text
 
 
@@ -141,43 +143,46 @@ def check_study(study: config.StudySettings, processes: int = 1, allowed: Collec
     needed = 0
     for arm in study.arms:
         settings, seeds = study.run(arm), [Run(study, arm, seed) for seed in study.seeds_of(arm)]
-        student = None
-        try:
-            micro_batches(settings.train.batch_size, settings.train.accumulate, processes)
-            if example is not None:
-                student, _, haste = estimate.networks_of(settings, example)
-                sampling.check_sampler(student, seeds[0].sample.options)
-                needed += sum(_still_needed(run, student, haste) for run in seeds)
-        except HasteError as error:
-            raise HasteError(f"arm {arm!r}: {error}") from error
-        looks = _needed(seeds[0], student)
-        looks |= {f"run of seed {run.seed}": (arm, partial(_existing, run)) for run in seeds}
-        if example is not None and torch.cuda.is_available() and DEVICE not in allowed:
-            looks["memory"] = settings, partial(_memory_of, settings, example, processes)
-        for name, (subject, look) in looks.items():
-            if (name, subject) not in done:
+        train, built = settings.train, None
+        judge(_checked("settings", partial(micro_batches, train.batch_size, train.accumulate, processes)), arm)
+        if example is not None:
+            built, networks = _build(settings, example)
+            judge(networks, arm)
+        if built is not None:
+            shared = estimate.shared_steps(study, arm)[1]
+            needed += sum(_still_needed(run, built, shared) for run in seeds)
+        for name, (subject, look) in _needed(seeds[0], built, processes).items():
+            # The memory of a GPU that is not here is not traced, which takes seconds.
+            if (name, subject) not in done and (name != "memory" or DEVICE not in allowed):
                 done.append((name, subject))
                 judge(_checked(name, look), arm if subject is not None else "")
+        for run in seeds:
+            judge(_checked("run", partial(_existing, run)), arm)
     judge(_checked("disk", lambda: _disk(needed)))
     return remarks
 
 
-def _still_needed(run: Run, student: DiffusionTransformer, haste: HASTE | None) -> int:
-    """Bytes of the checkpoints that a run of a study still has to keep, without those that another arm makes for it."""
-    end, (_, shared) = estimate.aligned_until(run.config), estimate.shared_steps(run.study, run.arm)
+def _still_needed(run: Run, built: Built, shared: int = 0) -> int:
+    """Bytes of the checkpoints that a run has yet to keep. shared: steps whose checkpoints another arm makes for it."""
+    end = estimate.aligned_until(run.config)
     steps = [step for step in run.missing_steps() if step > shared]
-    return sum(estimate.checkpoint_bytes(student, haste if step <= end else None) for step in steps)
+    return sum(estimate.checkpoint_bytes(built.student, built.haste if step <= end else None) for step in steps)
 
 
-def _needed(run: Run, student: DiffusionTransformer | None) -> dict[str, tuple[object, Callable[[], str]]]:
-    """Checks of what the run and its scores need beside the data, each with the settings of an arm that decide it."""
+def _needed(run: Run, built: Built | None, processes: int) -> dict[str, tuple[object, Callable[[], str]]]:
+    """Checks of what a run and its scores need beside data and networks, each with the settings of an arm behind it."""
     settings, study, evaluate = run.config, run.study, run.study.evaluate
     train = settings.train
     needed: dict[str, tuple[object, Callable[[], str]]] = {}
-    if train.init_from is not None and student is not None:
-        start = Path(train.init_from)
-        words = (train.init_from, settings.model)
-        needed["initial weights"] = words, lambda: f"{start}: {released.check_start(student, start)}"
+    if built is not None:
+        student = built.student
+        needed["sampler"] = (settings.model, run.sample), lambda: _sampler(student, run.sample)
+        if torch.cuda.is_available():
+            needed["memory"] = settings, lambda: _memory(settings, built.example, processes)
+        if train.init_from is not None:
+            start = Path(train.init_from)
+            words = (train.init_from, settings.model)
+            needed["initial weights"] = words, lambda: f"{start}: {released.check_start(student, start)}"
     if settings.model.kind == "mmdit":
         needed["text tokens"] = settings.model, lambda: _text_tokens(settings)
     if settings.alignment.active:
@@ -209,23 +214,26 @@ def _settings(run: Run) -> str:
     )
 
 
-def _networks(settings: config.RunSettings, example: Example | None) -> str:
-    if example is None:
-        raise HasteError("the size of the data is unknown; expected data.image_size")
-    student, teacher, _ = estimate.networks_of(settings, example)
-    model, (rows, columns) = settings.model, student.grid
+def _build(settings: config.RunSettings, example: Example | None) -> tuple[Built | None, Check]:
+    """Networks of a run, None where they cannot be built, and the check of them."""
+    try:
+        if example is None:
+            raise HasteError("the size of the data is unknown; expected data.image_size")
+        student, haste = estimate.networks_of(settings, example)
+    except HasteError as error:
+        return None, _problem("networks", error)
+    built, model, (rows, columns) = Built(example, student, haste), settings.model, student.grid
     text = f"{model.preset or model.kind}, {model.depth} blocks of width {model.width}, {rows}x{columns} tokens"
-    if teacher is None:
-        return f"{text}; no teacher"
+    if haste is None:
+        return built, Check("networks", True, f"{text}; no teacher")
+    teacher = haste.teacher
     (rows, columns), (height, width) = teacher.grid, teacher.image_size
     parts = f"{teacher.blocks} stages" if teacher.maps else f"{teacher.blocks} blocks, {teacher.heads} heads"
     grids = "equal" if student.grid == teacher.grid else "different, resampled"
     if min(height, width) < example.image_size:
         grids += f"; it sees images of {example.image_size} pixels shrunk, see teacher.kwargs.img_size"
-    return (
-        f"{text}; teacher {settings.teacher.model}, {parts}, {rows}x{columns} "
-        f"tokens of {height}x{width} pixels; token grids {grids}"
-    )
+    text += f"; teacher {settings.teacher.model}, {parts}, {rows}x{columns} tokens of {height}x{width} pixels"
+    return built, Check("networks", True, f"{text}; token grids {grids}")
 
 
 def _sampler(student: DiffusionTransformer, sample: config.SampleSettings) -> str:
@@ -249,9 +257,7 @@ def find_example(settings: config.DataSettings, batch_size: int = 1) -> tuple[Ex
             return _assumed(settings), Check("data", True, _in_cache(str(place)))
         dataset = open_dataset(settings)
     except HasteError as error:
-        return _assumed(settings), Check(
-            "data", False, str(error), DOWNLOAD if isinstance(error, NotDownloaded) else MISSING
-        )
+        return _assumed(settings), _problem("data", error)
     size, channels, classes = dataset.image_size, dataset.channels, dataset.classes
     shown = (getattr(dataset, "pixel_size", size), 3 if settings.kind == "latents" else channels)
     example, found = Example(size, channels, classes, *shown), Check("data", not dataset.doubts, dataset.summary)
@@ -387,13 +393,6 @@ def _device(precision: str) -> str:
     return "CPU, no GPU found"
 
 
-def _to_come(run: Run, found: pd.DataFrame) -> int:
-    """Bytes of the checkpoints that a run, of which `found` is the estimate, has yet to write."""
-    kept = [run.checkpoint_path(step) for step in run.config.train.kept_steps]
-    needed = int(found["checkpoint_bytes"].sum() + found["writing_bytes"].max())
-    return needed - sum(path.stat().st_size for path in kept if path.is_file())
-
-
 def _disk(needed: int) -> str:
     place = output_root()
     while not place.exists():
@@ -411,11 +410,8 @@ def _disk(needed: int) -> str:
     return text
 
 
-def _memory_of(settings: config.RunSettings, example: Example, processes: int) -> str:
-    return _memory(int(estimate.estimate(settings, example, processes)["memory_bytes"].max()))
-
-
-def _memory(peak: int) -> str:
+def _memory(settings: config.RunSettings, example: Example, processes: int) -> str:
+    peak = int(estimate.estimate(settings, example, processes)["memory_bytes"].max())
     total = torch.cuda.get_device_properties(0).total_memory
     text = f"about {size_text(peak)} of {size_text(total)} at the peak of a step"
     if peak > total:

@@ -21,14 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm.auto import tqdm
 
 from haste_core import sampling
-from haste_core.errors import HasteError
 from haste_core.haste import HASTE
 from haste_core.models import DiffusionTransformer
 from haste_core.paths import objective_of
 from haste_core.study import config
 from haste_core.study.pretrain import build_teacher
 from haste_core.study.train import build_haste, student_of
-from haste_core.teacher import Teacher
 from haste_core.training import Batch, step_losses
 
 # Published dense matrix rates in FLOP/s: 16-bit inputs with float32 sums, and plain float32 (torch's default).
@@ -61,8 +59,8 @@ class Example(NamedTuple):
     image_channels: int
 
 
-def networks_of(run: config.RunSettings, example: Example) -> tuple[DiffusionTransformer, Teacher | None, HASTE | None]:
-    """Student, teacher and phase I of a run on torch's meta device; the latter two are None without alignment.
+def networks_of(run: config.RunSettings, example: Example) -> tuple[DiffusionTransformer, HASTE | None]:
+    """Student and phase I of a run, with its teacher, on torch's meta device; None for the latter without alignment.
 
     Neither data nor the teacher's weights are needed.
 
@@ -70,19 +68,13 @@ def networks_of(run: config.RunSettings, example: Example) -> tuple[DiffusionTra
         HasteError: the patch does not divide the example, timm does not know the teacher, or layers, heads or token
             grids do not fit.
     """
-    if example.size % run.model.patch:
-        fitting = ", ".join(str(n) for n in range(1, example.size + 1) if example.size % n == 0)
-        raise HasteError(
-            f"model.patch is {run.model.patch}, which does not divide the side {example.size} of what is modelled; "
-            f"expected one of: {fitting}"
-        )
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # token grids that differ are reported by the dry run
         student = student_of(run.model, example.size, example.channels, example.classes, seed=0)
         if not run.alignment.active:
-            return student, None, None
+            return student, None
         teacher = build_teacher(run.teacher.model_copy(update={"weights": "random"}))
-        return student, teacher, build_haste(run, student, teacher, seed=0)
+        return student, build_haste(run, student, teacher, seed=0)
 
 
 class Speed(NamedTuple):
@@ -116,9 +108,9 @@ def step_cost(run: config.RunSettings, example: Example, phase: int) -> StepCost
 
 def _trace(run: config.RunSettings, example: Example, phase: int) -> StepCost:
     """Cost of one image, from one step of batch 1 on fake tensors."""
-    student, teacher, haste = networks_of(run, example)
+    student, haste = networks_of(run, example)
     if phase == 2:
-        teacher = haste = None
+        haste = None
     saved: dict[int, int] = {}
     dtype = _DTYPES.get(run.train.precision)
 
@@ -136,7 +128,7 @@ def _trace(run: config.RunSettings, example: Example, phase: int) -> StepCost:
             student.to_empty(device="cpu")
             if haste is not None:
                 haste.to_empty(device="cpu")  # its teacher too
-            modules = [m for m in (student, haste, teacher) if m is not None]
+            modules = [student, *([haste, haste.teacher] if haste is not None else [])]
             known = {x.untyped_storage()._cdata for m in modules for x in (*m.parameters(), *m.buffers())}
             with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
                 with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -186,12 +178,10 @@ def estimate(run: config.RunSettings, example: Example, gpus: int = 1, shared: i
         (of two more, while a run writes).
 
     Raises:
-        HasteError: there are more devices than images, or the networks do not fit (`networks_of`).
+        HasteError: the networks do not fit (`networks_of`).
     """
     batch, train = run.train.batch_size, run.train
-    if not 1 <= gpus <= batch:
-        raise HasteError(f"{gpus} GPUs share a batch of {batch} images (train.batch_size); expected 1 to {batch}")
-    student, teacher, haste = networks_of(run, example)
+    student, haste = networks_of(run, example)
     most = -(-batch // gpus)
     micro_batch = -(-most // train.accumulate)
     end = aligned_until(run)
@@ -200,17 +190,17 @@ def estimate(run: config.RunSettings, example: Example, gpus: int = 1, shared: i
     for phase, steps in ((1, aligned), (2, train.steps - aligned)):
         if not steps:
             continue
-        own_haste, own_teacher = (haste, teacher) if phase == 1 else (None, None)
+        own_haste = haste if phase == 1 else None
         found = step_cost(run, example, phase)
         # Recomputed activations take one more forward pass.
         flops = found.flops + found.forward * train.activation_checkpointing
-        held = _memory(student, own_haste, own_teacher, found, train, micro_batch)
+        held = _memory(student, own_haste, found, train, micro_batch)
         checkpoint = checkpoint_bytes(student, own_haste)
         kept = sum(step > shared and (step <= end) == (phase == 1) for step in train.kept_steps)
         steps -= 0 if rows else shared
         rows.append({
             "phase": phase, "steps": steps, "student": parameters(student), "projector": parameters(own_haste),
-            "teacher": parameters(own_teacher), "forward": step_cost(run, example, 2).forward,
+            "teacher": parameters(own_haste and own_haste.teacher), "forward": step_cost(run, example, 2).forward,
             "step_flops": flops * batch, "run_flops": flops * batch * steps, "device_flops": flops * most,
             "micro_batch": micro_batch, "memory": held, "memory_bytes": sum(held.values()), "kept": kept,
             "checkpoint_bytes": checkpoint * kept, "writing_bytes": 2 * checkpoint,
@@ -236,7 +226,6 @@ def checkpoint_bytes(student: nn.Module, haste: HASTE | None) -> int:
 def _memory(
     student: Any,
     haste: HASTE | None,
-    teacher: Teacher | None,
     found: StepCost,
     train: config.TrainSettings,
     images: int,
@@ -255,7 +244,7 @@ def _memory(
         "weights": 4 * trained,
         "average": 4 * parameters(student),
         "optimizer": 8 * trained,
-        "teacher": 4 * parameters(teacher),
+        "teacher": 4 * parameters(haste and haste.teacher),
         "16-bit copies": _copies(student, haste, train.precision),
         "activations": activations * images,
         "gradients": 4 * trained,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from haste_core.errors import HasteError
 from haste_core.files import write_text
 from haste_core.study import config
+from haste_core.study.cost import timed
 from haste_core.study.data.images import Images
 from haste_core.study.dry_run import check_study
 from haste_core.study.pretrain import build_teacher
@@ -158,12 +158,8 @@ def _steps(study: config.StudySettings, minutes: float) -> int:
     torch.set_num_threads(study.train.threads)
     teacher = build_teacher(study.teacher.model_copy(update={"weights": "random"}))
     trainer = create(study.run("holistic"), 0, teacher)
-    for _ in range(3):
-        trainer.train_step()
-    begun = time.perf_counter()
-    for _ in range(10):
-        trainer.train_step()
-    step = (time.perf_counter() - begun) / 10
+    times = timed({"step": trainer.train_step}, rounds=10, device=trainer.accelerator.device)
+    step = sum(times["step"]) / 10
     cores = len(os.sched_getaffinity(0))
     length = max(LENGTH / cores, CHAIN)
     fitting = 60 * minutes * TRAINING / (step * length * len(SEEDS))

@@ -405,8 +405,6 @@ def seeds_of(seed: int) -> Seeds:
 
 def build_generator(run: config.RunSettings, dataset: Dataset, seed: int) -> DiffusionTransformer:
     """Generator of a run before the first step, sized for the images of `dataset`."""
-    if dataset.image_size % run.model.patch:
-        raise HasteError(f"model.patch {run.model.patch} does not divide the image size {dataset.image_size}")
     model = run.model
     contexts = text.find(run.data, dataset.captions) if model.kind == "mmdit" else None
     if model.kind == "mmdit" and (
@@ -426,7 +424,16 @@ def student_of(
     """Generator with the given settings for images of `size` pixels or latents; `seed` is that of its weights.
 
     contexts: text tokens by label, for an MM-DiT.
+
+    Raises:
+        HasteError: the patch does not divide the size.
     """
+    if size % model.patch:
+        fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise HasteError(
+            f"model.patch is {model.patch}, which does not divide the side {size} of what is modelled; expected one "
+            f"of: {fitting}"
+        )
     sizes = {"image_size": size, "channels": channels, "classes": classes}
     sizes |= model.model_dump(include={"depth", "width", "heads", "patch"})
     if model.kind == "mmdit":
