@@ -631,8 +631,15 @@ def places(bench: Bench, rounds: int, draw: random.Random) -> Iterator[Row]:
     out = bench.fresh("train")
     installed = environment(out) | {"PYTHONPATH": str(wheel)}
     attempt("a wheel", words(out), out, env=installed, cwd=other)
-    study = str(tiny_study(bench.place / "wheel.yaml", analyses={}))
-    attempt("a wheel", ["study", study, "--arms", "vanilla,haste", "--cores", "2"], out, env=installed, cwd=other)
+    # From a folder to a report without an edit, with fewer steps than anybody would choose.
+    study, images = str(bench.place / "own.yaml"), str(image_folder(bench.place / "images", 120))
+    attempt("a wheel", ["new", study, "--images", images, "--minutes", "0.01"], out, env=installed, cwd=other)
+    settings = ["train.steps=8", "train.keep=[2,4]", "claims.early=[2,4]", "arms.haste.termination.at=4", "seeds=[0]",
+                "teacher.fitting.steps=5", "evaluate.extractor.steps=5", "evaluate.autoencoder.steps=5",
+                "sample.solver_steps=2"]  # fmt: skip
+    attempt("a wheel", ["study", study, "--arms", "vanilla,haste", "--cores", "2",
+                        *(word for setting in settings for word in ("--set", setting))],
+            out, env=installed, cwd=other)  # fmt: skip
     if not list((out / "reports").rglob("report.html")):
         row.problems.append("a wheel: no report")
     if sorted(other.rglob("*")) != before:

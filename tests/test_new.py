@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
-from haste_core.study import config
+from haste_core.study import config, new
 from haste_core.study.cli import main
-from haste_core.study.runs import report_dir
 
 
 def folder(root, classes=3, each=10, sizes=((20, 20),), mode="RGB"):
@@ -41,12 +39,13 @@ def test_the_study_fits_the_images(tmp_path, output, capsys, sizes, mode, side, 
     assert "arm haste" in capsys.readouterr().out
 
 
-def test_more_minutes_are_more_steps(tmp_path, output):
+def test_more_minutes_are_more_steps(tmp_path, output, monkeypatch):
+    monkeypatch.setattr(new, "timed", lambda *_, **__: {"step": [0.04] * 10})  # whatever else this machine does
     images = str(folder(tmp_path / "images"))
     for minutes in ("1", "20"):
         assert main(["new", str(tmp_path / f"m{minutes}.yaml"), "--images", images, "--minutes", minutes]) == 0
     short, long = (config.load(tmp_path / f"m{minutes}.yaml").train.steps for minutes in (1, 20))
-    assert short < long
+    assert (short, long) == (200, 5000)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +67,3 @@ def test_what_cannot_become_a_study_is_one_line_and_leaves_nothing(tmp_path, out
     assert said in error
     assert sorted(p for p in tmp_path.iterdir() if p != images and p.suffix in (".yaml", ".txt")) == before
     assert (tmp_path / "taken.yaml").read_text() == "mine"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_from_a_folder_to_a_report_without_an_edit(tmp_path, output, monkeypatch):
-    path = tmp_path / "mine.yaml"
-    assert main(["new", str(path), "--images", str(folder(tmp_path / "images", each=40)), "--minutes", "0.01"]) == 0
-    content = yaml.safe_load(path.read_text())
-    assert content["train"]["steps"] == 100
-    # Fewer steps than anybody would choose, so that it takes no longer than a test may.
-    words = ["train.steps=8", "train.keep=[2,4]", "claims.early=[2,4]", "arms.haste.termination.at=4", "seeds=[0]",
-             "teacher.fitting.steps=5", "evaluate.extractor.steps=5", "evaluate.autoencoder.steps=5",
-             "sample.solver_steps=2"]  # fmt: skip
-    settings = [w for word in words for w in ("--set", word)]
-    assert main(["study", str(path), "--cores", "2", "--arms", "vanilla,haste", *settings]) == 0
-    assert (report_dir(config.load(path)) / "report.html").stat().st_size > 10_000

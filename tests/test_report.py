@@ -642,6 +642,37 @@ def test_the_committed_claims_follow_from_the_committed_tables(shown):
 # Documentation
 
 
+def readme_block(folder: Path, whole: bool = True) -> str:
+    """The answers, verdicts and origin as README shows them (markdown), from the tables in `folder` alone.
+
+    whole: with step times and the time of the study.
+    """
+    facts = json.loads((folder / "provenance.json").read_text())
+    told, verdicts, origin = report._told(folder, facts)
+    lines = [f"- **{question}** {text}" for question, text in told]
+    if not whole:
+        return "\n".join([*lines, f"- {verdicts} {origin}"]) + "\n"
+    lines.append(f"- {verdicts}")
+    times = pd.read_csv(folder / "step_time.csv")
+    ratios = ", ".join(
+        f"{row['arm']} phase {report_text.phase(row)} {row['ratio_to_vanilla']:.2f}"
+        for row in times[times["arm"] != "vanilla"].to_dict("records")
+    )
+    lines += ["", f"Step time over a vanilla step: {ratios}."]
+    run, machine = facts["invocation"], facts["machine"]
+    if run and not run["resumed"]:
+        installing = f" after {run['install_minutes']:.1f} minutes of installing" if "install_minutes" in run else ""
+        lines.append(
+            f"From nothing to this report: {run['minutes']:.1f} minutes{installing}, {run['peak_memory_gib']:.1f} GiB "
+            f"of memory at most, on {machine['cores']} cores ({machine['cpu']})."
+        )
+    networks = {name: facts[name] or {} for name in ("teacher", "extractor")}
+    right = [f"{name} {known['test_accuracy']:.1%}" for name, known in networks.items() if "test_accuracy" in known]
+    if right:
+        lines.append(f"Of held-out images classified correctly: {', '.join(right)}.")
+    return "\n".join([*lines, origin]) + "\n"
+
+
 def losses(shown, steps=(100, 400, 1000)):
     """Rows of docs/metrics-and-cards.md: losses of main arms of a committed report, means over seeds."""
     log, study = pd.read_csv(ROOT / "reports" / shown / "tables" / "metrics.csv"), config.load(*COMMITTED[shown])
@@ -672,20 +703,4 @@ def test_the_results_in_readme_are_those_of_the_tables(shown, tmp_path):
         (tmp_path / name).write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
     here = ROOT / "reports" / shown / "tables"
     folders = [tmp_path, *([here] if all((here / name).is_file() for name in README_TABLES) else [])]
-    assert found[1] in [report.readme_block(folder, whole=shown == "digits") for folder in folders]
-
-
-def test_the_readme_block_shows_answers_verdicts_and_times(tmp_path):
-    block = report.readme_block(write_synthetic(tmp_path))
-    places = [block.index(f"**{question}**") for question in (HELP, COST, BACK)]
-    assert places == sorted(places)
-    for text in ("haste phase II 1.01", "12.2 minutes", "98.7%"):
-        assert text in block
-    assert "vanilla phase" not in block
-    brief = report.readme_block(tmp_path, whole=False).splitlines()
-    assert re.match(r"- Verdicts: \d+ \w+", brief[-1])
-    assert [line for line in block.splitlines() if line.startswith("- **")] == brief[:-1]
-    assert next(line for line in block.splitlines() if line.startswith("- Verdicts")) in brief[-1]
-    # A resumed study has no time from nothing.
-    write_json(tmp_path / "provenance.json", PROVENANCE | {"invocation": PROVENANCE["invocation"] | {"resumed": True}})
-    assert "From nothing" not in report.readme_block(tmp_path)
+    assert found[1] in [readme_block(folder, whole=shown == "digits") for folder in folders]

@@ -20,7 +20,8 @@ from haste_core.study.runs import Run
 
 ROOT = Path(__file__).parents[1]
 HASTE = str(Path(sys.executable).with_name("haste"))
-SETTINGS = ["digits", "--profile", "smoke", "--set", "seeds=[0]"]
+ANALYSES = "analyses={08_ablations: {groups: [main]}}"
+SETTINGS = ["digits", "--profile", "smoke", "--set", "seeds=[0]", "--set", ANALYSES]
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
 
 pytestmark = [pytest.mark.xdist_group("study"), pytest.mark.timeout(1800), pytest.mark.slow]
@@ -120,7 +121,8 @@ def test_it_leaves_a_report_whose_tables_have_rows_and_nothing_else(study):
     path = Path(study.out.splitlines()[-1])
     assert path == study.report / "report.html"
     assert path.stat().st_size > 10_000
-    for name in ("fid", "floor", "step_time", "claims", "attention", "metrics"):
+    assert "Which choices matter?" in path.read_text()
+    for name in ("fid", "floor", "step_time", "claims", "attention", "metrics", "ablations"):
         assert len(pd.read_csv(study.report / "tables" / f"{name}.csv")) > 0, name
     for name in ("provenance.json", "samples.npz"):
         assert (study.report / "tables" / name).stat().st_size > 0
@@ -129,7 +131,7 @@ def test_it_leaves_a_report_whose_tables_have_rows_and_nothing_else(study):
     assert fid["fid"].notna().all()
     assert len(list((study.report / "tables" / "cards").glob("*.json"))) == fid["card"].nunique() == 1
     names = {path.stem for path in (study.report / "notebooks").glob("*.ipynb")}
-    assert names == {"00_data_and_teacher", "10_report", *(f"01_train_{arm}" for arm in ARMS)}
+    assert names == {"00_data_and_teacher", "08_ablations", "10_report", *(f"01_train_{arm}" for arm in ARMS)}
     assert {path.name for path in study.dir.iterdir()} == {".snakemake", "reports", "runs"}
     for run in map(study.run, ARMS):
         assert run.steps() == [4, 8, 12]
@@ -161,12 +163,12 @@ def test_a_second_call_runs_no_job_and_ends_with_the_same_path(study, capfd):
     [
         # Finished work is not repeated by more processes, nor that of arms that did not change.
         (
-            ("arms.haste.alignment.lambda_attention=1.0", "analyses={08_ablations: {groups: [main]}}"),
+            ("arms.haste.alignment.lambda_attention=1.0",),
             {"arm haste", "time of a step", "notebook 08_ablations", "report"},
         ),
         # That jobs of finished runs train nothing is tested with the notebook.
-        (("seeds=[0, 1]",), {*(f"arm {arm}" for arm in ARMS), "report"}),
-        (("arms.vanilla.sample.solver_steps=3",), {"arm vanilla", "report"}),
+        (("seeds=[0, 1]",), {*(f"arm {arm}" for arm in ARMS), "notebook 08_ablations", "report"}),
+        (("arms.vanilla.sample.solver_steps=3",), {"arm vanilla", "notebook 08_ablations", "report"}),
     ],
 )
 def test_a_changed_setting_runs_the_jobs_it_touches(study, capfd, settings, listed):
@@ -179,14 +181,4 @@ def test_a_deleted_run_and_what_depends_on_it_are_made_again(study, tmp_path, mo
     monkeypatch.setenv("HASTE_OUTPUT", str(copy.dir))
     shutil.rmtree(copy.run("holistic").dir)
     # haste branches from holistic, so it is looked at again and found complete.
-    assert jobs(capfd) == {"arm holistic", "arm haste", "report"}
-
-
-def test_an_analysis_of_the_study_leaves_its_tables_for_the_report(study, tmp_path, monkeypatch, capfd):
-    copy = copy_of(study, tmp_path / "copy")
-    monkeypatch.setenv("HASTE_OUTPUT", str(copy.dir))
-    assert main(["study", *SETTINGS, "--cores", "2", "--set", "analyses={08_ablations: {groups: [main]}}"]) == 0
-    assert (copy.report / "tables" / "ablations.csv").is_file()
-    assert (copy.report / "notebooks" / "08_ablations.ipynb").is_file()
-    assert "Which choices matter?" in (copy.report / "report.html").read_text()
-    assert "Which choices matter?" not in (study.report / "report.html").read_text()
+    assert jobs(capfd) == {"arm holistic", "arm haste", "notebook 08_ablations", "report"}

@@ -524,34 +524,3 @@ def sentences(report: Report) -> list[str]:
             ratio = report_text.change(report_text.log_ratios(scores, arm, [step]), confidence)
             found.append(f"{arm}: FID against vanilla's at step {step:,} {ratio}.")
     return found
-
-
-def readme_block(folder: Path, whole: bool = True) -> str:
-    """The answers, verdicts and origin as README shows them (markdown), from the tables in `folder` alone.
-
-    whole: with step times and the time of the study.
-    """
-    facts = json.loads((folder / "provenance.json").read_text())
-    told, verdicts, origin = _told(folder, facts)
-    lines = [f"- **{question}** {text}" for question, text in told]
-    if not whole:
-        return "\n".join([*lines, f"- {verdicts} {origin}"]) + "\n"
-    lines.append(f"- {verdicts}")
-    times = pd.read_csv(folder / "step_time.csv")
-    ratios = ", ".join(
-        f"{row['arm']} phase {report_text.phase(row)} {row['ratio_to_vanilla']:.2f}"
-        for row in times[times["arm"] != "vanilla"].to_dict("records")
-    )
-    lines += ["", f"Step time over a vanilla step: {ratios}."]
-    run, machine = facts["invocation"], facts["machine"]
-    if run and not run["resumed"]:
-        installing = f" after {run['install_minutes']:.1f} minutes of installing" if "install_minutes" in run else ""
-        lines.append(
-            f"From nothing to this report: {run['minutes']:.1f} minutes{installing}, {run['peak_memory_gib']:.1f} GiB "
-            f"of memory at most, on {machine['cores']} cores ({machine['cpu']})."
-        )
-    networks = {name: facts[name] or {} for name in ("teacher", "extractor")}
-    right = [f"{name} {known['test_accuracy']:.1%}" for name, known in networks.items() if "test_accuracy" in known]
-    if right:
-        lines.append(f"Of held-out images classified correctly: {', '.join(right)}.")
-    return "\n".join([*lines, origin]) + "\n"
