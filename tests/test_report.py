@@ -42,6 +42,7 @@ COMMITTED = {
     "textured-faint": ("textured", "faint"),
     "mnist-two-cores-14": ("mnist", "two-cores-14"),
     "mnist-two-cores": ("mnist", "two-cores"),
+    "captions-two-cores": ("captions", "two-cores"),
 }
 README_TABLES = ("fid.csv", "claims.csv", "denoising.csv", "step_time.csv", "provenance.json")
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
