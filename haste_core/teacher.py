@@ -133,6 +133,7 @@ class Teacher(nn.Module):
         self.std: Tensor
         self.requires_grad_(False).eval()
         if self.maps:
+            encoder.to(memory_format=torch.channels_last)  # convolutions are faster so
             self.grid = self._grid(channels)
 
     def _grid(self, channels: int) -> Grid:
@@ -229,7 +230,7 @@ class Teacher(nn.Module):
     def feature_maps(self, images: Tensor, stages: list[int]) -> list[Tensor]:
         """Feature maps (B, D, rows, columns) of images (B, C, S, S) in [-1, 1] after stages."""
         return self.encoder.forward_intermediates(  # type: ignore[operator]
-            self.prepare(images),
+            self.prepare(images).contiguous(memory_format=torch.channels_last),
             indices=stages,
             norm=False,
             stop_early=True,
