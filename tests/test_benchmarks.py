@@ -66,7 +66,7 @@ def test_a_step_is_timed_in_every_phase_beside_its_teacher_and_compiled(monkeypa
     assert table["over_least"]["vanilla"] < 1 < table["ratio"]["haste phase 1"]
     assert table["tflop"]["haste phase 1, compiled"] == table["tflop"]["haste phase 1"] > table["tflop"]["vanilla"]
     assert table["peak_gib"].notna().sum() == 4
-    assert table["share"].drop("teacher forward").between(0, 2).all()
+    assert table["share"].drop("teacher forward").gt(0).all()  # of a rate that was timed at another moment
 
 
 @pytest.mark.slow
