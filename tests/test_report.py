@@ -43,6 +43,7 @@ COMMITTED = {
     "mnist-two-cores-14": ("mnist", "two-cores-14"),
     "mnist-two-cores": ("mnist", "two-cores"),
     "captions-two-cores": ("captions", "two-cores"),
+    "captions-confirm": ("captions", "confirm"),
 }
 README_TABLES = ("fid.csv", "claims.csv", "denoising.csv", "step_time.csv", "provenance.json")
 ARMS = ("vanilla", "repa", "atta", "holistic", "haste")
