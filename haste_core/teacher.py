@@ -133,7 +133,7 @@ class Teacher(nn.Module):
         self.std: Tensor
         self.requires_grad_(False).eval()
         if self.maps:
-            encoder.to(memory_format=torch.channels_last)  # convolutions are faster so
+            encoder.to(memory_format=torch.channels_last)  # makes convolutions faster
             self.grid = self._grid(channels)
 
     def _grid(self, channels: int) -> Grid:
