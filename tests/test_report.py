@@ -606,6 +606,14 @@ def test_a_study_at_two_resolutions_answers_its_own_question():
     assert report_text.further_answers(told["digits"]) == []
 
 
+def test_a_study_with_a_pretrained_teacher_asks_whether_it_helps_more():
+    two = config.load("cifar10", "two-cores-imagenet")
+    more = claims.claims_of(two)[len(claims.CLAIMS) :]
+    assert {claim.arms for claim in more} == {("repa", "repa_imagenet"), ("similarity", "similarity_imagenet")}
+    assert {arm for claim in more for arm in claim.arms} <= set(two.main)
+    assert claims.claims_of(config.load("cifar10", "two-cores")) == claims.CLAIMS
+
+
 committed = pytest.mark.parametrize("shown", COMMITTED)
 
 

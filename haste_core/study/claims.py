@@ -523,11 +523,22 @@ TEXT = (
     ),
 )  # fmt: skip
 
+# C15 for a pretrained teacher beside one trained on the study's own labels, of studies with arms of both.
+PRETRAINED = tuple(
+    claim
+    for id, arm, how in (("C15f", "repa", ""), ("C15m", "similarity", ", its attention made of similarities"))
+    for claim in compared(
+        id, f"a teacher that has seen ImageNet helps more than one of the study's images{how}",
+        "no such comparison: every teacher is pretrained", (arm,), f"{arm}_imagenet", "last",
+        ("fid", "fd_pixel", "near_data", "structure"),
+    )
+)  # fmt: skip
+
 
 def claims_of(study: StudySettings) -> tuple[Claim, ...]:
     """The claims that a study's report judges."""
     more = MECHANISM if study.data.kind == "textured" else TEXT if study.data.has_scenes else ()
-    return (*CLAIMS, *more)
+    return (*CLAIMS, *more, *(PRETRAINED if "repa_imagenet" in study.arms else ()))
 
 
 def rules_of(study: StudySettings) -> str:

@@ -45,6 +45,7 @@ SUMMARIES = {"near_data": f"near the data ({NEAR})", "structure": HIGH, "denoisi
 QUESTIONS = {
     "Does it help text to image?": ("C16", "C16c", "C16u"),
     "Is the gain as large at the higher resolution?": ("C20g", "C20gx", "C20gd"),
+    "Does a teacher that has seen ImageNet help more?": ("C15f", "C15fd", "C15m", "C15md"),
 }
 
 
