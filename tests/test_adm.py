@@ -391,7 +391,10 @@ def test_folders_of_images_have_the_scores_of_the_same_npz(patched, tmp_path, ca
         assert main(["score", *words, "--out", str(tmp_path / "scores.json"), *more]) == 0
         return json.loads((tmp_path / "scores.json").read_text())
 
-    folders, files = score(""), score(".npz")
+    folders = score("")
+    said = capsys.readouterr().err
+    assert [said.count(f"{tmp_path / name}: {n} images") for name, n in (("made", 80), ("real", 90))] == [1, 1]
+    files = score(".npz")
     assert folders["scores"] == files["scores"]
     assert (folders["card"]["n"], folders["card"]["samples"], folders["card"]["reference"]) == (80, "made", "real")
     halved = score("", "--resize", "4")

@@ -230,7 +230,7 @@ ELSEWHERE = {
 def card(study, extractor="x"):
     """The card of a study under an extractor's name, without opening the extractor."""
     if study.evaluate.suite == "adm":
-        facts = adm.scoring_facts(study.evaluate, study.data, extractor)
+        facts = adm.scoring_facts(study.evaluate, adm.open_reference(study.evaluate, study.data), extractor)
     else:
         facts = scores.scoring_facts(study, extractor)
     return scores.card(study, facts | scores.probe_of(study).facts)

@@ -316,29 +316,41 @@ def load_reference(path: Path) -> Reference:
 # The suite
 
 
+def open_reference(
+    evaluate: config.EvaluateSettings, data: config.DataSettings | None
+) -> Path | FolderImages | TrainingImages:
+    """What `evaluate.reference` names, an .npz file or a folder of images; the training images of `data` by default.
+
+    Raises:
+        HasteError: there is neither, or the folder cannot be used.
+    """
+    if evaluate.reference:
+        path = Path(evaluate.reference)
+        return FolderImages(path, evaluate.resize) if path.is_dir() else path
+    if data is None:
+        raise HasteError("no reference to score against; expected an ADM .npz, a folder or a study")
+    return TrainingImages(data)
+
+
 def scoring_facts(
-    evaluate: config.EvaluateSettings, data: config.DataSettings | None, extractor: str
+    evaluate: config.EvaluateSettings, source: Path | FolderImages | TrainingImages, extractor: str
 ) -> dict[str, Any]:
     """Everything of the scoring that changes a score, for the card.
 
     Args:
-        evaluate: settings; `reference` is the path of an .npz file, or None.
-        data: without a path, the data whose training images are the reference. extractor: name of the networks.
+        evaluate: settings. source: of `open_reference`. extractor: name of the networks.
     """
-    if evaluate.reference and Path(evaluate.reference).is_dir():
-        found = FolderImages(Path(evaluate.reference), evaluate.resize).facts()
-        reference: dict[str, Any] = {"reference": Path(evaluate.reference).name, "reference_hash": found.pop("hash")}
-        reference |= {"reference_statistics": False, "reference_images": True, **found}
-    elif evaluate.reference:
-        path = Path(evaluate.reference)
-        names = array_names(path)
-        reference = {"reference": path.name, "reference_hash": file_hash(path)}
+    if isinstance(source, Path):
+        names = array_names(source)
+        reference: dict[str, Any] = {"reference": source.name, "reference_hash": file_hash(source)}
         reference |= {"reference_statistics": "mu" in names, "reference_images": "arr_0" in names}
-    elif data is not None:
-        reference = {"reference": f"{data.kind} train split (held-in), not augmented"}
-        reference |= {"reference_hash": TrainingImages(data).hash(), "reference_manifold": MANIFOLD}
+    elif isinstance(source, FolderImages):
+        found = source.facts()
+        reference = {"reference": source.path.name, "reference_hash": found.pop("hash")}
+        reference |= {"reference_statistics": False, "reference_images": True, **found}
     else:
-        raise HasteError("no reference to score against; expected an ADM .npz or a study")
+        reference = {"reference": f"{source.kind} train split (held-in), not augmented"}
+        reference |= {"reference_hash": source.hash(), "reference_manifold": MANIFOLD}
     return {
         "evaluator": f"ADM protocol on torch-fidelity {runs.environment()['torch-fidelity']}",
         "extractor": extractor,
@@ -367,13 +379,13 @@ class AdmScorer:
     ) -> None:
         self.evaluate, self.progress = evaluate, progress
         self.networks = build_networks(evaluate)
-        self.facts = scoring_facts(evaluate, data, self.networks.name)
+        source = open_reference(evaluate, data)
+        self.facts = scoring_facts(evaluate, source, self.networks.name)
         self.side: int | None = None  # of the reference's images, unless it holds statistics alone
-        self.reference = (
-            self._extracted(TrainingImages(data), MANIFOLD)
-            if data is not None and not evaluate.reference
-            else self._of_file(Path(str(evaluate.reference)))
-        )
+        if isinstance(source, Path):
+            self.reference = self._of_file(source)
+        else:
+            self.reference = self._extracted(source, MANIFOLD if isinstance(source, TrainingImages) else len(source))
 
     def score(self, generated: Images | Tensor) -> dict[str, float]:
         """Every score of ADM_METRICS for uint8 images; nan where the reference does not hold what a score needs.
@@ -396,9 +408,6 @@ class AdmScorer:
 
     def _of_file(self, path: Path) -> Reference:
         """The reference in a file, with features extracted from its images where it holds no statistics of them."""
-        if path.is_dir():
-            folder = FolderImages(path, self.evaluate.resize)
-            return self._extracted(folder, len(folder))
         stored = load_reference(path)
         if "arr_0" not in array_names(path):
             if stored.manifold is None:

@@ -155,6 +155,7 @@ class TrainingImages:
     """The training images of a data set in its own order, without augmentation."""
 
     def __init__(self, data: config.DataSettings) -> None:
+        self.kind = data.kind
         self.dataset: Dataset = open_dataset(data.model_copy(update={"augment": config.AugmentSettings()}))
 
     def __len__(self) -> int:
