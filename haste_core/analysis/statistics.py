@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+NEAR_DATA, STRUCTURE = 0.1, 0.3  # noise levels up to the first, and from the second on
 # arm -> seed -> step -> score
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
 

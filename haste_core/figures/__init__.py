@@ -19,8 +19,6 @@ from haste_core.figures.capacity import (
     predicted_harm,
 )
 from haste_core.figures.scores import (
-    NEAR_DATA,
-    STRUCTURE,
     caption_sheet,
     claims_forest,
     compared,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from haste_core.analysis.statistics import one_card
+from haste_core.analysis.statistics import NEAR_DATA, STRUCTURE, one_card
 from haste_core.figures.style import (
     DARK,
     GREEN,
@@ -28,7 +28,6 @@ from haste_core.figures.style import (
     without_ticks,
 )
 
-NEAR_DATA, STRUCTURE = 0.1, 0.3  # noise levels up to the first, and from the second on
 # A floor further below the lowest score than this factor is written, not drawn: it would squeeze the curves together.
 NEAR = 30
 _SMALL: dict[str, Any] = {"fontsize": 8, "color": "#666666"}

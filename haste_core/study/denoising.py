@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from haste_core import checkpoint
 from haste_core.analysis.law import Law
+from haste_core.analysis.statistics import NEAR_DATA, STRUCTURE
 from haste_core.devices import default_device
 from haste_core.errors import HasteError
 from haste_core.models import DiffusionTransformer
@@ -31,7 +32,6 @@ SUMMARIES = ("near_data", "structure", "denoising", "nats")
 EXCESS = ("excess", "excess_texture", "excess_template", "informed")
 LAW_SUMMARIES = (*EXCESS, "excess_structure", "gap")
 INFORMED = (0.1, 0.3)  # noise levels over which `informed` is averaged: lower ones show the direction to anybody
-NEAR, STRUCTURE = 0.1, 0.3
 # Noise is drawn for this many images at a time on every device, so that it is the same everywhere.
 CHUNK = 250
 
@@ -157,7 +157,7 @@ def summaries(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     held_out = sorted((row for row in rows if row["split"] == "held-out"), key=lambda row: row["t"])
     t, loss, nats = (np.array([row[key] for row in held_out]) for key in ("t", "loss", "nats"))
     found = {
-        "near_data": float(loss[t <= NEAR].mean()),
+        "near_data": float(loss[t <= NEAR_DATA].mean()),
         "structure": float(loss[t >= STRUCTURE].mean()),
         "denoising": float(loss.mean()),
         "nats": float(np.trapezoid(nats * t, np.log(t))),
@@ -167,8 +167,8 @@ def summaries(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     excess, *parts, informed = (np.array([row[name] for row in held_out]) for name in EXCESS)
     within = (t >= INFORMED[0]) & (t <= INFORMED[1])
     return found | {
-        "excess": float(excess[t <= NEAR].mean()),
-        **{name: float(part[t <= NEAR].mean()) for name, part in zip(EXCESS[1:3], parts, strict=True)},
+        "excess": float(excess[t <= NEAR_DATA].mean()),
+        **{name: float(part[t <= NEAR_DATA].mean()) for name, part in zip(EXCESS[1:3], parts, strict=True)},
         "informed": float(informed[within].mean()),
         "excess_structure": float(excess[t >= STRUCTURE].mean()),
         # The bound weighs squared errors by a factor of t alone.

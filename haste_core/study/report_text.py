@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from haste_core.analysis.statistics import interval
-from haste_core.figures import NEAR_DATA, STRUCTURE, VERDICT_COLOUR, compared, loss_ratio, loss_shown
+from haste_core.analysis.statistics import NEAR_DATA, STRUCTURE, interval
+from haste_core.figures import VERDICT_COLOUR, compared, loss_ratio, loss_shown
 from haste_core.study.judging import MEASURES
 from haste_core.study.sections import ClaimsSettings
 
