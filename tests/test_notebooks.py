@@ -45,7 +45,7 @@ ANALYSES = {
     ),
     "06_capacity": ({"arms": ["haste"], "fit_images": 50}, ("capacity", "spectrum", "help_consists_of")),
     "07_termination": ({}, ("termination_logs", "termination_sweep")),
-    "08_ablations": ({"grid_arms": ["haste"]}, ("ablations", "late_gain", "grid")),
+    "08_ablations": ({"overrides": [*TWO_ARMS, "arms.holistic=null"]}, ("ablations", "late_gain", "grid")),
 }  # fmt: skip
 
 # Where there are Chromium and Playwright, analyses are run in JupyterLab.
