@@ -45,7 +45,10 @@ ANALYSES = {
     ),
     "06_capacity": ({"arms": ["haste"], "fit_images": 50}, ("capacity", "spectrum", "help_consists_of")),
     "07_termination": ({}, ("termination_logs", "termination_sweep")),
-    "08_ablations": ({"overrides": [*TWO_ARMS, "arms.holistic=null"]}, ("ablations", "late_gain", "grid")),
+    "08_ablations": (
+        {"overrides": [*TWO_ARMS, *(f"arms.{arm}=null" for arm in ("repa", "atta", "holistic"))]},
+        ("ablations", "late_gain", "grid"),
+    ),
 }  # fmt: skip
 
 # Where there are Chromium and Playwright, analyses are run in JupyterLab.
