@@ -35,6 +35,7 @@ COMMITTED = {
     "digits": ("digits", None),
     "digits-full": ("digits", "full"),
     "cifar10-two-cores": ("cifar10", "two-cores"),
+    "cifar10-two-cores-imagenet": ("cifar10", "two-cores-imagenet"),
     "textured": ("textured", None),
     "textured-full": ("textured", "full"),
     "textured-long": ("textured", "long"),
@@ -592,6 +593,8 @@ def test_the_index_has_a_card_for_each_report(synthetic, tmp_path, capsys, monke
     assert re.search(r"Verdicts: \d+ \w+", html)
     assert main(["report"]) == 2
     assert "haste report needs a study, or --index" in capsys.readouterr().err
+    assert main(["report", "digits", "--set", "no.such=1"]) == 2  # settings are taken, such as where the data are
+    assert "no" in capsys.readouterr().err.split("unknown", 1)[1]
 
 
 # The committed report
@@ -612,6 +615,19 @@ def test_a_study_with_a_pretrained_teacher_asks_whether_it_helps_more():
     assert {claim.arms for claim in more} == {("repa", "repa_imagenet"), ("similarity", "similarity_imagenet")}
     assert {arm for claim in more for arm in claim.arms} <= set(two.main)
     assert claims.claims_of(config.load("cifar10", "two-cores")) == claims.CLAIMS
+    fid, denoising = (
+        pd.read_csv(ROOT / "reports" / "cifar10-two-cores-imagenet" / "tables" / f"{name}.csv")
+        for name in ("fid", "denoising")
+    )
+    question, told = report.answers(fid, denoising, two.claims, None, 1200)[-1]
+    assert question == "Does a teacher that has seen ImageNet help more?"
+    at = fid[fid["step"] == 1200].set_index(["arm", "seed"])["fid"]
+    logs = np.log(at["similarity_imagenet"]) - np.log(at["similarity"])
+    mean, low, high = 100 * np.expm1(interval(list(logs), 0.95))
+    assert f"FID {mean:.1f} % higher (95 % interval {low:+.1f} to {high:+.1f} %, 3 seeds)" in told
+    assert told.startswith("repa_imagenet against repa at step 1,200: FID not decided (")
+    without = report.answers(fid[fid["arm"] != "repa_imagenet"], denoising, two.claims, None, 1200)
+    assert "repa_imagenet" not in str(without)
 
 
 committed = pytest.mark.parametrize("shown", COMMITTED)

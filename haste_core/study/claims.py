@@ -24,6 +24,7 @@ from haste_core.study.judging import MEASURES, Claim, Contrasts, Evidence
 # Set by the commit that follows the one it names.
 RULES = "d23e73d88298"
 MECHANISM_RULES = "a250d99599d4"
+PRETRAINED_RULES = "b658a4577f09"
 
 ABOVE_ZERO = "supported if the interval is above 0, contradicted if below"
 EVERY = "supported if every interval is above 0, contradicted if one is below"
@@ -543,7 +544,8 @@ def claims_of(study: StudySettings) -> tuple[Claim, ...]:
 
 def rules_of(study: StudySettings) -> str:
     """The commits that fixed the rules of `claims_of`."""
-    return f"{RULES}, M1 to M7 {MECHANISM_RULES}" if study.data.kind == "textured" else RULES
+    mechanism = f", M1 to M7 {MECHANISM_RULES}" if study.data.kind == "textured" else ""
+    return RULES + mechanism + (f", C15f and C15m {PRETRAINED_RULES}" if "repa_imagenet" in study.arms else "")
 
 
 # The analysis tables that claims are read from.

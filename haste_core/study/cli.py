@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         if on == "run":
             sub.add_argument("arm", help="an arm of the study, for instance vanilla, repa, atta, holistic or haste")
             sub.add_argument("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
-        if on or name == "score":
+        if on or name in ("score", "report"):
             sub.add_argument("--profile", help="a named set of overrides in the study file, for instance smoke")
             text = "override a setting of the study, for instance train.steps=200; may be repeated"
             sub.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=text)
@@ -99,7 +99,6 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("report", make_report, "write a report again from its tables, and reports/index.html with all of them")
     sub.add_argument("study", nargs="?", help="as elsewhere; with --index none is needed")
-    sub.add_argument("--profile", help="the profile whose report it is")
     sub.add_argument("--index", action="store_true", help="write the index alone")
 
     sub = add("new", new_study, "write a study of your own labelled images, sized for them and for this machine")
@@ -289,7 +288,7 @@ def make_report(arguments: argparse.Namespace) -> None:
     elif arguments.study is None:
         raise HasteError("haste report needs a study, or --index for the page that lists all reports")
     else:
-        study = config.load(arguments.study, arguments.profile)
+        study = config.load(arguments.study, arguments.profile, arguments.overrides)
         print(report.write_report(report.open_report(study, arguments.profile)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,14 +45,17 @@ SUMMARIES = {"near_data": f"near the data ({NEAR})", "structure": HIGH, "denoisi
 QUESTIONS = {
     "Does it help text to image?": ("C16", "C16c", "C16u"),
     "Is the gain as large at the higher resolution?": ("C20g", "C20gx", "C20gd"),
-    "Does a teacher that has seen ImageNet help more?": ("C15f", "C15fd", "C15m", "C15md"),
 }
+# Columns of fid.csv that arms with a pretrained teacher are compared on.
+COMPARED = {
+    "fid": "FID", "fid_unlabelled": "FID, no labels,", "near_data": f"held-out denoising loss near the data ({NEAR})"
+}  # fmt: skip
 
 
 def answers(
     fid: pd.DataFrame, denoising: pd.DataFrame, settings: ClaimsSettings, tau: int | None, last: int
 ) -> list[tuple[str, str]]:
-    """Question and answer in numbers: early gain, late cost, and the part of it that the switch gives back.
+    """Question and answer in numbers: early gain, late cost, what the switch gives back, a pretrained teacher's effect.
 
     A question whose arms or steps are missing is left out. Percentages are exp(mean log ratio) - 1 over seeds.
 
@@ -93,7 +96,19 @@ def answers(
             f"{haste} (off from step {tau:,}): {told(back)}. {_share_of_cost(back, cost, settings.confidence)}."
         )
         found.append(("Does the switch give it back?", text))
+    if text := " ".join(_other_teacher(fid, arm, last, told) for arm in ("repa", "similarity")).strip():
+        found.append(("Does a teacher that has seen ImageNet help more?", text))
     return found
+
+
+def _other_teacher(fid: pd.DataFrame, arm: str, last: int, told: Callable[[Sequence[float]], str]) -> str:
+    """An arm with the pretrained teacher against the same arm with the study's own, as a sentence; "" without both."""
+    other, parts = f"{arm}_imagenet", []
+    for column, name in COMPARED.items():
+        values = fid.pivot_table(index=["seed", "step"], columns="arm", values=column)
+        if logs := log_ratios(values, other, [last], base=arm):
+            parts.append(f"{name} {told(logs)}")
+    return f"{other} against {arm} at step {last:,}: {'; '.join(parts)}." if parts else ""
 
 
 def further_answers(judged: pd.DataFrame) -> list[tuple[str, str]]:
