@@ -413,6 +413,12 @@ def embedded(svg: str, name: str, shown: str) -> str:
     return own.replace("<svg", f'<svg role="img" aria-label="{html.escape(shown)}"', 1)
 
 
+def shares_target(run: Run) -> bool:
+    """False for an arm aligned with another teacher than the study's, or with another kind of attention."""
+    study, own = run.study, run.config
+    return own.teacher == study.teacher and own.alignment.similarity == study.alignment.similarity
+
+
 def write_report(report: Report) -> Path:
     """Write figures and report.html from the tables; returns the path of report.html."""
     drawn, analyses = draw_figures(report), draw_analyses(report)
@@ -450,6 +456,7 @@ def write_report(report: Report) -> Path:
         grid=report_text.grid_cells(report.table("grid")) if report.has_current("grid") else [],
         times=report_text.time_cells(report.table("step_time")),
         attention=report.table("attention"),
+        others=[run.arm for run in report.shown_runs() if not shares_target(run)],
         analyses=analyses,
         drawn=drawn,
         picture=picture,
