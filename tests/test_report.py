@@ -594,7 +594,7 @@ def test_the_index_has_a_card_for_each_report(synthetic, tmp_path, capsys, monke
     assert main(["report"]) == 2
     assert "haste report needs a study, or --index" in capsys.readouterr().err
     assert main(["report", "digits", "--set", "no.such=1"]) == 2  # settings are taken, such as where the data are
-    assert "no" in capsys.readouterr().err.split("unknown", 1)[1]
+    assert "unknown key 'no'" in capsys.readouterr().err
 
 
 # The committed report
@@ -615,6 +615,8 @@ def test_a_study_with_a_pretrained_teacher_asks_whether_it_helps_more():
     assert {claim.arms for claim in more} == {("repa", "repa_imagenet"), ("similarity", "similarity_imagenet")}
     assert {arm for claim in more for arm in claim.arms} <= set(two.main)
     assert claims.claims_of(config.load("cifar10", "two-cores")) == claims.CLAIMS
+    others = [arm for arm in two.main if not report.shares_target(Run(two, arm, 0))]
+    assert others == ["repa_imagenet", "similarity", "similarity_imagenet"]
     fid, denoising = (
         pd.read_csv(ROOT / "reports" / "cifar10-two-cores-imagenet" / "tables" / f"{name}.csv")
         for name in ("fid", "denoising")

@@ -319,7 +319,7 @@ def load_reference(path: Path) -> Reference:
 def open_reference(
     evaluate: config.EvaluateSettings, data: config.DataSettings | None
 ) -> Path | FolderImages | TrainingImages:
-    """What `evaluate.reference` names, an .npz file or a folder of images; the training images of `data` by default.
+    """The .npz file or folder of images that `evaluate.reference` names; the training images of `data` by default.
 
     Raises:
         HasteError: there is neither, or the folder cannot be used.

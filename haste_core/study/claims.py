@@ -529,7 +529,7 @@ PRETRAINED = tuple(
     claim
     for id, arm, how in (("C15f", "repa", ""), ("C15m", "similarity", ", its attention made of similarities"))
     for claim in compared(
-        id, f"a teacher that has seen ImageNet helps more than one of the study's images{how}",
+        id, f"a teacher that has seen ImageNet helps more than one trained on the study's images{how}",
         "no such comparison: every teacher is pretrained", (arm,), f"{arm}_imagenet", "last",
         ("fid", "fd_pixel", "near_data", "structure"),
     )

@@ -46,8 +46,8 @@ QUESTIONS = {
     "Does it help text to image?": ("C16", "C16c", "C16u"),
     "Is the gain as large at the higher resolution?": ("C20g", "C20gx", "C20gd"),
 }
-# Columns of fid.csv that arms with a pretrained teacher are compared on.
-COMPARED = {
+# Columns of fid.csv on which arms with a pretrained teacher are compared.
+TEACHER_SCORES = {
     "fid": "FID", "fid_unlabelled": "FID, no labels,", "near_data": f"held-out denoising loss near the data ({NEAR})"
 }  # fmt: skip
 
@@ -104,7 +104,7 @@ def answers(
 def _other_teacher(fid: pd.DataFrame, arm: str, last: int, told: Callable[[Sequence[float]], str]) -> str:
     """An arm with the pretrained teacher against the same arm with the study's own, as a sentence; "" without both."""
     other, parts = f"{arm}_imagenet", []
-    for column, name in COMPARED.items():
+    for column, name in TEACHER_SCORES.items():
         values = fid.pivot_table(index=["seed", "step"], columns="arm", values=column)
         if logs := log_ratios(values, other, [last], base=arm):
             parts.append(f"{name} {told(logs)}")
